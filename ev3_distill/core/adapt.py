@@ -1,0 +1,140 @@
+"""Adapt: what the evidence allows; evidence -> decision, under an error budget for the whole run.
+
+EV3 (arXiv 2310.18893), section 3.3. Two questions with different burdens of proof. *Does exploration move?* The best
+proposal becomes `current` when assess ranks it strictly higher. *Is it promoted?* The moved student meets the champion on
+decide, paired example by example, by an exact one-sided McNemar test.
+
+The guarantee. Over a run, the probability that any promotion is to a student whose true promise score is not higher than its
+champion's is at most delta, for decide examples drawn independently from the population. Condition on all else (explore,
+assess, keys): the pair met at test i is then a function of the earlier outcomes on decide alone, so all pairs that could ever
+be met form a binary tree. A node with history h (i tests, k of them promotions) has the weight
+
+    weight(h) = c^k (1 - c)^(i - k),
+
+the weights of one depth sum to 1, and so do those of the histories with which a run can end. A test within the run has the
+level delta / 2 * weight(h) * 6 / (pi (i + 1))^2, the one that closes it delta / 2 * weight(h). All levels of the tree sum to
+at most delta, so a union bound covers any reuse of the same finite split (description length bound for adaptive analyses:
+Dwork et al. 2015, arXiv 1506.02629). Tests are made only where assess predicts success: each one made costs, each one not
+made is free.
+
+Not covered: a teacher that was itself chosen by the same decide examples is no part of "all else". The one that `compress`
+trains where none is named is such a teacher, through the few accept bits of its own run; the certificate, from the sealed
+split, is not touched by it.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import betainc
+
+from ev3_distill.core.assess import paired
+from ev3_distill.types import Budget, Evidence
+
+PROMOTE_WEIGHT = 0.8  # c: tests are made where assess predicts success, so most of a weight goes on along a promotion
+
+
+TOLERANCE = 2.0  # standard errors within which the promise scores of one trajectory are level; 1 stalls small splits
+
+
+def level(budget: Budget, closing: jax.Array, *, delta: float) -> jax.Array:
+    """The level of the next test, see the module; `closing` where it is the run's last."""
+    tests, promotions = budget.tests.astype(jnp.float32), budget.promotions.astype(jnp.float32)
+    weight = PROMOTE_WEIGHT**promotions * (1 - PROMOTE_WEIGHT) ** (tests - promotions)
+    return delta / 2 * weight * jnp.where(closing, 1.0, 6 / (jnp.pi * (tests + 1)) ** 2)
+
+
+def mcnemar(candidate: jax.Array, champion: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Exact one-sided McNemar test that the candidate is right more often (McNemar 1947).
+
+    Args:
+      candidate: [N] scores in {0, 1}.
+      champion: [N] scores in {0, 1}, of the same examples.
+
+    Returns:
+      wins, losses (int32: examples that only one of them gets right) and the p-value P(Bin(wins + losses, 1/2) >= wins),
+      1 where nothing differs: a tie goes to the champion. nan scores count as wrong. The p-value is rounded up by more
+      than the float32 incomplete beta function errs, some 2e-6 of it per differing example.
+    """
+    candidate, champion = candidate > 0.5, champion > 0.5
+    wins = (candidate & ~champion).sum()
+    losses = (champion & ~candidate).sum()
+    tail = betainc(jnp.maximum(wins, 1).astype(jnp.float32), losses + 1.0, 0.5)
+    rounded_up = jnp.minimum(tail * (1 + 1e-5 + 2e-6 * (wins + losses)), 1.0)
+    p_value = jnp.where(wins > 0, rounded_up, 1.0)
+    return wins, losses, p_value
+
+
+class Choice(NamedTuple):
+    """Which proposal assess favours, scalars."""
+
+    row: jax.Array  # int32; undefined where none is active
+    any_active: jax.Array  # bool
+    moves: jax.Array  # bool, whether it takes the current student's place
+    gain: jax.Array  # float32, mean paired gain over the current student in the score that ruled
+    gain_se: jax.Array  # float32, its standard error
+
+
+def choose(
+    evidence: Evidence, current: Evidence, active: jax.Array, leader: jax.Array, *, takeover: jax.Array
+) -> Choice:
+    """The proposal that assess favours, and whether exploration moves to it.
+
+    Another than the leader's proposal takes its place where it beats that by more than `takeover` standard errors of their
+    paired difference in the promise score: changing arms costs a fresh start of the optimizer, and the best of many noisy
+    scores is optimistic. Exploration moves where the promise score is strictly higher than the current student's. On a small
+    split that score is too coarse for the small steps of one trajectory; so the leader also moves it where the promise score
+    is level, to TOLERANCE standard errors, and the smooth select score strictly higher (between different losses the smooth
+    score would favour the loss that resembles it). A tie goes to the incumbent throughout.
+
+    Args:
+      evidence: of the proposals, leaves [P, N], nan where inactive.
+      current: of the current student, leaves [N].
+      active: [P] bool.
+      leader: int32, row of the leading arm.
+      takeover: scalar.
+    """
+    active = active & jnp.isfinite(evidence.promise.mean(axis=1) + evidence.select.mean(axis=1))
+    row = leader if active.shape[0] == 1 else _favoured(evidence.promise, active, leader, takeover=takeover)
+    gain, gain_se = paired(evidence.promise[row], current.promise)
+    smooth, smooth_se = paired(evidence.select[row], current.select)
+    better = gain > 0
+    level_but_smoother = (row == leader) & (smooth > 0) & (gain >= -TOLERANCE * gain_se)
+    any_active = active[row]
+    return Choice(
+        row,
+        any_active,
+        any_active & (better | level_but_smoother),
+        jnp.where(better, gain, smooth),
+        jnp.where(better, gain_se, smooth_se),
+    )
+
+
+def _favoured(promise: jax.Array, active: jax.Array, leader: jax.Array, *, takeover: jax.Array) -> jax.Array:
+    """The leader's row, or that of the proposal which takes its place."""
+    means = jnp.where(active, promise.mean(axis=1), -jnp.inf)
+    best = jnp.where(means[leader] == means.max(), leader, jnp.argmax(means))
+    lead, lead_se = paired(promise[best], promise[leader])
+    stays = jnp.isfinite(means[leader]) & (lead <= takeover * lead_se)
+    return jnp.where(stays, leader, best).astype(jnp.int32)
+
+
+def worth_testing(
+    budget: Budget, p_assess: jax.Array, cost: jax.Array, tested_cost: jax.Array, closing: jax.Array, *, delta: float
+) -> jax.Array:
+    """Whether to ask decide: assess predicts success at the level at hand, and the last test lies a while back.
+
+    The run's cost must have grown by a half since the last test: a few tests of large differences prove more than many of
+    small ones. The closing iteration asks where assess sees any gain at all.
+    """
+    due = (cost > 1.5 * tested_cost) & (p_assess <= level(budget, closing, delta=delta))
+    return due | (closing & (p_assess < 0.5))
+
+
+def spend(budget: Budget, tested: jax.Array, promoted: jax.Array, alpha: jax.Array) -> Budget:
+    """The budget after this iteration's test, if there was one, at level alpha."""
+    return Budget(
+        tests=budget.tests + tested,
+        promotions=budget.promotions + promoted,
+        spent=budget.spent + jnp.where(tested, alpha, 0),
+    )

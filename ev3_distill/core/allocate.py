@@ -1,0 +1,102 @@
+"""Allocate: which arms train in an iteration and for how long, so that a portfolio costs little more than its best member.
+
+First a race by successive halving (Jamieson and Talwalkar 2016): all arms, then the better half, and so on. Then the leader
+trains alone but for a challenger now and then, drawn with odds that follow what each arm has shown beside the best.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ev3_distill.config import EV3
+from ev3_distill.core.assess import paired
+
+SOFT = 2.0
+REST = (
+    0.85  # what is left of a resting arm's distance from level: what the start of a run showed says little of its end
+)
+
+
+def active_arms(
+    key: jax.Array, iteration: jax.Array, value: jax.Array, leader: jax.Array, *, exploration: float
+) -> jax.Array:
+    """Which arms train now, [A] bool; the leader always does.
+
+    Args:
+      key: consumed.
+      iteration: int32, from 0; iteration r races the best ceil(A / 2^r) arms until one is left.
+      value: [A] standing of each arm in standard errors, 0 is level with the best, lower is worse.
+      leader: int32.
+      exploration: probability of one challenger after the race.
+    """
+    arms = value.shape[0]
+    if arms == 1:
+        return jnp.ones(1, bool)
+    is_leader = jnp.arange(arms) == leader
+    rank = jnp.argsort(jnp.argsort(jnp.where(is_leader, jnp.inf, value), descending=True))
+    racing = jnp.ceil(arms / 2.0 ** jnp.minimum(iteration, 30)).astype(jnp.int32)
+    coin, draw = jax.random.split(key)
+    challenger = jax.random.categorical(draw, jnp.where(is_leader, -jnp.inf, value / SOFT))
+    challenged = jax.random.bernoulli(coin, exploration) & (jnp.arange(arms) == challenger)
+    return jnp.where(racing > 1, rank < racing, is_leader | (challenged & (arms > 1)))
+
+
+def steps_of(
+    active: jax.Array, leader: jax.Array, lengths: jax.Array, length: jax.Array, remaining: jax.Array
+) -> jax.Array:
+    """Steps of each arm, [A] int32, never more in all than `remaining`.
+
+    Args:
+      active: [A] bool.
+      leader: trains alone where `remaining` is too short for all.
+      lengths: [A] each arm's trajectory length relative to the run's.
+      length: the run's present trajectory length, in steps.
+      remaining: int32, steps left of the budget.
+    """
+    alone = jnp.arange(active.shape[0]) == leader
+    affordable = jnp.where(active, lengths, 0).sum() * jnp.minimum(length, 1.0) <= remaining
+    active = jnp.where(affordable, active, alone)
+    shares = jnp.where(active, lengths, 0)
+    fitting = jnp.minimum(jnp.round(length), remaining / shares.sum())
+    steps = jnp.floor(shares * fitting + 1e-3).astype(jnp.int32)
+    least = jnp.maximum(steps, (alone & active).astype(jnp.int32))
+    least = jnp.where(least.sum() <= remaining, least, jnp.where(alone, least, 0))
+    return jnp.where(remaining > 0, least, 0)
+
+
+def standing(value: jax.Array, active: jax.Array, scores: jax.Array) -> jax.Array:
+    """The arms' standing after an iteration, [A].
+
+    Each arm that trained moves half way to its paired difference from the best beside it, in standard errors and at least
+    -10; one that gave no finite proposal counts as -10. An arm that rested drifts slowly back towards level, so that it is
+    tried again.
+
+    Args:
+      value: [A] before.
+      active: [A] bool, trained in this iteration, finite or not.
+      scores: [A, N] of the arms' proposals, nan where there is none.
+    """
+    if value.shape[0] == 1:
+        return value
+    means = scores.mean(axis=1)
+    best = jnp.argmax(jnp.where(jnp.isnan(means), -jnp.inf, means))
+    gain, se = paired(scores, scores[best])
+    shown = jnp.clip(jnp.where(gain == 0, 0.0, gain / jnp.maximum(se, 1e-12)), -10, 0)
+    shown = jnp.where(jnp.isnan(shown), -10, shown)
+    moved = jnp.where(active.sum() > 1, (value + shown) / 2, value)
+    return jnp.where(active, moved, REST * value)
+
+
+def next_length(
+    length: jax.Array, gain: jax.Array, gain_se: jax.Array, moved: jax.Array, cost: jax.Array, *, config: EV3
+) -> jax.Array:
+    """The next trajectory length, a float in steps.
+
+    A trajectory should be just long enough that assess can see what it brought. It doubles where nothing beat the current
+    student, grows by half where the gain was under two standard errors, shrinks by a quarter where it was over eight, and is
+    left alone in between; it stays within [config.length, config.max_length] and
+    under config.max_share of the cost so far, so that a run makes many decisions whatever its budget.
+    """
+    z = gain / jnp.maximum(gain_se, 1e-12)
+    factor = jnp.where(~moved, 2.0, jnp.where(z < 2, 1.5, jnp.where(z > 8, 0.75, 1.0)))
+    longest = jnp.clip(config.max_share * cost, config.length, config.max_length)
+    return jnp.clip(length * factor, config.length, longest)

@@ -1,0 +1,247 @@
+"""One EV3 iteration, pure and jitted: explore, assess, adapt. One compiled program per network shape.
+
+Trajectory lengths, the active arms and the budget are data, not shapes, so nothing recompiles while a run goes on.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ev3_distill.config import EV3
+from ev3_distill.core import adapt, allocate, assess, explore
+from ev3_distill.types import (
+    ADOPT,
+    KEEP,
+    PROMOTE,
+    ROLL_BACK,
+    Apply,
+    Arm,
+    Batch,
+    Budget,
+    Decision,
+    Evidence,
+    Objective,
+    Pools,
+    Proposals,
+    PyTree,
+    Rows,
+    State,
+    Variables,
+)
+
+Step = Callable[
+    [Pools, State, Any], tuple[State, Decision]
+]  # the last an int32 scalar, of NumPy where it comes from the host
+
+
+def initial_state(
+    key: jax.Array,
+    variables: Variables,
+    pools: Pools,
+    *,
+    apply: Apply,
+    arms: Sequence[Arm],
+    select: Objective,
+    promise: Objective,
+    config: EV3,
+) -> State:
+    """The state before the first iteration: the given student is both current and champion."""
+
+    def score(split: Batch) -> Evidence:
+        return assess.score(apply, variables, split, select, promise, batch_size=config.eval_batch_size)
+
+    evidence, zero = score(pools.assess), jnp.int32(0)
+    a = len(arms)
+    return State(
+        key=key,
+        iteration=zero,
+        cost=zero,
+        position=zero,
+        current=variables,
+        current_evidence=evidence,
+        champion=variables,
+        champion_evidence=evidence,
+        champion_decide=score(pools.decide).promise,
+        arm_states=tuple(arm.init(variables) for arm in arms),
+        arm_value=jnp.zeros(a),
+        arm_cost=jnp.zeros(a, jnp.int32),
+        arm_wins=jnp.zeros(a, jnp.int32),
+        arm_promotions=jnp.zeros(a, jnp.int32),
+        leader=zero,
+        current_arm=jnp.int32(-1),
+        length=jnp.float32(config.length),
+        stale=zero,
+        tested_cost=zero,
+        budget=Budget(zero, zero, jnp.float32(0)),
+        closed=jnp.bool_(False),
+    )
+
+
+def make_step(
+    apply: Apply,
+    arms: Sequence[Arm],
+    rows: Rows,
+    *,
+    select: Objective,
+    promise: Objective,
+    config: EV3,
+) -> Step:
+    """Builds the iteration.
+
+    Args:
+      apply: the student's forward pass.
+      arms: A of them.
+      rows: (order, global step) -> rows [B] of the explore split.
+      select: the smooth objective that sees the small steps of one trajectory on assess.
+      promise: the {0, 1} objective that compares arms on assess, and by which decide proves promotions.
+      config: the core's hyperparameters.
+
+    Returns:
+      (pools, state, limit) -> (state, decision), `limit` being the cost that the run may reach. With nothing left to
+      spend no arm trains: that is the closing iteration, in which the current student may still be promoted.
+    """
+    lengths = jnp.array([arm.length for arm in arms], jnp.float32)
+
+    def step(pools: Pools, state: State, limit: jax.Array) -> tuple[State, Decision]:
+        run_key = jax.random.wrap_key_data(state.key)
+        key = jax.random.fold_in(run_key, state.iteration)
+        remaining = jnp.maximum(limit - state.cost, 0)
+        active = allocate.active_arms(
+            key, state.iteration, state.arm_value, state.leader, exploration=config.exploration
+        )
+        steps = allocate.steps_of(active, state.leader, lengths, state.length, remaining)
+        proposals = explore.explore(arms, state, explore.draw_from(pools, rows, run_key), steps)
+        evidence = assess.assess(apply, proposals, pools.assess, select, promise, batch_size=config.eval_batch_size)
+        state, choice, rolled = _move(state, arms, proposals, evidence, steps, config=config)
+        state = state._replace(
+            iteration=state.iteration + 1,
+            cost=state.cost + steps.sum(),
+            position=state.position + steps.max(),
+            arm_cost=state.arm_cost + steps,
+            closed=remaining <= 0,
+        )
+        state, trial = _promote(state, pools, closing=remaining <= 0, apply=apply, promise=promise, config=config)
+        verdict = jnp.where(choice.moves, ADOPT, KEEP)
+        verdict = jnp.where(rolled, ROLL_BACK, jnp.where(trial.promoted, PROMOTE, verdict))
+        return state, Decision(
+            iteration=state.iteration,
+            cost=state.cost,
+            position=state.position,
+            steps=steps,
+            scores=evidence.select.mean(axis=1),
+            selected=jnp.where(choice.any_active, choice.row, -1),
+            discarded=(steps > 0).sum() - proposals.active[: len(arms)].sum(),
+            gain=choice.gain,
+            gain_se=choice.gain_se,
+            tested=trial.tested,
+            wins=trial.wins,
+            losses=trial.losses,
+            decide_n=jnp.int32(pools.decide.index.shape[0]),
+            alpha=trial.alpha,
+            p_value=trial.p_value,
+            verdict=verdict.astype(jnp.int32),
+            promoted_arm=jnp.where(trial.promoted, state.current_arm, -1),
+            champion_accuracy=state.champion_decide.mean(),
+            current_accuracy=state.current_evidence.promise.mean(),
+            length=state.length,
+            closed=state.closed,
+        )
+
+    return jax.jit(step)
+
+
+class _Trial(NamedTuple):
+    tested: jax.Array
+    promoted: jax.Array
+    wins: jax.Array
+    losses: jax.Array
+    alpha: jax.Array
+    p_value: jax.Array
+
+
+def _row(tree: PyTree, row: jax.Array) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[row], tree)
+
+
+def _where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def _move(
+    state: State, arms: Sequence[Arm], proposals: Proposals, evidence: Evidence, steps: jax.Array, *, config: EV3
+) -> tuple[State, adapt.Choice, jax.Array]:
+    """Moves `current` to the proposal that assess favours, or back to the champion; arms and their shares learn from it.
+
+    The winning arm goes on from the state it proposed; the others start afresh from the new current student, and after a
+    roll-back all do. Without a move every arm keeps the state it had: nothing of a rejected proposal is left.
+
+    Returns:
+      The state, the choice, and whether it was undone since assess shows the student to be worse than the champion.
+    """
+    a = len(arms)
+    racing = state.iteration < jnp.ceil(jnp.log2(a))
+    takeover = jnp.where(racing, 0.0, config.takeover)
+    choice = adapt.choose(evidence, state.current_evidence, proposals.active, state.leader, takeover=takeover)
+    row, moved = choice.row, choice.moves
+    reached, shown = _where(
+        moved,
+        (_row(proposals.variables, row), _row(evidence, row)),
+        (state.current, state.current_evidence),
+    )
+    rolled = adapt.mcnemar(state.champion_evidence.promise, shown.promise)[2] <= config.roll_back
+    current, current_evidence = _where(rolled, (state.champion, state.champion_evidence), (reached, shown))
+    arm_states = tuple(
+        _where(
+            moved | rolled,
+            _where((row == i) & ~rolled, proposals.arm_states[i], arm.init(current)),
+            state.arm_states[i],
+        )
+        for i, arm in enumerate(arms)
+    )
+    arm_moved = moved & (row < a)
+    trained = steps > 0
+    length = allocate.next_length(state.length, choice.gain, choice.gain_se, moved, state.cost, config=config)
+    return (
+        state._replace(
+            current=current,
+            current_evidence=current_evidence,
+            arm_states=arm_states,
+            arm_value=allocate.standing(state.arm_value, trained, evidence.promise[:a]),
+            arm_wins=state.arm_wins + (jnp.arange(a) == row) * arm_moved,
+            leader=jnp.where(arm_moved, row, state.leader),
+            current_arm=jnp.where(rolled, -1, jnp.where(moved, row, state.current_arm)),
+            length=jnp.where(trained.any(), length, state.length),
+            stale=jnp.where(moved | rolled, 0, state.stale + 1),
+        ),
+        choice,
+        rolled,
+    )
+
+
+def _promote(
+    state: State, pools: Pools, *, closing: jax.Array, apply: Apply, promise: Objective, config: EV3
+) -> tuple[State, _Trial]:
+    """Lets the current student meet the champion on decide where that is worth a test; see core/adapt.py."""
+    p_assess = adapt.mcnemar(state.current_evidence.promise, state.champion_evidence.promise)[2]
+    tested = adapt.worth_testing(state.budget, p_assess, state.cost, state.tested_cost, closing, delta=config.delta)
+
+    def ask() -> jax.Array:
+        logits = assess.logits_of(apply, state.current, pools.decide.inputs, batch_size=config.eval_batch_size)
+        return promise(logits, pools.decide)
+
+    candidate = jax.lax.cond(tested, ask, lambda: state.champion_decide)
+    wins, losses, p_value = adapt.mcnemar(candidate, state.champion_decide)
+    alpha = adapt.level(state.budget, closing, delta=config.delta)
+    promoted = tested & (p_value <= alpha)
+    won = (jnp.arange(state.arm_promotions.shape[0]) == state.current_arm) & promoted
+    state = state._replace(
+        champion=_where(promoted, state.current, state.champion),
+        champion_evidence=_where(promoted, state.current_evidence, state.champion_evidence),
+        champion_decide=_where(promoted, candidate, state.champion_decide),
+        arm_promotions=state.arm_promotions + won,
+        tested_cost=jnp.where(tested, state.cost, state.tested_cost),
+        budget=adapt.spend(state.budget, tested, promoted, alpha),
+    )
+    return state, _Trial(tested, promoted, wins, losses, alpha, jnp.where(tested, p_value, 1.0))

@@ -1,0 +1,156 @@
+"""The central types: what flows between the rooms. Imports jax only.
+
+Shapes: B examples of a batch, N of a split, K classes, P proposals, A arms. Costs are training steps (one gradient of one
+batch), summed over all arms. Scores are per example, higher is better.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+PyTree = Any
+
+
+class Variables(NamedTuple):
+    """All arrays of a network. Only `params` meets a gradient."""
+
+    params: PyTree  # trained
+    stats: PyTree  # not trained: BatchNorm statistics and the like
+
+
+class Batch(NamedTuple):
+    """A batch of examples, or a whole split (then B is N)."""
+
+    inputs: jax.Array  # [B, ...] float32
+    labels: jax.Array  # [B] int32, -1 where there is none
+    teacher_logits: jax.Array  # [B, K] float32
+    index: jax.Array  # type: ignore[assignment]  # [B] int32, position in the data set: names the example
+    weight: jax.Array  # [B] float32, of the example in a loss
+
+
+class Pools(NamedTuple):
+    """The data of a run: the three splits it may see. The fourth, test, is sealed and is no part of this."""
+
+    explore: Batch  # meets gradients
+    assess: Batch  # selects among proposals
+    decide: Batch  # proves promotions
+    order: PyTree  # in which explore is visited, see data.order
+
+
+class Apply(Protocol):
+    """A network's forward pass."""
+
+    def __call__(
+        self, variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Variables]:
+        """Returns logits [B, K] and the variables with their statistics updated (unchanged unless `train`)."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """A student or a teacher as two pure functions, and the plain data it is rebuilt from."""
+
+    init: Callable[[jax.Array], Variables]  # key -> variables
+    apply: Apply
+    spec: Mapping[str, Any]
+
+
+Loss = Callable[[jax.Array, Batch], jax.Array]  # (student logits [B, K], batch) -> scalar
+Objective = Callable[[jax.Array, Batch], jax.Array]  # (student logits [N, K], split) -> score [N]
+Rows = Callable[[PyTree, jax.Array], jax.Array]  # (order, global step) -> rows [B] of explore
+Draw = Callable[[jax.Array], tuple[Batch, jax.Array]]  # global step -> (batch, key of that step)
+
+
+class Arm(NamedTuple):
+    """A way to improve a student, an (init, propose) pair like an optax transformation.
+
+    The arm's state holds all that its trajectory needs to go on (raw iterate, optimizer state, averages), because what it
+    proposes may be something else (an average). `propose` with zero steps is allowed and must be cheap.
+    """
+
+    name: str
+    init: Callable[[Variables], PyTree]  # student -> state of a fresh start from it
+    propose: Callable[[PyTree, Draw, jax.Array, jax.Array], tuple[PyTree, Variables]]
+    # (state, draw, first global step, number of steps) -> (state, proposed student)
+    length: float = 1.0  # of this arm's trajectory, relative to the run's
+
+
+class Proposals(NamedTuple):
+    """What explore hands to assess. Row P-1 may be the average of the others, which is no arm's own."""
+
+    variables: Variables  # leaves [P, ...]
+    arm_states: tuple[PyTree, ...]  # one per arm, of length A
+    active: jax.Array  # [P] bool, made in this iteration and finite
+
+
+class Evidence(NamedTuple):
+    """What assess hands to adapt: scores of one split, example by example."""
+
+    select: jax.Array  # [P, N] a smooth objective that sees the small steps of one trajectory
+    promise: jax.Array  # [P, N] the objective that compares arms and that promotions prove, in {0, 1}
+
+
+class Budget(NamedTuple):
+    """The error budget: the path through the tree of tests that this run has taken (see core/adapt.py)."""
+
+    tests: jax.Array  # int32, paired tests made on decide
+    promotions: jax.Array  # int32, of which promoted
+    spent: jax.Array  # float32, sum of their levels
+
+
+class State(NamedTuple):
+    """Everything that a resume needs, one pytree."""
+
+    key: jax.Array  # the data of the run's PRNG key, uint32
+    iteration: jax.Array  # int32
+    cost: jax.Array  # int32, steps of all arms
+    position: jax.Array  # int32, the next global step: names batches and keys, common to all arms
+    current: Variables  # where exploration stands
+    current_evidence: Evidence  # its scores on assess, leaves [N]
+    champion: Variables  # the proven best
+    champion_evidence: Evidence  # its scores on assess, leaves [N]
+    champion_decide: jax.Array  # [N] its promise scores on decide
+    arm_states: tuple[PyTree, ...]  # each arm's, ready to go on from `current`
+    arm_value: jax.Array  # [A] how each arm compares with the best beside it, in standard errors, 0 is level
+    arm_cost: jax.Array  # [A] int32, steps spent
+    arm_wins: jax.Array  # [A] int32, times its proposal became current
+    arm_promotions: jax.Array  # [A] int32, times its proposal became champion
+    leader: jax.Array  # int32, the arm that exploration exploits
+    current_arm: jax.Array  # int32, the arm that made `current`; A for the average, -1 for none
+    length: jax.Array  # float32, present trajectory length in steps
+    stale: jax.Array  # int32, iterations since `current` last moved
+    tested_cost: jax.Array  # int32, cost when decide was last asked
+    budget: Budget
+    closed: jax.Array  # bool, whether the closing iteration was made: the run is finished
+
+
+KEEP, ADOPT, PROMOTE, ROLL_BACK = range(4)
+VERDICTS = ("keep", "adopt", "promote", "roll back")
+
+
+class Decision(NamedTuple):
+    """One iteration's outcome, scalars unless said: one ledger row."""
+
+    iteration: jax.Array  # int32
+    cost: jax.Array  # int32, steps of all arms so far
+    position: jax.Array  # int32
+    steps: jax.Array  # [A] int32, each arm's in this iteration
+    scores: jax.Array  # [P] mean select score on assess, nan where not active
+    selected: jax.Array  # int32, the best proposal: an arm, or A for the average; -1 where none was finite
+    discarded: jax.Array  # int32, non-finite proposals
+    gain: jax.Array  # float32, mean paired select gain of the selected over current on assess
+    gain_se: jax.Array  # float32, its standard error
+    tested: jax.Array  # bool, whether decide was asked
+    wins: jax.Array  # int32, decide examples that only the candidate gets right
+    losses: jax.Array  # int32, that only the champion gets right
+    decide_n: jax.Array  # int32
+    alpha: jax.Array  # float32, the level of the test
+    p_value: jax.Array  # float32, 1 where not tested
+    verdict: jax.Array  # int32, an index of VERDICTS
+    promoted_arm: jax.Array  # int32, the arm that made the new champion, -1 where none
+    champion_accuracy: jax.Array  # float32, mean promise score on decide
+    current_accuracy: jax.Array  # float32, mean promise score on assess
+    length: jax.Array  # float32, next trajectory length
+    closed: jax.Array  # bool, whether this was the closing iteration
