@@ -1,0 +1,114 @@
+"""Flax NNX modules as networks: the static graph and the variables part ways here, EV3's "model graph" and "parameters"."""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from ev3_distill.errors import InputError
+from ev3_distill.types import Network, Variables
+
+
+def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], spec: Mapping[str, Any] | None = None) -> Network:
+    """Wraps a factory of an NNX module as a network.
+
+    Random streams inside the module (dropout) are no part of the variables: each training call reseeds them from its key.
+
+    Args:
+      build: makes the module from `nnx.Rngs`; the module maps inputs [B, ...] to logits [B, K].
+      spec: plain data from which the caller can make `build` again; saved beside the variables.
+
+    Returns:
+      The network. Its `init` takes a key, its `apply` is pure.
+    """
+    module = build(nnx.Rngs(0))
+    module.eval()
+    eval_graph, _, streams, _ = _split(module)
+    module.train()
+    train_graph = _split(module)[0]
+
+    def init(key: jax.Array) -> Variables:
+        _, params, _, stats = _split(build(nnx.Rngs(key)))
+        return Variables(nnx.to_pure_dict(params), nnx.to_pure_dict(stats))
+
+    def apply(
+        variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Variables]:
+        graph = train_graph if train else eval_graph
+        seeded = streams if key is None else _reseed(streams, key)
+        model = nnx.merge(graph, nnx.State(variables.params), seeded, nnx.State(variables.stats))
+        logits = model(inputs)
+        if not train:
+            return logits, variables
+        stats = _split(model)[3]
+        return logits, Variables(variables.params, nnx.to_pure_dict(stats))
+
+    return Network(init, apply, dict(spec or {}))
+
+
+def _split(module: nnx.Module) -> tuple[Any, Any, Any, Any]:
+    """Graph, parameters, random streams, and the rest."""
+    parts: Any = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    return parts
+
+
+def _reseed(streams: nnx.State, key: jax.Array) -> nnx.State:
+    """Every random stream starts anew from its own fold of the key."""
+    leaves, treedef = jax.tree.flatten(streams)
+    fresh = [
+        jax.random.fold_in(key, i) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.zeros_like(leaf)
+        for i, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(treedef, fresh)
+
+
+def count_params(variables: Variables) -> int:
+    """The number of trained parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(variables.params))
+
+
+def save_variables(directory: Path, variables: Variables) -> None:
+    """Writes variables with orbax."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory.absolute(), _plain(variables))
+
+
+def load_variables(directory: Path, network: Network) -> Variables:
+    """Reads variables of the network's structure.
+
+    Raises:
+      InputError: missing, damaged, or of another structure.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs each error that it raises
+    template = jax.eval_shape(network.init, jax.random.key(0))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            saved = checkpointer.metadata(directory.absolute()).item_metadata.tree
+            _check_alike(saved, _plain(template))  # before orbax reads in parallel and fails in several places
+            leaves = checkpointer.restore(directory.absolute(), _plain(template))
+    except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputError(
+            f"the variables in {directory} cannot be read for a network {network.spec}: {reason}"
+        ) from None
+    return jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in _plain(template)])
+
+
+def _check_alike(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises ValueError where names, shapes or types differ."""
+    for name in sorted({*saved, *wanted}):
+        one, other = (
+            f"{tree[name].dtype} {tuple(tree[name].shape)}" if name in tree else "nothing" for tree in (saved, wanted)
+        )
+        if one != other:
+            raise ValueError(f"{name} is saved as {one}, the network has {other}")
+
+
+def _plain(variables: Variables) -> dict[str, jax.Array]:
+    """Leaves by path, in order."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}

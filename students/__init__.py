@@ -1,0 +1,186 @@
+"""Students: one file per family, smallest first, and the ways to name, build, save and load one."""
+
+import functools
+import importlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from ev3_distill.errors import InputError
+from ev3_distill.network import from_nnx, load_variables, save_variables
+from ev3_distill.types import Network, Variables
+from students.mlp import mlp
+
+__all__ = ["FAMILIES", "build", "factory_of", "load", "load_variables", "mlp", "named", "save"]
+
+FAMILIES: dict[str, Callable[..., Network]] = {"mlp": mlp}
+
+
+def named(text: str, input_shape: Sequence[int], num_classes: int) -> Network:
+    """The network that a user names.
+
+    Args:
+      text: `FAMILY` or `FAMILY:OPTION=VALUE,...` such as `mlp:hidden=32-32`, where a value is a whole number or several
+        joined by dashes; or `MODULE:FACTORY`, a callable (input_shape, num_classes, rngs) -> nnx.Module of the user's own,
+        the module being importable or in the working directory.
+      input_shape: of one example.
+      num_classes: K.
+
+    Raises:
+      InputError: no such family, option or factory.
+    """
+    shape = {"input_shape": list(input_shape), "num_classes": num_classes}
+    factory = factory_of(text)
+    if factory is not None:
+        return build({"factory": text, **shape}, factory=factory)
+    family, _, tail = text.partition(":")
+    options = dict(_option(text, part) for part in tail.split(",") if part)
+    return build({"family": family, **options, **shape})
+
+
+def factory_of(text: str) -> Callable[..., Any] | None:
+    """The callable that MODULE:FACTORY names; None where `text` is empty or names a family.
+
+    Raises:
+      InputError: it is neither, or cannot be imported.
+    """
+    module, _, name = text.partition(":")
+    if not text or module in FAMILIES:
+        return None
+    if not module or not name:
+        raise InputError(
+            f"a student is one of {', '.join(FAMILIES)} or MODULE:FACTORY; got '{text}': "
+            "for example mlp:hidden=32-32, or my_module:make_student"
+        )
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a module in the working directory
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except Exception as error:  # of the user's own code
+        raise InputError(
+            f"a student is one of {', '.join(FAMILIES)} or an importable MODULE:FACTORY; got '{text}', which fails with "
+            f"{_told(error)}: check the name, or run where the module is"
+        ) from error
+    if not callable(factory):
+        raise InputError(f"a student's FACTORY is callable; got {type(factory).__name__} of '{text}': name a function")
+    return cast(Callable[..., Any], factory)
+
+
+def build(spec: Mapping[str, Any], *, factory: Callable[..., Any] | None = None) -> Network:
+    """Rebuilds a network from its spec; one made by a user's factory needs that factory again.
+
+    Raises:
+      InputError: unknown family or option, a factory is needed, or what it makes is no network for these shapes.
+    """
+    rest = {name: value for name, value in spec.items() if name not in ("family", "factory")}
+    if "factory" not in spec:
+        family = FAMILIES.get(spec.get("family", ""))
+        if family is None:
+            raise InputError(
+                f"a network's family is one of {', '.join(FAMILIES)}; got {spec.get('family')!r}: name one of these"
+            )
+        make = functools.partial(family, **rest)
+    elif factory is None:
+        raise InputError(
+            f"this network was made by {spec['factory']}, and code is never imported because a file names it: pass that "
+            "callable as factory=, to evaluate as --student, and instead of such a flax: teacher give logits:FILE"
+        )
+    else:
+        of_user = factory
+        make = functools.partial(from_nnx, lambda rngs: of_user(**rest, rngs=rngs), spec)
+    name = spec.get("factory") or spec["family"]
+    try:
+        network = make()
+        got = _outputs(network, rest["input_shape"])
+    except Exception as error:  # of the user's own code, or of options that make no sense
+        raise InputError(
+            f"a student must map inputs [B, {_comma(rest['input_shape'])}] to logits [B, K]; {name} with {rest} fails with "
+            f"{_told(error)}: mend it"
+        ) from error
+    if any(logits.shape != (2, rest["num_classes"]) or logits.dtype != jnp.float32 for logits in got):
+        told = " and ".join(sorted({f"{logits.dtype} {list(logits.shape)}" for logits in got}))
+        raise InputError(
+            f"a student must give logits float32 [B, K], [2, {rest['num_classes']}] for 2 examples; {name} gives {told}: "
+            "mend its last layer"
+        )
+    return network
+
+
+def _outputs(network: Network, input_shape: Sequence[int]) -> list[jax.ShapeDtypeStruct]:
+    """Shape and type of the logits for two examples, in evaluation and in training."""
+
+    def forward(inputs: jax.Array) -> list[jax.Array]:
+        key = jax.random.key(0)
+        variables = network.init(key)
+        return [network.apply(variables, inputs, train=train, key=key)[0] for train in (False, True)]
+
+    outputs: list[jax.ShapeDtypeStruct] = jax.eval_shape(forward, jnp.zeros((2, *input_shape)))
+    return outputs
+
+
+def _told(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _comma(shape: Sequence[int]) -> str:
+    return ", ".join(str(size) for size in shape)
+
+
+def save(directory: Path, network: Network, variables: Variables) -> None:
+    """Writes `spec.json` and the variables, atomically: the directory appears whole or not at all."""
+    temporary = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    (temporary / "spec.json").write_text(json.dumps(network.spec, indent=1) + "\n")
+    save_variables(temporary / "variables", variables)
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(temporary, directory)
+
+
+def load(directory: str | Path, *, factory: Callable[..., Any] | None = None) -> tuple[Network, Variables]:
+    """Loads what `save` wrote.
+
+    Args:
+      directory: a run's `student/`, or the run itself.
+      factory: for a network of the user's own, the callable that made its module.
+
+    Returns:
+      The network and its variables; `network.apply(variables, inputs, train=False)[0]` gives logits [B, K].
+
+    Raises:
+      InputError: nothing there, or not readable.
+    """
+    directory = Path(directory)
+    if not (directory / "spec.json").exists() and (directory / "student" / "spec.json").exists():
+        directory = directory / "student"
+    try:
+        spec = json.loads((directory / "spec.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"a saved network is a directory with spec.json and variables/; {directory} has none that can be read "
+            f"({error}): name a finished run or its student/ directory"
+        ) from None
+    network = build(spec, factory=factory)
+    return network, load_variables(directory / "variables", network)
+
+
+def _option(text: str, part: str) -> tuple[str, int | list[int]]:
+    name, equals, value = part.partition("=")
+    try:
+        numbers = [int(piece) for piece in value.split("-")]
+    except ValueError:
+        numbers = []
+    if not equals or not numbers or min(numbers) < 1:
+        raise InputError(
+            f"a student's option is NAME=NUMBER or NAME=NUMBER-NUMBER, of numbers from 1; got '{part}' in '{text}': "
+            "try mlp:hidden=32-32"
+        )
+    return name, numbers if name == "hidden" or len(numbers) > 1 else numbers[0]

@@ -1,0 +1,38 @@
+"""Multi-layer perceptron with ReLU: the student for vectors and very small images."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+
+from ev3_distill.network import from_nnx
+from ev3_distill.types import Network
+
+
+class MLP(nnx.Module):
+    """Inputs [B, ...], flattened to [B, D], to logits [B, K] through ReLU layers."""
+
+    def __init__(self, sizes: Sequence[int], *, rngs: nnx.Rngs):
+        self.layers = nnx.List(nnx.Linear(n_in, n_out, rngs=rngs) for n_in, n_out in itertools.pairwise(sizes))
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Returns logits [B, K]."""
+        x_BxD = inputs.reshape(inputs.shape[0], -1)
+        for layer in self.layers[:-1]:
+            x_BxD = nnx.relu(layer(x_BxD))
+        return self.layers[-1](x_BxD)
+
+
+def mlp(input_shape: Sequence[int], num_classes: int, *, hidden: Sequence[int] = (32,)) -> Network:
+    """An MLP with hidden layers of the given widths.
+
+    Args:
+      input_shape: of one example, without the batch axis.
+      num_classes: K.
+      hidden: widths of the hidden layers, first to last; none makes a linear classifier.
+    """
+    sizes = [math.prod(input_shape), *hidden, num_classes]
+    spec = {"family": "mlp", "hidden": list(hidden), "input_shape": list(input_shape), "num_classes": num_classes}
+    return from_nnx(lambda rngs: MLP(sizes, rngs=rngs), spec)
