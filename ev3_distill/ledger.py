@@ -1,0 +1,118 @@
+"""The ledger: append-only JSON lines, one row per decision. A row tells what was tried, what it proved, and what it cost."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ev3_distill.errors import InputError
+from ev3_distill.types import VERDICTS, Decision
+
+
+def row_of(decision: Decision, arms: Sequence[str], *, wall_s: float) -> dict[str, Any]:
+    """The ledger row of a decision.
+
+    Args:
+      decision: of one iteration.
+      arms: names of the A arms; proposal A is their average.
+      wall_s: seconds since the run began, without those of compiling; the one field that differs between two runs of a seed.
+    """
+    d: Any = jax.tree.map(np.asarray, decision)
+    names = [*arms, "average"]
+    verdict = VERDICTS[int(d.verdict)]
+    selected = names[int(d.selected)] if d.selected >= 0 else None
+    promoted_by = names[int(d.promoted_arm)] if d.promoted_arm >= 0 else None
+    return {
+        "iteration": int(d.iteration),
+        "cost": int(d.cost),
+        "position": int(d.position),
+        "steps": {name: int(n) for name, n in zip(arms, d.steps, strict=True)},
+        "scores": {name: _number(x) for name, x in zip(names[: len(d.scores)], d.scores, strict=True)},
+        "selected": selected,
+        "discarded": int(d.discarded),
+        "gain": _number(d.gain) if selected else None,
+        "gain_se": _number(d.gain_se) if selected else None,
+        "verdict": verdict,
+        "arm": promoted_by if verdict == "promote" else selected,
+        "test": _test(d) if d.tested else None,
+        "champion_accuracy": _number(d.champion_accuracy),
+        "current_accuracy": _number(d.current_accuracy),
+        "length": _number(d.length),
+        "wall_s": round(wall_s, 3),
+    }
+
+
+def _number(x: Any) -> float | None:
+    """JSON knows no nan."""
+    return float(x) if np.isfinite(x) else None
+
+
+def _test(d: Any) -> dict[str, Any]:
+    """The paired test on decide, with a lower bound on the gain at its level.
+
+    Given which examples the two disagree on, wins are binomial; the Clopper-Pearson lower bound of their share theta, as
+    a gain, is (2 theta - 1) (wins + losses) / n. It is above 0 just where the test promotes.
+    """
+    from scipy.stats import beta
+
+    wins, losses, n, alpha = int(d.wins), int(d.losses), int(d.decide_n), float(d.alpha)
+    theta = float(beta.ppf(alpha, wins, losses + 1)) if wins else 0.0
+    return {
+        "wins": wins,
+        "losses": losses,
+        "n": n,
+        "alpha": alpha,
+        "p_value": float(d.p_value),
+        "gain": (wins - losses) / n,
+        "bound": (2 * theta - 1) * (wins + losses) / n,
+    }
+
+
+class Ledger:
+    """Appends rows to a file. A killed process leaves whole rows and at most one torn, which `resume` removes."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Writes one row; the operating system has it when this returns, the disk after `sync`."""
+        with self._path.open("ab") as file:
+            file.write(json.dumps(row).encode() + b"\n")
+
+    def sync(self) -> None:
+        """Forces the rows to the disk, before the checkpoint that stands for them."""
+        if self._path.exists():
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def resume(self, iterations: int) -> None:
+        """Cuts the file after its first `iterations` rows: those which the checkpoint at hand has seen.
+
+        Raises:
+          InputError: it has fewer.
+        """
+        content = self._path.read_bytes() if self._path.exists() else b""
+        lines = content.splitlines(keepends=True)
+        keep = b"".join(lines[:iterations])
+        if len(lines) < iterations or (keep and not keep.endswith(b"\n")):
+            raise InputError(
+                f"a resume needs the ledger row of every iteration that the checkpoint has seen, {iterations}; "
+                f"{self._path} has {len(content.splitlines())}, some of them cut or removed: start the run again elsewhere"
+            )
+        if keep != content:
+            temporary = self._path.with_name(f".{self._path.name}.tmp")
+            temporary.write_bytes(keep)
+            os.replace(temporary, self._path)
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Reads the rows of a ledger; none where there is no file yet."""
+    if not path.exists():
+        return
+    with path.open() as file:
+        for line in file:
+            yield json.loads(line)

@@ -1,0 +1,274 @@
+"""The host loop: iterates the core's step under a budget. The only place where a student grows or is swapped."""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ev3_distill import data, objectives
+from ev3_distill.config import EV3
+from ev3_distill.core import initial_state, make_step
+from ev3_distill.core.assess import logits_of, score
+from ev3_distill.core.packing import Packed, Packing
+from ev3_distill.types import Arm, Batch, Decision, Evidence, Network, Objective, Pools, State, Variables
+
+UNLIMITED = 2**30  # steps, where wall time is the budget
+AT_ONCE = 16  # iterations that one dispatch may hold,
+AT_ONCE_BYTES = 2**25  # as long as their states stay under this,
+IDLE_S = 0.1  # and it ends within about this: a checkpoint, a row and Ctrl-C wait for it
+
+
+class Reached(NamedTuple):
+    """A state that a run went through, one row of packed states on the device."""
+
+    states: Packed  # [rows, ...]
+    row: int
+
+
+class _Carry(NamedTuple):
+    packed: Packed
+    states: Packed  # of the iterations so far
+    decisions: Packed
+    made: jax.Array  # int32, their number
+    closed: jax.Array  # bool
+
+
+class Distillation:
+    """A student, its arms and objectives, compiled once and run on any pools of one size.
+
+    Attributes:
+      compile_s: seconds spent compiling so far.
+    """
+
+    def __init__(
+        self,
+        student: Network,
+        arms: Sequence[Arm],
+        *,
+        config: EV3 | None = None,
+        select: Objective = objectives.DEFAULT_SELECT,
+        promise: Objective = objectives.accuracy,
+    ):
+        config = config or EV3()
+        rows = functools.partial(data.rows, batch_size=config.batch_size)
+        self._step = make_step(student.apply, arms, rows, select=select, promise=promise, config=config)
+        self._compiled: Callable[..., Any] | None = None
+        self._decisions: Packing
+        self._pack: Callable[[State], Packed]
+        self._unpack: Callable[[Packed, Any], State]
+        self.compile_s = 0.0
+
+        @jax.jit
+        def begin(pools: Pools, seed: jax.Array) -> State:
+            init_key, run_key = jax.random.split(jax.random.key(seed))
+            return initial_state(
+                jax.random.key_data(run_key),
+                student.init(init_key),
+                pools,
+                apply=student.apply,
+                arms=arms,
+                select=select,
+                promise=promise,
+                config=config,
+            )
+
+        @jax.jit
+        def evaluate(variables: Variables, split: Batch) -> Evidence:
+            return score(student.apply, variables, split, select, promise, batch_size=config.eval_batch_size)
+
+        @jax.jit
+        def agreement(variables: Variables, split: Batch) -> jax.Array:
+            logits = logits_of(student.apply, variables, split.inputs, batch_size=config.eval_batch_size)
+            return objectives.agreement(logits, split)
+
+        self._begin = begin
+        self.evaluate = evaluate  # (variables, split) -> scores, leaves [N]
+        self.agreement = agreement  # (variables, split) -> [N] whether student and teacher agree
+
+    def begin(self, pools: Pools, seed: int) -> State:
+        """The state before the first iteration."""
+        return self._timed(lambda: jax.block_until_ready(self._begin(pools, np.int32(seed))))
+
+    def run(
+        self, pools: Pools, state: State, *, budget: int = UNLIMITED, seconds: float | None = None
+    ) -> Iterator[tuple[State, Decision]]:
+        """Yields (state, decision) after each iteration, the closing one last; nothing for a state that is closed.
+
+        Args:
+          pools: the data.
+          state: to go on from.
+          budget: training steps summed over all arms, those in `state` included.
+          seconds: wall time from now; the run is then not reproducible bit by bit.
+        """
+        for reached, decision in self.stream(pools, state, budget=budget, seconds=seconds):
+            yield self.unpack(reached), decision
+
+    def stream(
+        self, pools: Pools, state: State, *, budget: int = UNLIMITED, seconds: float | None = None
+    ) -> Iterator[tuple[Reached, Decision]]:
+        """As `run`, with each state still packed (see `unpack`) and each decision on the host.
+
+        Short iterations are dispatched several at a time, and the next ones before the host looks at these, so that the
+        device does not wait. How many at a time follows the clock, and changes no result.
+        """
+        if bool(state.closed):
+            return
+        steps = functools.partial(self._compile(pools, state), pools)
+        packed = self._pack(state)
+        if seconds is not None:
+            yield from self._timed_stream(steps, packed, state, budget=budget, seconds=seconds)
+            return
+        limit, most = np.int32(budget), 1
+        ahead = steps(packed, limit, np.int32(most))
+        told = time.perf_counter()
+        while True:
+            block = ahead
+            ahead = steps(block[0], limit, np.int32(most))
+            for reached, decision in self._rows(block):
+                yield reached, decision
+            if decision.closed:
+                return
+            took, told = time.perf_counter() - told, time.perf_counter()
+            most = min(2 * most, AT_ONCE) if took < IDLE_S else max(most // 2, 1)
+
+    def _timed_stream(
+        self, steps: Callable[..., Any], packed: Packed, state: State, *, budget: int, seconds: float
+    ) -> Iterator[tuple[Reached, Decision]]:
+        """Iterations within a wall time: none is begun that would, at the pace so far, outlast it."""
+        began, first = time.perf_counter(), int(state.cost)
+        cost, closed = first, False
+        while not closed:
+            spent = time.perf_counter() - began
+            pace = (cost - first) / spent
+            ahead = pace * (seconds - spent) if pace else float(seconds > spent) * UNLIMITED
+            block = steps(packed, np.int32(min(budget, cost + max(ahead, 0))), np.int32(1))
+            packed = block[0]
+            for reached, decision in self._rows(block):
+                yield reached, decision
+            cost, closed = int(decision.cost), bool(decision.closed)
+
+    def _rows(self, block: tuple[Packed, Packed, Packed, jax.Array]) -> Iterator[tuple[Reached, Decision]]:
+        """The iterations of one dispatch; waits for the device."""
+        _, states, decisions, count = block
+        decisions = jax.device_get(decisions)
+        for i in range(int(count)):
+            yield Reached(states, i), self._decisions.unpack(tuple(vectors[i] for vectors in decisions))
+
+    def _compile(self, pools: Pools, state: State) -> Callable[..., Any]:
+        """Several steps on packed states, compiled once.
+
+        (pools, packed state, limit, most) -> (packed state, the states and decisions along the way, their number): at most
+        `most` and AT_ONCE iterations, none after the closing one.
+        """
+        if self._compiled is not None:
+            return self._compiled
+        limit = most = np.int32(0)
+        states = Packing(state)
+        decision = jax.eval_shape(self._step, pools, state, limit)[1]
+        decisions = self._decisions = Packing(decision)
+        self._pack = jax.jit(states.pack)
+        self._unpack = jax.jit(lambda vectors, i: states.unpack(tuple(vector[i] for vector in vectors)))
+        packed = states.pack(state)
+        size = sum(vector.nbytes for vector in packed)
+        room = AT_ONCE if size * AT_ONCE <= AT_ONCE_BYTES else 1
+
+        def rows_of(vectors: Packed) -> Packed:
+            return tuple(jnp.zeros((room, *vector.shape), vector.dtype) for vector in vectors)
+
+        def put(rows: Packed, vectors: Packed, i: jax.Array) -> Packed:
+            return tuple(row.at[i].set(vector) for row, vector in zip(rows, vectors, strict=True))
+
+        def advance(pools: Pools, limit: jax.Array, carry: _Carry) -> _Carry:
+            state, decision = self._step(pools, states.unpack(carry.packed), limit)
+            packed = states.pack(state)
+            return _Carry(
+                packed,
+                put(carry.states, packed, carry.made),
+                put(carry.decisions, decisions.pack(decision), carry.made),
+                carry.made + 1,
+                state.closed,
+            )
+
+        def steps(
+            pools: Pools, packed: Packed, limit: jax.Array, most: jax.Array
+        ) -> tuple[Packed, Packed, Packed, jax.Array]:
+            blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), decision)
+            carry = jax.lax.while_loop(
+                lambda carry: (carry.made < jnp.minimum(most, room)) & ~carry.closed,
+                functools.partial(advance, pools, limit),
+                _Carry(
+                    packed,
+                    rows_of(packed),
+                    rows_of(decisions.pack(blank)),
+                    jnp.int32(0),
+                    states.unpack(packed).closed,
+                ),
+            )
+            return carry.packed, carry.states, carry.decisions, carry.made
+
+        self._compiled = self._timed(lambda: jax.jit(steps).lower(pools, packed, limit, most).compile())
+        return self._compiled
+
+    def unpack(self, reached: Reached) -> State:
+        """The state that `stream` told of."""
+        return self._unpack(reached.states, np.int32(reached.row))
+
+    def complete(self, pools: Pools, seed: int, *, budget: int) -> State:
+        """The final state of a whole run from a fresh start, where nobody looks at its decisions."""
+        *_, (reached, _) = self.stream(pools, self.begin(pools, seed), budget=budget)
+        return self.unpack(reached)
+
+    def delivered(self, pools: Pools, state: State, policy: str = "best") -> tuple[str, Variables]:
+        """The student to deliver: 'champion' or 'current', and its variables.
+
+        The champion is proven; the current student has usually gone on since, by gains too small to prove on decide.
+        Policy `best` takes the current one where decide scores it strictly higher; policy `champion` never does.
+        """
+        if policy == "best":
+            current = self.evaluate(state.current, pools.decide).promise
+            if float(current.mean()) > float(state.champion_decide.mean()):
+                return "current", state.current
+        return "champion", state.champion
+
+    def _timed(self, work: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        result = work()
+        self.compile_s += time.perf_counter() - began
+        return result
+
+
+def distill(
+    student: Network,
+    pools: Pools,
+    arms: Sequence[Arm],
+    *,
+    seed: int = 0,
+    budget: int = 2000,
+    config: EV3 | None = None,
+    select: Objective = objectives.DEFAULT_SELECT,
+    promise: Objective = objectives.accuracy,
+    state: State | None = None,
+) -> Iterator[tuple[State, Decision]]:
+    """Distils a teacher's logits into a student; a generator of (state, decision), one per EV3 iteration.
+
+    Args:
+      student: the network to train.
+      pools: the explore, assess and decide splits, with the teacher's logits.
+      arms: the ways to improve the student, e.g. `default_arms(student.apply)`.
+      seed: of initial parameters, batches and keys.
+      budget: training steps summed over all arms.
+      config: the core's hyperparameters.
+      select: the smooth objective that sees the small steps of one trajectory on assess.
+      promise: the {0, 1} objective that compares arms on assess, and by which decide proves promotions.
+      state: to go on from, as yielded before.
+
+    Yields:
+      The state after each iteration (`state.champion` is the proven best, `state.current` where exploration stands) and
+      the decision that led to it.
+    """
+    run = Distillation(student, arms, config=config, select=select, promise=promise)
+    yield from run.run(pools, run.begin(pools, seed) if state is None else state, budget=budget)

@@ -1,0 +1,291 @@
+"""The report of a finished run: report.json and ledger.jsonl -> one HTML page that needs no network, or a few lines.
+
+Cost is in training steps, summed over all arms. Shares are shown as percentages with one decimal; lower bounds are
+rounded down, because a page must not promise more than was proven.
+"""
+
+import io
+import json
+import math
+import os
+import re
+from decimal import ROUND_FLOOR, Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ev3_distill.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
+
+MISSING = "\u2013"  # shown where a value is null
+PALETTE = ("#20639b", "#d9822b", "#3c8d5a", "#8e5ea2", "#c2446f", "#8c6d4f", "#6b7480", "#b59a1d", "#c0392b", "#2a9d9d")
+METRICS = {"accuracy": "accuracy", "agreement": "agreement with its teacher"}
+
+
+def write_html(run_dir: Path) -> Path:
+    """Reads report.json and ledger.jsonl of a run directory and writes report.html beside them, whole or not at all.
+
+    Raises:
+      InputError: one of the two files is missing.
+    """
+    for name in ("report.json", "ledger.jsonl"):
+        if not (run_dir / name).is_file():
+            raise InputError(f"a report needs {name} of a finished run; got {run_dir}: run or resume compress first")
+    report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
+    lines = (run_dir / "ledger.jsonl").read_text(encoding="utf-8").split("\n")
+    page = render(report, [json.loads(line) for line in lines if line.strip()])
+    path, temporary = run_dir / "report.html", run_dir / f".report.html.{os.getpid()}"
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def render(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The page.
+
+    Args:
+      report: the content of report.json.
+      rows: the ledger, one row per iteration, in order; may be empty.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ev3_distill", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shares = (percent, floor_percent, exact_percent, points, floor_points)
+    filters = (*shares, count, ratio, duration, scientific, unbroken)
+    environment.filters.update({function.__name__: function for function in filters})
+    arms = [{**arm, "colour": PALETTE[i % len(PALETTE)]} for i, arm in enumerate(report["arms"])]
+    return environment.get_template("report.html.j2").render(
+        report={**report, "arms": arms},
+        promise=promise(report),
+        metrics=METRICS,
+        bounds={claim["metric"]: claim["lower_bound"] for claim in report["certificate"]["claims"]},
+        compression=compression(report),
+        tests=[row for row in rows if row["test"] is not None],
+        history={"wide": _history(report, rows, (9.6, 3.7)), "narrow": _history(report, rows, (3.9, 3.3))},
+        spending=_spending(arms, rows, (4.4, 3.0)),
+    )
+
+
+def summary(report: dict[str, Any]) -> "RenderableType":
+    """A few lines for the terminal: teacher, student, compression, the promise, cost."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    teacher, student, cost = report["teacher"], report["student"], report["cost"]
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for heading in ("", "teacher", "student"):
+        table.add_column(heading, overflow="fold", header_style="bold")
+    for name, of_teacher, of_student in (
+        ("network", teacher["source"], student["network"]),
+        ("parameters", count(teacher["params"]), count(student["params"])),
+        ("accuracy", percent(teacher["accuracy"]), percent(student["accuracy"])),
+        ("agreement", "", percent(student["agreement"])),
+        ("compression", "", ratio(compression(report))),
+    ):
+        table.add_row(name, Text(of_teacher), Text(of_student))
+    spent = f"{duration(cost['wall_s'])}, {count(cost['steps'])} steps, {count(cost['examples'])} examples"
+    return Group(table, Text(), Text(f"{promise(report)}.", style="bold"), Text(f"Cost: {spent}."))
+
+
+def promise(report: dict[str, Any]) -> str:
+    """The certificate in one sentence."""
+    claims = [
+        f"at least {floor_percent(claim['lower_bound'])} {METRICS.get(claim['metric'], claim['metric'])}"
+        for claim in report["certificate"]["claims"]
+    ]
+    if not claims:
+        return "Nothing is promised of this student"
+    confidence = exact_percent(report["certificate"]["confidence"])
+    return f"This student has {' and '.join(claims)}, with {confidence} confidence"
+
+
+def compression(report: dict[str, Any]) -> float | None:
+    """Parameters of the teacher per parameter of the student, where the teacher's are known."""
+    teacher, student = report["teacher"]["params"], report["student"]["params"]
+    return teacher / student if teacher and student else None
+
+
+# How numbers are shown. None and nan are shown as MISSING.
+
+
+def _missing(value: float | None) -> bool:
+    return value is None or math.isnan(value)
+
+
+def _fixed(value: float, digits: int, *, sign: str = "-", down: bool = False) -> str:
+    exact = Decimal(str(value))  # the shortest decimal, so that a bound of 0.289 is not shown as 28.8 %
+    rounding = ROUND_FLOOR if down else None
+    rounded = (exact * 100).quantize(Decimal(1).scaleb(-digits), rounding=rounding)
+    return f"{abs(rounded) if rounded == 0 else rounded:{sign},f}".replace("-", "\u2212")
+
+
+def percent(share: float | None) -> str:
+    """0.9412 -> 94.1 %."""
+    return MISSING if share is None or _missing(share) else f"{_fixed(share, 1)} %"
+
+
+def floor_percent(share: float | None) -> str:
+    """0.9419 -> 94.1 %, never more than was proven."""
+    return MISSING if share is None or _missing(share) else f"{_fixed(share, 1, down=True)} %"
+
+
+def exact_percent(share: float) -> str:
+    """0.95 -> 95 %, 0.999 -> 99.9 %; ten digits of the share are kept."""
+    return f"{(Decimal(str(round(share, 10))) * 100).normalize():f} %"
+
+
+def points(difference: float | None) -> str:
+    """0.0123 -> +1.23 percentage points."""
+    return MISSING if difference is None or _missing(difference) else _fixed(difference, 2, sign="+")
+
+
+def floor_points(difference: float | None) -> str:
+    """0.0123 -> +1.23 percentage points, never more than was proven."""
+    return MISSING if difference is None or _missing(difference) else _fixed(difference, 2, sign="+", down=True)
+
+
+def count(number: float | None) -> str:
+    """12345 -> 12,345."""
+    return MISSING if number is None or _missing(number) else f"{number:,.0f}"
+
+
+def ratio(value: float | None) -> str:
+    """12.34 -> 12.3\u00d7."""
+    return MISSING if value is None or _missing(value) else f"{value:,.1f}\u00d7"
+
+
+def duration(seconds: float | None) -> str:
+    """75.2 -> 1 min 15 s."""
+    if seconds is None or _missing(seconds):
+        return MISSING
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def scientific(value: float | None) -> str:
+    """0.0123 -> 0.012, 0.0000123 -> 1.2e-5."""
+    return MISSING if value is None or _missing(value) else re.sub(r"e-0*", "e\u2212", f"{value:.2g}")
+
+
+def unbroken(text: str) -> str:
+    """Keeps a number and its percent sign on one line."""
+    return text.replace(" %", "\u00a0%")
+
+
+# Plots, as SVG elements to be set into the page. No text of the user's is drawn: names stand in the page, where they
+# are escaped and the reader's fonts know their letters.
+
+
+def _history(report: dict[str, Any], rows: list[dict[str, Any]], size: tuple[float, float]) -> str:
+    """Accuracy over cost: current on assess, champion on decide, and the verdicts."""
+
+    def draw(axes: "Axes") -> None:
+        cost = [row["cost"] for row in rows]
+        current = _floats(row["current_accuracy"] for row in rows)
+        champion = _floats(row["champion_accuracy"] for row in rows)
+        if report["teacher"]["accuracy"] is not None:
+            axes.axhline(report["teacher"]["accuracy"], color="#777", lw=1.1, ls=(0, (4, 3)), label="teacher, on test")
+        dot = "o" if len(rows) == 1 else ""  # a line of one point shows nothing
+        axes.plot(cost, current, marker=dot, color="#8fb4d6", lw=1.2, label="current, on assess")
+        axes.plot(cost, champion, marker=dot, color="#1d3f66", lw=1.8, ds="steps-post", label="champion, on decide")
+        for verdict, label, values, style in (
+            ("adopt", "adopted", current, {"marker": "o", "ms": 2.6, "mew": 0, "color": "#8fb4d6"}),
+            ("promote", "promoted", champion, {"marker": "^", "ms": 7, "mec": "#fff", "color": "#1d3f66"}),
+            ("roll back", "rolled back", current, {"marker": "x", "ms": 6, "mew": 1.8, "color": "#c0392b"}),
+        ):
+            made = [(x, y) for x, y, row in zip(cost, values, rows, strict=True) if row["verdict"] == verdict]
+            if made:
+                axes.plot(*zip(*made, strict=True), ls="none", label=label, zorder=3, **style)  # type: ignore[arg-type]
+        shown = [y for y in (*current, champion[-1]) if not math.isnan(y)] or [0.0]
+        low, high = min(shown), max(shown)
+        axes.set_ylim(bottom=low - 0.03 * (high - low) - 1e-3)  # an untrained champion lies far below
+        axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.4g} %")
+        columns = 6 if size[0] > 6 else 2
+        axes.figure.legend(loc="outside upper left", ncols=columns, frameon=False, handlelength=1.6, columnspacing=1.4)
+
+    metric = "agreement" if report["student"]["accuracy"] is None else "accuracy"
+    return _svg(f"{metric.capitalize()} over cost", size, draw) if rows else ""
+
+
+def _spending(arms: list[dict[str, Any]], rows: list[dict[str, Any]], size: tuple[float, float]) -> str:
+    """Cumulative steps of each arm over cost."""
+
+    def draw(axes: "Axes") -> None:
+        cost = [0.0, *(row["cost"] for row in rows)]
+        for arm in arms:
+            spent = [0.0]
+            for row in rows:
+                spent.append(spent[-1] + row["steps"].get(arm["name"], 0))  # a row may leave out an arm that rested
+            axes.plot(cost, spent, color=arm["colour"], lw=1.8)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+
+    return _svg("Steps of each arm over cost", size, draw) if rows and len(arms) > 1 else ""
+
+
+def _floats(values: Any) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _svg(title: str, size: tuple[float, float], draw: Any) -> str:
+    """An <svg> element that scales with the page, draws text in the page's font, and shares no id with another."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    settings: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": f"{title} {size}",
+        "text.usetex": False,
+        "font.family": "DejaVu Sans",  # to measure with; comes with matplotlib and is wider than what the page uses
+        "font.size": 9,
+        "axes.edgecolor": "#999",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "grid.color": "#e6e6e6",
+        "grid.linewidth": 0.7,
+        "xtick.color": "#555",
+        "ytick.color": "#555",
+        "axes.axisbelow": True,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("cost, steps of all arms", color="#555")
+        axes.xaxis.set_major_locator(MaxNLocator(5 if size[0] < 6 else 8, integer=True))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        return _inline(figure, title)
+
+
+def _inline(figure: "Figure", title: str) -> str:
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    root, body = text[text.index("<svg") :].split(">", 1)
+    view_box = re.search(r'viewBox="[^"]*"', root)
+    assert view_box is not None
+    body = re.sub(r'<g id="[^"]*"', "<g", body).replace("xlink:href", "href")
+    return f'<svg role="img" aria-label="{title}" {view_box[0]}>{body}'
