@@ -1,0 +1,268 @@
+"""The command line: parses, composes, delegates. Heavy imports wait until a command runs, so that --help answers at once."""
+
+import contextlib
+import dataclasses
+import io
+import shlex
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from ev3_distill import config
+from ev3_distill.errors import InputError
+
+C = TypeVar("C", bound=config.Compress | config.Teach)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Where:
+    config: Path | None = None
+    """TOML file of options; those on the command line override it."""
+    out: Path | None = None
+    """New run directory; by default one under runs/, named by the time."""
+    resume: Path | None = None
+    """Go on with this run, exactly where it was."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressCommand(_Where):
+    """Distil a teacher into a small student, with a certificate."""
+
+    run: tyro.conf.OmitArgPrefixes[config.Compress] = dataclasses.field(default_factory=config.Compress)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeachCommand(_Where):
+    """Train a teacher from a recipe and save it."""
+
+    run: tyro.conf.OmitArgPrefixes[config.Teach] = dataclasses.field(default_factory=config.Teach)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateCommand:
+    """Score the student of a finished run on other data, with exact bounds; on its own sealed split where none is named."""
+
+    run: tyro.conf.Positional[Path]
+    """A run directory."""
+    data: str = ""
+    """Source of examples, scored as a whole: digits, or npz:FILE."""
+    confidence: float = 0.95
+    """Of the bound."""
+    student: str = ""
+    """The MODULE:FACTORY that made the student, where it is your own: no code is imported because a run names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportCommand:
+    """Print the report of a finished run and render its page anew."""
+
+    run: tyro.conf.Positional[Path]
+    """A run directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchCommand:
+    """Measure the tool itself: rows, a Markdown table, and how to reproduce them."""
+
+    suite: tyro.conf.Positional[str]
+    """throughput or portfolio."""
+    seeds: int = 10
+    """Repetitions."""
+    size: str = "full"
+    """full, or smoke for a quick look that proves nothing."""
+    out: Path | None = None
+    """Directory for rows and table; printed only where none is named."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `ev3-distill`. Exit code 2 where the input is bad, told on standard error, and 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        command = _parse(argv)
+        if isinstance(command, CompressCommand):
+            _execute("compress", command, command.run)
+        elif isinstance(command, TeachCommand):
+            _execute("teach", command, command.run)
+        elif isinstance(command, EvaluateCommand):
+            _evaluate(command)
+        elif isinstance(command, ReportCommand):
+            _report(command.run)
+        else:
+            _bench(command)
+    except InputError as error:
+        print(f"ev3-distill: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _parse(argv: list[str]) -> Any:
+    name = argv[0] if argv else ""
+    compress, teach = CompressCommand(), TeachCommand()
+    if name == "compress":
+        compress = CompressCommand(run=_defaults(config.Compress, argv))
+    elif name == "teach":
+        teach = TeachCommand(run=_defaults(config.Teach, argv))
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(
+                Annotated[CompressCommand, tyro.conf.subcommand("compress", default=compress)]
+                | Annotated[TeachCommand, tyro.conf.subcommand("teach", default=teach)]
+                | Annotated[EvaluateCommand, tyro.conf.subcommand("evaluate")]
+                | Annotated[ReportCommand, tyro.conf.subcommand("report")]
+                | Annotated[BenchCommand, tyro.conf.subcommand("bench")],
+                prog="ev3-distill",
+                description="Make a big model small, with a promise that holds.",
+                args=argv,
+            )
+    except SystemExit as exit_:
+        cause: BaseException | None = exit_
+        while cause is not None:  # a rule of config.py, which tyro tells with names of its own inside
+            if isinstance(cause, InputError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        sys.stderr.write(told.getvalue())
+        raise
+
+
+def _defaults(kind: type[C], argv: list[str]) -> C:
+    """What the options default to: the file after --config, the configuration of the run after --resume, or the built-in."""
+    for i, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        value = value if equals else " ".join(argv[i + 1 : i + 2])
+        if option == "--config" and value:
+            return read_config(kind, Path(value))
+        if option == "--resume" and value:
+            return _config_of_run(kind, Path(value))
+    return kind()
+
+
+def _config_of_run(kind: type[C], directory: Path) -> C:
+    if not (directory / "config.toml").is_file():
+        raise InputError(
+            f"--resume needs the directory of a run; {directory} has no config.toml: name another, or start one by --out"
+        )
+    path = directory / "config.toml"
+    try:
+        return read_config(kind, path)
+    except InputError as error:
+        name, other = "compress", "teach"
+        of_other: type[config.Compress | config.Teach] = config.Teach
+        if kind is config.Teach:
+            name, other, of_other = other, name, config.Compress
+        try:
+            read_config(of_other, path)
+        except InputError:
+            raise error from None
+    raise InputError(f"{name} --resume needs a run of {name}; {directory} is one of {other}: use {other} --resume")
+
+
+def read_config(kind: type[C], path: Path) -> C:
+    """Reads a TOML configuration.
+
+    Raises:
+      InputError: no such file, not TOML, an unknown key or a value of a wrong type.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InputError(
+            f"a configuration is a readable TOML file; got {path} ({error.strerror}): name another"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"a configuration is a TOML file; {path} is not ({error}): mend it") from None
+    return _from_dict(kind, content, str(path))
+
+
+def _from_dict(kind: Any, content: dict[str, Any], where: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        if name not in fields:
+            raise InputError(f"a configuration's keys are {', '.join(fields)}; got '{name}' in {where}: remove it")
+        default = fields[name].default
+        if dataclasses.is_dataclass(default):
+            if not isinstance(value, dict):
+                raise InputError(f"'{name}' in {where} is a table; got {value!r}: write [{name}]")
+            values[name] = _from_dict(type(default), value, f"[{name}] of {where}")
+            continue
+        values[name] = _like(default, value)
+        if type(values[name]) is not type(default):
+            raise InputError(
+                f"'{name}' in {where} is a {type(default).__name__}; got {value!r}: write it like {default!r}"
+            )
+    return kind(**values)
+
+
+def _like(default: Any, value: Any) -> Any:
+    """TOML has no tuples, and 1 may stand for 1.0."""
+    if isinstance(default, tuple) and isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return tuple(value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def _execute(name: str, where: _Where, chosen: config.Compress | config.Teach) -> None:
+    """Starts or resumes a run of compress or teach, and prints its summary."""
+    if where.resume is not None:
+        stored = _config_of_run(type(chosen), where.resume)
+        changed = [f.name for f in dataclasses.fields(stored) if getattr(stored, f.name) != getattr(chosen, f.name)]
+        if changed or where.config or where.out:
+            told = ", ".join(changed) or ("--config" if where.config else "--out")
+            raise InputError(
+                f"a resumed run keeps its configuration; got another {told}: resume without it, or start anew with --out"
+            )
+        directory = where.resume
+    else:
+        directory = where.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        from ev3_distill import commands, report
+
+        run = commands.compress if isinstance(chosen, config.Compress) else commands.teach
+        result = run(directory, chosen, resume=where.resume is not None)  # type: ignore[arg-type]
+    except KeyboardInterrupt:
+        begun = (directory / "config.toml").exists()
+        way_on = (
+            f"go on with: ev3-distill {name} --resume {shlex.quote(str(directory))}" if begun else "nothing was written"
+        )
+        print(f"ev3-distill: interrupted; {way_on}", file=sys.stderr)
+        raise
+
+    import rich
+
+    rich.print(report.summary(result))
+    print(f"Student: {directory / 'student'}\nReport:  {directory / 'report.html'}")
+
+
+def _evaluate(command: EvaluateCommand) -> None:
+    from ev3_distill import commands
+
+    for claim in commands.evaluate(command.run, command.data, command.confidence, command.student):
+        print(
+            f"{claim.metric}: {claim.point:.2%} of {claim.n} examples; "
+            f"at least {claim.lower_bound:.2%} with {command.confidence:.0%} confidence"
+        )
+
+
+def _report(directory: Path) -> None:
+    import rich
+
+    from ev3_distill import report
+    from ev3_distill.run import read_json
+
+    content = read_json(directory / "report.json")
+    page = report.write_html(directory)
+    rich.print(report.summary(content))
+    print(f"Report: {page}")
+
+
+def _bench(command: BenchCommand) -> None:
+    import benchmarks
+
+    benchmarks.run(command.suite, seeds=command.seeds, size=command.size, out=command.out)
