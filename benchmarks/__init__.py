@@ -1,0 +1,161 @@
+"""Benchmarks of the tool itself: suites of rows, and what to print of them.
+
+A suite is a module with `collect(*, seeds, size) -> Iterator[row]`, `KEY`, the fields that name a row, and `table(rows) ->
+str`, Markdown. Where `collect` also takes `done`, keys of rows to leave out, it saves their cost when rows are resumed.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from benchmarks import portfolio, throughput
+from ev3_distill.errors import InputError
+from ev3_distill.ledger import Ledger
+
+__all__ = ["SIZES", "SUITES", "provenance", "run"]
+
+SUITES: dict[str, ModuleType] = {"portfolio": portfolio, "throughput": throughput}
+SIZES = ("full", "smoke")
+
+_PACKAGES = ("jax", "flax", "optax", "numpy")
+_SAME = ("suite", "size", "machine", "versions", "code")  # of rows that may share a table
+
+
+def run(suite: str, *, seeds: int, size: str, out: Path | None = None) -> None:
+    """Collects a suite's rows and prints their table.
+
+    Args:
+      suite: a name of SUITES.
+      seeds: repetitions, with the seeds from 0.
+      size: full, or smoke, which proves nothing.
+      out: directory for `rows.jsonl` (what the rows stand on, then each row as it comes) and `table.md`. Rows that are
+        there already are kept, not measured again.
+
+    Raises:
+      InputError: no such suite or size, no seed, or rows in `out` that stand on something else.
+    """
+    if suite not in SUITES:
+        raise InputError(f"a suite is one of {', '.join(SUITES)}; got '{suite}': name one of these")
+    if size not in SIZES:
+        raise InputError(f"a size is one of {', '.join(SIZES)}; got '{size}': name one of these")
+    if seeds < 1:
+        raise InputError(f"seeds counts repetitions, at least 1; got {seeds}: try 10")
+    basis = provenance(suite, seeds=seeds, size=size)
+    old = [] if out is None else _reopen(out, basis)
+    rows = [*old]
+    for row in _shown(suite, _collect(SUITES[suite], old, seeds=seeds, size=size), len(old)):
+        rows.append(row)
+        if out is not None:
+            Ledger(out / "rows.jsonl").append(row)
+    table = f"{SUITES[suite].table(rows)}\n\n{_told(basis)}\n"
+    if out is not None:
+        (out / "table.md").write_text(table)
+    print(table, end="")
+
+
+def provenance(suite: str, *, seeds: int, size: str) -> dict[str, Any]:
+    """What rows stand on: the command, the machine (not its name), versions, and a hash of the code."""
+    command = f"ev3-distill bench {suite} --seeds {seeds}" + (f" --size {size}" if size != "full" else "")
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
+    return {
+        "suite": suite,
+        "size": size,
+        "seeds": seeds,
+        "command": command,
+        "machine": _machine(),
+        "versions": versions,
+        "code": _code(),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    import jax
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    device = jax.devices()[0]
+    accelerator = None if device.platform == "cpu" else device.device_kind
+    return {"cpu": models[0] if models else platform.machine(), "cores": os.cpu_count(), "accelerator": accelerator}
+
+
+def _code() -> str:
+    """A hash of every module that a figure may depend on."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for package in ("benchmarks", "ev3_distill", "students", "teachers"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _reopen(out: Path, basis: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that `out` holds, after its file was given the new basis. A torn last row is cut."""
+    path = out / "rows.jsonl"
+    lines = [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")] if path.exists() else []
+    rows = []
+    if lines:
+        found = json.loads(lines[0])
+        differs = [name for name in _SAME if found.get(name) != basis[name]]
+        if differs or found["seeds"] > basis["seeds"]:
+            raise InputError(
+                f"rows of one table must share {', '.join(_SAME)} and not count fewer seeds; {path} has other "
+                f"{', '.join(differs or ['seeds'])}: choose another --out, or delete that file to measure anew"
+            )
+        rows = [json.loads(line) for line in lines[1:]]
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(b"".join([json.dumps(basis).encode() + b"\n", *lines[1:]]))
+    os.replace(temporary, path)
+    return rows
+
+
+def _collect(module: ModuleType, old: list[dict[str, Any]], *, seeds: int, size: str) -> Iterator[dict[str, Any]]:
+    done = {tuple(row[field] for field in module.KEY) for row in old}
+    resumes = {"done": done} if "done" in inspect.signature(module.collect).parameters else {}
+    for row in module.collect(seeds=seeds, size=size, **resumes):
+        if tuple(row[field] for field in module.KEY) not in done:
+            yield row
+
+
+def _shown(suite: str, rows: Iterator[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
+    """The rows, with progress on stderr: a bar on a terminal, a line per row elsewhere."""
+    key, title = SUITES[suite].KEY, f"bench {suite}"
+    if not sys.stderr.isatty():
+        print(f"{title}: {count} rows at hand" if count else f"{title}: compiling", file=sys.stderr, flush=True)
+        for row in rows:
+            count += 1
+            print(f"{title}: row {count}, {_named(row, key)}", file=sys.stderr, flush=True)
+            yield row
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (progress.SpinnerColumn(), progress.TextColumn("{task.description}"), progress.TimeElapsedColumn())
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"{title}: compiling", total=None)
+        for row in rows:
+            count += 1
+            bar.update(task, description=f"{title}: row {count}, {_named(row, key)}")
+            yield row
+
+
+def _named(row: dict[str, Any], key: tuple[str, ...]) -> str:
+    return ", ".join(f"{field} {row[field]}" for field in key)
+
+
+def _told(basis: dict[str, Any]) -> str:
+    machine, versions = basis["machine"], basis["versions"]
+    on = f"{machine['cpu']}, {machine['cores']} cores" + (
+        f", {machine['accelerator']}" if machine["accelerator"] else ""
+    )
+    seeds = "seed 0" if basis["seeds"] == 1 else f"seeds 0 to {basis['seeds'] - 1}"
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"`{basis['command']}`, {seeds}; {on}; {packages}."
