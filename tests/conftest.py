@@ -1,0 +1,119 @@
+"""What tests of whole runs share: one compilation cache for all processes, one small run, and what "the same run" means."""
+
+import atexit
+import json
+import os
+import re
+import shutil
+import tempfile
+from typing import NamedTuple
+
+# Before jax is imported, and inherited by the workers of pytest-xdist and by the processes that tests start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ev3-distill-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import numpy as np
+import pytest
+
+from ev3_distill.cli import main
+
+SMALL = (
+    *("--arms", "ce", "mse", "--student", "mlp:hidden=8", "--budget", "1500"),
+    *("--teacher-network", "mlp:hidden=16", "--teacher-budget", "300", "--checkpoint-s", "0"),
+)
+TIMES = ("wall_s", "compile_s")
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys):
+    """Runs a command line in this process."""
+
+    def call(*argv):
+        capsys.readouterr()
+        code = 0
+        try:
+            main([str(word) for word in argv])
+        except SystemExit as exit_:
+            code = exit_.code
+        return Answer(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A fresh working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A small run of compress that nobody disturbed."""
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    main(["compress", *SMALL, "--out", str(directory)])
+    return directory
+
+
+@pytest.fixture(scope="session")
+def random_logits(tmp_path_factory):
+    """A file of logits for digits: a teacher for tests that need no good one."""
+    path = tmp_path_factory.mktemp("logits") / "logits.npz"
+    np.savez(path, logits=np.random.default_rng(0).normal(size=(1797, 10)).astype(np.float32))
+    return path
+
+
+def rows_without_times(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def assert_same_run(one, other):
+    """Two run directories are bit-identical but for times, and neither holds anything half written."""
+    assert names_in(one) == names_in(other)
+    for name in ("config.toml", "given.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    assert rows_without_times(one / "ledger.jsonl") == rows_without_times(other / "ledger.jsonl")
+    reports = [json.loads((run / "report.json").read_text()) for run in (one, other)]
+    for report in reports:
+        for name in TIMES:
+            assert report["cost"].pop(name) >= 0
+    assert reports[0] == reports[1]
+    pages = [re.sub(r"\b[\d.]+ (s|min|h)\b", "TIME", (run / "report.html").read_text()) for run in (one, other)]
+    assert pages[0] == pages[1]
+    assert newest_digest(one) == newest_digest(other)
+    assert variables_of(one) == variables_of(other)
+    if (one / "logits.npz").exists():
+        with np.load(one / "logits.npz") as of_one, np.load(other / "logits.npz") as of_other:
+            assert {n: of_one[n].tobytes() for n in of_one} == {n: of_other[n].tobytes() for n in of_other}
+    if (one / "teacher").exists():
+        assert_same_run(one / "teacher", other / "teacher")
+
+
+def names_in(run):
+    return sorted(path.name for path in run.iterdir()) + sorted(path.name for path in (run / "student").iterdir())
+
+
+def newest_digest(run):
+    """Of the last checkpoint's whole state."""
+    newest = max((path for path in (run / "checkpoints").iterdir() if path.name.isdigit()), key=lambda p: int(p.name))
+    return newest.name, json.loads((newest / "digest" / "metadata").read_text())
+
+
+def variables_of(run):
+    """The student's parameters, bit by bit."""
+    import jax
+
+    import students
+
+    network, variables = students.load(run)
+    leaves = [(leaf.dtype.str, leaf.shape, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(variables)]
+    return dict(network.spec), leaves

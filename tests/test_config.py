@@ -1,0 +1,110 @@
+"""Every default is valid, visible in config.toml, and comes back from it; every rule refuses what breaks it."""
+
+import dataclasses
+import math
+import tomllib
+
+import pytest
+import tomli_w
+
+from ev3_distill.cli import read_config
+from ev3_distill.config import EV3, Budget, Compress, Fractions, Teach
+from ev3_distill.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("2000", Budget(steps=2000)),
+        ("1e3", Budget(steps=1000)),
+        ("10e", Budget(epochs=10)),
+        ("0.5e", Budget(epochs=0.5)),
+        ("90s", Budget(seconds=90)),
+        ("1.5m", Budget(seconds=90)),
+        ("2h", Budget(seconds=7200)),
+    ],
+)
+def test_budgets(text, budget):
+    assert Budget.parse(text) == budget
+
+
+@pytest.mark.parametrize(
+    "text", ["", "e", "0", "-1", "0s", "1.5", "nan", "inf", "-inf", "1d", "2 weeks", "1e300", str(2**30)]
+)
+def test_no_budgets(text):
+    with pytest.raises(InputError, match=r"a budget is a positive number of steps .*; got '.*': try 2000"):
+        Budget.parse(text)
+
+
+def test_budget_in_steps():
+    assert Budget(steps=7).in_steps(1000, 128) == 7
+    assert Budget(seconds=7).in_steps(1000, 128) is None
+    assert Budget(epochs=10).in_steps(1280, 128) == 100
+    assert Budget(epochs=0.001).in_steps(1280, 128) == 1
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: EV3(batch_size=0),
+        lambda: EV3(eval_batch_size=0),
+        lambda: EV3(length=0),
+        lambda: EV3(length=10, max_length=9),
+        lambda: EV3(exploration=1.1),
+        lambda: EV3(exploration=math.nan),
+        lambda: EV3(takeover=-1),
+        lambda: EV3(delta=0),
+        lambda: EV3(delta=1),
+        lambda: EV3(roll_back=0.5),
+        lambda: Fractions(explore=0.4),
+        lambda: Fractions(explore=0.7, test=0),
+        lambda: Fractions(explore=math.nan),
+        lambda: Compress(seed=-1),
+        lambda: Compress(seed=2**31),
+        lambda: Compress(confidence=1),
+        lambda: Compress(confidence=math.nan),
+        lambda: Compress(checkpoint_s=-1),
+        lambda: Compress(budget="x"),
+        lambda: Compress(teacher_budget="x"),
+        lambda: Compress(deliver="last"),
+        lambda: Teach(seed=-1),
+        lambda: Teach(budget="x"),
+    ],
+)
+def test_rules(build):
+    with pytest.raises(InputError, match=r".+; got .+: .+"):
+        build()
+
+
+CHANGED = (
+    Compress(),
+    Teach(),
+    Compress(arms=("ce",), seed=3, checkpoint_s=0.0, ev3=EV3(delta=0.1), splits=Fractions(0.4, 0.2, 0.2, 0.2)),
+    Teach(budget="10e", ev3=EV3(length=7)),
+)
+
+
+@pytest.mark.parametrize("config", CHANGED)
+def test_a_configuration_comes_back_from_its_file(config, tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(tomli_w.dumps(dataclasses.asdict(config)))
+    assert read_config(type(config), path) == config
+    content = tomllib.loads(path.read_text())
+    assert set(content) == {field.name for field in dataclasses.fields(config)}
+
+
+def test_a_file_may_leave_out_what_stays_default(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("checkpoint_s = 2\narms = ['ce']\n[ev3]\ndelta = 0.1\n")
+    assert read_config(Compress, path) == Compress(checkpoint_s=2.0, arms=("ce",), ev3=EV3(delta=0.1))
+
+
+def test_every_default_is_explained():
+    """tyro shows the string below a field as its help."""
+    import inspect
+
+    for kind in (EV3, Fractions, Compress, Teach):
+        lines = [line.strip() for line in inspect.getsource(kind).splitlines()]
+        for field in dataclasses.fields(kind):
+            at = next(i for i, line in enumerate(lines) if line.startswith(f"{field.name}:"))
+            assert lines[at + 1].startswith('"""'), field.name
