@@ -18,15 +18,17 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], spec: Mapping[str, Any] | 
     """Wraps a factory of an NNX module as a network.
 
     Random streams inside the module (dropout) are no part of the variables: each training call reseeds them from its key.
+    Inputs of bytes reach the module as float32 in [0, 1]; all others as they are.
 
     Args:
-      build: makes the module from `nnx.Rngs`; the module maps inputs [B, ...] to logits [B, K].
+      build: makes the module from `nnx.Rngs`; the module maps inputs [B, ...] to logits [B, K]. A method `features`, if it
+        has one, maps them to the same logits and a dictionary of features [B, ...].
       spec: plain data from which the caller can make `build` again; saved beside the variables.
 
     Returns:
-      The network. Its `init` takes a key, its `apply` is pure.
+      The network. Its `init` takes a key, its `apply` is pure; it has `features` where the module has.
     """
-    module = build(nnx.Rngs(0))
+    module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))  # its arrays are shapes: nothing is drawn, nothing compiled
     module.eval()
     eval_graph, _, streams, _ = _split(module)
     module.train()
@@ -36,19 +38,32 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], spec: Mapping[str, Any] | 
         _, params, _, stats = _split(build(nnx.Rngs(key)))
         return Variables(nnx.to_pure_dict(params), nnx.to_pure_dict(stats))
 
+    def run(
+        method: str, variables: Variables, inputs: jax.Array, train: bool, key: jax.Array | None
+    ) -> tuple[Any, Variables]:
+        if inputs.dtype == jnp.uint8:
+            inputs = inputs.astype(jnp.float32) / 255
+        graph = train_graph if train else eval_graph
+        seeded = _reseed(streams, jax.random.key(0) if key is None else key)
+        model = nnx.merge(graph, nnx.State(variables.params), seeded, nnx.State(variables.stats))
+        outputs = getattr(model, method)(inputs)
+        if not train:
+            return outputs, variables
+        stats = _split(model)[3]
+        return outputs, Variables(variables.params, nnx.to_pure_dict(stats))
+
     def apply(
         variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None
     ) -> tuple[jax.Array, Variables]:
-        graph = train_graph if train else eval_graph
-        seeded = streams if key is None else _reseed(streams, key)
-        model = nnx.merge(graph, nnx.State(variables.params), seeded, nnx.State(variables.stats))
-        logits = model(inputs)
-        if not train:
-            return logits, variables
-        stats = _split(model)[3]
-        return logits, Variables(variables.params, nnx.to_pure_dict(stats))
+        return run("__call__", variables, inputs, train, key)
 
-    return Network(init, apply, dict(spec or {}))
+    def features(
+        variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Variables]:
+        return run("features", variables, inputs, train, key)
+
+    shows = callable(getattr(type(module), "features", None))  # a layer of that name is no method
+    return Network(init, apply, dict(spec or {}), features if shows else None)
 
 
 def _split(module: nnx.Module) -> tuple[Any, Any, Any, Any]:
@@ -65,6 +80,20 @@ def _reseed(streams: nnx.State, key: jax.Array) -> nnx.State:
         for i, leaf in enumerate(leaves)
     ]
     return jax.tree.unflatten(treedef, fresh)
+
+
+def features_of(network: Network) -> dict[str, tuple[int, ...]]:
+    """What a network shows beside its logits: shapes by name, for one example; none where it shows nothing.
+
+    Args:
+      network: whose spec tells its `input_shape`.
+    """
+    show = network.features
+    if show is None or "input_shape" not in network.spec:
+        return {}
+    key, inputs = jax.random.key(0), jnp.zeros((1, *network.spec["input_shape"]))
+    (_, found), _ = jax.eval_shape(lambda: show(network.init(key), inputs, train=False))
+    return {name: leaf.shape[1:] for name, leaf in found.items()}
 
 
 def count_params(variables: Variables) -> int:

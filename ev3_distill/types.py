@@ -23,20 +23,20 @@ class Variables(NamedTuple):
 class Batch(NamedTuple):
     """A batch of examples, or a whole split (then B is N)."""
 
-    inputs: jax.Array  # [B, ...] float32
+    inputs: jax.Array  # [B, ...] float32, or uint8, which networks take as x / 255
     labels: jax.Array  # [B] int32, -1 where there is none
     teacher_logits: jax.Array  # [B, K] float32
     index: jax.Array  # type: ignore[assignment]  # [B] int32, position in the data set: names the example
     weight: jax.Array  # [B] float32, of the example in a loss
+    teacher_features: Mapping[str, jax.Array] = {}  # by name, [B, ...] float32; none where no loss asks for any
 
 
 class Pools(NamedTuple):
     """The data of a run: the three splits it may see. The fourth, test, is sealed and is no part of this."""
 
-    explore: Batch  # meets gradients
+    explore: PyTree  # meets gradients: what `Sample` makes batches of
     assess: Batch  # selects among proposals
     decide: Batch  # proves promotions
-    order: PyTree  # in which explore is visited, see data.order
 
 
 class Apply(Protocol):
@@ -48,19 +48,38 @@ class Apply(Protocol):
         """Returns logits [B, K] and the variables with their statistics updated (unchanged unless `train`)."""
 
 
+class Features(Protocol):
+    """A network's forward pass that shows its features, too."""
+
+    def __call__(
+        self, variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Variables]:
+        """Returns (logits [B, K], features [B, ...] by name) and the variables as `Apply` does."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-    """A student or a teacher as two pure functions, and the plain data it is rebuilt from."""
+    """A student or a teacher as pure functions, and the plain data it is rebuilt from."""
 
     init: Callable[[jax.Array], Variables]  # key -> variables
     apply: Apply
     spec: Mapping[str, Any]
+    features: Features | None = None  # where the network shows any; the logits are those of `apply`
 
 
 Loss = Callable[[jax.Array, Batch], jax.Array]  # (student logits [B, K], batch) -> scalar
 Objective = Callable[[jax.Array, Batch], jax.Array]  # (student logits [N, K], split) -> score [N]
-Rows = Callable[[PyTree, jax.Array], jax.Array]  # (order, global step) -> rows [B] of explore
+Sample = Callable[[PyTree, jax.Array], Batch]  # (pools.explore, global step) -> the batch of that step
 Draw = Callable[[jax.Array], tuple[Batch, jax.Array]]  # global step -> (batch, key of that step)
+
+
+class Stretch(NamedTuple):
+    """The part of a run that a trajectory covers, scalars."""
+
+    start: jax.Array  # int32, its first global step
+    steps: jax.Array  # int32
+    spent: jax.Array  # float32, the share of the run's budget that was spent before it, in [0, 1]
+    each: jax.Array  # float32, the share that one of its steps adds, those of arms beside it included
 
 
 class Arm(NamedTuple):
@@ -72,8 +91,8 @@ class Arm(NamedTuple):
 
     name: str
     init: Callable[[Variables], PyTree]  # student -> state of a fresh start from it
-    propose: Callable[[PyTree, Draw, jax.Array, jax.Array], tuple[PyTree, Variables]]
-    # (state, draw, first global step, number of steps) -> (state, proposed student)
+    propose: Callable[[PyTree, Draw, Stretch], tuple[PyTree, Variables]]
+    # (state, draw, where in the run) -> (state, proposed student)
     length: float = 1.0  # of this arm's trajectory, relative to the run's
 
 

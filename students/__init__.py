@@ -2,8 +2,10 @@
 
 import functools
 import importlib
+import inspect
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +18,29 @@ import jax.numpy as jnp
 from ev3_distill.errors import InputError
 from ev3_distill.network import from_nnx, load_variables, save_variables
 from ev3_distill.types import Network, Variables
+from students.conv4 import conv4
+from students.convnet1d import convnet1d
 from students.mlp import mlp
+from students.mobilenet import mobilenet
+from students.resnet import resnet
+from students.transformer import transformer
+from students.vit import vit
 
 __all__ = ["FAMILIES", "build", "factory_of", "load", "load_variables", "mlp", "named", "save"]
 
-FAMILIES: dict[str, Callable[..., Network]] = {"mlp": mlp}
+FAMILIES: dict[str, Callable[..., Network]] = {
+    "mlp": mlp,
+    "convnet1d": convnet1d,
+    "conv4": conv4,
+    "resnet": resnet,
+    "mobilenet": mobilenet,
+    "vit": vit,
+    "transformer": transformer,
+}
+
+_LISTS = ("hidden", "filters", "blocks")  # options that are lists whatever their length
+_LEAST_RESNET = 16  # pixels: auto takes an mlp for smaller images
+_KNOWN = f"{', '.join(FAMILIES)}, resnet8, auto"
 
 
 def named(text: str, input_shape: Sequence[int], num_classes: int) -> Network:
@@ -28,8 +48,10 @@ def named(text: str, input_shape: Sequence[int], num_classes: int) -> Network:
 
     Args:
       text: `FAMILY` or `FAMILY:OPTION=VALUE,...` such as `mlp:hidden=32-32`, where a value is a whole number or several
-        joined by dashes; or `MODULE:FACTORY`, a callable (input_shape, num_classes, rngs) -> nnx.Module of the user's own,
-        the module being importable or in the working directory.
+        joined by dashes; `resnet8`, `resnet20` and so on for `resnet:depth=8`; `auto`, by input shape: an mlp for vectors
+        and images below 16x16, a resnet8 for larger ones, a convnet1d for sequences [L, C]; or `MODULE:FACTORY`, a callable
+        (input_shape, num_classes, rngs) -> nnx.Module of the user's own, the module being importable or in the working
+        directory.
       input_shape: of one example.
       num_classes: K.
 
@@ -40,9 +62,29 @@ def named(text: str, input_shape: Sequence[int], num_classes: int) -> Network:
     factory = factory_of(text)
     if factory is not None:
         return build({"factory": text, **shape}, factory=factory)
-    family, _, tail = text.partition(":")
-    options = dict(_option(text, part) for part in tail.split(",") if part)
+    family, options = _family_and_options(text, input_shape)
     return build({"family": family, **options, **shape})
+
+
+def _family_and_options(text: str, input_shape: Sequence[int]) -> tuple[str, dict[str, int | list[int]]]:
+    """What a name of a family, of a ResNet or `auto` stands for."""
+    head, _, tail = text.partition(":")
+    family, implied = head, []
+    if head == "auto":
+        family = _auto(input_shape)
+    if depth := re.fullmatch(r"resnet(\d+)", family):
+        family, implied = "resnet", [f"depth={depth[1]}"]
+    pairs = [_option(text, part) for part in (*implied, *tail.split(",")) if part]
+    options = dict(pairs)
+    if len(options) < len(pairs):
+        raise InputError(f"a student's option is given once; got '{text}': drop one")
+    return family, options
+
+
+def _auto(input_shape: Sequence[int]) -> str:
+    if len(input_shape) == 2:
+        return "convnet1d"
+    return "resnet8" if len(input_shape) == 3 and min(input_shape[:2]) >= _LEAST_RESNET else "mlp"
 
 
 def factory_of(text: str) -> Callable[..., Any] | None:
@@ -52,11 +94,11 @@ def factory_of(text: str) -> Callable[..., Any] | None:
       InputError: it is neither, or cannot be imported.
     """
     module, _, name = text.partition(":")
-    if not text or module in FAMILIES:
+    if not text or module in FAMILIES or re.fullmatch(r"auto|resnet\d+", module):
         return None
     if not module or not name:
         raise InputError(
-            f"a student is one of {', '.join(FAMILIES)} or MODULE:FACTORY; got '{text}': "
+            f"a student is one of {_KNOWN} or MODULE:FACTORY; got '{text}': "
             "for example mlp:hidden=32-32, or my_module:make_student"
         )
     if "" not in sys.path:
@@ -65,7 +107,7 @@ def factory_of(text: str) -> Callable[..., Any] | None:
         factory = getattr(importlib.import_module(module), name)
     except Exception as error:  # of the user's own code
         raise InputError(
-            f"a student is one of {', '.join(FAMILIES)} or an importable MODULE:FACTORY; got '{text}', which fails with "
+            f"a student is one of {_KNOWN} or an importable MODULE:FACTORY; got '{text}', which fails with "
             f"{_told(error)}: check the name, or run where the module is"
         ) from error
     if not callable(factory):
@@ -86,6 +128,7 @@ def build(spec: Mapping[str, Any], *, factory: Callable[..., Any] | None = None)
             raise InputError(
                 f"a network's family is one of {', '.join(FAMILIES)}; got {spec.get('family')!r}: name one of these"
             )
+        _check_options(spec["family"], family, rest)
         make = functools.partial(family, **rest)
     elif factory is None:
         raise InputError(
@@ -99,6 +142,8 @@ def build(spec: Mapping[str, Any], *, factory: Callable[..., Any] | None = None)
     try:
         network = make()
         got = _outputs(network, rest["input_shape"])
+    except InputError:
+        raise
     except Exception as error:  # of the user's own code, or of options that make no sense
         raise InputError(
             f"a student must map inputs [B, {_comma(rest['input_shape'])}] to logits [B, K]; {name} with {rest} fails with "
@@ -111,6 +156,16 @@ def build(spec: Mapping[str, Any], *, factory: Callable[..., Any] | None = None)
             "mend its last layer"
         )
     return network
+
+
+def _check_options(name: str, family: Callable[..., Network], given: Mapping[str, Any]) -> None:
+    """Raises InputError where the family has no such options."""
+    shape, known = ("input_shape", "num_classes"), inspect.signature(family).parameters
+    if unknown := [option for option in given if option not in known]:
+        raise InputError(
+            f"the options of {name} are {', '.join(option for option in known if option not in shape)}; "
+            f"got {', '.join(unknown)}: take one of those"
+        )
 
 
 def _outputs(network: Network, input_shape: Sequence[int]) -> list[jax.ShapeDtypeStruct]:
@@ -183,4 +238,4 @@ def _option(text: str, part: str) -> tuple[str, int | list[int]]:
             f"a student's option is NAME=NUMBER or NAME=NUMBER-NUMBER, of numbers from 1; got '{part}' in '{text}': "
             "try mlp:hidden=32-32"
         )
-    return name, numbers if name == "hidden" or len(numbers) > 1 else numbers[0]
+    return name, numbers if name in _LISTS or len(numbers) > 1 else numbers[0]
