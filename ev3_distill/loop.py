@@ -9,12 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ev3_distill import data, objectives
+from ev3_distill import objectives
 from ev3_distill.config import EV3
-from ev3_distill.core import initial_state, make_step
+from ev3_distill.core import initial_state, make_parts, make_step
 from ev3_distill.core.assess import logits_of, score
 from ev3_distill.core.packing import Packed, Packing
-from ev3_distill.types import Arm, Batch, Decision, Evidence, Network, Objective, Pools, State, Variables
+from ev3_distill.pool import sampler
+from ev3_distill.types import (
+    Arm,
+    Batch,
+    Decision,
+    Evidence,
+    Network,
+    Objective,
+    Pools,
+    PyTree,
+    Sample,
+    State,
+    Variables,
+)
+
+Supply = Callable[[int, int], Iterator[tuple[PyTree, int, int]]]
+# (first, last) -> (explore pool, first, last) of consecutive parts of the global steps [first, last)
 
 UNLIMITED = 2**30  # steps, where wall time is the budget
 AT_ONCE = 16  # iterations that one dispatch may hold,
@@ -50,13 +66,16 @@ class Distillation:
         arms: Sequence[Arm],
         *,
         config: EV3 | None = None,
+        sample: Sample | None = None,
         select: Objective = objectives.DEFAULT_SELECT,
         promise: Objective = objectives.accuracy,
     ):
+        """Takes what `distill` takes, and the `sample` of the pools, by default one view of each example as it is."""
         config = config or EV3()
-        rows = functools.partial(data.rows, batch_size=config.batch_size)
-        self._step = make_step(student.apply, arms, rows, select=select, promise=promise, config=config)
-        self._compiled: Callable[..., Any] | None = None
+        sample = sample or sampler(batch_size=config.batch_size)
+        self._step = make_step(student.apply, arms, sample, select=select, promise=promise, config=config)
+        self._parts = make_parts(student.apply, arms, sample, select=select, promise=promise, config=config)
+        self._programs: dict[str, Callable[..., Any]] = {}
         self._decisions: Packing
         self._pack: Callable[[State], Packed]
         self._unpack: Callable[[Packed, Any], State]
@@ -94,7 +113,13 @@ class Distillation:
         return self._timed(lambda: jax.block_until_ready(self._begin(pools, np.int32(seed))))
 
     def run(
-        self, pools: Pools, state: State, *, budget: int = UNLIMITED, seconds: float | None = None
+        self,
+        pools: Pools,
+        state: State,
+        *,
+        budget: int = UNLIMITED,
+        seconds: float | None = None,
+        supply: Supply | None = None,
     ) -> Iterator[tuple[State, Decision]]:
         """Yields (state, decision) after each iteration, the closing one last; nothing for a state that is closed.
 
@@ -103,24 +128,44 @@ class Distillation:
           state: to go on from.
           budget: training steps summed over all arms, those in `state` included.
           seconds: wall time from now; the run is then not reproducible bit by bit.
+          supply: brings the explore pool part by part, in place of `pools.explore`.
         """
-        for reached, decision in self.stream(pools, state, budget=budget, seconds=seconds):
+        for reached, decision in self.stream(pools, state, budget=budget, seconds=seconds, supply=supply):
             yield self.unpack(reached), decision
 
     def stream(
-        self, pools: Pools, state: State, *, budget: int = UNLIMITED, seconds: float | None = None
+        self,
+        pools: Pools,
+        state: State,
+        *,
+        budget: int = UNLIMITED,
+        seconds: float | None = None,
+        supply: Supply | None = None,
     ) -> Iterator[tuple[Reached, Decision]]:
         """As `run`, with each state still packed (see `unpack`) and each decision on the host.
 
         Short iterations are dispatched several at a time, and the next ones before the host looks at these, so that the
-        device does not wait. How many at a time follows the clock, and changes no result.
+        device does not wait. How many at a time follows the clock, and changes no result. Where the host supplies the
+        examples or the budget is a wall time, iterations go one by one.
         """
         if bool(state.closed):
             return
-        steps = functools.partial(self._compile(pools, state), pools)
+        self._prepare(pools, state)
+        if supply is not None:
+            limit_at = _limits(budget, seconds, int(state.cost))
+            yield from self._supplied(pools._replace(explore=()), state, supply, limit_at)
+            return
+        steps = functools.partial(self._several(pools, state), pools)
         packed = self._pack(state)
         if seconds is not None:
-            yield from self._timed_stream(steps, packed, state, budget=budget, seconds=seconds)
+            limit_at, closed = _limits(budget, seconds, int(state.cost)), False
+            cost = int(state.cost)
+            while not closed:
+                block = steps(packed, limit_at(cost), np.int32(1))
+                packed = block[0]
+                for reached, decision in self._rows(block):
+                    yield reached, decision
+                cost, closed = int(decision.cost), bool(decision.closed)
             return
         limit, most = np.int32(budget), 1
         ahead = steps(packed, limit, np.int32(most))
@@ -135,21 +180,30 @@ class Distillation:
             took, told = time.perf_counter() - told, time.perf_counter()
             most = min(2 * most, AT_ONCE) if took < IDLE_S else max(most // 2, 1)
 
-    def _timed_stream(
-        self, steps: Callable[..., Any], packed: Packed, state: State, *, budget: int, seconds: float
+    def _supplied(
+        self, pools: Pools, state: State, supply: Supply, limit_at: Callable[[int], np.int32]
     ) -> Iterator[tuple[Reached, Decision]]:
-        """Iterations within a wall time: none is begun that would, at the pace so far, outlast it."""
-        began, first = time.perf_counter(), int(state.cost)
-        cost, closed = first, False
+        """Iterations in parts, each with the examples that the host brings for it."""
+        closed = False
+        state = self._unpack(jax.tree.map(lambda vector: vector[None], self._pack(state)), np.int32(0))
         while not closed:
-            spent = time.perf_counter() - began
-            pace = (cost - first) / spent
-            ahead = pace * (seconds - spent) if pace else float(seconds > spent) * UNLIMITED
-            block = steps(packed, np.int32(min(budget, cost + max(ahead, 0))), np.int32(1))
-            packed = block[0]
-            for reached, decision in self._rows(block):
-                yield reached, decision
-            cost, closed = int(decision.cost), bool(decision.closed)
+            plan = self._program("plan", self._parts.plan, state, limit_at(int(state.cost)))
+            first = int(state.position)
+            arm_states, students = state.arm_states, (state.current,) * len(state.arm_states)
+            for pool, begin, end in supply(first, first + int(plan.steps.max())):
+                arm_states, students = self._program(
+                    "roll", self._parts.roll, pool, state, arm_states, plan, (np.int32(begin), np.int32(end))
+                )
+            state, decision = self._program("settle", self._parts.settle, pools, state, arm_states, students, plan)
+            decision = jax.device_get(decision)
+            closed = bool(decision.closed)
+            yield Reached(jax.tree.map(lambda vector: vector[None], self._pack(state)), 0), decision
+
+    def _program(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls a function of arrays, compiled once."""
+        if name not in self._programs:
+            self._programs[name] = self._timed(lambda: jax.jit(function).lower(*args).compile())
+        return self._programs[name](*args)
 
     def _rows(self, block: tuple[Packed, Packed, Packed, jax.Array]) -> Iterator[tuple[Reached, Decision]]:
         """The iterations of one dispatch; waits for the device."""
@@ -158,20 +212,26 @@ class Distillation:
         for i in range(int(count)):
             yield Reached(states, i), self._decisions.unpack(tuple(vectors[i] for vectors in decisions))
 
-    def _compile(self, pools: Pools, state: State) -> Callable[..., Any]:
+    def _prepare(self, pools: Pools, state: State) -> None:
+        """How states travel."""
+        if hasattr(self, "_pack"):
+            return
+        states = Packing(state)
+        self._pack = jax.jit(states.pack)
+        self._unpack = jax.jit(lambda vectors, i: states.unpack(tuple(vector[i] for vector in vectors)))
+
+    def _several(self, pools: Pools, state: State) -> Callable[..., Any]:
         """Several steps on packed states, compiled once.
 
         (pools, packed state, limit, most) -> (packed state, the states and decisions along the way, their number): at most
         `most` and AT_ONCE iterations, none after the closing one.
         """
-        if self._compiled is not None:
-            return self._compiled
+        if "several" in self._programs:
+            return self._programs["several"]
         limit = most = np.int32(0)
         states = Packing(state)
         decision = jax.eval_shape(self._step, pools, state, limit)[1]
         decisions = self._decisions = Packing(decision)
-        self._pack = jax.jit(states.pack)
-        self._unpack = jax.jit(lambda vectors, i: states.unpack(tuple(vector[i] for vector in vectors)))
         packed = states.pack(state)
         size = sum(vector.nbytes for vector in packed)
         room = AT_ONCE if size * AT_ONCE <= AT_ONCE_BYTES else 1
@@ -210,8 +270,8 @@ class Distillation:
             )
             return carry.packed, carry.states, carry.decisions, carry.made
 
-        self._compiled = self._timed(lambda: jax.jit(steps).lower(pools, packed, limit, most).compile())
-        return self._compiled
+        self._programs["several"] = self._timed(lambda: jax.jit(steps).lower(pools, packed, limit, most).compile())
+        return self._programs["several"]
 
     def unpack(self, reached: Reached) -> State:
         """The state that `stream` told of."""
@@ -239,6 +299,21 @@ class Distillation:
         result = work()
         self.compile_s += time.perf_counter() - began
         return result
+
+
+def _limits(budget: int, seconds: float | None, first: int) -> Callable[[int], np.int32]:
+    """The cost that a run may reach, by its cost so far: with a wall time, what the pace so far lets it reach in time."""
+    began = time.perf_counter()
+
+    def limit_at(cost: int) -> np.int32:
+        if seconds is None:
+            return np.int32(budget)
+        spent = time.perf_counter() - began
+        pace = (cost - first) / spent
+        ahead = pace * (seconds - spent) if pace else float(seconds > spent) * UNLIMITED
+        return np.int32(min(budget, cost + max(ahead, 0)))
+
+    return limit_at
 
 
 def distill(

@@ -179,8 +179,8 @@ SPEEDS = (0.0, 1.0, 3.0, -1.0, 0.5)
 
 
 def climber(name, speed):
-    def propose(state, draw, start, steps):
-        state = state + speed * steps
+    def propose(state, draw, stretch):
+        state = state + speed * stretch.steps
         return state, Variables({"t": state}, {})
 
     return Arm(name, lambda variables: variables.params["t"], propose)
@@ -195,10 +195,10 @@ def test_the_best_arm_gets_most():
     """Arms that climb at different speeds: the first of them leads at first, most steps go to the fastest."""
     inputs = jnp.linspace(0, 1200, 300)[:, None]
     split = Batch(inputs, jnp.zeros(300, int), jnp.zeros((300, 2)), jnp.arange(300), jnp.ones(300))
-    pools = Pools(split, split, split, None)
+    pools = Pools(split, split, split)
     arms = [climber(str(i), speed) for i, speed in enumerate(SPEEDS)]
     rules = {"select": objectives.accuracy, "promise": objectives.accuracy, "config": EV3(length=5, max_length=5)}
-    step = make_step(apply_threshold, arms, lambda order, step: jnp.zeros(1, int), **rules)
+    step = make_step(apply_threshold, arms, lambda pool, step: pool, **rules)
     for seed in range(3):
         state = initial_state(
             jax.random.key_data(jax.random.key(seed)),

@@ -18,7 +18,7 @@ from ev3_distill.core import initial_state, make_step
 from ev3_distill.core.explore import draw_from
 from ev3_distill.errors import InputError
 from ev3_distill.network import from_nnx
-from ev3_distill.types import ADOPT, Batch, Pools, Variables
+from ev3_distill.types import ADOPT, Batch, Pools, Stretch, Variables
 from students.mlp import mlp
 
 N, F, K, B = 40, 4, 3, 8
@@ -35,12 +35,17 @@ def make_split(seed, n=N):
     )
 
 
-def rows(order, step):
-    return (order + step * B + jnp.arange(B)) % N
+def rows(step):
+    return (step * B + jnp.arange(B)) % N
 
 
-POOLS = Pools(make_split(0), make_split(1), make_split(2), jnp.int32(0))
-DRAW = draw_from(POOLS, rows, jax.random.key(0))
+def sample(examples, step):
+    return jax.tree.map(lambda leaf: leaf[rows(step)], examples)
+
+
+EXPLORE = make_split(0)
+POOLS = Pools(EXPLORE, make_split(1), make_split(2))
+DRAW = draw_from(EXPLORE, sample, jax.random.key(0))
 MLP = mlp((F,), K, hidden=(5,))
 START = MLP.init(jax.random.key(1))
 
@@ -71,9 +76,9 @@ def trajectory(start, rate, steps):
     w, mean = np.asarray(start.params["w"], np.float64), np.zeros(F)
     iterates, means = [], []
     for i in range(steps):
-        chosen = np.asarray(rows(POOLS.order, i))
-        x = np.asarray(POOLS.explore.inputs, np.float64)[chosen]
-        target = np.asarray(POOLS.explore.teacher_logits, np.float64)[chosen]
+        chosen = np.asarray(rows(i))
+        x = np.asarray(EXPLORE.inputs, np.float64)[chosen]
+        target = np.asarray(EXPLORE.teacher_logits, np.float64)[chosen]
         w = w - rate * x.T @ (x @ w - target) / B
         mean = 0.5 * mean + 0.5 * x.mean(0)
         iterates.append(w)
@@ -83,7 +88,11 @@ def trajectory(start, rate, steps):
 
 @functools.cache
 def compiled(arm):
-    return jax.jit(lambda state, start, steps: arm.propose(state, DRAW, start, steps))
+    return jax.jit(lambda state, start, steps: arm.propose(state, DRAW, stretch(start, steps)))
+
+
+def stretch(start, steps, spent=0.0, each=0.0):
+    return Stretch(jnp.int32(start), jnp.int32(steps), jnp.float32(spent), jnp.float32(each))
 
 
 def propose(arm, state, start, steps):
@@ -122,7 +131,7 @@ def test_weight_decay_over_two_adopted_iterations(optimizer):
     arm = gradient_arm("a", MLP.apply, no_gradient, DECAYED[optimizer], average=None)
     config = EV3(batch_size=B, length=100, max_length=100)
     rules = {"select": lambda logits, split: -jnp.abs(logits).sum(-1), "promise": objectives.accuracy, "config": config}
-    step = make_step(MLP.apply, [arm], rows, **rules)
+    step = make_step(MLP.apply, [arm], sample, **rules)
     key = jax.random.key_data(jax.random.key(0))
     state = initial_state(key, START, POOLS, apply=MLP.apply, arms=[arm], **rules)
     for _ in range(2):
@@ -224,7 +233,7 @@ def test_batch_norm_statistics_are_part_of_the_proposal():
     _, proposed = propose(arm, arm.init(start), 0, 12)
     mean, var = np.zeros(F), np.ones(F)
     for i in range(12):
-        x = np.asarray(POOLS.explore.inputs, np.float64)[np.asarray(rows(POOLS.order, i))]
+        x = np.asarray(EXPLORE.inputs, np.float64)[np.asarray(rows(i))]
         mean, var = 0.9 * mean + 0.1 * x.mean(0), 0.9 * var + 0.1 * x.var(0)
     np.testing.assert_allclose(proposed.stats["norm"]["mean"], mean, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(proposed.stats["norm"]["var"], var, rtol=1e-4, atol=1e-5)
@@ -241,7 +250,7 @@ def test_averaged_batch_norm_statistics():
     state, proposed = propose(arm, arm.init(network.init(jax.random.key(0))), 0, 12)
     means, mean = [], np.zeros(F)
     for i in range(12):
-        x = np.asarray(POOLS.explore.inputs, np.float64)[np.asarray(rows(POOLS.order, i))]
+        x = np.asarray(EXPLORE.inputs, np.float64)[np.asarray(rows(i))]
         mean = 0.9 * mean + 0.1 * x.mean(0)
         means.append(mean)
     weights = np.array([i * (i + 1) for i in range(1, 13)], np.float64)
@@ -254,7 +263,7 @@ def test_averaged_batch_norm_statistics():
 def test_dropout_follows_the_step_and_is_common_to_all_arms():
     network = from_nnx(lambda rngs: Dropped(rngs=rngs))
     start = network.init(jax.random.key(0))
-    inputs = POOLS.explore.inputs[:B]
+    inputs = EXPLORE.inputs[:B]
     train = jax.jit(lambda step: network.apply(start, inputs, train=True, key=DRAW(step)[1])[0])
     evaluate = jax.jit(lambda key: network.apply(start, inputs, train=False, key=key)[0])
 
@@ -307,7 +316,7 @@ def test_an_arm_of_mixed_losses_follows_their_weighted_sum():
     (named,) = arms_named(MLP.apply, [text])
     mix = losses.mix((0.7, losses.kd()), (0.3, losses.cross_entropy()))
     made = gradient_arm(text, MLP.apply, mix, optax.adamw(0.003, weight_decay=1e-4))
-    outcome = [arm.propose(arm.init(START), DRAW, jnp.int32(0), jnp.int32(5))[1] for arm in (named, made)]
+    outcome = [arm.propose(arm.init(START), DRAW, stretch(0, 5))[1] for arm in (named, made)]
     jax.tree.map(np.testing.assert_array_equal, *outcome)
     assert named.name == text
 

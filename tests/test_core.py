@@ -28,6 +28,7 @@ from ev3_distill.types import (
     Batch,
     Pools,
     Proposals,
+    Stretch,
     Variables,
 )
 from students.mlp import mlp
@@ -80,11 +81,22 @@ def threshold(t, speeds=(0,), health=None):
     return Variables({"t": jnp.float32(t)}, {"speed": jnp.float32(speeds), "health": jnp.int32(health)})
 
 
-def rows(order, step):
+def rows(step):
     return (step * B + jnp.arange(B)) % N
 
 
-POOLS = Pools(ladder(), ladder(), ladder(), None)
+def sample(examples, step):
+    return jax.tree.map(lambda leaf: leaf[rows(step)], examples)
+
+
+def rolled(arms, state, pools, steps):
+    """What the arms propose after that many steps each."""
+    draw = explore.draw_from(pools.explore, sample, RUN_KEY)
+    stretches = [Stretch(state.position, n, jnp.float32(0), jnp.float32(0)) for n in steps]
+    return explore.proposals_of(*explore.roll(arms, state.arm_states, draw, stretches), steps)
+
+
+POOLS = Pools(ladder(), ladder(), ladder())
 LOG = 64
 
 
@@ -103,7 +115,8 @@ def walker(i):
         log, keys = jnp.full((LOG, B), -1, jnp.int32), jnp.zeros((LOG, 2), jnp.uint32)
         return Walk(variables, jnp.int32(0), log, keys, jnp.float32(0))
 
-    def propose(state, draw, start, steps):
+    def propose(state, draw, stretch):
+        start, steps = stretch.start, stretch.steps
         health = state.student.stats["health"][i]
 
         def advance(step, state):
@@ -141,7 +154,7 @@ def compiled(arms):
             jax.random.key_data(RUN_KEY), variables, pools, apply=apply_threshold, arms=chosen, **RULES
         )
 
-    return jax.jit(start), make_step(apply_threshold, chosen, rows, **RULES)
+    return jax.jit(start), make_step(apply_threshold, chosen, sample, **RULES)
 
 
 def begin(speeds, pools=POOLS, *, t=8, health=None):
@@ -166,7 +179,7 @@ def t_of(state):
 @jax.jit
 def explored(state, steps):
     """Proposals of all four walkers."""
-    return explore.explore(WALKERS, state, explore.draw_from(POOLS, rows, RUN_KEY), steps)
+    return rolled(WALKERS, state, POOLS, steps)
 
 
 MANY = 10**6
@@ -176,25 +189,25 @@ MANY = 10**6
 
 
 def test_a_batch_and_its_key_are_a_function_of_the_global_step_alone():
-    draw = explore.draw_from(POOLS, rows, RUN_KEY)
-    again = explore.draw_from(POOLS._replace(assess=ladder(3), decide=ladder(5)), rows, RUN_KEY)
+    draw = explore.draw_from(POOLS.explore, sample, RUN_KEY)
+    again = explore.draw_from(ladder(), sample, RUN_KEY)
     seen = []
     for step in (0, 1, 17, 3, 17):
         batch, key = draw(jnp.int32(step))
         assert_same((batch, jax.random.key_data(key)), (again(step)[0], jax.random.key_data(again(step)[1])))
-        np.testing.assert_array_equal(batch.index, rows(None, step))
+        np.testing.assert_array_equal(batch.index, rows(step))
         np.testing.assert_array_equal(batch.inputs, POOLS.explore.inputs[batch.index])
         seen.append(tuple(np.asarray(jax.random.key_data(key))))
     assert len(set(seen)) == 4
     assert seen[2] == seen[4]
-    elsewhere = explore.draw_from(POOLS, rows, jax.random.key(6))
+    elsewhere = explore.draw_from(POOLS.explore, sample, jax.random.key(6))
     assert differ(jax.random.key_data(elsewhere(3)[1]), jax.random.key_data(draw(3)[1]))
 
 
 def test_all_arms_see_the_same_batches_and_keys():
     steps = [8, 4, 0, 8]
     made = explored(begin((1, 2, 1, 1))._replace(position=jnp.int32(5)), jnp.array(steps))
-    draw = explore.draw_from(POOLS, rows, RUN_KEY)
+    draw = explore.draw_from(POOLS.explore, sample, RUN_KEY)
     want = jnp.array([draw(i)[0].index for i in range(5, 13)])
     keys = jnp.array([jax.random.key_data(draw(i)[1]) for i in range(5, 13)])
     for arm_state, count in zip(made.arm_states, steps, strict=True):
@@ -211,7 +224,7 @@ def test_no_global_step_is_seen_twice_while_a_run_goes_on():
         position += int(decision.steps.max())
         assert (int(state.position), int(decision.position)) == (position, position)
     log = np.asarray(states[-1].arm_states[0].log)
-    draw = explore.draw_from(POOLS, rows, RUN_KEY)
+    draw = explore.draw_from(POOLS.explore, sample, RUN_KEY)
     np.testing.assert_array_equal(log[:position], [draw(i)[0].index for i in range(position)])
     assert (log[position:] == -1).all()
 
@@ -236,7 +249,7 @@ def learnable(seed, n):
     )
 
 
-LEARNABLE = Pools(learnable(0, N), learnable(1, 50), learnable(2, 50), None)
+LEARNABLE = Pools(learnable(0, N), learnable(1, 50), learnable(2, 50))
 START = NETWORK.init(jax.random.key(1))
 
 
@@ -282,7 +295,7 @@ def learning(arms):
     def start(pools):
         return initial_state(jax.random.key_data(RUN_KEY), START, pools, apply=NETWORK.apply, arms=arms, **LEARNING)
 
-    return jax.jit(start), make_step(NETWORK.apply, arms, rows, **LEARNING)
+    return jax.jit(start), make_step(NETWORK.apply, arms, sample, **LEARNING)
 
 
 BESET = (NAN_LOSS, GOOD, SICK)
@@ -294,7 +307,7 @@ begin_good, step_good = learning((GOOD,))
 def learned(pools, steps):
     """Proposals of all learners, from the start."""
     state = SimpleNamespace(arm_states=tuple(arm.init(START) for arm in LEARNERS), position=0)
-    return explore.explore(LEARNERS, state, explore.draw_from(pools, rows, RUN_KEY), steps)
+    return rolled(LEARNERS, state, pools, steps)
 
 
 def proposals_of(trained, pools=LEARNABLE):
@@ -584,7 +597,7 @@ def test_a_small_loss_is_no_reason_to_roll_back():
 def test_the_ledger_adds_up():
     """Costs, positions, promotions and what verdicts say, over a whole run of four arms in a noisy world."""
     rng = np.random.default_rng(0)
-    pools = Pools(*(make_split(rng.uniform(0, 60, N), rng.random(N) < 0.1) for _ in range(3)), None)
+    pools = Pools(*(make_split(rng.uniform(0, 60, N), rng.random(N) < 0.1) for _ in range(3)))
     before = begin((2, -0.5, 0.25, 0), pools)
     spent, promoted = 0, 0
     while not bool(before.closed):
@@ -666,7 +679,7 @@ def test_no_gradient_of_an_iteration_reaches_a_held_out_split():
 
 
 def test_the_core_never_receives_the_test_split():
-    assert Pools._fields == ("explore", "assess", "decide", "order")
+    assert Pools._fields == ("explore", "assess", "decide")
     for module in (adapt, allocate, assess, explore, step_module):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             assert "test" not in inspect.signature(function).parameters, f"{module.__name__}.{name}"
@@ -796,7 +809,8 @@ def test_promotions_of_null_students_stay_within_the_error_budget():
         return jnp.stack([right, jnp.zeros_like(right)], 1), variables
 
     def drawer(i):
-        def propose(state, draw, start, steps):
+        def propose(state, draw, stretch):
+            start, steps = stretch.start, stretch.steps
             bits = hashed(jax.random.key_data(draw(start)[1])[0] + np.uint32(i))
             fresh = jax.lax.bitcast_convert_type((bits >> 9) | np.uint32(0x3F800000), jnp.float32)  # finite: 1 to 2
             return state, Variables({"seed": jnp.where(steps > 0, fresh, state)}, {})
@@ -806,11 +820,11 @@ def test_promotions_of_null_students_stay_within_the_error_budget():
     arms = [drawer(i) for i in range(2)]
     config = EV3(batch_size=1, length=1, max_length=1, exploration=1.0, delta=delta, eval_batch_size=n)
     rules = {"select": objectives.accuracy, "promise": objectives.accuracy, "config": config}
-    step = make_step(apply, arms, lambda order, step: jnp.zeros(1, jnp.int32), **rules)
+    step = make_step(apply, arms, lambda pool, step: pool, **rules)
 
     def run(key):
         names = jax.random.randint(key, (2, n), 0, 2**22).astype(jnp.float32)  # exact in float32
-        pools = Pools(make_split(jnp.zeros(1)), make_split(names[0]), make_split(names[1]), None)
+        pools = Pools(make_split(jnp.zeros(1)), make_split(names[0]), make_split(names[1]))
         start = Variables({"seed": jnp.float32(1.5)}, {})
         state = initial_state(jax.random.key_data(key), start, pools, apply=apply, arms=arms, **rules)
         state, decisions = jax.lax.scan(lambda state, left: step(pools, state, left), state, lefts)

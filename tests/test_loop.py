@@ -13,8 +13,9 @@ from flax import nnx
 import ev3_distill as ev3
 from ev3_distill import objectives
 from ev3_distill.arms.gradient import gradient_arm
-from ev3_distill.data import order
 from ev3_distill.loop import Distillation, distill
+from ev3_distill.order import order
+from ev3_distill.pool import Resident
 from ev3_distill.types import PROMOTE, Batch, Pools
 from students.mlp import mlp
 
@@ -38,7 +39,12 @@ def make_split(seed, n):
     )
 
 
-POOLS = Pools(make_split(0, N), make_split(1, N), make_split(2, N), order(N, 0))
+def views(batch):
+    """As a resident split keeps them: one view."""
+    return batch._replace(teacher_logits=batch.teacher_logits[None])
+
+
+POOLS = Pools(Resident(views(make_split(0, N)), order(N, 0)), make_split(1, N), make_split(2, N))
 
 
 def squared(logits, batch):

@@ -1,17 +1,34 @@
 """The zoo of arms by name, and the default portfolio; `ev3-distill bench portfolio` measures it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import optax
+import jax
+import jax.numpy as jnp
 
 from ev3_distill import losses
 from ev3_distill.arms.gradient import gradient_arm
+from ev3_distill.arms.optimizers import adamw, muon
 from ev3_distill.errors import InputError
-from ev3_distill.types import Apply, Arm, Loss
+from ev3_distill.features import FEATURE_LOSSES, with_features
+from ev3_distill.network import features_of
+from ev3_distill.types import Apply, Arm, Loss, Network
+
+RATE = 1e-2
+Shapes = Mapping[str, Sequence[int]]  # of features by name, without the batch axis
 
 
-def _adamw(loss: Callable[[], Loss], rate: float = 1e-2) -> Callable[[str, Apply], Arm]:
-    return lambda name, apply: gradient_arm(name, apply, loss(), optax.adamw(rate, weight_decay=1e-4))
+def _adamw(loss: Callable[[], Loss], rate: float = RATE) -> Callable[[str, Apply], Arm]:
+    return lambda name, apply: gradient_arm(name, apply, loss(), adamw(rate))
+
+
+def _muon(loss: Callable[[], Loss], rate: float = 5e-2) -> Callable[[str, Apply], Arm]:
+    return lambda name, apply: gradient_arm(name, apply, loss(), muon(rate), anneal=up_and_down)
+
+
+def up_and_down(spent: jax.Array) -> jax.Array:
+    """A factor that rises within the first twentieth of the budget and then falls in a line, to zero at its end."""
+    return jnp.clip(jnp.minimum(0.05 + spent / 0.05, (1 - spent) / 0.95), 0, 1)
 
 
 def _with_labels(teacher: Loss) -> Loss:
@@ -32,26 +49,119 @@ ARMS: dict[str, Callable[[str, Apply], Arm]] = {
     "standardized": _adamw(lambda: _with_labels(losses.standardized_kd())),
     "reverse-kl": _adamw(losses.reverse_kl),
     "jsd": _adamw(losses.jsd),
+    "ce-muon": _muon(losses.cross_entropy),
+    "kd2-muon": _muon(lambda: _with_labels(losses.kd(temperature=2.0))),
+    "kd4-muon": _muon(lambda: _with_labels(losses.kd(temperature=4.0))),
+    "dist-muon": _muon(losses.dist),
 }
 DEFAULT = ("ce", "kd2", "kd4", "dist")
+CONVOLUTIONAL = ("ce-muon", "kd2-muon", "kd4-muon", "dist-muon")  # the same for networks of these families
+CONVOLUTIONAL_FAMILIES = ("resnet", "mobilenet", "conv4", "convnet1d")
 
 
-def arms_named(apply: Apply, names: Sequence[str] = ()) -> tuple[Arm, ...]:
+def default_names(spec: Mapping[str, Any], *, labels: bool = True) -> tuple[str, ...]:
+    """The default portfolio of a network.
+
+    Args:
+      spec: the network's; its family decides.
+      labels: whether there are any; without, arms that follow nothing else are left out.
+    """
+    names = CONVOLUTIONAL if spec.get("family") in CONVOLUTIONAL_FAMILIES else DEFAULT
+    return tuple(name for name in names if labels or not name.startswith("ce"))
+
+
+def arms_named(
+    apply: Apply, names: Sequence[str] = (), *, network: Network | None = None, teacher_features: Shapes | None = None
+) -> tuple[Arm, ...]:
     """Arms for a student's forward pass, by name; the default portfolio where none is named.
 
     Args:
       apply: the student's.
       names: of the zoo, or weighted mixes of losses by their names in `losses.LOSSES`, such as `0.7*kd+0.3*ce`, with a
-        learning rate of their own after an @ if wanted: `0.5*dkd+1*ce@0.003`.
+        learning rate of their own after an @ if wanted: `0.5*dkd+1*ce@0.003`. Or kd4's loss with one on features, by its
+        name in `features.FEATURE_LOSSES`: `at:stage3=layer3` draws the student's `stage3` to the teacher's `layer3`; its
+        own weight after a * and rate after an @ if wanted, `at:stage3=layer3*500@0.003`.
+      network: the student, for losses on features; its spec must tell its `input_shape`.
+      teacher_features: shapes [...] of what the teacher shows of one example.
 
     Raises:
-      InputError: an unknown name, one given twice, or a mix that is none.
+      InputError: an unknown name, one given twice, a mix that is none, or a feature that is not there or does not fit.
     """
     names = tuple(names) or DEFAULT
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"arms need distinct names; got '{name}' twice: name it once")
-    return tuple((ARMS[name] if name in ARMS else _mixed(name))(name, apply) for name in names)
+    return tuple(
+        _featured(name, network, teacher_features or {})
+        if ":" in name
+        else (ARMS[name] if name in ARMS else _mixed(name))(name, apply)
+        for name in names
+    )
+
+
+def features_asked(names: Sequence[str]) -> tuple[str, ...]:
+    """The teacher's features that arms of these names learn from, each once.
+
+    Raises:
+      InputError: what should be a loss on features is none.
+    """
+    return tuple(dict.fromkeys(_asked(name).teacher for name in names if ":" in name))
+
+
+class _Asked(NamedTuple):
+    """An arm's name, taken apart."""
+
+    kind: str
+    student: str
+    teacher: str
+    weight: float | None
+    rate: float
+
+
+def _asked(text: str) -> _Asked:
+    """What `at:stage3=layer3*500@0.003` asks for; a feature's own name may hold any of these signs but the first =."""
+    kind, _, rest = text.partition(":")
+    rest, rate = _number_off(rest, "@")
+    rest, weight = _number_off(rest, "*")
+    student, _, teacher = rest.partition("=")
+    try:
+        if kind not in FEATURE_LOSSES or not student or not teacher:
+            raise ValueError(text)
+        return _Asked(kind, student, teacher, _positive(weight) if weight else None, _positive(rate or str(RATE)))
+    except ValueError:
+        raise InputError(
+            f"an arm that learns features is LOSS:STUDENT_FEATURE=TEACHER_FEATURE*WEIGHT@RATE, LOSS one of "
+            f"{', '.join(FEATURE_LOSSES)}, weight and rate above 0 if given; got '{text}': for example at:stage3=layer3"
+        ) from None
+
+
+def _number_off(text: str, sign: str) -> tuple[str, str]:
+    """A text and the number after its last sign, "" where there is none."""
+    head, _, tail = text.rpartition(sign)
+    try:
+        float(tail)
+    except ValueError:
+        return text, ""
+    return (head, tail) if head else (text, "")
+
+
+def _featured(name: str, network: Network | None, teacher: Shapes) -> Arm:
+    """The arm of kd4's loss and one on features."""
+    asked, student = _asked(name), {} if network is None else features_of(network)
+    if network is None or network.features is None or asked.student not in student or asked.teacher not in teacher:
+        raise InputError(
+            f"an arm learns a feature that the student has from one that the teacher has; got '{name}': the student has "
+            f"{_listed(student)}; the teacher has {_listed(teacher)}"
+        )
+    feature_loss = FEATURE_LOSSES[asked.kind]()
+    logits_loss = _with_labels(losses.kd(temperature=4.0))
+    loss = with_features(logits_loss, feature_loss, student=asked.student, teacher=asked.teacher, weight=asked.weight)
+    extra = feature_loss.begin(student[asked.student], teacher[asked.teacher])
+    return gradient_arm(name, network.features, loss, adamw(asked.rate), extra=extra)
+
+
+def _listed(shapes: Shapes) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "none"
 
 
 def _mixed(text: str) -> Callable[[str, Apply], Arm]:
@@ -61,11 +171,11 @@ def _mixed(text: str) -> Callable[[str, Apply], Arm]:
         terms = [part.split("*") for part in formula.split("+")]
         weighted = [(float(weight), losses.LOSSES[loss]()) for weight, loss in terms]
         mixed = losses.mix(*weighted)
-        return _adamw(lambda: mixed, _positive(rate or "0.01"))
+        return _adamw(lambda: mixed, _positive(rate or str(RATE)))
     except (KeyError, ValueError):
         raise InputError(
-            f"an arm is one of {', '.join(ARMS)}, or a mix WEIGHT*LOSS+WEIGHT*LOSS@RATE of {', '.join(losses.LOSSES)}; "
-            f"got '{text}': for example 0.7*kd+0.3*ce"
+            f"an arm is one of {', '.join(ARMS)}, or a mix WEIGHT*LOSS+WEIGHT*LOSS@RATE of {', '.join(losses.LOSSES)}, "
+            f"or LOSS:STUDENT_FEATURE=TEACHER_FEATURE of {', '.join(FEATURE_LOSSES)}; got '{text}': for example 0.7*kd+0.3*ce"
         ) from None
 
 

@@ -1,16 +1,18 @@
 """Gradient arms: a loss, an optax optimizer, and an average of the trajectory as the proposal.
 
-EV3 does not know its horizon, so no schedule can anneal towards its end. A polynomial-decay average of the iterates (Shamir
-and Zhang 2013, arXiv 1212.1824, section 4) anneals at any time instead: its window is a fixed fraction of the trajectory.
+EV3 does not know which trajectory will be its last, so what is proposed is a polynomial-decay average of the iterates (Shamir
+and Zhang 2013, arXiv 1212.1824, section 4): it anneals at any time, its window being a fixed fraction of the trajectory.
+An arm may also anneal its updates by the share of the run's budget that is spent.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ev3_distill.types import Apply, Arm, Draw, Loss, PyTree, Variables
+from ev3_distill.types import Arm, Draw, PyTree, Stretch, Variables
 
 
 class GradientState(NamedTuple):
@@ -20,46 +22,68 @@ class GradientState(NamedTuple):
     opt_state: PyTree
     average: Variables | None  # what is proposed, if not the iterate
     age: jax.Array  # int32, steps since the arm last started afresh
+    extra: PyTree = ()  # parameters that are trained beside the student's and are no part of it
 
 
 def gradient_arm(
     name: str,
-    apply: Apply,
-    loss: Loss,
+    apply: Callable[..., tuple[Any, Variables]],
+    loss: Callable[..., jax.Array],
     optimizer: optax.GradientTransformation,
     *,
+    extra: PyTree = (),
     average: float | None = 8.0,
+    anneal: Callable[[jax.Array], jax.Array] | None = None,
     length: float = 1.0,
 ) -> Arm:
     """An arm that follows the gradient of a loss on explore.
 
     Args:
       name: unique within a run.
-      apply: the student's forward pass.
-      loss: of training logits and batch.
-      optimizer: any optax transformation; it sees the trajectory's present parameters.
+      apply: the student's forward pass, `Network.apply` or another of its arguments, such as `Network.features`.
+      loss: (what `apply` returns in training, batch) -> scalar; with `extra`, (that, batch, extra) -> scalar.
+      optimizer: any optax transformation; it sees the trajectory's present parameters, with `extra` the pair of both.
+      extra: where parameters start that are trained beside the student's and thrown away in the end, such as a regressor
+        from its features to the teacher's. Like the optimizer's state they go on with the arm and start afresh with it.
       average: eta of the polynomial-decay average; the proposal is then the average with weights
         (eta + 1) / (t + eta) for step t, a window of about t / (eta + 1) steps. None proposes the last iterate.
+      anneal: (share of the run's budget spent, in [0, 1]) -> factor on every update, such as `linear_to_zero`.
       length: of the trajectory, relative to the run's.
     """
 
+    pairs = bool(jax.tree.leaves(extra))
+
+    def join(params: PyTree, beside: PyTree) -> PyTree:
+        return (params, beside) if pairs else params
+
+    def part(trained: PyTree) -> tuple[PyTree, PyTree]:
+        return trained if pairs else (trained, ())
+
     def init(variables: Variables) -> GradientState:
         averaged = None if average is None else variables
-        return GradientState(variables, optimizer.init(variables.params), averaged, jnp.int32(0))
+        beside = jax.tree.map(jnp.array, extra) if pairs else ()
+        opt_state = optimizer.init(join(variables.params, beside))
+        return GradientState(variables, opt_state, averaged, jnp.int32(0), beside)
 
-    def propose(state: GradientState, draw: Draw, start: jax.Array, steps: jax.Array) -> tuple[PyTree, Variables]:
+    def propose(state: GradientState, draw: Draw, stretch: Stretch) -> tuple[PyTree, Variables]:
         def advance(i: jax.Array, state: GradientState) -> GradientState:
-            batch, key = draw(start + i)
+            batch, key = draw(stretch.start + i)
 
-            def objective(params: PyTree) -> tuple[jax.Array, PyTree]:
-                logits, variables = apply(Variables(params, state.iterate.stats), batch.inputs, train=True, key=key)
-                return loss(logits, batch), variables.stats
+            def objective(trained: PyTree) -> tuple[jax.Array, PyTree]:
+                params, beside = part(trained)
+                outputs, variables = apply(Variables(params, state.iterate.stats), batch.inputs, train=True, key=key)
+                value = loss(outputs, batch, beside) if pairs else loss(outputs, batch)
+                return value, variables.stats
 
-            gradient, stats = jax.grad(objective, has_aux=True)(state.iterate.params)
-            updates, opt_state = optimizer.update(gradient, state.opt_state, state.iterate.params)
-            iterate = Variables(optax.apply_updates(state.iterate.params, updates), stats)
+            trained = join(state.iterate.params, state.extra)
+            gradient, stats = jax.grad(objective, has_aux=True)(trained)
+            updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
+            if anneal is not None:
+                updates = optax.tree.scale(anneal(stretch.spent + i * stretch.each), updates)
+            params, beside = part(optax.apply_updates(trained, updates))
+            iterate = Variables(params, stats)
             age = state.age + 1
-            return GradientState(iterate, opt_state, _averaged(state.average, iterate, age), age)
+            return GradientState(iterate, opt_state, _averaged(state.average, iterate, age), age, beside)
 
         def _averaged(before: Variables | None, iterate: Variables, age: jax.Array) -> Variables | None:
             if before is None or average is None:
@@ -67,7 +91,7 @@ def gradient_arm(
             weight = (average + 1) / (age + average)
             return jax.tree.map(lambda a, x: _mix(a, x, weight), before, iterate)
 
-        state = jax.lax.fori_loop(0, steps, advance, state)
+        state = jax.lax.fori_loop(0, stretch.steps, advance, state)
         return state, state.iterate if state.average is None else state.average
 
     return Arm(name, init, propose, length)

@@ -9,43 +9,58 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from ev3_distill.types import Arm, Batch, Draw, Pools, Proposals, PyTree, Rows, State, Variables
+from ev3_distill.types import Arm, Batch, Draw, Proposals, PyTree, Sample, Stretch, Variables
 
 
-def draw_from(pools: Pools, rows: Rows, key: jax.Array) -> Draw:
+def draw_from(pool: PyTree, sample: Sample, key: jax.Array) -> Draw:
     """The batch and key of a global step, a pure function of the step alone: a resume needs no loader's state.
 
     Args:
-      pools: the data; only explore and its order are touched.
-      rows: (order, global step) -> rows [B] of explore.
+      pool: of examples, `Pools.explore`.
+      sample: makes the batch of a step of it.
       key: the run's own; each step folds itself in.
     """
 
     def draw(step: jax.Array) -> tuple[Batch, jax.Array]:
-        chosen = rows(pools.order, step)
-        return jax.tree.map(lambda leaf: leaf[chosen], pools.explore), jax.random.fold_in(key, step)
+        return sample(pool, step), jax.random.fold_in(key, step)
 
     return draw
 
 
-def explore(arms: Sequence[Arm], state: State, draw: Draw, steps: jax.Array) -> Proposals:
-    """Rolls out every arm and adds the average of their proposals where there are several arms.
+def roll(
+    arms: Sequence[Arm], arm_states: Sequence[PyTree], draw: Draw, stretches: Sequence[Stretch]
+) -> tuple[tuple[PyTree, ...], tuple[Variables, ...]]:
+    """Rolls out every arm over its stretch, a whole trajectory or the next part of one.
 
     Args:
       arms: A of them.
-      state: arms go on from `state.arm_states`; a rejected proposal thus leaves nothing behind.
+      arm_states: to go on from; those of the run stay as they are, so a rejected proposal leaves nothing behind.
       draw: batches by global step.
-      steps: [A] int32, 0 for an arm that rests in this iteration.
+      stretches: of each arm, with 0 steps where it rests.
+
+    Returns:
+      Each arm's state and the student that it proposes.
+    """
+    made = [arm.propose(arm_states[i], draw, stretches[i]) for i, arm in enumerate(arms)]
+    return tuple(arm_state for arm_state, _ in made), tuple(student for _, student in made)
+
+
+def proposals_of(arm_states: tuple[PyTree, ...], students: Sequence[Variables], steps: jax.Array) -> Proposals:
+    """What the arms propose after their trajectories, and the average of that where there are several arms.
+
+    Args:
+      arm_states: A of them.
+      students: A of them.
+      steps: [A] int32, 0 for an arm that rested in this iteration.
 
     Returns:
       Proposals, P = A + 1 (P = 1 for a single arm). A proposal with a non-finite entry, in the student or in the arm's
       state, is inactive and out of the average; the others never meet it.
     """
-    made = [arm.propose(state.arm_states[i], draw, state.position, steps[i]) for i, arm in enumerate(arms)]
+    made = zip(arm_states, students, strict=True)
     active = jnp.stack([(steps[i] > 0) & all_finite(proposed) for i, proposed in enumerate(made)])
-    variables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(student for _, student in made))
-    arm_states = tuple(arm_state for arm_state, _ in made)
-    if len(arms) == 1:
+    variables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *students)
+    if len(students) == 1:
         return Proposals(variables, arm_states, active)
     average = mean_of(variables, active)
     variables = jax.tree.map(lambda rows, row: jnp.concatenate([rows, row[None]]), variables, average)

@@ -26,8 +26,9 @@ from ev3_distill.types import (
     Pools,
     Proposals,
     PyTree,
-    Rows,
+    Sample,
     State,
+    Stretch,
     Variables,
 )
 
@@ -79,40 +80,68 @@ def initial_state(
     )
 
 
-def make_step(
+class Plan(NamedTuple):
+    """Which arms train in an iteration, how far, and where in the run's budget that is."""
+
+    steps: jax.Array  # [A] int32
+    spent: jax.Array  # float32, share of the budget before the iteration
+    each: jax.Array  # [A] float32, share that one step of each arm adds, those of the arms beside it included
+    remaining: jax.Array  # int32, steps left of the budget
+
+
+class Parts(NamedTuple):
+    """One iteration in parts, for a host that brings the examples of a long trajectory piece by piece."""
+
+    plan: Callable[[State, Any], Plan]  # (state, limit)
+    roll: Callable[..., tuple[tuple[PyTree, ...], tuple[Variables, ...]]]
+    # (pool, state, arm states so far, plan, (first, last)) -> (arm states, students) after the global steps [first, last)
+    settle: Callable[..., tuple[State, Decision]]  # (pools, state, arm states, students, plan)
+
+
+def make_parts(
     apply: Apply,
     arms: Sequence[Arm],
-    rows: Rows,
+    sample: Sample,
     *,
     select: Objective,
     promise: Objective,
     config: EV3,
-) -> Step:
-    """Builds the iteration.
-
-    Args:
-      apply: the student's forward pass.
-      arms: A of them.
-      rows: (order, global step) -> rows [B] of the explore split.
-      select: the smooth objective that sees the small steps of one trajectory on assess.
-      promise: the {0, 1} objective that compares arms on assess, and by which decide proves promotions.
-      config: the core's hyperparameters.
-
-    Returns:
-      (pools, state, limit) -> (state, decision), `limit` being the cost that the run may reach. With nothing left to
-      spend no arm trains: that is the closing iteration, in which the current student may still be promoted.
-    """
+) -> Parts:
+    """Builds the three parts of an iteration, not yet jitted; see `make_step`, which composes them."""
     lengths = jnp.array([arm.length for arm in arms], jnp.float32)
 
-    def step(pools: Pools, state: State, limit: jax.Array) -> tuple[State, Decision]:
-        run_key = jax.random.wrap_key_data(state.key)
-        key = jax.random.fold_in(run_key, state.iteration)
+    def plan(state: State, limit: Any) -> Plan:
         remaining = jnp.maximum(limit - state.cost, 0)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.iteration)
         active = allocate.active_arms(
             key, state.iteration, state.arm_value, state.leader, exploration=config.exploration
         )
         steps = allocate.steps_of(active, state.leader, lengths, state.length, remaining)
-        proposals = explore.explore(arms, state, explore.draw_from(pools, rows, run_key), steps)
+        each = steps.sum() / jnp.maximum(steps, 1) / limit
+        return Plan(steps, state.cost / limit, each, remaining)
+
+    def roll(
+        pool: PyTree, state: State, arm_states: Sequence[PyTree], plan: Plan, span: tuple[Any, Any]
+    ) -> tuple[tuple[PyTree, ...], tuple[Variables, ...]]:
+        first, last = span
+        done = first - state.position
+        stretches = [
+            Stretch(
+                first,
+                jnp.clip(plan.steps[i] - done, 0, last - first),
+                plan.spent + done * plan.each[i],
+                plan.each[i],
+            )
+            for i in range(len(arms))
+        ]
+        draw = explore.draw_from(pool, sample, jax.random.wrap_key_data(state.key))
+        return explore.roll(arms, arm_states, draw, stretches)
+
+    def settle(
+        pools: Pools, state: State, arm_states: tuple[PyTree, ...], students: Sequence[Variables], plan: Plan
+    ) -> tuple[State, Decision]:
+        steps, closing = plan.steps, plan.remaining <= 0
+        proposals = explore.proposals_of(arm_states, students, steps)
         evidence = assess.assess(apply, proposals, pools.assess, select, promise, batch_size=config.eval_batch_size)
         state, choice, rolled = _move(state, arms, proposals, evidence, steps, config=config)
         state = state._replace(
@@ -120,9 +149,9 @@ def make_step(
             cost=state.cost + steps.sum(),
             position=state.position + steps.max(),
             arm_cost=state.arm_cost + steps,
-            closed=remaining <= 0,
+            closed=closing,
         )
-        state, trial = _promote(state, pools, closing=remaining <= 0, apply=apply, promise=promise, config=config)
+        state, trial = _promote(state, pools, closing=closing, apply=apply, promise=promise, config=config)
         verdict = jnp.where(choice.moves, ADOPT, KEEP)
         verdict = jnp.where(rolled, ROLL_BACK, jnp.where(trial.promoted, PROMOTE, verdict))
         return state, Decision(
@@ -148,6 +177,40 @@ def make_step(
             length=state.length,
             closed=state.closed,
         )
+
+    return Parts(plan, roll, settle)
+
+
+def make_step(
+    apply: Apply,
+    arms: Sequence[Arm],
+    sample: Sample,
+    *,
+    select: Objective,
+    promise: Objective,
+    config: EV3,
+) -> Step:
+    """Builds the iteration.
+
+    Args:
+      apply: the student's forward pass.
+      arms: A of them.
+      sample: (pool, global step) -> the batch of that step of the explore split.
+      select: the smooth objective that sees the small steps of one trajectory on assess.
+      promise: the {0, 1} objective that compares arms on assess, and by which decide proves promotions.
+      config: the core's hyperparameters.
+
+    Returns:
+      (pools, state, limit) -> (state, decision), `limit` being the cost that the run may reach. With nothing left to
+      spend no arm trains: that is the closing iteration, in which the current student may still be promoted.
+    """
+    parts = make_parts(apply, arms, sample, select=select, promise=promise, config=config)
+
+    def step(pools: Pools, state: State, limit: Any) -> tuple[State, Decision]:
+        plan = parts.plan(state, limit)
+        last = state.position + plan.steps.max()
+        made = parts.roll(pools.explore, state, state.arm_states, plan, (state.position, last))
+        return parts.settle(pools, state, *made, plan)
 
     return jax.jit(step)
 
