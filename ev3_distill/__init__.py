@@ -20,11 +20,11 @@ _HOME = {
     "distill": "ev3_distill.loop:distill",
     "from_nnx": "ev3_distill.network:from_nnx",
     "gradient_arm": "ev3_distill.arms.gradient:gradient_arm",
-    "load_data": "ev3_distill.data:load_data",
+    "load_data": "ev3_distill.sources:load_data",
     "load_student": "students:load",
     "losses": "ev3_distill.losses:",
     "objectives": "ev3_distill.objectives:",
-    "split": "ev3_distill.data:split",
+    "split": "ev3_distill.pool:split",
 }
 
 __all__ = list(_HOME)

@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 import tomllib
+import typing
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -49,7 +50,7 @@ class EvaluateCommand:
     run: tyro.conf.Positional[Path]
     """A run directory."""
     data: str = ""
-    """Source of examples, scored as a whole: digits, or npz:FILE."""
+    """Source of examples, scored as a whole, as --data of compress."""
     confidence: float = 0.95
     """Of the bound."""
     student: str = ""
@@ -181,6 +182,7 @@ def read_config(kind: type[C], path: Path) -> C:
 
 def _from_dict(kind: Any, content: dict[str, Any], where: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
     for name, value in content.items():
         if name not in fields:
@@ -191,21 +193,28 @@ def _from_dict(kind: Any, content: dict[str, Any], where: str) -> Any:
                 raise InputError(f"'{name}' in {where} is a table; got {value!r}: write [{name}]")
             values[name] = _from_dict(type(default), value, f"[{name}] of {where}")
             continue
-        values[name] = _like(default, value)
-        if type(values[name]) is not type(default):
+        values[name] = _like(hints[name], value)
+        if not _is(hints[name], values[name]):
             raise InputError(
                 f"'{name}' in {where} is a {type(default).__name__}; got {value!r}: write it like {default!r}"
             )
     return kind(**values)
 
 
-def _like(default: Any, value: Any) -> Any:
+def _like(hint: Any, value: Any) -> Any:
     """TOML has no tuples, and 1 may stand for 1.0."""
-    if isinstance(default, tuple) and isinstance(value, list) and all(isinstance(part, str) for part in value):
-        return tuple(value)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(_like(typing.get_args(hint)[0], part) for part in value)
+    if hint is float and type(value) is int:
         return float(value)
     return value
+
+
+def _is(hint: Any, value: Any) -> bool:
+    """Whether a value is of a type, or is a tuple of such."""
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(type(part) is typing.get_args(hint)[0] for part in value)
+    return type(value) is hint
 
 
 def _execute(name: str, where: _Where, chosen: config.Compress | config.Teach) -> None:

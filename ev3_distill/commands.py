@@ -1,25 +1,28 @@
 """What the commands do: compose data, teacher, student, arms and core into a run. The heavy half of the command line."""
 
-import sys
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import students
-from ev3_distill import certificate, config, data, report, run
-from ev3_distill.arms import arms_named
+from ev3_distill import certificate, config, report, run
+from ev3_distill.arms import arms_named, default_names, features_asked
 from ev3_distill.cli import read_config
-from ev3_distill.errors import InputError
-from ev3_distill.loop import UNLIMITED, Distillation
-from ev3_distill.network import count_params
-from ev3_distill.progress import Progress
-from ev3_distill.types import Network
-from teachers.flax import flax_teacher
-from teachers.logits import load_logits, save_logits
-
-TEACHERS = "logits:FILE.npz or flax:DIR"
+from ev3_distill.counter import Counter
+from ev3_distill.errors import InputError, warn
+from ev3_distill.lessons import Labels, Lessons, Recorded, chunked
+from ev3_distill.network import features_of
+from ev3_distill.sources import Dataset, load_data
+from ev3_distill.splits import split_rows
+from ev3_distill.training import CHUNK, Task, checked, limit_of, share_of, train
+from teachers import Teacher, load_logits, load_teacher, save_logits
+from teachers.diagnosis import diagnose
+from teachers.flax import forward
 
 
 def compress(directory: Path, chosen: config.Compress, *, resume: bool) -> dict[str, Any]:
@@ -29,75 +32,227 @@ def compress(directory: Path, chosen: config.Compress, *, resume: bool) -> dict[
     """
     if not resume:
         run.refuse_occupied(directory)
-    dataset = data.load_data(chosen.data)
-    student, test = _checked(chosen, chosen.student, dataset)
-    arms = [arm.name for arm in arms_named(student.apply, chosen.arms)]
+    with run.room_on_disk(directory):
+        return _compress(directory, chosen, resume=resume)
+
+
+def _compress(directory: Path, chosen: config.Compress, *, resume: bool) -> dict[str, Any]:
+    dataset = _data(chosen)
+    given: dict[str, Any] = {"fingerprint": dataset.fingerprint, "teacher": None}
+    if resume:
+        given = run.given_to(directory, dataset.fingerprint)
+    if not chosen.teacher:
+        return _with_own_teacher(directory, chosen, dataset, given, resume=resume)
+    if chosen.teacher.startswith("logits:"):
+        return _with_recorded(directory, chosen, dataset, given, resume=resume)
+    teacher, classes = _teacher(chosen, dataset)
+    shapes = {name: rows.shape[1:] for name, rows in teacher.outputs(dataset.inputs[:1]).items() if name != "logits"}
+    task, arms = _task(chosen, dataset, classes, shapes)
+    if resume:
+        _check_same(teacher, given["teacher"], directory)
+    else:
+        given["teacher"] = {"digest": teacher.digest, "params": teacher.params}
+        _check_good(teacher, chosen, task)
+    with _begun(directory, chosen, given, resume=resume) as finished:
+        return finished or _distil(directory, chosen, task, arms, teacher, source=chosen.teacher)
+
+
+def _with_own_teacher(
+    directory: Path, chosen: config.Compress, dataset: Dataset, given: dict[str, Any], *, resume: bool
+) -> dict[str, Any]:
+    """The run in which a teacher is trained first."""
     recipe = config.Teach(
         data=chosen.data,
         network=chosen.teacher_network,
         budget=chosen.teacher_budget,
         seed=chosen.seed,
+        augment=chosen.augment,
+        memory=chosen.memory,
+        skip_corrupt=chosen.skip_corrupt,
         checkpoint_s=chosen.checkpoint_s,
         splits=chosen.splits,
     )
-    network = None if chosen.teacher else _checked(recipe, recipe.network, dataset)[0]
-    given: dict[str, Any] = {"fingerprint": dataset.fingerprint, "teacher_params": None}
-    if resume:
-        given = run.given_to(directory, dataset.fingerprint)
-    cache, logits = directory / "logits.npz", None
-    if chosen.teacher and not cache.exists():
-        logits, given["teacher_params"] = _teacher(chosen.teacher, dataset, test)
-    with run.room_on_disk(directory), run.held(directory, make=not resume):
-        if not resume:
-            run.create(directory, chosen, given)
-        if finished := _finished(directory):
+    _check_labelled(dataset, "a teacher that is trained here")
+    of_teacher = checked(recipe, recipe.network, dataset, dataset.num_classes)
+    task, arms = _task(chosen, dataset, dataset.num_classes, features_of(of_teacher.network))
+    with _begun(directory, chosen, given, resume=resume) as finished:
+        if finished:
             return finished
-        if network is not None:
-            given["teacher_params"] = _own_teacher(directory / "teacher", recipe, dataset, network, cache)
-        elif logits is not None:
-            save_logits(cache, logits, dataset.fingerprint)
-        logits = load_logits(
-            cache,
+        own = directory / "teacher"
+        _teach(own, recipe, of_teacher, resume=(own / "config.toml").exists())
+        asked = "#" + ",".join(task.teacher_features) if task.teacher_features else ""
+        of_user = students.factory_of(chosen.teacher_network)
+        load = functools.partial(students.load, factory=of_user)
+        teacher = _loaded(f"flax:{own}{asked}", chosen, dataset, networks=load)
+        return _distil(directory, chosen, task, arms, teacher, source=f"trained here: {chosen.teacher_network}")
+
+
+def _with_recorded(
+    directory: Path, chosen: config.Compress, dataset: Dataset, given: dict[str, Any], *, resume: bool
+) -> dict[str, Any]:
+    """The run whose teacher has run already; its logits are kept in the run."""
+    kept = directory / "logits.npz"
+
+    def load(path: str | Path) -> np.ndarray:
+        return load_logits(
+            path,
             rows=len(dataset.labels),
             num_classes=dataset.num_classes,
             test_rows=dataset.test_rows,
             fingerprint=dataset.fingerprint,
         )
-        source = chosen.teacher or f"trained here: {chosen.teacher_network}"
-        teacher = {"source": source, "params": given["teacher_params"]}
-        return _train(directory, chosen, dataset, student, arms, logits=logits, teacher=teacher)
+
+    logits = load(kept if kept.exists() else chosen.teacher.partition(":")[2])
+    chosen = dataclasses.replace(chosen, augment="none") if chosen.augment == "auto" else chosen
+    task, arms = _task(chosen, dataset, logits.shape[1], {})
+    with _begun(directory, chosen, given, resume=resume) as finished:
+        if finished:
+            return finished
+        if not kept.exists():
+            save_logits(kept, logits, dataset.fingerprint)
+        facts = {"source": chosen.teacher, "params": None}
+        return train(directory, chosen, task, arms, Recorded(logits), teacher=facts)
+
+
+def _distil(
+    directory: Path, chosen: config.Compress, task: Task, arms: Sequence[str], teacher: Teacher, *, source: str
+) -> dict[str, Any]:
+    """The student's training under a teacher that runs here."""
+    classes = task.network.spec["num_classes"]
+    in_step = None
+    if chosen.teacher_in_step:
+        if teacher.network is None or teacher.variables is None:
+            raise InputError(
+                f"a teacher inside the step is a flax: one that takes the data as they are; got {teacher.source}: leave "
+                "out --teacher-in-step"
+            )
+        in_step = teacher.network, teacher.variables
+    lessons = Lessons(
+        teacher,
+        task.dataset,
+        num_classes=classes,
+        features=tuple(task.teacher_features),
+        precision=chosen.precision,
+        warn=warn,
+    )
+    with contextlib.closing(lessons):
+        facts = {"source": source, "params": teacher.params}
+        return train(directory, chosen, task, arms, lessons, teacher=facts, in_step=in_step)
 
 
 def teach(directory: Path, chosen: config.Teach, *, resume: bool) -> dict[str, Any]:
     """Runs `teach`: the same run, with one arm that follows the labels alone; returns the content of report.json."""
     if not resume:
         run.refuse_occupied(directory)
-    dataset = data.load_data(chosen.data)
-    network, _ = _checked(chosen, chosen.network, dataset)
+    dataset = _data(chosen)
+    _check_labelled(dataset, "teach")
+    task = checked(chosen, chosen.network, dataset, dataset.num_classes)
     if resume:
         run.given_to(directory, dataset.fingerprint)
     with run.room_on_disk(directory):
-        return _teach(directory, chosen, dataset, network, resume=resume)
+        return _teach(directory, chosen, task, resume=resume)
 
 
-def _teach(
-    directory: Path, chosen: config.Teach, dataset: data.Dataset, network: Network, *, resume: bool
-) -> dict[str, Any]:
+def _teach(directory: Path, chosen: config.Teach, task: Task, *, resume: bool) -> dict[str, Any]:
+    given = {"fingerprint": task.dataset.fingerprint, "teacher": None}
+    with _begun(directory, chosen, given, resume=resume) as finished:
+        if finished:
+            return finished
+        lessons = Labels(len(task.dataset.labels), task.dataset.num_classes)
+        arms = [name for name in default_names(task.network.spec) if name.startswith("ce")][:1]
+        return train(directory, chosen, task, arms, lessons, teacher=None)
+
+
+@contextlib.contextmanager
+def _begun(directory: Path, chosen: Any, given: dict[str, Any], *, resume: bool) -> Iterator[dict[str, Any] | None]:
+    """Holds the run, made if it is new; gives its report where it is finished already."""
     with run.held(directory, make=not resume):
         if not resume:
-            run.create(directory, chosen, {"fingerprint": dataset.fingerprint, "teacher_params": None})
-        if finished := _finished(directory):
-            return finished
-        return _train(directory, chosen, dataset, network, ["ce"], logits=None, teacher=None)
+            run.create(directory, chosen, given)
+        yield _finished(directory)
 
 
-def _own_teacher(directory: Path, recipe: config.Teach, dataset: data.Dataset, network: Network, cache: Path) -> int:
-    """Trains the teacher of the recipe and caches its logits, each unless that is done; returns its parameters' number."""
-    _teach(directory, recipe, dataset, network, resume=(directory / "config.toml").exists())
-    variables = students.load_variables(directory / "student" / "variables", network)
-    if not cache.exists():
-        save_logits(cache, _logits(network, variables, dataset, str(directory)), dataset.fingerprint)
-    return count_params(variables)
+def _data(chosen: config.Compress | config.Teach, source: str = "") -> Dataset:
+    with Counter("images", things="images") as counter:
+        return load_data(
+            source or chosen.data,
+            memory=share_of(limit_of(chosen.memory)),
+            skip_corrupt=chosen.skip_corrupt,
+            warn=warn,
+            tell=counter.tell,
+        )
+
+
+def _check_labelled(dataset: Dataset, who: str) -> None:
+    if not (dataset.labels >= 0).any():
+        raise InputError(f"{who} needs labels; {dataset.source} has none: name a --teacher, or data with labels")
+
+
+def _task(
+    chosen: config.Compress, dataset: Dataset, num_classes: int, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Task, list[str]]:
+    """The student's task and its arms; `shapes` are those of the teacher's features, of which the arms ask for some."""
+    task = checked(chosen, chosen.student, dataset, num_classes)
+    names = chosen.arms or default_names(task.network.spec, labels=bool((dataset.labels >= 0).any()))
+    arms = arms_named(task.network.apply, names, network=task.network, teacher_features=shapes)
+    asked = {name: shapes[name] for name in features_asked(names)}
+    return dataclasses.replace(task, teacher_features=asked), [arm.name for arm in arms]
+
+
+def _teacher(chosen: config.Compress, dataset: Dataset) -> tuple[Teacher, int]:
+    """The teacher that is named, and its number of classes; says so where it may have seen the test split."""
+    teacher = _loaded(chosen.teacher, chosen, dataset)
+    classes = dataset.num_classes or teacher.num_classes or teacher.outputs(dataset.inputs[:1])["logits"].shape[1]
+    kind, _, place = chosen.teacher.partition(":")
+    rows = split_rows(dataset.labels, dataset.test_rows, seed=chosen.seed, fractions=chosen.splits)
+    if kind == "flax" and (seen := _seen(Path(place), dataset, rows["test"])):
+        warn(
+            f"{chosen.teacher} was trained on these data with other splits and has seen {seen} of the {len(rows['test'])} "
+            "test examples: the certificate may promise too much; give both runs the same --seed and splits"
+        )
+    return teacher, classes
+
+
+def _loaded(
+    name: str, chosen: config.Compress, dataset: Dataset, networks: Callable[..., Any] = students.load
+) -> Teacher:
+    return load_teacher(
+        name,
+        preprocessing=chosen.teacher_input,
+        input_shape=dataset.inputs.shape[1:],
+        num_classes=dataset.num_classes,
+        class_names=dataset.class_names,
+        networks=networks,
+    )
+
+
+def _check_same(teacher: Teacher, given: dict[str, Any], directory: Path) -> None:
+    if teacher.digest != given["digest"]:
+        raise InputError(
+            f"a resumed run needs the teacher that it began with, digest {given['digest'][:12]}; {teacher.source} has "
+            f"{teacher.digest[:12]}: put the old one back, or start anew with --out instead of going on in {directory}"
+        )
+
+
+def _check_good(teacher: Teacher, chosen: config.Compress, task: Task) -> None:
+    """Tells the teacher's own accuracy on what is not sealed; refuses one that a clear mistake makes bad."""
+    rows = np.concatenate([task.rows[name] for name in ("assess", "decide")])
+    shown = np.sort(np.random.default_rng(0).permutation(rows)[:4096])
+    diagnosis = diagnose(
+        teacher, np.asarray(task.dataset.inputs[shown]), task.dataset.labels[shown], task.dataset.class_names
+    )
+    for line in diagnosis.lines():
+        told, _, rest = line.partition("warning: ")
+        if rest and not told:
+            warn(rest)
+        else:
+            print(line)
+    if diagnosis.remedy is not None and not chosen.teacher_as_is:
+        remedy = diagnosis.remedy
+        raise InputError(
+            f"a teacher must get the inputs that it was trained on; {teacher.source} is {remedy.before:.1%} right as it is "
+            f"and {remedy.after:.1%} with {remedy.name}: give {remedy.option}, or --teacher-as-is to go on"
+        )
 
 
 def evaluate(directory: Path, source: str, confidence: float, student: str = "") -> Sequence[certificate.Claim]:
@@ -114,7 +269,8 @@ def evaluate(directory: Path, source: str, confidence: float, student: str = "")
         raise InputError(f"evaluate needs a finished run; {directory} has no report.json: finish it by --resume")
     network, variables = students.load(directory, factory=students.factory_of(student))
     chosen = _config_of(directory, finished)
-    dataset, expected = data.load_data(source or chosen.data), finished["data"]
+    dataset, expected = _data(chosen, source), finished["data"]
+    _check_labelled(dataset, "evaluate")
     if list(dataset.inputs.shape[1:]) != expected["input_shape"] or dataset.num_classes > len(expected["classes"]):
         raise InputError(
             f"the student takes inputs of shape {expected['input_shape']} and knows {len(expected['classes'])} classes; "
@@ -123,20 +279,11 @@ def evaluate(directory: Path, source: str, confidence: float, student: str = "")
     rows = np.arange(len(dataset.labels))
     if not source:
         run.given_to(directory, dataset.fingerprint)
-        rows = data.split_rows(dataset.labels, dataset.test_rows, seed=chosen.seed, fractions=chosen.splits)["test"]
-    predicted = flax_teacher(network, variables)(dataset.inputs[rows]).argmax(axis=1)
+        rows = split_rows(dataset.labels, dataset.test_rows, seed=chosen.seed, fractions=chosen.splits)["test"]
+    logits = forward(network, variables)
+    predicted = np.concatenate([logits(dataset.inputs[part]).argmax(axis=1) for part in chunked(rows, CHUNK)])
     scores = {"accuracy": (predicted == dataset.labels[rows]).astype(float)}
     return certificate.certify(scores, confidence=confidence).claims
-
-
-def _checked(chosen: config.Compress | config.Teach, name: str, dataset: data.Dataset) -> tuple[Network, np.ndarray]:
-    """The network of that name and the rows of the test split, once all that the data decide was checked."""
-    network = students.named(name, dataset.inputs.shape[1:], dataset.num_classes)
-    rows = data.split_rows(dataset.labels, dataset.test_rows, seed=chosen.seed, fractions=chosen.splits)
-    steps = config.Budget.parse(chosen.budget).in_steps(len(rows["explore"]), chosen.ev3.batch_size)
-    if steps is not None and steps >= UNLIMITED:
-        raise InputError(f"a budget is below {UNLIMITED} steps; got '{chosen.budget}', {steps} steps: give less")
-    return network, rows["test"]
 
 
 def _config_of(directory: Path, finished: dict[str, Any]) -> config.Compress | config.Teach:
@@ -154,31 +301,7 @@ def _finished(directory: Path) -> dict[str, Any] | None:
     return finished
 
 
-def _teacher(teacher: str, dataset: data.Dataset, test: np.ndarray) -> tuple[np.ndarray, int | None]:
-    """Logits [N, K] of a named teacher on the data set, and the number of its parameters where they are known."""
-    kind, _, place = teacher.partition(":")
-    if kind == "logits" and place:
-        rows, classes = len(dataset.labels), dataset.num_classes
-        fingerprint, test_rows = dataset.fingerprint, dataset.test_rows
-        return load_logits(place, rows=rows, num_classes=classes, test_rows=test_rows, fingerprint=fingerprint), None
-    if kind != "flax" or not place:
-        raise InputError(f"a teacher is {TEACHERS}; got '{teacher}': name one of these, or none to train one first")
-    network, variables = students.load(place)
-    shape, classes = tuple(network.spec["input_shape"]), network.spec["num_classes"]
-    if shape != dataset.inputs.shape[1:] or classes != dataset.num_classes:
-        raise InputError(
-            f"teacher and data must agree in input shape and class count; {teacher} has {shape} and {classes} classes, "
-            f"the data {dataset.inputs.shape[1:]} and {dataset.num_classes}: choose the data that it was trained for"
-        )
-    if seen := _seen(Path(place), dataset, test):
-        warn(
-            f"{teacher} was trained on these data with other splits and has seen {seen} of the {len(test)} test examples: "
-            "the certificate may promise too much; give both runs the same --seed and splits"
-        )
-    return _logits(network, variables, dataset, teacher), count_params(variables)
-
-
-def _seen(place: Path, dataset: data.Dataset, test: np.ndarray) -> int:
+def _seen(place: Path, dataset: Dataset, test: np.ndarray) -> int:
     """How many test examples the run that made a teacher did not seal, where it was made on this very data set."""
     for directory in (place, place.absolute().parent):
         if not (directory / "report.json").exists():
@@ -187,87 +310,6 @@ def _seen(place: Path, dataset: data.Dataset, test: np.ndarray) -> int:
         if finished["data"]["fingerprint"] != dataset.fingerprint:
             return 0
         theirs = _config_of(directory, finished)
-        sealed = data.split_rows(dataset.labels, dataset.test_rows, seed=theirs.seed, fractions=theirs.splits)["test"]
+        sealed = split_rows(dataset.labels, dataset.test_rows, seed=theirs.seed, fractions=theirs.splits)["test"]
         return len(np.setdiff1d(test, sealed))
     return 0
-
-
-def _logits(network: Network, variables: Any, dataset: data.Dataset, teacher: str) -> np.ndarray:
-    logits = flax_teacher(network, variables)(dataset.inputs)
-    if not np.isfinite(logits).all():
-        row = int(np.isfinite(logits).all(axis=1).argmin())
-        raise InputError(f"a teacher's logits must be finite; {teacher} gives others for row {row}: train it again")
-    return logits
-
-
-def _train(
-    directory: Path,
-    chosen: Any,
-    dataset: data.Dataset,
-    network: Network,
-    arm_names: Sequence[str],
-    *,
-    logits: np.ndarray | None,
-    teacher: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """The run itself, from its newest checkpoint if there is one: iterate, deliver, certify, report."""
-    blank = np.zeros((len(dataset.labels), dataset.num_classes), np.float32)
-    known = blank if logits is None else logits
-    pools, test = data.split(dataset, known, seed=chosen.seed, fractions=chosen.splits)
-    budget = config.Budget.parse(chosen.budget)
-    steps = budget.in_steps(pools.explore.index.shape[0], chosen.ev3.batch_size)
-    title = "teacher" if teacher is None else "student"
-    with Progress(title, steps=steps, seconds=budget.seconds) as progress:
-        distillation = Distillation(network, arms_named(network.apply, arm_names), config=chosen.ev3)
-        state = run.iterate(
-            directory,
-            distillation,
-            pools,
-            arm_names,
-            seed=chosen.seed,
-            budget=steps,
-            seconds=budget.seconds,
-            checkpoint_s=chosen.checkpoint_s,
-            tell=progress.row,
-            warn=warn,
-        )
-    which, variables = distillation.delivered(pools, state, getattr(chosen, "deliver", "best"))
-    students.save(directory / "student", network, variables)
-    promised = run.certificate_of(
-        distillation, variables, test, teacher=teacher is not None, confidence=chosen.confidence
-    ).as_dict()
-    points = {claim["metric"]: claim["point"] for claim in promised["claims"]}
-    facts = {
-        "teacher": {"source": "labels", "params": None, "accuracy": None}
-        if teacher is None
-        else {**teacher, "accuracy": float((np.argmax(test.teacher_logits, axis=1) == test.labels).mean())},
-        "student": {
-            "network": chosen.network if teacher is None else chosen.student,
-            "params": count_params(variables),
-            "accuracy": points["accuracy"],
-            "agreement": points.get("agreement"),
-            "delivered": which,
-        },
-        "certificate": promised,
-        "seed": chosen.seed,
-        "budget": chosen.budget,
-        "splits": dict(zip(data.SPLITS, (len(split.labels) for split in (*pools[:3], test)), strict=True)),
-        "data": {
-            "source": dataset.source,
-            "fingerprint": dataset.fingerprint,
-            "classes": list(dataset.class_names),
-            "input_shape": list(dataset.inputs.shape[1:]),
-        },
-        "command": f"ev3-distill {'teach' if teacher is None else 'compress'} --config config.toml",
-    }
-    content = run.report_of(
-        directory, state, arm_names, compile_s=distillation.compile_s, config=chosen.ev3, facts=facts
-    )
-    run.write_json(directory / "report.json", content)
-    report.write_html(directory)
-    return content
-
-
-def warn(line: str) -> None:
-    """A line that a user should not miss."""
-    print(f"ev3-distill: warning: {line}", file=sys.stderr)

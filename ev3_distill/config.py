@@ -1,6 +1,9 @@
-"""Every default of a run, visible in one place. Pure Python, so that the command line starts at once."""
+"""Every default of a run, visible in one place. No numbers are crunched here, so that the command line starts at once."""
 
 import dataclasses
+from typing import Annotated, Any
+
+import tyro
 
 from ev3_distill.errors import InputError
 
@@ -57,9 +60,12 @@ class Fractions:
     """Proves promotions."""
     test: float = 0.2
     """Sealed; opened once, for the certificate."""
+    most: int = 2500
+    """Examples that assess and decide each get at most; the rest goes to explore."""
 
     def __post_init__(self) -> None:
-        shares = dataclasses.astuple(self)
+        shares = (self.explore, self.assess, self.decide, self.test)
+        _check(self.most >= 1, "most must be at least 1", self.most, "try 2500")
         _check(min(shares) > 0, "every split's fraction must be positive", shares, "raise the one that is not")
         _check(abs(sum(shares) - 1) < 1e-6, "the splits' fractions must sum to 1", sum(shares), "rescale them")
 
@@ -94,17 +100,65 @@ class Budget:
         return self.steps
 
 
+def _option(name: str) -> Any:
+    """On the command line, what concerns the teacher's inputs says so."""
+    return tyro.conf.arg(name=f"teacher-input.{name}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """What a teacher's inputs are made of: pixels in [0, 1] -> channels -> order -> resize -> scale -> mean, std -> layout.
+
+    Empty or 0 leaves a step out, and leaves it to the `teacher.toml` beside the teacher's file where there is one; to undo
+    what that file says, give the step that does nothing (scale 1, mean 0, std 1).
+    """
+
+    layout: Annotated[str, _option("layout")] = ""
+    """Of the teacher's input: NHWC or NCHW, or NWHC and NCWH with height and width exchanged; where it is not given, the
+    teacher's own input shape decides if it can."""
+    channels: Annotated[int, _option("channels")] = 0
+    """1: to grey; 3: grey repeated to RGB."""
+    order: Annotated[str, _option("order")] = ""
+    """Of the teacher's colour channels: RGB, as the data's, or BGR. Mean and std are in the teacher's order."""
+    resize: Annotated[tuple[int, ...], _option("resize")] = ()
+    """Height and width, bilinear."""
+    scale: Annotated[float, _option("scale")] = 0.0
+    """Multiplies pixels in [0, 1]: 255 for a teacher that takes bytes. With mean, -1 and -1 exchange black and white."""
+    mean: Annotated[tuple[float, ...], _option("mean")] = ()
+    """Subtracted after scaling, one number or one per channel."""
+    std: Annotated[tuple[float, ...], _option("std")] = ()
+    """Divided by, after the mean."""
+    classes: Annotated[tuple[str, ...], _option("classes")] = ()
+    """Names of the teacher's outputs in their order, where it is not the data's."""
+
+    def __post_init__(self) -> None:
+        layouts = ("NHWC", "NCHW", "NWHC", "NCWH")
+        _check(self.layout in ("", *layouts), f"a layout is {' or '.join(layouts)}", f"'{self.layout}'", "name one")
+        _check(self.channels in (0, 1, 3), "channels is 1 or 3", self.channels, "leave it out to keep the data's")
+        _check(self.order in ("", "RGB", "BGR"), "an order of channels is RGB or BGR", f"'{self.order}'", "name one")
+        _check(len(self.resize) in (0, 2) and min(self.resize, default=1) > 0, "resize is a height and a width above 0",
+               self.resize, "try 224 224")  # fmt: skip
+        numbers = (self.scale, *self.mean, *self.std)
+        _check(all(abs(x) < float("inf") for x in numbers), "scale, mean and std are finite", numbers, "mend them")
+        _check(min(self.std, default=1.0) > 0, "std must be positive", self.std, "leave it out for 1")
+        lengths = {len(self.mean), len(self.std)} - {0, 1}
+        _check(len(lengths) < 2, "mean and std need one number, or one per channel", (self.mean, self.std), "mend one")
+        _check(len(set(self.classes)) == len(self.classes), "class names must be distinct", self.classes, "mend them")
+
+
 @dataclasses.dataclass(frozen=True)
 class Compress:
     """Distil a teacher into a small student, with a certificate."""
 
     data: str = "digits"
-    """Source of examples: digits (embedded), or npz:FILE."""
+    """Source of examples: digits (embedded), npz:FILE, folder:DIR or folder:FILE.zip of images, or tfds:NAME."""
     teacher: str = ""
-    """Source of the teacher's knowledge: logits:FILE.npz, or flax:DIR (a run of teach or compress). None: one is trained
-    first, by the recipe below."""
-    student: str = "mlp:hidden=32"
-    """Network to train: mlp:hidden=W-W-..., or MODULE:FACTORY of your own."""
+    """Source of the teacher's knowledge: onnx:FILE, torch:FILE.pt2, flax:DIR (a run of teach or compress),
+    python:MODULE:FUNCTION, sklearn:FILE.skops, logits:FILE.npz, or ensemble:A,B,... None: one is trained first, by the
+    recipe below."""
+    student: str = "auto"
+    """Network to train, FAMILY:OPTION=N,...: mlp:hidden=W-W-..., resnet:depth=8,width=16 (or resnet8), mobilenet, vit,
+    conv4, convnet1d, transformer; auto chooses by the examples' shape; or MODULE:FACTORY of your own."""
     budget: str = "20000"
     """Cost allowed: training steps summed over all arms (2000), epochs of the explore split (10e), or wall time (2m)."""
     arms: tuple[str, ...] = ()
@@ -113,14 +167,31 @@ class Compress:
     """Of the splits, the initial parameters, the batches and all keys."""
     confidence: float = 0.95
     """Of the certificate, for all its claims at once."""
+    augment: str = "auto"
+    """What training may do to images: none, words of flip,crop=4,translate=2,cutout=8,mixup,cutmix, or auto, which flips
+    and crops colour images."""
+    views: int = 4
+    """Augmented views of each example that the teacher is asked of; after these the first comes again."""
+    memory: str = ""
+    """Limit such as 1G; data that do not fit stay on disk. By default half of this machine's."""
+    precision: str = "float32"
+    """Of cached logits: float32, float16, or top8 (the greatest 8, and the mass of the others)."""
+    skip_corrupt: bool = False
+    """Leave out images that cannot be read, and say so, instead of refusing the data."""
+    teacher_as_is: bool = False
+    """Go on with a teacher that other preprocessing or another class order would clearly improve."""
+    teacher_in_step: bool = False
+    """Run a flax teacher inside the training step, on fresh views for ever, instead of caching what it says."""
     deliver: str = "best"
     """best: the current student where decide scores it above the champion, else the champion. champion: the proven one."""
     checkpoint_s: float = 5.0
     """Seconds between checkpoints; 0 writes one after every iteration."""
     teacher_network: str = "mlp:hidden=256-256"
-    """Recipe of the teacher that is trained where none is named: its network ..."""
+    """Recipe of the teacher that is trained where none is named: its network (as --student) ..."""
     teacher_budget: str = "2000"
     """... and its budget."""
+    teacher_input: Preprocessing = Preprocessing()
+    """What the teacher's inputs are made of."""
     splits: Fractions = Fractions()
     """Shares of the four splits."""
     ev3: EV3 = EV3()
@@ -130,6 +201,8 @@ class Compress:
         _check_run(self.seed, self.confidence, self.checkpoint_s)
         Budget.parse(self.budget)
         Budget.parse(self.teacher_budget)
+        bytes_of(self.memory)
+        _check(self.views >= 1, "views must be at least 1", self.views, "try 4")
         _check(self.deliver in ("best", "champion"), "deliver is best or champion", f"'{self.deliver}'", "try best")
 
 
@@ -138,9 +211,9 @@ class Teach:
     """Train a teacher from a recipe: the same run with labels alone."""
 
     data: str = "digits"
-    """Source of examples: digits (embedded), or npz:FILE."""
+    """Source of examples: digits (embedded), npz:FILE, folder:DIR or folder:FILE.zip of images, or tfds:NAME."""
     network: str = "mlp:hidden=256-256"
-    """Network to train: mlp:hidden=W-W-..., or MODULE:FACTORY of your own."""
+    """Network to train, as --student of compress."""
     budget: str = "2000"
     """Cost allowed: training steps (2000), epochs of the explore split (10e), or wall time (2m)."""
     seed: int = 0
@@ -148,6 +221,12 @@ class Teach:
     new to the teacher too."""
     confidence: float = 0.95
     """Of the certificate."""
+    augment: str = "auto"
+    """What training may do to images, as of compress."""
+    memory: str = ""
+    """Limit such as 1G; data that do not fit stay on disk. By default half of this machine's."""
+    skip_corrupt: bool = False
+    """Leave out images that cannot be read, and say so, instead of refusing the data."""
     checkpoint_s: float = 5.0
     """Seconds between checkpoints; 0 writes one after every iteration."""
     splits: Fractions = Fractions()
@@ -158,6 +237,21 @@ class Teach:
     def __post_init__(self) -> None:
         _check_run(self.seed, self.confidence, self.checkpoint_s)
         Budget.parse(self.budget)
+        bytes_of(self.memory)
+
+
+def bytes_of(text: str) -> int:
+    """Reads a size such as `500M`, `1G` or `1.5G` (powers of 1024); 0 for none."""
+    if not text:
+        return 0
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    try:
+        size = float(text[:-1]) * units[text[-1:].upper()]
+    except (ValueError, KeyError):
+        size = 0.0
+    _check(2**20 <= size < 2**60, "a memory limit is a number with a unit, K, M, G or T, of 1M or more", f"'{text}'",
+           "try 1G")  # fmt: skip
+    return int(size)
 
 
 def _check_run(seed: int, confidence: float, checkpoint_s: float) -> None:

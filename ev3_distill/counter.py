@@ -6,16 +6,18 @@ from types import TracebackType
 from typing import Any
 
 PLAIN_EVERY_S = 5.0
+SHOWN_AFTER_S = 1.0  # a pass that takes less is not shown
 
 
 class Counter:
-    """Shows how far a pass over many things is. A context manager; silent if nothing is left to do from the start."""
+    """Shows how far a pass over many things is. A context manager; silent if there is little to do."""
 
     def __init__(self, title: str, *, things: str = "rows"):
         """A pass named `title` over `things`."""
         self._title, self._things = title, things
         self._first: int | None = None  # done by earlier passes: no pace to tell from
         self._began = self._told = 0.0
+        self._shown = False
         self._bar: Any = None
 
     def __enter__(self) -> "Counter":
@@ -34,6 +36,10 @@ class Counter:
             if done == total:
                 return
             self._first, self._began, self._told = done, now, now
+        if not self._shown:
+            if done == total or now - self._began < SHOWN_AFTER_S:
+                return
+            self._shown = True
             self._begin(done, total)
         pace = (done - self._first) / max(now - self._began, 1e-9)
         rate = f"{pace:,.{0 if pace >= 10 else 2}f} {self._things}/s" if pace else "no rate yet"
@@ -56,7 +62,7 @@ class Counter:
 
     def _begin(self, done: int, total: int) -> None:
         if not sys.stderr.isatty():
-            self._line(f"{total - done:,} of {total:,} {self._things} to do")
+            self._line(f"{total - (self._first or 0):,} of {total:,} {self._things} to do")
             return
         from rich import progress
         from rich.console import Console

@@ -1,5 +1,12 @@
-"""The one error that a user's input may raise: the command line prints it alone and ends with exit code 2."""
+"""What a user is told of a mistake: the one error that he meets, and warnings."""
+
+import sys
 
 
 class InputError(ValueError):
-    """Something the user gave breaks a rule. The message names the rule, the value got, and the way out."""
+    """Bad input from a user. The message names the rule, the value and the way out; the CLI exits with code 2."""
+
+
+def warn(line: str) -> None:
+    """A line that a user should not miss."""
+    print(f"ev3-distill: warning: {line}", file=sys.stderr)

@@ -1,7 +1,9 @@
 """Progress of a run: a bar with rate and time left on a terminal, plain lines elsewhere."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -43,6 +45,17 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leaves the terminal to something else for a while."""
+        if self._bar is not None:
+            self._bar.stop()
+        try:
+            yield
+        finally:
+            if self._bar is not None:
+                self._bar.start()
 
     def row(self, row: dict[str, Any]) -> None:
         """Takes a ledger row."""

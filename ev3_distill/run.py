@@ -3,7 +3,7 @@
 given.json       the fingerprint of the data and what was known of the teacher at the start
 config.toml      resolved and complete; its presence makes a directory a run
 teacher/         the teacher's own run, where the run trains one
-logits.npz       the teacher's logits on the whole data set
+logits.npz       where the teacher was given as logits: these; what any other says is in the cache that runs share
 ledger.jsonl     a row per decision
 checkpoints/     orbax, the last few
 student/         spec and variables, once finished
@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from ev3_distill.checkpoint import Checkpoints
 from ev3_distill.config import EV3
 from ev3_distill.errors import InputError
 from ev3_distill.ledger import Ledger, row_of, rows
-from ev3_distill.loop import UNLIMITED, Distillation, Reached
+from ev3_distill.loop import UNLIMITED, Distillation, Reached, Supply
 from ev3_distill.types import Batch, Pools, State, Variables
 
 FILES = ("config.toml", "given.json", "ledger.jsonl", "logits.npz", "report.html", "report.json")  # appear whole
@@ -101,7 +101,7 @@ def create(directory: Path, config: Any, given: dict[str, Any]) -> None:
 
 
 def given_to(directory: Path, fingerprint: str) -> dict[str, Any]:
-    """What the run was given at its start: `fingerprint` of its data, `teacher_params` where they were known.
+    """What the run was given at its start: `fingerprint` of its data, `teacher` facts where one was named.
 
     Raises:
       InputError: the data have another fingerprint now.
@@ -174,6 +174,7 @@ def iterate(
     checkpoint_s: float,
     tell: Callable[[dict[str, Any]], None],
     warn: Callable[[str], None],
+    supply: Supply | None = None,
 ) -> State:
     """Runs to the end of the budget, from the newest checkpoint if there is one.
 
@@ -188,6 +189,7 @@ def iterate(
       checkpoint_s: seconds between checkpoints.
       tell: gets each ledger row.
       warn: gets a line for each damaged checkpoint.
+      supply: brings the explore split part by part, in place of `pools.explore`.
 
     Returns:
       The final state, also saved. An interrupt (Ctrl-C) is saved too and then passes on.
@@ -214,7 +216,9 @@ def iterate(
 
         left = None if seconds is None else seconds - past
         try:
-            for following, decision in distillation.stream(pools, state, budget=budget or UNLIMITED, seconds=left):
+            for following, decision in distillation.stream(
+                pools, state, budget=budget or UNLIMITED, seconds=left, supply=supply
+            ):
                 with uninterrupted():
                     spent = time.perf_counter() - began - (distillation.compile_s - compiled)
                     row = row_of(decision, arms, wall_s=past + spent)
@@ -233,13 +237,33 @@ def iterate(
 
 
 def certificate_of(
-    distillation: Distillation, variables: Variables, test: Batch, *, teacher: bool, confidence: float
-) -> Certificate:
-    """The certificate of a student from the sealed split: accuracy, and agreement where there is a teacher."""
-    scores = {"accuracy": np.asarray(distillation.evaluate(variables, test).promise)}
-    if teacher:
-        scores["agreement"] = np.asarray(distillation.agreement(variables, test))
-    return certify(scores, confidence=confidence)
+    distillation: Distillation,
+    variables: Variables,
+    test: Iterable[Batch],
+    *,
+    labelled: bool,
+    teacher: bool,
+    confidence: float,
+) -> tuple[Certificate, float | None]:
+    """The certificate of a student from the sealed split, and the teacher's own accuracy there.
+
+    Args:
+      distillation: of the student.
+      variables: the student's.
+      test: the sealed split in parts.
+      labelled: whether it has labels: then accuracy is promised.
+      teacher: whether there is one: then agreement with it is.
+      confidence: of all claims together.
+    """
+    found: dict[str, list[np.ndarray]] = {"accuracy": [], "agreement": [], "teacher": []}
+    for part in test:
+        found["accuracy"].append(np.asarray(distillation.evaluate(variables, part).promise))
+        found["agreement"].append(np.asarray(distillation.agreement(variables, part)))
+        found["teacher"].append(np.asarray(part.teacher_logits).argmax(axis=1) == np.asarray(part.labels))
+    scores = {name: np.concatenate(parts) for name, parts in found.items()}
+    promised = [name for name, holds in (("accuracy", labelled), ("agreement", teacher)) if holds]
+    of_teacher = float(scores["teacher"].mean()) if labelled and teacher else None
+    return certify({name: scores[name] for name in promised}, confidence=confidence), of_teacher
 
 
 def report_of(

@@ -111,8 +111,10 @@ def test_training_moves_parameters_and_follows_the_seed(field):
 
 def test_problem_has_the_sizes_it_names():
     pools = throughput.problem(0)
-    assert [len(split.labels) for split in pools[:3]] == [1024, 512, 1024]
-    assert len(set(np.asarray(pools.explore.index)) | set(np.asarray(pools.assess.index))) == 1536  # none twice
+    assert [len(split.labels) for split in (pools.explore.examples, *pools[1:])] == [1024, 512, 1024]
+    assert (
+        len(set(np.asarray(pools.explore.examples.index)) | set(np.asarray(pools.assess.index))) == 1536
+    )  # none twice
 
 
 def test_throughput_smoke(tmp_path, capsys):
@@ -176,7 +178,7 @@ def test_portfolio_table_takes_the_best_in_hindsight_and_pairs_by_seed():
 @pytest.mark.parametrize(
     ("suite", "seeds", "size", "told"),
     [
-        ("speed", 1, "full", "a suite is one of portfolio, throughput; got 'speed'"),
+        ("swiftness", 1, "full", "a suite is one of memory, portfolio, quality, speed, throughput; got 'swiftness'"),
         ("throughput", 1, "huge", "a size is one of full, smoke; got 'huge'"),
         ("throughput", 0, "full", "at least 1; got 0"),
     ],

@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 from conftest import SMALL, rows_without_times, variables_of
 
+import students
+from ev3_distill.sources import load_data
+from ev3_distill.splits import split_rows
+from teachers.flax import forward
+
 FAST = ("--student", "mlp:hidden=8", "--arms", "ce", "--budget", "300")
 
 
@@ -33,7 +38,7 @@ def test_help_tells_defaults(cli):
     text = " ".join(re.sub(r"[│\n]", " ", cli("compress", "--help").out).split())
     for option in ("--data", "--teacher", "--student", "--budget", "--arms", "--seed", "--config", "--resume", "--out"):
         assert option in text
-    assert "(default: mlp:hidden=32)" in text
+    assert "(default: auto)" in text
     assert "training steps summed over all arms" in text
 
 
@@ -84,8 +89,10 @@ def test_a_finished_run_without_its_page_gets_it(finished, cli, here):
 
 
 def test_logits_teacher_end_to_end(finished, cli, here):
-    """Logits that another run's teacher left teach the same student."""
-    logits = finished / "logits.npz"
+    """Logits of another run's teacher teach the same student, by file or by program."""
+    network, variables = students.load(finished / "teacher")
+    logits = here / "logits.npz"
+    np.savez(logits, logits=forward(network, variables)(load_data("digits").inputs))
     assert cli("compress", *SMALL, "--teacher", f"logits:{logits}", "--out", "run").code == 0
     assert variables_of(here / "run") == variables_of(finished)
     assert rows_without_times(here / "run/ledger.jsonl") == rows_without_times(finished / "ledger.jsonl")
@@ -112,15 +119,15 @@ def test_flax_teacher_end_to_end(cli, here):
 
 
 def test_a_teacher_that_may_have_seen_the_test_split(finished, cli, here, monkeypatch):
-    from ev3_distill import data, run
+    from ev3_distill import run
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "iterate", stop)
-    labels = data.load_data("digits").labels
-    sealed = data.split_rows(labels, None, seed=0)["test"]
-    unsealed = np.setdiff1d(data.split_rows(labels, None, seed=1)["test"], sealed)
+    labels = load_data("digits").labels
+    sealed = split_rows(labels, None, seed=0)["test"]
+    unsealed = np.setdiff1d(split_rows(labels, None, seed=1)["test"], sealed)
     for i, teacher in enumerate((finished / "teacher", finished / "teacher/student", finished)):
         same = cli("compress", *FAST, "--teacher", f"flax:{teacher}", "--out", f"same{i}")
         assert "warning" not in same.err

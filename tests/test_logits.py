@@ -884,14 +884,20 @@ def test_counter_in_plain_lines(clock, capsys):
     ]
 
 
-def test_counter_with_nothing_to_do_is_silent(capsys):
+def test_counter_with_little_to_do_is_silent(clock, capsys):
     with Counter("teacher") as shown:
         shown.tell(5, 5)
+    counted_little = [(0, 0), (0.5, 500), (0.9, 1000)]
+    with Counter("teacher") as shown:
+        for now, done in counted_little:
+            clock.append(now)
+            shown.tell(done, 1000)
     assert capsys.readouterr().err == ""
 
 
 def test_counter_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(counter, "SHOWN_AFTER_S", 0.0)
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(Counter("teacher"))
         shown.tell(0, 10)

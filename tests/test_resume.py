@@ -56,7 +56,7 @@ def some_moment(rng, run):
         return kind, lambda: count_rows(run) >= wanted
     if kind == "checkpoint":
         return kind, lambda: bool(half_written(run))
-    stages = ("given.json", "config.toml", "teacher/student", "teacher/report.json", "logits.npz", "checkpoints",
+    stages = ("given.json", "config.toml", "teacher/student", "teacher/report.json", "checkpoints",
               "student", "report.json")  # fmt: skip
     ahead = [name for name in stages if not (run / name).exists()]
     name = rng.choice(ahead[:3]) if ahead else "report.html"
@@ -113,7 +113,7 @@ def test_interrupt_tells_how_to_resume(stage, finished, tmp_path):
 
 def test_interrupt_saves_what_the_ledger_has(monkeypatch, cli, here, random_logits):
     """Ctrl-C between an iteration and its row, with no checkpoint due: ledger and checkpoint agree, nothing is lost."""
-    from ev3_distill import commands, run
+    from ev3_distill import run, training
 
     options = ("--student", "mlp:hidden=8", "--arms", "ce", "--budget", "600", "--teacher", f"logits:{random_logits}")
     assert cli("compress", *options, "--out", "whole").code == 0
@@ -134,7 +134,7 @@ def test_interrupt_saves_what_the_ledger_has(monkeypatch, cli, here, random_logi
 
     iterations = []
     with monkeypatch.context() as patch:
-        patch.setattr(commands.Progress, "row", lambda self, row: iterations.append(row["iteration"]))
+        patch.setattr(training.Progress, "row", lambda self, row: iterations.append(row["iteration"]))
         assert cli("compress", "--resume", "run").code == 0
     assert iterations[0] == 4
     assert newest(here / "run") == newest(here / "whole")
@@ -146,12 +146,12 @@ def newest(run):
 
 
 def test_interrupt_before_anything_is_written(monkeypatch, cli, here):
-    from ev3_distill import data
+    from ev3_distill import commands
 
-    def load(source):
+    def load(source, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "load_data", load)
+    monkeypatch.setattr(commands, "load_data", load)
     answer = cli("compress", "--out", "run")
     assert (answer.code, answer.err) == (130, "ev3-distill: interrupted; nothing was written\n")
     assert not list(here.iterdir())
@@ -175,7 +175,7 @@ def test_resume_of_a_finished_run_changes_nothing(cli, here, finished):
 
 def test_a_finished_teacher_is_not_trained_again(monkeypatch, cli, here, random_logits):
     """Nor are its logits computed again."""
-    from ev3_distill import commands, run
+    from ev3_distill import lessons, run
 
     iterate, trained = run.iterate, []
 
@@ -188,6 +188,6 @@ def test_a_finished_teacher_is_not_trained_again(monkeypatch, cli, here, random_
     with monkeypatch.context() as patch:
         patch.setattr(run, "iterate", stop)
         assert cli("compress", *SMALL, "--out", "run").code == 130
-        patch.setattr(commands, "flax_teacher", None)
+        patch.setattr(lessons, "collect", None)
         assert cli("compress", "--resume", "run").code == 130
     assert trained == ["teacher", "run", "run"]

@@ -1,0 +1,108 @@
+"""The four splits: explore, assess, decide and test, a pure function of labels, fractions and seed."""
+
+import math
+
+import numpy as np
+
+from ev3_distill.config import Fractions
+from ev3_distill.errors import InputError
+
+SPLITS = ("explore", "assess", "decide", "test")
+
+_LEAST = {"explore": 2, "assess": 1, "decide": 1, "test": 1}  # examples
+_SPLIT_STREAM = 0  # of the seed's independent random streams
+DEFAULT_FRACTIONS = Fractions()
+
+
+def split_rows(
+    labels: np.ndarray, test_rows: np.ndarray | None, *, seed: int, fractions: Fractions = DEFAULT_FRACTIONS
+) -> dict[str, np.ndarray]:
+    """Divides rows into the four splits, class by class; a function of these arguments alone.
+
+    Args:
+      labels: [N]; equal labels are one stratum, the unlabelled (-1) too.
+      test_rows: the rows of the test split, or none: then it is divided off like the others.
+      seed: of the division.
+      fractions: of the splits, those of the divided ones renormalised; what assess and decide get beyond
+        `fractions.most` examples goes to explore.
+
+    Returns:
+      Sorted rows by split: disjoint, together all. Sizes, and the counts of every class, are within 1 of proportional.
+    """
+    rng = generator(seed, _SPLIT_STREAM)
+    is_test = np.zeros(len(labels), bool)
+    if test_rows is not None:
+        is_test[test_rows] = True
+    names = SPLITS if test_rows is None else SPLITS[:3]
+    shares = np.array([getattr(fractions, name) for name in names])
+    shares /= shares.sum()
+    rest = np.flatnonzero(~is_test)
+    held_out = np.minimum(shares[1:3], fractions.most / max(len(rest), 1))
+    shares[0] += (shares[1:3] - held_out).sum()
+    shares[1:3] = held_out
+    sizes = _largest_remainders(len(rest), shares, rng)
+    _check_sizes(dict(zip(names, sizes, strict=True)) | ({} if test_rows is None else {"test": is_test.sum()}), shares)
+
+    _, stratum, counts = np.unique(labels[rest], return_inverse=True, return_counts=True)
+    members = np.split(np.argsort(stratum, kind="stable"), np.cumsum(counts)[:-1])
+    dealt = _deal(counts, shares, sizes, rng)
+    owner = np.empty(len(rest), np.int32)
+    for rows, hand in zip(members, dealt, strict=True):
+        owner[rng.permutation(rows)] = np.repeat(np.arange(len(names)), hand)
+    split_of = {name: rest[owner == i] for i, name in enumerate(names)}
+    return split_of if test_rows is None else split_of | {"test": np.flatnonzero(is_test)}
+
+
+def generator(seed: int, stream: int) -> np.random.Generator:
+    """One of a seed's independent random streams.
+
+    Raises:
+      InputError: the seed is negative.
+    """
+    if seed < 0:
+        raise InputError(f"a seed must not be negative; got {seed}: try 0")
+    return np.random.default_rng([seed, stream])
+
+
+def _check_sizes(sizes: dict[str, int], shares: np.ndarray) -> None:
+    short = [name for name in sizes if sizes[name] < _LEAST[name]]
+    if not short:
+        return
+    own_test = len(shares) < len(SPLITS)
+    n = sum(sizes.values()) - (sizes["test"] if own_test else 0)
+    need = max(math.ceil(_LEAST[name] / share - 1e-9) for name, share in zip(SPLITS, shares, strict=False))
+    beside = f" beside {sizes['test']} for test" if own_test else ""
+    raise InputError(
+        f"explore needs at least 2 examples and every other split 1; got {n} examples{beside}, too few for "
+        f"{' and '.join(short)}: give at least {need}{' and 1 for test' if own_test else ''}, or other fractions"
+    )
+
+
+def _floors(exact: np.ndarray) -> np.ndarray:
+    return np.floor(exact + 1e-9).astype(int)  # 0.29 * 100 is 29
+
+
+def _largest_remainders(n: int, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rounds n * shares to integers of sum n, ties broken at random."""
+    exact = n * shares
+    sizes = _floors(exact)
+    by_remainder = np.lexsort((rng.random(len(shares)), -(exact - sizes).round(9)))
+    sizes[by_remainder[: n - sizes.sum()]] += 1
+    return sizes
+
+
+def _deal(counts: np.ndarray, shares: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A controlled rounding of counts x shares [C, S]: rows sum to `counts`, columns to `sizes`, entries move by <= 1.
+
+    Each class gives every split the floor of its due, and its leftovers, one each, to the neediest splits: Gale and
+    Ryser's construction of a 0-1 matrix with given margins, where rows may come in any order. Such a matrix exists: the
+    dues' fractional parts are a fractional one, and largest remainders of up to four columns keep its margins feasible.
+    """
+    dealt = _floors(np.outer(counts, shares))
+    lacking = sizes - dealt.sum(axis=0)
+    for row in rng.permutation(len(counts)):
+        leftover = counts[row] - dealt[row].sum()
+        neediest = np.lexsort((rng.random(len(shares)), -lacking))[:leftover]
+        dealt[row, neediest] += 1
+        lacking[neediest] -= 1
+    return dealt

@@ -1,0 +1,221 @@
+"""Training: a network on a data set under a teacher, from its newest checkpoint if there is one, to certificate and report."""
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import students
+from ev3_distill import augment, config, report, run
+from ev3_distill.arms import arms_named
+from ev3_distill.errors import InputError, warn
+from ev3_distill.lessons import Labels, Lessons, Recorded, chunked
+from ev3_distill.loop import UNLIMITED, Distillation, Supply
+from ev3_distill.network import count_params
+from ev3_distill.pool import held_out, sampler
+from ev3_distill.progress import Progress
+from ev3_distill.sources import Dataset
+from ev3_distill.splits import SPLITS, split_rows
+from ev3_distill.supply import ResidentSupply, Views, WindowSupply
+from ev3_distill.types import Batch, Network, Pools, Variables
+
+WINDOW_SHARE = 32  # of the memory limit; three windows are in memory at once: trained on, made, and read ahead
+WINDOW_STEPS = 256  # at most
+CHUNK = 2048  # test examples on the device at once
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """What is trained on what, all of it checked."""
+
+    dataset: Dataset
+    network: Network
+    rows: dict[str, np.ndarray]  # positions by split
+    augmentation: augment.Augmentation | None
+    steps: int | None  # of the budget, unless it is a wall time
+    memory: int  # bytes
+    teacher_features: Mapping[str, tuple[int, ...]] = dataclasses.field(
+        default_factory=dict
+    )  # those in use, of one example
+
+
+def limit_of(memory: str) -> int:
+    """The memory limit in bytes: the one named, or half of this machine's."""
+    named = config.bytes_of(memory)
+    return named or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def checked(chosen: config.Compress | config.Teach, name: str, dataset: Dataset, num_classes: int) -> Task:
+    """The task of training the network of that name, once all that the data decide was checked."""
+    network = students.named(name, dataset.inputs.shape[1:], num_classes)
+    rows = split_rows(dataset.labels, dataset.test_rows, seed=chosen.seed, fractions=chosen.splits)
+    steps = config.Budget.parse(chosen.budget).in_steps(len(rows["explore"]), chosen.ev3.batch_size)
+    if steps is not None and steps >= UNLIMITED:
+        raise InputError(f"a budget is below {UNLIMITED} steps; got '{chosen.budget}', {steps} steps: give less")
+    augmentation = augment.parse(chosen.augment, dataset.inputs.shape[1:])
+    return Task(dataset, network, rows, augmentation, steps, limit_of(chosen.memory))
+
+
+def train(
+    directory: Path,
+    chosen: Any,
+    task: Task,
+    arm_names: Sequence[str],
+    lessons: Lessons | Recorded,
+    *,
+    teacher: dict[str, Any] | None,
+    in_step: tuple[Network, Variables] | None = None,
+) -> dict[str, Any]:
+    """The run itself: iterate, deliver, certify, report; returns the content of report.json.
+
+    Args:
+      directory: of the run, held by this process.
+      chosen: config.Compress or config.Teach.
+      task: what is trained on what.
+      arm_names: of the arms.
+      lessons: what the teacher says.
+      teacher: facts for the report; None where labels alone teach.
+      in_step: a JAX teacher that runs inside the training step.
+    """
+    dataset, labelled = task.dataset, bool((task.dataset.labels >= 0).any())
+    assess, decide = (_held(task, name, lessons, labelled) for name in ("assess", "decide"))
+    sample, supply, pools = _supplied(chosen, task, lessons, Pools((), assess, decide), in_step)
+    budget = config.Budget.parse(chosen.budget)
+    title = "teacher" if teacher is None else "student"
+    arms = arms_named(task.network.apply, arm_names, network=task.network, teacher_features=task.teacher_features)
+    distillation = Distillation(task.network, arms, config=chosen.ev3, sample=sample)
+    with Progress(title, steps=task.steps, seconds=budget.seconds) as progress:
+        lessons.aside = progress.aside
+        state = run.iterate(
+            directory,
+            distillation,
+            pools,
+            arm_names,
+            supply=supply,
+            seed=chosen.seed,
+            budget=task.steps,
+            seconds=budget.seconds,
+            checkpoint_s=chosen.checkpoint_s,
+            tell=progress.row,
+            warn=warn,
+        )
+        lessons.aside = contextlib.nullcontext
+    which, variables = distillation.delivered(pools, state, getattr(chosen, "deliver", "best"))
+    students.save(directory / "student", task.network, variables)
+    certificate, of_teacher = run.certificate_of(
+        distillation,
+        variables,
+        _test(task, lessons, labelled),
+        labelled=labelled,
+        teacher=teacher is not None,
+        confidence=chosen.confidence,
+    )
+    points = {claim.metric: claim.point for claim in certificate.claims}
+    facts = {
+        "teacher": {"source": "labels", "params": None, "accuracy": None}
+        if teacher is None
+        else {**teacher, "accuracy": of_teacher},
+        "student": {
+            "network": chosen.network if teacher is None else chosen.student,
+            "params": count_params(variables),
+            "accuracy": points.get("accuracy"),
+            "agreement": points.get("agreement"),
+            "delivered": which,
+        },
+        "certificate": certificate.as_dict(),
+        "seed": chosen.seed,
+        "budget": chosen.budget,
+        "splits": {name: len(task.rows[name]) for name in SPLITS},
+        "data": {
+            "source": dataset.source,
+            "fingerprint": dataset.fingerprint,
+            "classes": list(dataset.class_names or map(str, range(lessons.num_classes))),
+            "input_shape": list(dataset.inputs.shape[1:]),
+            "augmentation": "none" if task.augmentation is None else task.augmentation.describe(),
+        },
+        "command": f"ev3-distill {'teach' if teacher is None else 'compress'} --config config.toml",
+    }
+    content = run.report_of(
+        directory, state, arm_names, compile_s=distillation.compile_s, config=chosen.ev3, facts=facts
+    )
+    run.write_json(directory / "report.json", content)
+    report.write_html(directory)
+    return content
+
+
+def _supplied(
+    chosen: Any, task: Task, lessons: Lessons | Recorded, pools: Pools, in_step: tuple[Network, Variables] | None
+) -> tuple[Any, Supply | None, Pools]:
+    """How batches are made, who brings the explore split, and the pools: with it where it is on the device as a whole."""
+    dataset, size, index = task.dataset, chosen.ev3.batch_size, task.rows["explore"]
+    views = Views(dataset, index, task.augmentation)
+    asked = not isinstance(lessons, Labels)  # what nobody is asked of needs no end of views
+    count = 1 if task.augmentation is None else chosen.views if asked else UNLIMITED
+    facts = {"batch_size": size, "seed": chosen.seed}
+    apply = None if in_step is None else in_step[0].apply
+    sample = sampler(batch_size=size, views=count, augmentation=task.augmentation, teacher=apply)
+    lesson = lessons.of(views, count)
+    learnt = 4 * count * len(index) * sum(math.prod(shape) for shape in task.teacher_features.values())
+    if in_step is not None and task.teacher_features:
+        raise InputError(
+            f"a teacher inside the step gives logits alone; got arms that ask for {', '.join(task.teacher_features)}: leave "
+            "out --teacher-in-step, or those arms"
+        )
+    if not fits(dataset, task.memory, learnt):
+        if in_step is not None:
+            raise InputError(
+                f"a teacher inside the step needs data that fit; {dataset.source} has {bytes_in(dataset)} bytes for a "
+                f"memory limit of {task.memory}: raise --memory, or leave out --teacher-in-step"
+            )
+        batch = size * math.prod(dataset.inputs.shape[1:]) * dataset.inputs.dtype.itemsize
+        steps = min(max(task.memory // WINDOW_SHARE // batch, 1), WINDOW_STEPS)
+        return sample, WindowSupply(views, lesson, count=count, steps=steps, **facts), pools
+    variables = () if in_step is None else in_step[1]
+    supply = ResidentSupply(views, lesson, count=count if asked else 1, teacher=variables, **facts)
+    if task.augmentation is None:
+        return sample, None, pools._replace(explore=supply.whole())
+    return sample, supply, pools
+
+
+def bytes_in(dataset: Dataset) -> int:
+    """Of all its inputs."""
+    return math.prod(dataset.inputs.shape) * dataset.inputs.dtype.itemsize
+
+
+def fits(dataset: Dataset, memory: int, learnt: int = 0) -> bool:
+    """Whether a data set may be whole on the host and on the device, and leaves half of the limit to all else.
+
+    Args:
+      dataset: in memory or on disk.
+      memory: the limit, bytes.
+      learnt: bytes of the teacher's features on it.
+    """
+    return isinstance(dataset.inputs, np.ndarray) and bytes_in(dataset) + learnt <= share_of(memory)
+
+
+def share_of(memory: int) -> int:
+    """Bytes that a data set's inputs may have to be kept in memory."""
+    return memory // 4
+
+
+def _held(task: Task, name: str, lessons: Lessons | Recorded, labelled: bool) -> Batch:
+    """A held-out split, whole; without labels the teacher's choice stands in for them, and accuracy is agreement."""
+    return _batch(task, task.rows[name], lessons.plain(task.rows[name], f"teacher, {name} split"), labelled)
+
+
+def _test(task: Task, lessons: Lessons | Recorded, labelled: bool) -> Iterator[Batch]:
+    """The sealed split, opened part by part."""
+    rows = task.rows["test"]
+    lessons.plain(rows, "teacher, test split")
+    for part in chunked(rows, CHUNK):
+        yield _batch(task, part, lessons.plain(part), labelled)
+
+
+def _batch(task: Task, rows: np.ndarray, logits: np.ndarray, labelled: bool) -> Batch:
+    labels = task.dataset.labels[rows] if labelled else logits.argmax(axis=1)
+    return held_out(task.dataset.inputs[rows], labels, rows, logits)
