@@ -16,13 +16,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import portfolio, throughput
+from benchmarks import memory, portfolio, quality, speed, throughput
 from ev3_distill.errors import InputError
 from ev3_distill.ledger import Ledger
 
 __all__ = ["SIZES", "SUITES", "provenance", "run"]
 
-SUITES: dict[str, ModuleType] = {"portfolio": portfolio, "throughput": throughput}
+SUITES: dict[str, ModuleType] = {
+    "memory": memory,
+    "portfolio": portfolio,
+    "quality": quality,
+    "speed": speed,
+    "throughput": throughput,
+}
 SIZES = ("full", "smoke")
 
 _PACKAGES = ("jax", "flax", "optax", "numpy")

@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import students
 from benchmarks import rows as statistics
-from ev3_distill import data
+from ev3_distill import pool
 from ev3_distill.arms import arms_named
 from ev3_distill.config import EV3
 from ev3_distill.core.explore import draw_from
 from ev3_distill.loop import Distillation
-from ev3_distill.types import Pools, Variables
-from teachers.flax import flax_teacher
+from ev3_distill.sources import Dataset, load_data
+from ev3_distill.types import Pools, Stretch, Variables
+from teachers.flax import forward
 
 COST = {"digits": 4000, "mnist": 8000}  # steps in all
 STUDENT = {"digits": "mlp:hidden=16", "mnist": "mlp:hidden=16"}
@@ -52,7 +54,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
         source = source_of(name)
         if source is None:
             continue
-        dataset = data.load_data(source)
+        dataset = load_data(source)
         cost = COST[name] // (20 if size == "smoke" else 1)
         teach = _teacher(dataset, TEACHER_COST[name] // (10 if size == "smoke" else 1))
         student = students.named(STUDENT[name], dataset.inputs.shape[1:], dataset.num_classes)
@@ -65,7 +67,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
             if not missing:
                 continue
             own = FIRST_SEED + seed
-            pools, test = data.split(dataset, teach(own), seed=own)
+            pools, test = pool.split(dataset, teach(own), seed=own)
             for contender, distillation in contenders.items():
                 if contender not in missing:
                     continue
@@ -90,15 +92,15 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
                        "accuracy": float(scores.mean())}  # fmt: skip
 
 
-def _teacher(dataset: data.Dataset, cost: int) -> Callable[[int], np.ndarray]:
+def _teacher(dataset: Dataset, cost: int) -> Callable[[int], np.ndarray]:
     """seed -> logits [N, K] of a teacher trained by labels alone on that seed's explore split."""
     blank = np.zeros((len(dataset.labels), dataset.num_classes), np.float32)
     network = students.named("mlp:hidden=256-256", dataset.inputs.shape[1:], dataset.num_classes)
     distillation = Distillation(network, arms_named(network.apply, ("ce-slow",)))
 
     def teach(seed: int) -> np.ndarray:
-        pools, _ = data.split(dataset, blank, seed=seed)
-        return flax_teacher(network, distillation.complete(pools, seed, budget=cost).current)(dataset.inputs)
+        pools, _ = pool.split(dataset, blank, seed=seed)
+        return forward(network, distillation.complete(pools, seed, budget=cost).current)(np.asarray(dataset.inputs))
 
     return teach
 
@@ -109,9 +111,9 @@ def _bare(student: Any, arm: Any) -> Any:
     @jax.jit
     def train(pools: Pools, seed: int, steps: int) -> Variables:
         init_key, run_key = jax.random.split(jax.random.key(seed))
-        rows = lambda order, step: data.rows(order, step, batch_size=EV3().batch_size)  # noqa: E731
-        draw = draw_from(pools, rows, run_key)
-        return arm.propose(arm.init(student.init(init_key)), draw, 0, steps)[1]
+        draw = draw_from(pools.explore, pool.sampler(batch_size=EV3().batch_size), run_key)
+        whole = Stretch(jnp.int32(0), jnp.int32(steps), jnp.float32(0), jnp.float32(1 / steps))
+        return arm.propose(arm.init(student.init(init_key)), draw, whole)[1]
 
     return train
 

@@ -31,12 +31,15 @@ import optax
 
 import students
 from benchmarks import rows as statistics
-from ev3_distill import data, losses
+from ev3_distill import losses
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.config import EV3
 from ev3_distill.errors import InputError
 from ev3_distill.ledger import Ledger, row_of
 from ev3_distill.loop import Distillation
+from ev3_distill.order import order, rows
+from ev3_distill.pool import Resident, sampler
+from ev3_distill.sources import load_data
 from ev3_distill.types import Apply, Batch, Network, Pools, PyTree, Variables
 
 KEY = ("seed",)  # names a row
@@ -47,6 +50,7 @@ EXPLORE, ASSESS, DECIDE = 1024, 512, 1024
 CONFIG = EV3(batch_size=128, length=100, max_length=100)
 OPTIMIZER = optax.adamw(1e-3)
 LOSS = losses.cross_entropy()
+SAMPLE = sampler(batch_size=CONFIG.batch_size)
 
 Work = Callable[[], PyTree]  # what is timed; returns trained parameters
 Contender = Callable[[Pools, int], Work]  # (pools, seed) -> work, all preparation done
@@ -109,7 +113,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def problem(seed: int) -> Pools:
     """The three splits, of a permutation of the digits that goes round again where it ends."""
-    digits = data.load_data("digits")
+    digits = load_data("digits")
     chosen = np.resize(np.random.default_rng(seed).permutation(len(digits.labels)), EXPLORE + ASSESS + DECIDE)
 
     def split(rows: np.ndarray) -> Batch:
@@ -119,7 +123,9 @@ def problem(seed: int) -> Pools:
         return Batch(inputs, labels, blank, jnp.asarray(rows, jnp.int32), jnp.ones(n))
 
     explore, assess, decide = np.split(chosen, [EXPLORE, EXPLORE + ASSESS])
-    return Pools(split(explore), split(assess), split(decide), data.order(EXPLORE, seed))
+    examples = split(explore)
+    views = examples._replace(teacher_logits=examples.teacher_logits[None])
+    return Pools(Resident(views, order(EXPLORE, seed)), split(assess), split(decide))
 
 
 def contenders(steps: int, reference_steps: int, *, ledger: Path) -> dict[str, tuple[Contender, int]]:
@@ -166,8 +172,7 @@ def _bare(network: Network, start: Callable[[Pools, int], Variables], steps: int
     ) -> tuple[PyTree, PyTree]:
         def advance(carry: tuple[PyTree, PyTree], step: jax.Array) -> tuple[tuple[PyTree, PyTree], None]:
             params, opt_state = carry
-            chosen = data.rows(pools.order, step, batch_size=CONFIG.batch_size)
-            batch = jax.tree.map(lambda leaf: leaf[chosen], pools.explore)
+            batch = SAMPLE(pools.explore, step)
             gradient = jax.grad(_objective)(params, stats, batch, network.apply)
             updates, opt_state = OPTIMIZER.update(gradient, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), None
@@ -205,17 +210,18 @@ def _reference(network: Network, start: Callable[[Pools, int], Variables], steps
 
     def contender(pools: Pools, seed: int) -> Work:
         variables = start(pools, seed)
-        visit = jax.jit(functools.partial(data.rows, batch_size=CONFIG.batch_size))
-        chosen = [np.asarray(visit(pools.order, np.int32(step))) for step in range(steps)]
-        explore = jax.tree.map(np.asarray, pools.explore)
+        visit = jax.jit(functools.partial(rows, batch_size=CONFIG.batch_size))
+        chosen = [np.asarray(visit(pools.explore.order, np.int32(step))) for step in range(steps)]
+        examples = pools.explore.examples
+        explore = jax.tree.map(np.asarray, examples._replace(teacher_logits=examples.teacher_logits[0]))
         assess, decide = _batches(pools.assess), _batches(pools.decide)
 
         def work() -> PyTree:
             params, stats, opt_state = variables.params, variables.stats, OPTIMIZER.init(variables.params)
             for first in range(0, steps, CONFIG.length):
                 candidate = params
-                for rows in chosen[first : first + CONFIG.length]:
-                    batch = Batch(*[leaf[rows] for leaf in explore])
+                for at in chosen[first : first + CONFIG.length]:
+                    batch = jax.tree.map(lambda leaf, at=at: leaf[at], explore)
                     _, gradient = value_and_grad(candidate, stats, batch)
                     updates, opt_state = OPTIMIZER.update(gradient, opt_state, candidate)
                     candidate = optax.apply_updates(candidate, updates)
@@ -237,7 +243,7 @@ def _objective(params: PyTree, stats: PyTree, batch: Batch, apply: Apply) -> jax
 def _batches(split: Batch) -> list[Batch]:
     """A split on the host, in batches of the training's size."""
     host, size = jax.tree.map(np.asarray, split), CONFIG.batch_size
-    return [Batch(*[leaf[i : i + size] for leaf in host]) for i in range(0, len(host.labels), size)]
+    return [jax.tree.map(lambda leaf, i=i: leaf[i : i + size], host) for i in range(0, len(host.labels), size)]
 
 
 def _seconds(work: Work) -> float:
