@@ -1,13 +1,14 @@
 """`flax:DIR`, a network of this project: a run's student or teacher, or one that `ev3-distill teach` trained."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from ev3_distill.config import Preprocessing
-from ev3_distill.network import count_params
+from ev3_distill.errors import InputError
+from ev3_distill.network import count_params, features_of
 from ev3_distill.types import Network, Variables
 from teachers.place import digest_of
 from teachers.preprocessing import IDENTITY, read_beside
@@ -25,12 +26,34 @@ def forward(network: Network, variables: Variables, *, batch_size: int = 1024) -
     return logits
 
 
+def outputs_of(
+    network: Network, variables: Variables, features: Sequence[str], *, batch_size: int = 1024
+) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """As `forward`, with features of the network by name beside the logits."""
+    found = network.features
+    if not features or found is None:
+        logits = forward(network, variables, batch_size=batch_size)
+        return lambda inputs: {"logits": logits(inputs)}
+
+    @jax.jit
+    def apply(inputs: jax.Array) -> dict[str, jax.Array]:
+        (logits, named), _ = found(variables, inputs, train=False)
+        return {"logits": logits, **{name: named[name] for name in features}}
+
+    def outputs(inputs: np.ndarray) -> dict[str, np.ndarray]:
+        parts = [jax.device_get(apply(inputs[i : i + batch_size])) for i in range(0, len(inputs), batch_size)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    return outputs
+
+
 def flax_teacher(
     network: Network,
     variables: Variables,
     source: str,
     request: Request | None = None,
     *,
+    features: Sequence[str] = (),
     beside: Preprocessing = IDENTITY,
 ) -> Teacher:
     """A network as a teacher.
@@ -40,6 +63,7 @@ def flax_teacher(
       variables: its arrays.
       source: what to call it.
       request: what it is for; by default the very data that it was trained on.
+      features: names of those that it gives beside its logits.
       beside: preprocessing from a file beside it.
 
     Returns:
@@ -49,10 +73,14 @@ def flax_teacher(
       InputError: it does not fit the data.
     """
     shape, classes = tuple(network.spec["input_shape"]), network.spec["num_classes"]
-    logits = forward(network, variables)
+    shown = features_of(network) if features else {}
+    if missing := [name for name in features if name not in shown]:
+        raise InputError(
+            f"a teacher's features are {', '.join(shown) or 'none'}; got {missing[0]} of {source}: name one of these"
+        )
     model = Model(
-        run=lambda inputs: {"logits": logits(inputs)},
-        digest=_digest(network, variables),
+        run=outputs_of(network, variables, features),
+        digest=_digest(network, variables, features),
         beside=beside,
         input_shape=shape,
         num_outputs=classes,
@@ -64,7 +92,7 @@ def flax_teacher(
 
 
 def saved_teacher(place: str, request: Request) -> Teacher:
-    """The teacher in the directory of a run or of a saved network.
+    """The teacher in the directory of a run or of a saved network, `DIR` or `DIR#FEATURE,...`.
 
     Raises:
       InputError: nothing there, or it does not fit the data.
@@ -73,13 +101,16 @@ def saved_teacher(place: str, request: Request) -> Teacher:
 
     if request.networks is None:
         raise ValueError("a flax: teacher needs networks=, which reads its directory: pass students.load")
+    place, _, named = place.partition("#")
     network, variables = request.networks(place)
-    return flax_teacher(network, variables, request.source, request, beside=read_beside(Path(place).expanduser()))
+    features = tuple(filter(None, named.split(",")))
+    beside = read_beside(Path(place).expanduser())
+    return flax_teacher(network, variables, request.source, request, features=features, beside=beside)
 
 
-def _digest(network: Network, variables: Variables) -> str:
-    """Of the spec and of every leaf's path, type and bytes."""
-    parts: list[str | bytes] = ["flax", json.dumps(dict(network.spec), sort_keys=True)]
+def _digest(network: Network, variables: Variables, features: Sequence[str]) -> str:
+    """Of the spec, of every leaf's path, type and bytes, and of the features."""
+    parts: list[str | bytes] = ["flax", json.dumps(dict(network.spec), sort_keys=True), *features]
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         array = np.asarray(leaf)
         parts += [f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}", array.tobytes()]
