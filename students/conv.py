@@ -20,7 +20,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 Pair = tuple[int, int]
-CHUNK = 16  # examples per part of a kernel's gradient: 8 and 32 take 5-30 % longer, all 128 at once twice as long
+# Examples per part of a kernel's gradient. At 16 channels 8 take 10 % longer and 32 take 28 %; all 128 at once take 2-3 times
+# as long at 16 to 64 channels.
+CHUNK = 16
 
 
 class Conv(nnx.Module):
@@ -47,7 +49,7 @@ class Conv(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """nnx.BatchNorm over all axes but the last, of momentum 0.9 and epsilon 1e-5, with half its passes over memory.
+    """nnx.BatchNorm over all axes but the last, of momentum 0.9 and epsilon 1e-5, in fewer passes over memory.
 
     y = x a + b, with a = scale / sqrt(var + epsilon) and b = bias - mean a. Reverse mode makes of this form the two sums
     g and g x and one pass dx = g a + x c + d, and no more. As in Flax, var = E[x^2] - E[x]^2, biased, also when running.
@@ -102,7 +104,7 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1), groups: in
 
 
 def _depthwise(x: jax.Array, kernel: jax.Array, strides: Pair) -> jax.Array:
-    """Shift and multiply: 5-13x faster than XLA:CPU's depthwise convolution forward, 20x and more in gradients."""
+    """Shift and multiply: 8-13x faster than XLA:CPU's depthwise convolution (96 channels, forward)."""
     pads, (height, width) = _same(x, kernel, strides)
     x = jnp.repeat(jnp.pad(x, ((0, 0), *pads, (0, 0))), kernel.shape[3] // x.shape[3], -1)
     down, right = strides
