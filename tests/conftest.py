@@ -1,11 +1,14 @@
 """What tests of whole runs share: caches for all processes, one small run, and what "the same run" means."""
 
 import atexit
+import io
 import json
 import os
 import re
 import shutil
 import tempfile
+import zipfile
+from pathlib import Path
 from typing import NamedTuple
 
 # Before jax is imported, and inherited by the workers of pytest-xdist and by the processes that tests start.
@@ -27,6 +30,7 @@ SMALL = (
     *("--teacher-network", "mlp:hidden=16", "--teacher-budget", "300", "--checkpoint-s", "0"),
 )
 TIMES = ("wall_s", "compile_s")
+SHARED = Path(os.environ.get("EV3_DISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 class Answer(NamedTuple):
@@ -72,6 +76,21 @@ def random_logits(tmp_path_factory):
     path = tmp_path_factory.mktemp("logits") / "logits.npz"
     np.savez(path, logits=np.random.default_rng(0).normal(size=(1797, 10)).astype(np.float32))
     return path
+
+
+@pytest.fixture(scope="session")
+def cifar():
+    """The first 500 images of a shuffled test set, their labels and the class names."""
+    pil = pytest.importorskip("PIL.Image", reason="reads the images")
+    path = SHARED / "cifar10_jpeg.zip"
+    if not path.is_file():
+        pytest.skip(f"the real images are not there: {path.name}")
+    with zipfile.ZipFile(path) as archive:
+        names = sorted(name for name in archive.namelist() if "test/" in name and name.endswith(".jpg"))
+        classes = sorted({name.split("/")[-2] for name in names})
+        chosen = [names[i] for i in np.random.default_rng(5).permutation(len(names))[:500]]
+        images = np.stack([np.asarray(pil.open(io.BytesIO(archive.read(name)))) for name in chosen])
+    return images, np.array([classes.index(name.split("/")[-2]) for name in chosen]), tuple(classes)
 
 
 def rows_without_times(path):

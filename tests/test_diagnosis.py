@@ -9,13 +9,13 @@ import zlib
 
 import numpy as np
 import pytest
+from conftest import SHARED
 
 from ev3_distill.config import Preprocessing
 from ev3_distill.errors import InputError
 from teachers import load_teacher
 from teachers.diagnosis import LEVEL, _interval, _p_value, diagnose
 from teachers.mistakes import pairs, repairs
-from tests.test_teachers import SHARED, cifar  # noqa: F401  # a fixture
 
 K = 6
 NAMES = tuple(f"class {i}" for i in range(K))
@@ -246,7 +246,7 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 @pytest.fixture(scope="module")
-def real(cifar):  # noqa: F811
+def real(cifar):
     """The real teacher behind other preprocessing, with what it gave before remembered."""
     images, labels, classes = cifar
     path = SHARED.parent / "teachers" / "cifar10_resnet56.onnx"

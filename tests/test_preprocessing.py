@@ -1,14 +1,12 @@
 """From examples to a teacher's inputs: the steps, their order, the file beside a teacher, and what does not fit."""
 
-import dataclasses
-from typing import Annotated
-
 import numpy as np
 import pytest
 import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ev3_distill.cli import CompressCommand
 from ev3_distill.config import Preprocessing
 from ev3_distill.errors import InputError
 from teachers.preprocessing import IDENTITY, merged, normal, option_text, prepared, read_beside, resized, settled
@@ -140,11 +138,7 @@ def test_option_texts_are_what_the_command_line_reads():
     """Negative numbers and names with spaces included."""
     changes = {"scale": -1.0, "mean": (-0.5, -1.0, 0.25), "order": "BGR", "classes": ("a b", "c'd"), "resize": (3, 4)}
 
-    @dataclasses.dataclass(frozen=True)
-    class Options:
-        teacher_input: Preprocessing = dataclasses.field(default_factory=Preprocessing)
-
     import shlex
 
-    read = tyro.cli(Annotated[Options, None], args=shlex.split(option_text(changes)))
-    assert read.teacher_input == Preprocessing(**changes)
+    read = tyro.cli(CompressCommand, args=shlex.split(option_text(changes)))
+    assert read.run.teacher_input == Preprocessing(**changes)

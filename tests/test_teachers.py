@@ -1,8 +1,6 @@
 """Every kind of teacher: the same network by all paths, and what each refuses."""
 
 import dataclasses
-import io
-import os
 import sys
 import warnings
 import zipfile
@@ -10,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SHARED
 from flax import nnx
 
 from ev3_distill.config import Preprocessing
@@ -28,7 +27,6 @@ KERNEL = RNG.normal(size=(3, 3, 3, 6)).astype(np.float32) / 3  # height, width, 
 BIAS = RNG.normal(size=6).astype(np.float32)
 HEAD = RNG.normal(size=(6, 5)).astype(np.float32)
 IMAGES = RNG.integers(0, 256, size=(11, *SHAPE), dtype=np.uint8)
-SHARED = Path(os.environ.get("EV3_DISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 def hidden_of(inputs):
@@ -645,21 +643,6 @@ def test_picked():
     assert picked({"a": (None, None), "b": (None, 6, 8, 8)}, (), 0, source="s") == ("a",)
     with pytest.raises(InputError, match=r"\[B, 9\] must be one of its outputs; s has a \[\?, 5\], b of unknown shape"):
         picked({"a": (None, 5), "b": None}, (), 9, source="s")
-
-
-@pytest.fixture(scope="session")
-def cifar():
-    """The first 500 images of a shuffled test set, their labels and the class names."""
-    pil = pytest.importorskip("PIL.Image", reason="reads the images")
-    path = SHARED / "cifar10_jpeg.zip"
-    if not path.is_file():
-        pytest.skip(f"the real images are not there: {path.name}")
-    with zipfile.ZipFile(path) as archive:
-        names = sorted(name for name in archive.namelist() if "test/" in name and name.endswith(".jpg"))
-        classes = sorted({name.split("/")[-2] for name in names})
-        chosen = [names[i] for i in np.random.default_rng(5).permutation(len(names))[:500]]
-        images = np.stack([np.asarray(pil.open(io.BytesIO(archive.read(name)))) for name in chosen])
-    return images, np.array([classes.index(name.split("/")[-2]) for name in chosen]), tuple(classes)
 
 
 def test_the_real_teacher(cifar):
