@@ -11,7 +11,7 @@ import numpy as np
 
 import students
 from ev3_distill import certificate, config, report, run
-from ev3_distill.arms import arms_named, default_names, features_asked
+from ev3_distill.arms import arms_named, default_names, features_asked, name_for_labels
 from ev3_distill.cli import read_config
 from ev3_distill.counter import Counter
 from ev3_distill.errors import InputError, warn
@@ -159,8 +159,7 @@ def _teach(directory: Path, chosen: config.Teach, task: Task, *, resume: bool) -
         if finished:
             return finished
         lessons = Labels(len(task.dataset.labels), task.dataset.num_classes)
-        arms = [name for name in default_names(task.network.spec) if name.startswith("ce")][:1]
-        return train(directory, chosen, task, arms, lessons, teacher=None)
+        return train(directory, chosen, task, [name_for_labels(task.network.spec)], lessons, teacher=None)
 
 
 @contextlib.contextmanager

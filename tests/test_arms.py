@@ -11,7 +11,16 @@ import pytest
 from flax import nnx
 
 from ev3_distill import losses, objectives
-from ev3_distill.arms import ARMS, DEFAULT, arms_named, default_arms
+from ev3_distill.arms import (
+    ARMS,
+    CONVOLUTIONAL,
+    DEFAULT,
+    arms_named,
+    default_arms,
+    default_names,
+    name_for_labels,
+    up_and_down,
+)
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.config import EV3
 from ev3_distill.core import initial_state, make_step
@@ -298,6 +307,33 @@ def test_every_arm_of_the_zoo(name):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((moved, proposed)))
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), proposed.params, START.params)
     assert all(jax.tree.leaves(changed))
+
+
+def test_default_names_follow_the_family_and_the_labels():
+    of_mlp, of_resnet = ({"family": family} for family in ("mlp", "resnet"))
+    assert default_names(of_mlp) == DEFAULT
+    assert default_names({"factory": "mine:make"}) == DEFAULT
+    assert default_names(of_mlp, labels=False) == tuple(name for name in DEFAULT if name != "ce")
+    assert default_names(of_resnet) == CONVOLUTIONAL
+    assert set(CONVOLUTIONAL) | {name_for_labels(of_resnet), name_for_labels(of_mlp)} <= set(ARMS)
+    assert (name_for_labels(of_mlp), name_for_labels(of_resnet)) == ("ce", "ce-muon")
+
+
+def test_an_annealed_arm_stops_where_the_budget_ends():
+    """Updates rise within the first twentieth of the budget and fall to nothing at its end."""
+    factors = [float(up_and_down(jnp.float32(spent))) for spent in (0, 0.025, 0.05, 0.525, 1)]
+    np.testing.assert_allclose(factors, [0.05, 0.55, 1, 0.5, 0], atol=1e-6)
+    arm = gradient_arm("a", MLP.apply, squared, optax.sgd(0.1), average=None, anneal=up_and_down)
+    plain = gradient_arm("b", MLP.apply, squared, optax.sgd(0.1), average=None)
+    at = functools.partial(arm.propose, arm.init(START), DRAW)
+    assert_same(at(stretch(0, 3, spent=1.0))[1], START)  # nothing moves any more
+    step, whole = (one.propose(one.init(START), DRAW, stretch(0, 1, spent=0.525))[1] for one in (arm, plain))
+    jax.tree.map(
+        lambda half, full, start: np.testing.assert_allclose(2 * (half - start), full - start, rtol=1e-3, atol=1e-6),
+        step,
+        whole,
+        START,
+    )
 
 
 def test_default_arms():

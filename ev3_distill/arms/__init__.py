@@ -55,7 +55,11 @@ ARMS: dict[str, Callable[[str, Apply], Arm]] = {
     "dist-muon": _muon(losses.dist),
 }
 DEFAULT = ("ce", "kd2", "kd4", "dist")
-CONVOLUTIONAL = ("ce-muon", "kd2-muon", "kd4-muon", "dist-muon")  # the same for networks of these families
+CONVOLUTIONAL = (
+    "kd2-muon",
+    "kd4-muon",
+    "dist-muon",
+)  # the same for networks of these families; ce wins short races only
 CONVOLUTIONAL_FAMILIES = ("resnet", "mobilenet", "conv4", "convnet1d")
 
 
@@ -68,6 +72,11 @@ def default_names(spec: Mapping[str, Any], *, labels: bool = True) -> tuple[str,
     """
     names = CONVOLUTIONAL if spec.get("family") in CONVOLUTIONAL_FAMILIES else DEFAULT
     return tuple(name for name in names if labels or not name.startswith("ce"))
+
+
+def name_for_labels(spec: Mapping[str, Any]) -> str:
+    """The arm that trains a network by labels alone."""
+    return "ce-muon" if spec.get("family") in CONVOLUTIONAL_FAMILIES else "ce"
 
 
 def arms_named(
