@@ -204,7 +204,7 @@ def _teacher(chosen: config.Compress, dataset: Dataset) -> tuple[Teacher, int]:
     classes = dataset.num_classes or teacher.num_classes or teacher.outputs(dataset.inputs[:1])["logits"].shape[1]
     kind, _, place = chosen.teacher.partition(":")
     rows = split_rows(dataset.labels, dataset.test_rows, seed=chosen.seed, fractions=chosen.splits)
-    if kind == "flax" and (seen := _seen(Path(place), dataset, rows["test"])):
+    if kind == "flax" and (seen := _seen(Path(place.partition("#")[0]), dataset, rows["test"])):
         warn(
             f"{chosen.teacher} was trained on these data with other splits and has seen {seen} of the {len(rows['test'])} "
             "test examples: the certificate may promise too much; give both runs the same --seed and splits"

@@ -128,7 +128,7 @@ def test_a_teacher_that_may_have_seen_the_test_split(finished, cli, here, monkey
     labels = load_data("digits").labels
     sealed = split_rows(labels, None, seed=0)["test"]
     unsealed = np.setdiff1d(split_rows(labels, None, seed=1)["test"], sealed)
-    for i, teacher in enumerate((finished / "teacher", finished / "teacher/student", finished)):
+    for i, teacher in enumerate((finished / "teacher", finished / "teacher/student", finished, f"{finished}#")):
         same = cli("compress", *FAST, "--teacher", f"flax:{teacher}", "--out", f"same{i}")
         assert "warning" not in same.err
         other = cli("compress", *FAST, "--teacher", f"flax:{teacher}", "--seed", 1, "--out", f"other{i}")

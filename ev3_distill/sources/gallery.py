@@ -101,7 +101,7 @@ def _check_left_out(gallery: Gallery, left_out: Sequence[tuple[int, str]], readi
     got = f"{len(left_out)} of {len(gallery.names)} that cannot be read: {some}{more}"
     if not reading.skip_corrupt:
         raise InputError(
-            f"{gallery.place}: images must be whole; got {got}: repair or remove them, or leave them out (skip_corrupt)"
+            f"{gallery.place}: images must be whole; got {got}: repair or remove them, or leave them out by --skip-corrupt"
         )
     reading.warn(f"{gallery.place}: left out {got}")
 
