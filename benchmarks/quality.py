@@ -102,7 +102,7 @@ def _theirs(dataset: Dataset, archive: Path, onnx: Path, seed: int, epochs: floa
         explore = explore[: int(epochs * len(explore))]
     model = torch_kd.train(
         dataset.inputs[explore],
-        dataset.labels[explore].astype(np.int64),
+        dataset.labels[explore],
         teacher=torch_kd.teacher(onnx),
         depth=8,
         epochs=max(int(epochs), 1),

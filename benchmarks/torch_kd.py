@@ -218,7 +218,7 @@ def train(
       checkpoint: a file written after each epoch; where it exists, training goes on from there, bit by bit the same.
       device: cpu or cuda.
     """
-    pixels, targets = _on(device, images), _on(device, labels)
+    pixels, targets = _on(device, images), _on(device, labels.astype(np.int64))
     training = begin(depth, _classes(teacher), seed, steps=epochs * -(-len(labels) // batch_size), device=device)
     soft = teacher.to(device) if kd else None
     done, seconds = _restored(training, checkpoint)
@@ -312,7 +312,7 @@ def works(
     import torch
 
     torch.backends.cudnn.benchmark = device != "cpu"
-    pixels, targets, soft = _on(device, images), _on(device, labels), teacher.to(device)
+    pixels, targets, soft = _on(device, images), _on(device, labels.astype(np.int64)), teacher.to(device)
     fresh = _endless(pixels, targets, batch_size)
     batch = next(fresh)
 
