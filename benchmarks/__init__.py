@@ -60,7 +60,7 @@ def run(suite: str, *, seeds: int, size: str, out: Path | None = None) -> None:
     for row in _shown(suite, _collect(SUITES[suite], old, seeds=seeds, size=size), len(old)):
         rows.append(row)
         if out is not None:
-            Ledger(out / "rows.jsonl").append(row)
+            Ledger(out / "rows.jsonl").append([row])
     table = f"{SUITES[suite].table(rows)}\n\n{_told(basis)}\n"
     if out is not None:
         (out / "table.md").write_text(table)

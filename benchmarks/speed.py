@@ -176,7 +176,7 @@ def _iterations(network: Network, data: Dataset, size: str, length: int) -> Work
     distillation = Distillation(network, arms_named(network.apply, ["ce"]), config=config)
     pools = _pools(data, size)
     begin = distillation.begin(pools, 0)
-    return lambda: jax.block_until_ready(list(distillation.stream(pools, begin, budget=length))[-1][0].states)
+    return lambda: jax.block_until_ready(list(distillation.stream(pools, begin, budget=length))[-1][0])
 
 
 def _bare(network: Network, data: Dataset, size: str, length: int) -> Work:

@@ -78,10 +78,10 @@ class Ledger:
     def __init__(self, path: Path):
         self._path = path
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Writes one row; the operating system has it when this returns, the disk after `sync`."""
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Writes rows; the operating system has them when this returns, the disk after `sync`."""
         with self._path.open("ab") as file:
-            file.write(json.dumps(row).encode() + b"\n")
+            file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
 
     def sync(self) -> None:
         """Forces the rows to the disk, before the checkpoint that stands for them."""

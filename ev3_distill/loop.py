@@ -33,22 +33,13 @@ Supply = Callable[[int, int], Iterator[tuple[PyTree, int, int]]]
 # (first, last) -> (explore pool, first, last) of consecutive parts of the global steps [first, last)
 
 UNLIMITED = 2**30  # steps, where wall time is the budget
-AT_ONCE = 16  # iterations that one dispatch may hold,
-AT_ONCE_BYTES = 2**25  # as long as their states stay under this,
-IDLE_S = 0.1  # and it ends within about this: a checkpoint, a row and Ctrl-C wait for it
-
-
-class Reached(NamedTuple):
-    """A state that a run went through, one row of packed states on the device."""
-
-    states: Packed  # [rows, ...]
-    row: int
+AT_ONCE = 64  # iterations that one dispatch may hold,
+IDLE_S = 0.1  # as long as it ends within about this: a checkpoint, a row and Ctrl-C wait for it
 
 
 class _Carry(NamedTuple):
     packed: Packed
-    states: Packed  # of the iterations so far
-    decisions: Packed
+    decisions: Packed  # [AT_ONCE, ...] of the iterations so far
     made: jax.Array  # int32, their number
     closed: jax.Array  # bool
 
@@ -78,7 +69,7 @@ class Distillation:
         self._programs: dict[str, Callable[..., Any]] = {}
         self._decisions: Packing
         self._pack: Callable[[State], Packed]
-        self._unpack: Callable[[Packed, Any], State]
+        self._unpack: Callable[[Packed], State]
         self.compile_s = 0.0
 
         @jax.jit
@@ -130,8 +121,8 @@ class Distillation:
           seconds: wall time from now; the run is then not reproducible bit by bit.
           supply: brings the explore pool part by part, in place of `pools.explore`.
         """
-        for reached, decision in self.stream(pools, state, budget=budget, seconds=seconds, supply=supply):
-            yield self.unpack(reached), decision
+        for packed, (decision,) in self.stream(pools, state, budget=budget, seconds=seconds, supply=supply, at_once=1):
+            yield self.unpack(packed), decision
 
     def stream(
         self,
@@ -141,16 +132,17 @@ class Distillation:
         budget: int = UNLIMITED,
         seconds: float | None = None,
         supply: Supply | None = None,
-    ) -> Iterator[tuple[Reached, Decision]]:
-        """As `run`, with each state still packed (see `unpack`) and each decision on the host.
+        at_once: int = AT_ONCE,
+    ) -> Iterator[tuple[Packed, list[Decision]]]:
+        """As `run`, with several decisions at a time, on the host, and the state after the last of them (see `unpack`).
 
-        Short iterations are dispatched several at a time, and the next ones before the host looks at these, so that the
-        device does not wait. How many at a time follows the clock, and changes no result. Where the host supplies the
+        Short iterations are dispatched up to `at_once` at a time, and the next ones before the host looks at these, so that
+        the device does not wait. How many at a time follows the clock, and changes no result. Where the host supplies the
         examples or the budget is a wall time, iterations go one by one.
         """
         if bool(state.closed):
             return
-        self._prepare(pools, state)
+        self._prepare(state)
         if supply is not None:
             limit_at = _limits(budget, seconds, int(state.cost))
             yield from self._supplied(pools._replace(explore=()), state, supply, limit_at)
@@ -158,34 +150,32 @@ class Distillation:
         steps = functools.partial(self._several(pools, state), pools)
         packed = self._pack(state)
         if seconds is not None:
-            limit_at, closed = _limits(budget, seconds, int(state.cost)), False
             cost = int(state.cost)
+            limit_at, closed = _limits(budget, seconds, cost), False
             while not closed:
-                block = steps(packed, limit_at(cost), np.int32(1))
-                packed = block[0]
-                for reached, decision in self._rows(block):
-                    yield reached, decision
-                cost, closed = int(decision.cost), bool(decision.closed)
+                packed, decisions = self._told(steps(packed, limit_at(cost), np.int32(1)))
+                yield packed, decisions
+                cost, closed = int(decisions[-1].cost), bool(decisions[-1].closed)
             return
         limit, most = np.int32(budget), 1
         ahead = steps(packed, limit, np.int32(most))
-        told = time.perf_counter()
+        began = time.perf_counter()
         while True:
             block = ahead
             ahead = steps(block[0], limit, np.int32(most))
-            for reached, decision in self._rows(block):
-                yield reached, decision
-            if decision.closed:
+            packed, decisions = self._told(block)
+            yield packed, decisions
+            if decisions[-1].closed:
                 return
-            took, told = time.perf_counter() - told, time.perf_counter()
-            most = min(2 * most, AT_ONCE) if took < IDLE_S else max(most // 2, 1)
+            took, began = time.perf_counter() - began, time.perf_counter()
+            most = int(np.clip(len(decisions) * IDLE_S / took, 1, at_once))
 
     def _supplied(
         self, pools: Pools, state: State, supply: Supply, limit_at: Callable[[int], np.int32]
-    ) -> Iterator[tuple[Reached, Decision]]:
+    ) -> Iterator[tuple[Packed, list[Decision]]]:
         """Iterations in parts, each with the examples that the host brings for it."""
         closed = False
-        state = self._unpack(jax.tree.map(lambda vector: vector[None], self._pack(state)), np.int32(0))
+        state = self._unpack(self._pack(state))
         while not closed:
             plan = self._program("plan", self._parts.plan, state, limit_at(int(state.cost)))
             first = int(state.position)
@@ -197,7 +187,7 @@ class Distillation:
             state, decision = self._program("settle", self._parts.settle, pools, state, arm_states, students, plan)
             decision = jax.device_get(decision)
             closed = bool(decision.closed)
-            yield Reached(jax.tree.map(lambda vector: vector[None], self._pack(state)), 0), decision
+            yield self._pack(state), [decision]
 
     def _program(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         """Calls a function of arrays, compiled once."""
@@ -205,26 +195,24 @@ class Distillation:
             self._programs[name] = self._timed(lambda: jax.jit(function).lower(*args).compile())
         return self._programs[name](*args)
 
-    def _rows(self, block: tuple[Packed, Packed, Packed, jax.Array]) -> Iterator[tuple[Reached, Decision]]:
-        """The iterations of one dispatch; waits for the device."""
-        _, states, decisions, count = block
+    def _told(self, block: tuple[Packed, Packed, jax.Array]) -> tuple[Packed, list[Decision]]:
+        """The state after one dispatch, and its decisions; waits for the device."""
+        packed, decisions, made = block
         decisions = jax.device_get(decisions)
-        for i in range(int(count)):
-            yield Reached(states, i), self._decisions.unpack(tuple(vectors[i] for vectors in decisions))
+        return packed, [self._decisions.unpack(tuple(rows[i] for rows in decisions)) for i in range(int(made))]
 
-    def _prepare(self, pools: Pools, state: State) -> None:
+    def _prepare(self, state: State) -> None:
         """How states travel."""
         if hasattr(self, "_pack"):
             return
         states = Packing(state)
-        self._pack = jax.jit(states.pack)
-        self._unpack = jax.jit(lambda vectors, i: states.unpack(tuple(vector[i] for vector in vectors)))
+        self._pack, self._unpack = jax.jit(states.pack), jax.jit(states.unpack)
 
     def _several(self, pools: Pools, state: State) -> Callable[..., Any]:
         """Several steps on packed states, compiled once.
 
-        (pools, packed state, limit, most) -> (packed state, the states and decisions along the way, their number): at most
-        `most` and AT_ONCE iterations, none after the closing one.
+        (pools, packed state, limit, most) -> (packed state, the decisions along the way, their number): at most `most` and
+        AT_ONCE iterations, none after the closing one.
         """
         if "several" in self._programs:
             return self._programs["several"]
@@ -232,55 +220,35 @@ class Distillation:
         states = Packing(state)
         decision = jax.eval_shape(self._step, pools, state, limit)[1]
         decisions = self._decisions = Packing(decision)
-        packed = states.pack(state)
-        size = sum(vector.nbytes for vector in packed)
-        room = AT_ONCE if size * AT_ONCE <= AT_ONCE_BYTES else 1
-
-        def rows_of(vectors: Packed) -> Packed:
-            return tuple(jnp.zeros((room, *vector.shape), vector.dtype) for vector in vectors)
-
-        def put(rows: Packed, vectors: Packed, i: jax.Array) -> Packed:
-            return tuple(row.at[i].set(vector) for row, vector in zip(rows, vectors, strict=True))
 
         def advance(pools: Pools, limit: jax.Array, carry: _Carry) -> _Carry:
             state, decision = self._step(pools, states.unpack(carry.packed), limit)
-            packed = states.pack(state)
-            return _Carry(
-                packed,
-                put(carry.states, packed, carry.made),
-                put(carry.decisions, decisions.pack(decision), carry.made),
-                carry.made + 1,
-                state.closed,
-            )
+            made = zip(carry.decisions, decisions.pack(decision), strict=True)
+            told = tuple(rows.at[carry.made].set(row) for rows, row in made)
+            return _Carry(states.pack(state), told, carry.made + 1, state.closed)
 
-        def steps(
-            pools: Pools, packed: Packed, limit: jax.Array, most: jax.Array
-        ) -> tuple[Packed, Packed, Packed, jax.Array]:
-            blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), decision)
+        def steps(pools: Pools, packed: Packed, limit: jax.Array, most: jax.Array) -> tuple[Packed, Packed, jax.Array]:
+            blank = decisions.pack(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), decision))
+            rows = tuple(jnp.zeros((AT_ONCE, *vector.shape), vector.dtype) for vector in blank)
             carry = jax.lax.while_loop(
-                lambda carry: (carry.made < jnp.minimum(most, room)) & ~carry.closed,
+                lambda carry: (carry.made < jnp.minimum(most, AT_ONCE)) & ~carry.closed,
                 functools.partial(advance, pools, limit),
-                _Carry(
-                    packed,
-                    rows_of(packed),
-                    rows_of(decisions.pack(blank)),
-                    jnp.int32(0),
-                    states.unpack(packed).closed,
-                ),
+                _Carry(packed, rows, jnp.int32(0), states.unpack(packed).closed),
             )
-            return carry.packed, carry.states, carry.decisions, carry.made
+            return carry.packed, carry.decisions, carry.made
 
+        packed = states.pack(state)
         self._programs["several"] = self._timed(lambda: jax.jit(steps).lower(pools, packed, limit, most).compile())
         return self._programs["several"]
 
-    def unpack(self, reached: Reached) -> State:
+    def unpack(self, packed: Packed) -> State:
         """The state that `stream` told of."""
-        return self._unpack(reached.states, np.int32(reached.row))
+        return self._unpack(packed)
 
     def complete(self, pools: Pools, seed: int, *, budget: int) -> State:
         """The final state of a whole run from a fresh start, where nobody looks at its decisions."""
-        *_, (reached, _) = self.stream(pools, self.begin(pools, seed), budget=budget)
-        return self.unpack(reached)
+        *_, (packed, _) = self.stream(pools, self.begin(pools, seed), budget=budget)
+        return self.unpack(packed)
 
     def delivered(self, pools: Pools, state: State, policy: str = "best") -> tuple[str, Variables]:
         """The student to deliver: 'champion' or 'current', and its variables.

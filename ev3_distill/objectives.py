@@ -90,8 +90,8 @@ def margin(*, sharpness: float = 1.5) -> Objective:
         std = jnp.sqrt(jnp.where(span == 0, 1.0, values.var(-1, keepdims=True)))[:, 0]
         is_label = jnp.arange(logits.shape[-1]) == split.labels[:, None]
         best_other = jnp.where(is_label, -jnp.inf, values).max(-1)
-        lead = (values - best_other[:, None]) / std[:, None]
-        return _at_label(jax.nn.sigmoid(sharpness * lead), split.labels)
+        lead = (_at_label(values, split.labels) - best_other) / std
+        return jnp.where(split.labels >= 0, jax.nn.sigmoid(sharpness * lead), 0.0)
 
     return objective
 

@@ -31,9 +31,10 @@ import tomli_w
 from ev3_distill.certificate import Certificate, certify
 from ev3_distill.checkpoint import Checkpoints
 from ev3_distill.config import EV3
+from ev3_distill.core.packing import Packed
 from ev3_distill.errors import InputError
 from ev3_distill.ledger import Ledger, row_of, rows
-from ev3_distill.loop import UNLIMITED, Distillation, Reached, Supply
+from ev3_distill.loop import UNLIMITED, Distillation, Supply
 from ev3_distill.types import Batch, Pools, State, Variables
 
 FILES = ("config.toml", "given.json", "ledger.jsonl", "logits.npz", "report.html", "report.json")  # appear whole
@@ -205,7 +206,7 @@ def iterate(
         past = max((row["wall_s"] for row in rows(directory / "ledger.jsonl")), default=0.0)
         began = saved = time.perf_counter()
         compiled = distillation.compile_s
-        reached: Reached | None = None  # the state of the ledger's last row, once there is one from here
+        reached: Packed | None = None  # the state of the ledger's last row, once there is one from here
 
         def written() -> State:
             return state if reached is None else distillation.unpack(reached)
@@ -216,15 +217,16 @@ def iterate(
 
         left = None if seconds is None else seconds - past
         try:
-            for following, decision in distillation.stream(
+            for following, decisions in distillation.stream(
                 pools, state, budget=budget or UNLIMITED, seconds=left, supply=supply
             ):
                 with uninterrupted():
                     spent = time.perf_counter() - began - (distillation.compile_s - compiled)
-                    row = row_of(decision, arms, wall_s=past + spent)
-                    ledger.append(row)
+                    told = [row_of(decision, arms, wall_s=past + spent) for decision in decisions]
+                    ledger.append(told)
                     reached = following
-                    tell(row)
+                    for row in told:
+                        tell(row)
                     if time.perf_counter() - saved >= checkpoint_s:
                         save()
                         saved = time.perf_counter()

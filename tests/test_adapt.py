@@ -255,16 +255,10 @@ def test_a_student_with_a_nan_score_of_one_kind_never_wins(broken):
 
 
 def worth(p_assess, cost, tested_cost, closing, path=(0, 0)):
-    return bool(
-        adapt.worth_testing(
-            budget(*path),
-            jnp.float32(p_assess),
-            jnp.int32(cost),
-            jnp.int32(tested_cost),
-            jnp.bool_(closing),
-            delta=0.05,
-        )
-    )
+    closing = jnp.bool_(closing)
+    alpha = adapt.level(budget(*path), closing, delta=0.05)
+    due = adapt.due(jnp.int32(cost), jnp.int32(tested_cost), closing)
+    return bool(due & adapt.worth_testing(jnp.float32(p_assess), alpha, closing))
 
 
 def test_a_test_is_worth_making_only_where_assess_predicts_success():
@@ -285,3 +279,17 @@ def test_the_closing_iteration_asks_where_assess_sees_a_gain():
     assert worth(0.4, 100, 100, closing=True)
     assert not worth(0.5, 100, 100, closing=True)
     assert not worth(1.0, 100, 0, closing=True)  # nothing differs: there is nothing to prove
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.2])
+def test_what_proves_is_what_the_p_value_says(alpha):
+    """The shortcut for a candidate that is not ahead changes nothing."""
+    rng = np.random.default_rng(0)
+    told = set()
+    for _ in range(60):
+        candidate, champion = (rng.random((2, 40)) < rng.random((2, 1))).astype(np.float32)
+        proof = bool(adapt.proves(candidate, champion, alpha))
+        assert proof == bool(adapt.mcnemar(candidate, champion)[2] <= alpha)
+        told.add(proof)
+    assert told == {False, True}
+    assert not adapt.proves(candidate, candidate, alpha)

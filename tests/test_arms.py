@@ -22,6 +22,7 @@ from ev3_distill.arms import (
     up_and_down,
 )
 from ev3_distill.arms.gradient import gradient_arm
+from ev3_distill.arms.optimizers import adamw
 from ev3_distill.config import EV3
 from ev3_distill.core import initial_state, make_step
 from ev3_distill.core.explore import draw_from
@@ -351,10 +352,19 @@ def test_an_arm_of_mixed_losses_follows_their_weighted_sum():
     text = "0.7*kd+0.3*ce@0.003"
     (named,) = arms_named(MLP.apply, [text])
     mix = losses.mix((0.7, losses.kd()), (0.3, losses.cross_entropy()))
-    made = gradient_arm(text, MLP.apply, mix, optax.adamw(0.003, weight_decay=1e-4))
+    made = gradient_arm(text, MLP.apply, mix, adamw(0.003))
     outcome = [arm.propose(arm.init(START), DRAW, stretch(0, 5))[1] for arm in (named, made)]
     jax.tree.map(np.testing.assert_array_equal, *outcome)
     assert named.name == text
+
+
+def test_adamw_on_one_vector_is_adamw():
+    outcome = [
+        gradient_arm("ce", MLP.apply, losses.cross_entropy(), optimizer, average=None)
+        for optimizer in (adamw(0.01), optax.adamw(0.01, weight_decay=1e-4))
+    ]
+    ours, theirs = (arm.propose(arm.init(START), DRAW, stretch(0, 20))[1].params for arm in outcome)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), ours, theirs)
 
 
 @pytest.mark.parametrize(

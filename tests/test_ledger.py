@@ -99,14 +99,14 @@ def test_rows_come_back_and_a_resume_cuts_them(tmp_path):
     ledger.resume(0)
     ledger.sync()
     for i in range(5):
-        ledger.append({"iteration": i, "name": "Grün\n"})
+        ledger.append([{"iteration": i, "name": "Grün\n"}])
     ledger.sync()
     assert [row["iteration"] for row in rows(path)] == list(range(5))
     Ledger(path).resume(5)
     assert len(list(rows(path))) == 5
     Ledger(path).resume(3)
     assert [row["iteration"] for row in rows(path)] == [0, 1, 2]
-    ledger.append({"iteration": 3})
+    ledger.append([{"iteration": 3}])
     assert [row["iteration"] for row in rows(path)] == [0, 1, 2, 3]
     assert [p.name for p in tmp_path.iterdir()] == ["ledger.jsonl"]
 
@@ -115,7 +115,7 @@ def test_rows_come_back_and_a_resume_cuts_them(tmp_path):
 def test_a_torn_row_goes(tmp_path, cut):
     path = tmp_path / "ledger.jsonl"
     for i in range(3):
-        Ledger(path).append({"iteration": i, "name": "x"})
+        Ledger(path).append([{"iteration": i, "name": "x"}])
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
     Ledger(path).resume(2)
@@ -126,7 +126,7 @@ def test_a_torn_row_goes(tmp_path, cut):
 def test_rows_that_the_checkpoint_has_seen_must_be_there(tmp_path, cut):
     path = tmp_path / "ledger.jsonl"
     for i in range(3):
-        Ledger(path).append({"iteration": i, "name": "x"})
+        Ledger(path).append([{"iteration": i, "name": "x"}])
     content = path.read_bytes()[:-cut]
     path.write_bytes(content)
     with pytest.raises(

@@ -65,6 +65,15 @@ def mcnemar(candidate: jax.Array, champion: jax.Array) -> tuple[jax.Array, jax.A
     return wins, losses, p_value
 
 
+def proves(candidate: jax.Array, champion: jax.Array, alpha: float) -> jax.Array:
+    """Whether McNemar's test proves at the level alpha < 1/2 that the candidate is right more often, a scalar bool.
+
+    Without more wins than losses the p-value is above 1/2, and is not computed.
+    """
+    ahead = (candidate > 0.5).sum() > (champion > 0.5).sum()
+    return jax.lax.cond(ahead, lambda: mcnemar(candidate, champion)[2] <= alpha, lambda: jnp.bool_(False))
+
+
 class Choice(NamedTuple):
     """Which proposal assess favours, scalars."""
 
@@ -96,8 +105,8 @@ def choose(
     """
     active = active & jnp.isfinite(evidence.promise.mean(axis=1) + evidence.select.mean(axis=1))
     row = leader if active.shape[0] == 1 else _favoured(evidence.promise, active, leader, takeover=takeover)
-    gain, gain_se = paired(evidence.promise[row], current.promise)
-    smooth, smooth_se = paired(evidence.select[row], current.select)
+    chosen = jnp.stack([evidence.promise[row], evidence.select[row]])
+    (gain, smooth), (gain_se, smooth_se) = paired(chosen, jnp.stack([current.promise, current.select]))
     better = gain > 0
     level_but_smoother = (row == leader) & (smooth > 0) & (gain >= -TOLERANCE * gain_se)
     any_active = active[row]
@@ -119,16 +128,21 @@ def _favoured(promise: jax.Array, active: jax.Array, leader: jax.Array, *, takeo
     return jnp.where(stays, leader, best).astype(jnp.int32)
 
 
-def worth_testing(
-    budget: Budget, p_assess: jax.Array, cost: jax.Array, tested_cost: jax.Array, closing: jax.Array, *, delta: float
-) -> jax.Array:
-    """Whether to ask decide: assess predicts success at the level at hand, and the last test lies a while back.
+def due(cost: jax.Array, tested_cost: jax.Array, closing: jax.Array) -> jax.Array:
+    """Whether the last test lies so far back that another may be worth it.
 
-    The run's cost must have grown by a half since the last test: a few tests of large differences prove more than many of
-    small ones. The closing iteration asks where assess sees any gain at all.
+    The run's cost must have grown by a half since: a few tests of large differences prove more than many of small ones. The
+    closing iteration may always ask.
     """
-    due = (cost > 1.5 * tested_cost) & (p_assess <= level(budget, closing, delta=delta))
-    return due | (closing & (p_assess < 0.5))
+    return (cost > 1.5 * tested_cost) | closing
+
+
+def worth_testing(p_assess: jax.Array, alpha: jax.Array, closing: jax.Array) -> jax.Array:
+    """Whether to ask decide, where a test is due: assess predicts success at the level at hand.
+
+    The closing iteration asks where assess sees any gain at all.
+    """
+    return jnp.where(closing, p_assess < 0.5, p_assess <= alpha)
 
 
 def spend(budget: Budget, tested: jax.Array, promoted: jax.Array, alpha: jax.Array) -> Budget:

@@ -70,7 +70,7 @@ def proposals_of(arm_states: tuple[PyTree, ...], students: Sequence[Variables], 
 def all_finite(tree: PyTree) -> jax.Array:
     """Whether every floating entry of the tree is finite, a scalar bool."""
     floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]))
+    return jnp.isfinite(jnp.concatenate([leaf.reshape(-1) for leaf in floats])).all()
 
 
 def mean_of(variables: Variables, active: jax.Array) -> Variables:

@@ -253,7 +253,7 @@ def _move(
         (_row(proposals.variables, row), _row(evidence, row)),
         (state.current, state.current_evidence),
     )
-    rolled = adapt.mcnemar(state.champion_evidence.promise, shown.promise)[2] <= config.roll_back
+    rolled = adapt.proves(state.champion_evidence.promise, shown.promise, config.roll_back)
     current, current_evidence = _where(rolled, (state.champion, state.champion_evidence), (reached, shown))
     arm_states = tuple(
         _where(
@@ -287,16 +287,23 @@ def _promote(
     state: State, pools: Pools, *, closing: jax.Array, apply: Apply, promise: Objective, config: EV3
 ) -> tuple[State, _Trial]:
     """Lets the current student meet the champion on decide where that is worth a test; see core/adapt.py."""
-    p_assess = adapt.mcnemar(state.current_evidence.promise, state.champion_evidence.promise)[2]
-    tested = adapt.worth_testing(state.budget, p_assess, state.cost, state.tested_cost, closing, delta=config.delta)
-
-    def ask() -> jax.Array:
-        logits = assess.logits_of(apply, state.current, pools.decide.inputs, batch_size=config.eval_batch_size)
-        return promise(logits, pools.decide)
-
-    candidate = jax.lax.cond(tested, ask, lambda: state.champion_decide)
-    wins, losses, p_value = adapt.mcnemar(candidate, state.champion_decide)
     alpha = adapt.level(state.budget, closing, delta=config.delta)
+
+    def predict() -> jax.Array:
+        p_assess = adapt.mcnemar(state.current_evidence.promise, state.champion_evidence.promise)[2]
+        return adapt.worth_testing(p_assess, alpha, closing)
+
+    def ask() -> tuple[jax.Array, ...]:
+        logits = assess.logits_of(apply, state.current, pools.decide.inputs, batch_size=config.eval_batch_size)
+        candidate = promise(logits, pools.decide)
+        return candidate, *adapt.mcnemar(candidate, state.champion_decide)
+
+    def rest() -> tuple[jax.Array, ...]:
+        return state.champion_decide, jnp.int32(0), jnp.int32(0), jnp.float32(1)
+
+    due = adapt.due(state.cost, state.tested_cost, closing)
+    tested = jax.lax.cond(due, predict, lambda: jnp.bool_(False))
+    candidate, wins, losses, p_value = jax.lax.cond(tested, ask, rest)
     promoted = tested & (p_value <= alpha)
     won = (jnp.arange(state.arm_promotions.shape[0]) == state.current_arm) & promoted
     state = state._replace(
@@ -307,4 +314,4 @@ def _promote(
         tested_cost=jnp.where(tested, state.cost, state.tested_cost),
         budget=adapt.spend(state.budget, tested, promoted, alpha),
     )
-    return state, _Trial(tested, promoted, wins, losses, alpha, jnp.where(tested, p_value, 1.0))
+    return state, _Trial(tested, promoted, wins, losses, alpha, p_value)
