@@ -19,10 +19,13 @@ from ev3_distill.lessons import Labels, Lessons, Recorded, chunked
 from ev3_distill.network import features_of
 from ev3_distill.sources import Dataset, load_data
 from ev3_distill.splits import split_rows
-from ev3_distill.training import CHUNK, Task, checked, limit_of, share_of, train
+from ev3_distill.training import CHUNK, Task, bytes_of_example, checked, evaluated_at_once, limit_of, share_of, train
 from teachers import Teacher, load_logits, load_teacher, save_logits
 from teachers.diagnosis import diagnose
 from teachers.flax import forward
+
+SHOWN = 4096  # held-out examples that show whether a teacher is any good, at most,
+SHOWN_SHARE = 16  # and this share of the memory limit
 
 
 def compress(directory: Path, chosen: config.Compress, *, resume: bool) -> dict[str, Any]:
@@ -236,7 +239,8 @@ def _check_same(teacher: Teacher, given: dict[str, Any], directory: Path) -> Non
 def _check_good(teacher: Teacher, chosen: config.Compress, task: Task) -> None:
     """Tells the teacher's own accuracy on what is not sealed; refuses one that a clear mistake makes bad."""
     rows = np.concatenate([task.rows[name] for name in ("assess", "decide")])
-    shown = np.sort(np.random.default_rng(0).permutation(rows)[:4096])
+    most = min(SHOWN, max(task.memory // SHOWN_SHARE // bytes_of_example(task.dataset), 1))
+    shown = np.sort(np.random.default_rng(0).permutation(rows)[:most])
     diagnosis = diagnose(
         teacher, np.asarray(task.dataset.inputs[shown]), task.dataset.labels[shown], task.dataset.class_names
     )
@@ -280,7 +284,8 @@ def evaluate(directory: Path, source: str, confidence: float, student: str = "")
         run.given_to(directory, dataset.fingerprint)
         rows = split_rows(dataset.labels, dataset.test_rows, seed=chosen.seed, fractions=chosen.splits)["test"]
     logits = forward(network, variables)
-    predicted = np.concatenate([logits(dataset.inputs[part]).argmax(axis=1) for part in chunked(rows, CHUNK)])
+    at_once = evaluated_at_once(dataset, limit_of(chosen.memory), CHUNK)
+    predicted = np.concatenate([logits(dataset.inputs[part]).argmax(axis=1) for part in chunked(rows, at_once)])
     scores = {"accuracy": (predicted == dataset.labels[rows]).astype(float)}
     return certificate.certify(scores, confidence=confidence).claims
 

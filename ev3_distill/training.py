@@ -26,7 +26,8 @@ from ev3_distill.types import Batch, Network, Pools, Variables
 
 WINDOW_SHARE = 32  # of the memory limit; three windows are in memory at once: trained on, made, and read ahead
 WINDOW_STEPS = 256  # at most
-CHUNK = 2048  # test examples on the device at once
+EVALUATED_SHARE = 256  # of the memory limit; a student's activations in one forward pass are many times its inputs
+CHUNK = 2048  # test examples on the device at once, at most
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,7 +89,10 @@ def train(
     budget = config.Budget.parse(chosen.budget)
     title = "teacher" if teacher is None else "student"
     arms = arms_named(task.network.apply, arm_names, network=task.network, teacher_features=task.teacher_features)
-    distillation = Distillation(task.network, arms, config=chosen.ev3, sample=sample)
+    at_once = evaluated_at_once(dataset, task.memory, chosen.ev3.eval_batch_size)
+    distillation = Distillation(
+        task.network, arms, config=dataclasses.replace(chosen.ev3, eval_batch_size=at_once), sample=sample
+    )
     with Progress(title, steps=task.steps, seconds=budget.seconds) as progress:
         lessons.aside = progress.aside
         state = run.iterate(
@@ -172,8 +176,7 @@ def _supplied(
                 f"a teacher inside the step needs data that fit; {dataset.source} has {bytes_in(dataset)} bytes for a "
                 f"memory limit of {task.memory}: raise --memory, or leave out --teacher-in-step"
             )
-        batch = size * math.prod(dataset.inputs.shape[1:]) * dataset.inputs.dtype.itemsize
-        steps = min(max(task.memory // WINDOW_SHARE // batch, 1), WINDOW_STEPS)
+        steps = min(max(task.memory // WINDOW_SHARE // (size * bytes_of_example(dataset)), 1), WINDOW_STEPS)
         return sample, WindowSupply(views, lesson, count=count, steps=steps, **facts), pools
     variables = () if in_step is None else in_step[1]
     supply = ResidentSupply(views, lesson, count=count if asked else 1, teacher=variables, **facts)
@@ -182,9 +185,14 @@ def _supplied(
     return sample, supply, pools
 
 
+def bytes_of_example(dataset: Dataset) -> int:
+    """Of one input."""
+    return math.prod(dataset.inputs.shape[1:]) * dataset.inputs.dtype.itemsize
+
+
 def bytes_in(dataset: Dataset) -> int:
     """Of all its inputs."""
-    return math.prod(dataset.inputs.shape) * dataset.inputs.dtype.itemsize
+    return len(dataset.labels) * bytes_of_example(dataset)
 
 
 def fits(dataset: Dataset, memory: int, learnt: int = 0) -> bool:
@@ -196,6 +204,11 @@ def fits(dataset: Dataset, memory: int, learnt: int = 0) -> bool:
       learnt: bytes of the teacher's features on it.
     """
     return isinstance(dataset.inputs, np.ndarray) and bytes_in(dataset) + learnt <= share_of(memory)
+
+
+def evaluated_at_once(dataset: Dataset, memory: int, most: int) -> int:
+    """Examples of one forward pass in evaluation: at most `most`, and no more than the memory limit leaves room for."""
+    return max(1, min(most, memory // EVALUATED_SHARE // (4 * math.prod(dataset.inputs.shape[1:]))))
 
 
 def share_of(memory: int) -> int:
@@ -212,7 +225,7 @@ def _test(task: Task, lessons: Lessons | Recorded, labelled: bool) -> Iterator[B
     """The sealed split, opened part by part."""
     rows = task.rows["test"]
     lessons.plain(rows, "teacher, test split")
-    for part in chunked(rows, CHUNK):
+    for part in chunked(rows, evaluated_at_once(task.dataset, task.memory, CHUNK)):
         yield _batch(task, part, lessons.plain(part), labelled)
 
 
