@@ -2,7 +2,8 @@
 
 One process per row makes images on disk and a teacher, then another one runs `compress --memory LIMIT` on them, cache and
 training together. What is measured is that process's greatest resident set, all libraries included. The student sees each
-image once; the teacher is a linear function of a few pixels, because only memory counts here.
+image once; the teacher is a linear function of a few pixels, because only memory counts here. Batches have 32 examples: the
+activations of a training step are the student's own, some 4 MB per example here, and no limit makes them smaller.
 """
 
 import json
@@ -56,7 +57,8 @@ def _run(directory: Path, seed: int, limit: int, total: int) -> dict[str, Any]:
     (directory / "linear.py").write_text(TEACHER)
     command = [
         *(sys.executable, "-m", "ev3_distill", "compress", "--data", "npz:images.npz", "--teacher", "python:linear:logits"),
-        *("--student", "conv4:width=8", "--arms", "kd4", "--budget", "1e", "--memory", f"{limit // 2**20}M"),
+        *("--student", "conv4:width=8", "--arms", "kd4", "--batch-size", "32", "--budget", "1e"),
+        *("--memory", f"{limit // 2**20}M"),
         *("--augment", "flip", "--views", "1", "--teacher-as-is", "--seed", str(seed), "--out", "run"),
     ]  # fmt: skip
     began = time.perf_counter()

@@ -31,6 +31,7 @@ from ev3_distill import losses
 from ev3_distill.arms import arms_named
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.augment import parse
+from ev3_distill.compiling import jit
 from ev3_distill.config import EV3, Preprocessing
 from ev3_distill.core.explore import draw_from
 from ev3_distill.errors import InputError
@@ -150,7 +151,7 @@ def _steps(network: Network, data: Dataset, steps: int) -> Work:
     batch = batch._replace(inputs=batch.inputs.astype(jnp.float32) / 255)
     state = arm.init(network.init(jax.random.key(0)))
 
-    @jax.jit
+    @jit
     def train(state: PyTree) -> PyTree:
         whole = Stretch(jnp.int32(0), jnp.int32(steps), jnp.float32(0), jnp.float32(0))
         return arm.propose(state, lambda step: (batch, jax.random.key(0)), whole)[0]
@@ -185,7 +186,7 @@ def _bare(network: Network, data: Dataset, size: str, length: int) -> Work:
     pool, sample = _pools(data, size).explore, sampler(batch_size=BATCH)
     state = arm.init(network.init(jax.random.key(0)))
 
-    @jax.jit
+    @jit
     def train(pool: PyTree, state: PyTree) -> PyTree:
         whole = Stretch(jnp.int32(0), jnp.int32(length), jnp.float32(0), jnp.float32(1 / length))
         return arm.propose(state, draw_from(pool, sample, jax.random.key(0)), whole)

@@ -15,7 +15,7 @@ from ev3_distill.arms import arms_named, default_names, features_asked, name_for
 from ev3_distill.cli import read_config
 from ev3_distill.counter import Counter
 from ev3_distill.errors import InputError, warn
-from ev3_distill.lessons import Labels, Lessons, Recorded, chunked
+from ev3_distill.lessons import BATCH, Labels, Lessons, Recorded, chunked
 from ev3_distill.network import features_of
 from ev3_distill.sources import Dataset, load_data
 from ev3_distill.splits import split_rows
@@ -136,6 +136,7 @@ def _distil(
         num_classes=classes,
         features=tuple(task.teacher_features),
         precision=chosen.precision,
+        batch_size=evaluated_at_once(task.dataset, task.memory, BATCH),
         warn=warn,
     )
     with contextlib.closing(lessons):

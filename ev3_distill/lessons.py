@@ -17,7 +17,7 @@ from ev3_distill.supply import Views
 from teachers import Teacher
 from teachers.logits import Contents, LogitStore, collect, verify
 
-BATCH = 256  # examples of one forward pass of a teacher
+BATCH = 256  # examples of one forward pass of a teacher, at most
 
 Aside = Callable[[], contextlib.AbstractContextManager[None]]  # hides what else is shown on the terminal
 
@@ -38,9 +38,11 @@ class Lessons:
         features: Sequence[str] = (),
         precision: str = "float32",
         root: Path | None = None,
+        batch_size: int = BATCH,
         warn: Callable[[str], None],
     ):
         """Takes the teacher, what it is run on, and those of its features that are asked for; `root` holds the stores."""
+        self._batch_size = batch_size
         self._teacher, self._dataset, self._features = teacher, dataset, tuple(features)
         self.num_classes, self._precision, self._root, self._warn = num_classes, precision, root, warn
         self.aside: Aside = contextlib.nullcontext
@@ -95,7 +97,7 @@ class Lessons:
                     pixels_of,
                     positions,
                     store,
-                    batch_size=BATCH,
+                    batch_size=self._batch_size,
                     tell=counter.tell,
                     waiting=counter.line,
                 )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ev3_distill import objectives
+from ev3_distill.compiling import jit
 from ev3_distill.config import EV3
 from ev3_distill.core import initial_state, make_parts, make_step
 from ev3_distill.core.assess import logits_of, score
@@ -72,7 +73,7 @@ class Distillation:
         self._unpack: Callable[[Packed], State]
         self.compile_s = 0.0
 
-        @jax.jit
+        @jit
         def begin(pools: Pools, seed: jax.Array) -> State:
             init_key, run_key = jax.random.split(jax.random.key(seed))
             return initial_state(
@@ -86,11 +87,11 @@ class Distillation:
                 config=config,
             )
 
-        @jax.jit
+        @jit
         def evaluate(variables: Variables, split: Batch) -> Evidence:
             return score(student.apply, variables, split, select, promise, batch_size=config.eval_batch_size)
 
-        @jax.jit
+        @jit
         def agreement(variables: Variables, split: Batch) -> jax.Array:
             logits = logits_of(student.apply, variables, split.inputs, batch_size=config.eval_batch_size)
             return objectives.agreement(logits, split)
@@ -192,7 +193,7 @@ class Distillation:
     def _program(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         """Calls a function of arrays, compiled once."""
         if name not in self._programs:
-            self._programs[name] = self._timed(lambda: jax.jit(function).lower(*args).compile())
+            self._programs[name] = self._timed(lambda: jit(function).lower(*args).compile())
         return self._programs[name](*args)
 
     def _told(self, block: tuple[Packed, Packed, jax.Array]) -> tuple[Packed, list[Decision]]:
@@ -238,7 +239,7 @@ class Distillation:
             return carry.packed, carry.decisions, carry.made
 
         packed = states.pack(state)
-        self._programs["several"] = self._timed(lambda: jax.jit(steps).lower(pools, packed, limit, most).compile())
+        self._programs["several"] = self._timed(lambda: jit(steps).lower(pools, packed, limit, most).compile())
         return self._programs["several"]
 
     def unpack(self, packed: Packed) -> State:

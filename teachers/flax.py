@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from ev3_distill.compiling import jit
 from ev3_distill.config import Preprocessing
 from ev3_distill.errors import InputError
 from ev3_distill.network import count_params, features_of
@@ -17,7 +18,7 @@ from teachers.teacher import Model, Request, Teacher, teacher_of
 
 def forward(network: Network, variables: Variables, *, batch_size: int = 1024) -> Callable[[np.ndarray], np.ndarray]:
     """The network's logits as a function of NumPy inputs [N, ...] -> [N, K] float32, in chunks of `batch_size`."""
-    apply = jax.jit(lambda inputs: network.apply(variables, inputs, train=False)[0])
+    apply = jit(lambda inputs: network.apply(variables, inputs, train=False)[0])
 
     def logits(inputs: np.ndarray) -> np.ndarray:
         starts = range(0, len(inputs), batch_size)
@@ -35,7 +36,7 @@ def outputs_of(
         logits = forward(network, variables, batch_size=batch_size)
         return lambda inputs: {"logits": logits(inputs)}
 
-    @jax.jit
+    @jit
     def apply(inputs: jax.Array) -> dict[str, jax.Array]:
         (logits, named), _ = found(variables, inputs, train=False)
         return {"logits": logits, **{name: named[name] for name in features}}

@@ -231,11 +231,11 @@ def prepared(inputs: np.ndarray, steps: Preprocessing) -> np.ndarray:
         x = _coloured(x, steps)
         x = resized(x, steps.resize) if steps.resize else x
     if steps.scale:
-        x = x * np.float32(steps.scale)
+        x *= np.float32(steps.scale)  # of a copy of our own, here and below
     if steps.mean:
-        x = x - np.array(steps.mean, np.float32)
+        x -= np.array(steps.mean, np.float32)
     if steps.std:
-        x = x / np.array(steps.std, np.float32)
+        x /= np.array(steps.std, np.float32)
     axes = axes_of(steps.layout, inputs.ndim - 1)
     return np.ascontiguousarray(x.transpose(0, *(axis + 1 for axis in axes)))
 
