@@ -26,7 +26,8 @@ class EV3:
     max_share: float = 0.2
     """Longest trajectory, as a share of the steps so far."""
     exploration: float = 0.2
-    """Probability that an iteration gives a challenger the same steps as the leading arm."""
+    """Probability that an iteration gives a challenger the same steps as the leading arm; falls in a line to 0 at the end of
+    the budget, where a better arm would pay off no more."""
     takeover: float = 1.0
     """Standard errors on assess by which a challenger must beat the leader's proposal to take its place."""
     delta: float = 0.05

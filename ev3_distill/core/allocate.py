@@ -17,7 +17,7 @@ REST = (
 
 
 def active_arms(
-    key: jax.Array, iteration: jax.Array, value: jax.Array, leader: jax.Array, *, exploration: float
+    key: jax.Array, iteration: jax.Array, value: jax.Array, leader: jax.Array, *, exploration: float | jax.Array
 ) -> jax.Array:
     """Which arms train now, [A] bool; the leader always does.
 

@@ -113,12 +113,12 @@ def make_parts(
     def plan(state: State, limit: Any) -> Plan:
         remaining = jnp.maximum(limit - state.cost, 0)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.iteration)
-        active = allocate.active_arms(
-            key, state.iteration, state.arm_value, state.leader, exploration=config.exploration
-        )
+        spent = state.cost / limit
+        exploration = config.exploration * (1 - spent)
+        active = allocate.active_arms(key, state.iteration, state.arm_value, state.leader, exploration=exploration)
         steps = allocate.steps_of(active, state.leader, lengths, state.length, remaining)
         each = steps.sum() / jnp.maximum(steps, 1) / limit
-        return Plan(steps, state.cost / limit, each, remaining)
+        return Plan(steps, spent, each, remaining)
 
     def roll(
         pool: PyTree, state: State, arm_states: Sequence[PyTree], plan: Plan, span: tuple[Any, Any]
