@@ -19,13 +19,23 @@ from ev3_distill.lessons import BATCH, Labels, Lessons, Recorded, chunked
 from ev3_distill.network import features_of
 from ev3_distill.sources import Dataset, load_data
 from ev3_distill.splits import split_rows
-from ev3_distill.training import CHUNK, Task, bytes_of_example, checked, evaluated_at_once, limit_of, share_of, train
+from ev3_distill.training import (
+    CHUNK,
+    Task,
+    bytes_of_example,
+    checked,
+    evaluated_at_once,
+    give_back,
+    limit_of,
+    share_of,
+    train,
+)
 from teachers import Teacher, load_logits, load_teacher, save_logits
 from teachers.diagnosis import diagnose
 from teachers.flax import forward
 
 SHOWN = 4096  # held-out examples that show whether a teacher is any good, at most,
-SHOWN_SHARE = 16  # and this share of the memory limit
+SHOWN_SHARE = 32  # and this share of the memory limit
 
 
 def compress(directory: Path, chosen: config.Compress, *, resume: bool) -> dict[str, Any]:
@@ -40,6 +50,7 @@ def compress(directory: Path, chosen: config.Compress, *, resume: bool) -> dict[
 
 
 def _compress(directory: Path, chosen: config.Compress, *, resume: bool) -> dict[str, Any]:
+    give_back(chosen.memory)
     dataset = _data(chosen)
     given: dict[str, Any] = {"fingerprint": dataset.fingerprint, "teacher": None}
     if resume:
@@ -148,6 +159,7 @@ def teach(directory: Path, chosen: config.Teach, *, resume: bool) -> dict[str, A
     """Runs `teach`: the same run, with one arm that follows the labels alone; returns the content of report.json."""
     if not resume:
         run.refuse_occupied(directory)
+    give_back(chosen.memory)
     dataset = _data(chosen)
     _check_labelled(dataset, "teach")
     task = checked(chosen, chosen.network, dataset, dataset.num_classes)

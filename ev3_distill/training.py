@@ -1,9 +1,11 @@
 """Training: a network on a data set under a teacher, from its newest checkpoint if there is one, to certificate and report."""
 
 import contextlib
+import ctypes
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from ev3_distill.types import Batch, Network, Pools, Variables
 
 WINDOW_SHARE = 64  # of the memory limit; three windows are in memory at once: trained on, made, and read ahead
 WINDOW_STEPS = 256  # at most
+M_MMAP_THRESHOLD, GIVEN_BACK = -3, 4 * 2**20  # of malloc.h; bytes
 EVALUATED_SHARE = 256  # of the memory limit; a network's activations in one forward pass are many times its inputs
 CHUNK = 2048  # test examples on the device at once, at most
 
@@ -49,6 +52,13 @@ def limit_of(memory: str) -> int:
     """The memory limit in bytes: the one named, or half of this machine's."""
     named = config.bytes_of(memory)
     return named or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def give_back(memory: str) -> None:
+    """Where a limit is named, freed memory goes back to the system at once; glibc would keep all blocks under 32 MB."""
+    if memory and sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):  # another libc
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, GIVEN_BACK)
 
 
 def checked(chosen: config.Compress | config.Teach, name: str, dataset: Dataset, num_classes: int) -> Task:

@@ -11,15 +11,21 @@ from ev3_distill.types import Apply, Batch, Evidence, Objective, Proposals, Vari
 
 
 def logits_of(apply: Apply, variables: Variables, inputs: jax.Array, *, batch_size: int) -> jax.Array:
-    """Logits [N, K] in evaluation mode, in chunks of `batch_size` so that memory does not follow N."""
+    """Logits [N, K] in evaluation mode, in chunks of `batch_size` so that memory does not follow N.
+
+    The last chunk ends with the last example and overlaps the one before it: so none is padded, and nothing copied.
+    """
     n = inputs.shape[0]
     if n <= batch_size:
         return apply(variables, inputs, train=False)[0]
-    chunks = -(-n // batch_size)
-    padding = [(0, chunks * batch_size - n)] + [(0, 0)] * (inputs.ndim - 1)
-    chunked = jnp.pad(inputs, padding).reshape(chunks, batch_size, *inputs.shape[1:])
-    logits = jax.lax.map(lambda x: apply(variables, x, train=False)[0], chunked)
-    return logits.reshape(chunks * batch_size, -1)[:n]
+
+    def chunk(start: jax.Array) -> jax.Array:
+        return apply(variables, jax.lax.dynamic_slice_in_dim(inputs, start, batch_size), train=False)[0]
+
+    starts = jnp.minimum(jnp.arange(0, n, batch_size), n - batch_size)
+    logits_CxBxK = jax.lax.map(chunk, starts)
+    new = n - (len(starts) - 1) * batch_size  # of the last chunk
+    return jnp.concatenate([logits_CxBxK[:-1].reshape(n - new, -1), logits_CxBxK[-1, batch_size - new :]])
 
 
 def score(
