@@ -8,11 +8,13 @@ Batches of 128 random images 32x32x3, the speed of which is that of any others; 
 - `epoch`: distilling ResNet-8 from the pretrained ResNet-56 for one epoch of crops and flips. `torch` runs the teacher in the
   loop (benchmarks/torch_kd.py), `warm` is EV3 with what the teacher says at hand, `cold` is EV3 that has to ask it, both
   with assessment, decisions and ledger. Compilation is no part of it. Left out where the teacher's file is not at hand.
+  Without PyTorch the contenders `torch` are left out.
 - `iteration D`: EV3's whole iterations with one arm, against that arm's bare trajectory of the same steps.
 """
 
 import contextlib
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -34,7 +36,6 @@ from ev3_distill.augment import parse
 from ev3_distill.compiling import jit
 from ev3_distill.config import EV3, Preprocessing
 from ev3_distill.core.explore import draw_from
-from ev3_distill.errors import InputError
 from ev3_distill.lessons import Lessons
 from ev3_distill.loop import Distillation
 from ev3_distill.pool import held_out, resident, sampler
@@ -71,13 +72,6 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
       size: full or smoke.
       done: keys of rows to leave out.
     """
-    try:
-        import torch
-    except ImportError:
-        raise InputError(
-            "bench speed needs PyTorch; it is not installed: pip install 'ev3-distill[torch]', or the CPU build of torch"
-        ) from None
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as directory:
         field = contenders(size, Path(directory))
         for work, _ in field.values():
@@ -100,24 +94,26 @@ def contenders(size: str, directory: Path) -> dict[str, tuple[Work, int]]:
     steps, field = STEPS[size], {}
     data = images(EPOCH[size] + 2 * HELD_OUT[size])
     soft = _torch_teacher()
-    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     for depth in DEPTHS:
         network = students.build({"family": "resnet", "depth": depth, "input_shape": [32, 32, 3], "num_classes": 10})
-        theirs = torch_kd.works(
-            data.inputs[:4096], data.labels[:4096], teacher=soft, depth=depth, steps=steps, device=device
-        )
         field[f"step {depth}: ours"] = _steps(network, data, steps), steps
-        field[f"step {depth}: torch"] = theirs["student"], steps
+        if soft is not None:
+            theirs = torch_kd.works(
+                data.inputs[:4096], data.labels[:4096], teacher=soft, depth=depth, steps=steps, device=_torch_device()
+            )
+            field[f"step {depth}: torch"] = theirs["student"], steps
         length = max(LENGTH[size], steps)
         field[f"iteration {depth}: ev3"] = _iterations(network, data, size, length), length
         field[f"iteration {depth}: bare"] = _bare(network, data, size, length), length
     if (onnx := teacher_file()) is not None:
         whole = -(-EPOCH[size] // BATCH)
-        theirs = torch_kd.works(
-            data.inputs[: EPOCH[size]], data.labels[: EPOCH[size]], teacher=soft, depth=8, steps=whole, device=device
-        )
         ours = _Epoch(data, onnx, size, directory)
-        field["epoch: torch"] = theirs["kd"], whole
+        if soft is not None:
+            some = slice(EPOCH[size])
+            theirs = torch_kd.works(
+                data.inputs[some], data.labels[some], teacher=soft, depth=8, steps=whole, device=_torch_device()
+            )
+            field["epoch: torch"] = theirs["kd"], whole
         field["epoch: cold"] = ours.cold, whole
         field["epoch: warm"] = ours.warm, whole
     return field
@@ -138,7 +134,18 @@ def images(count: int) -> Dataset:
     return Dataset(inputs, labels, 10, tuple("0123456789"), None, "random", f"random {count}")
 
 
+def _torch_device() -> str:
+    return "cpu" if jax.default_backend() == "cpu" else "cuda"
+
+
 def _torch_teacher() -> Any:
+    """None where PyTorch is not installed."""
+    try:
+        import torch
+    except ImportError:
+        print("bench speed: PyTorch is not installed, so nothing is compared with it", file=sys.stderr)
+        return None
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     path = teacher_file()
     return torch_kd.resnet(8, 16, 10) if path is None else torch_kd.teacher(path)
 
@@ -249,7 +256,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     compared = []
     for name, target in TARGETS.items():
         one, other = (f"{name.partition(':')[0]}: {who}" for who in name.partition(": ")[2].split(" / "))
-        if one in times:
+        if one in times and other in times:
             ratio = statistics.median([b / a for a, b in zip(times[one], times[other], strict=True)])
             compared.append([name, statistics.spread(ratio, 2), f"≥ {target:g}: {statistics.verdict(ratio, target)}"])
     return "\n\n".join(

@@ -217,8 +217,8 @@ def fits(dataset: Dataset, memory: int, learnt: int = 0) -> bool:
 
 
 def evaluated_at_once(dataset: Dataset, memory: int, most: int) -> int:
-    """Examples of one forward pass in evaluation: at most `most`, and no more than the memory limit leaves room for."""
-    return max(1, min(most, memory // EVALUATED_SHARE // (4 * math.prod(dataset.inputs.shape[1:]))))
+    """Examples of one forward pass in evaluation: `most`, or as many as the memory limit leaves room for, 8 at least."""
+    return min(most, max(8, memory // EVALUATED_SHARE // (4 * math.prod(dataset.inputs.shape[1:]))))
 
 
 def share_of(memory: int) -> int:

@@ -9,6 +9,8 @@ import pytest
 from conftest import assert_same_run, rows_without_times, variables_of
 
 from ev3_distill import run
+from ev3_distill.sources import Dataset
+from ev3_distill.training import evaluated_at_once
 
 N, SIDE, CLASSES = 1200, 12, 4
 QUICK = (
@@ -65,6 +67,14 @@ def test_streamed_or_resident_is_the_same_run(images, cli, here, augment):
     assert [row["cost"] for row in found] == [row["cost"] for row in wanted]
     for one, other in zip(variables_of(here / "streamed")[1], variables_of(here / "resident")[1], strict=True):
         assert one == other
+
+
+def test_evaluation_takes_what_the_memory_limit_has_room_for():
+    data = Dataset(np.zeros((100, 128, 128, 3), np.uint8), np.zeros(100, np.int32), 2, ("a", "b"), None, "x", "x")
+    assert evaluated_at_once(data, 2**40, 1024) == 1024
+    assert evaluated_at_once(data, 2**30, 1024) == 2**30 // 256 // (4 * 128 * 128 * 3) == 21
+    assert evaluated_at_once(data, 2**20, 1024) == 8
+    assert evaluated_at_once(data, 2**20, 3) == 3
 
 
 def test_an_interrupted_augmented_run_goes_on_bit_by_bit(images, cli, here, monkeypatch):
