@@ -315,7 +315,7 @@ def test_default_names_follow_the_family_and_the_labels():
     assert default_names(of_mlp) == DEFAULT
     assert default_names({"factory": "mine:make"}) == DEFAULT
     assert default_names(of_mlp, labels=False) == tuple(name for name in DEFAULT if name != "ce")
-    assert default_names(of_resnet) == CONVOLUTIONAL
+    assert default_names(of_resnet) == default_names(of_resnet, labels=False) == CONVOLUTIONAL
     assert set(CONVOLUTIONAL) | {name_for_labels(of_resnet), name_for_labels(of_mlp)} <= set(ARMS)
     assert (name_for_labels(of_mlp), name_for_labels(of_resnet)) == ("ce", "ce-muon")
 
