@@ -1,11 +1,13 @@
-"""Convolution and BatchNorm against XLA's and Flax's own, gradients and transformations included."""
+"""Convolution and BatchNorm against XLA's and Flax's own, gradients and transformations included; by XLA and by oneDNN."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
+from students import onednn
 from students.conv import BatchNorm, Conv, convolve
 
 # x, kernel, strides, groups: batches below, at and off the chunk; even, odd and flat images; kernels of all sorts
@@ -24,7 +26,35 @@ CASES = {
     "depthwise, strided": ((4, 7, 8, 5), (3, 3, 1, 5), (2, 2), 5),
     "depthwise, wide": ((4, 6, 6, 3), (5, 3, 1, 6), (2, 1), 3),
     "one channel": ((4, 6, 6, 1), (3, 3, 1, 4), (1, 1), 1),
+    "many channels": ((18, 7, 6, 20), (3, 3, 20, 24), (1, 1), 1),
+    "many channels, strided": ((33, 8, 9, 16), (3, 3, 16, 33), (2, 2), 1),
+    "many channels, large even kernel": ((3, 6, 5, 9), (4, 6, 9, 17), (1, 2), 1),
+    "long sequence": ((17, 1, 200, 12), (1, 5, 12, 8), (1, 2), 1),
+    "large image": ((2, 65, 70, 8), (3, 3, 8, 9), (2, 2), 1),
 }
+
+
+@pytest.fixture(scope="module", params=["XLA", "oneDNN"], autouse=True)
+def library(request):
+    """Tests share a compilation cache, so oneDNN's call is not used in the others."""
+    if request.param == "XLA":
+        assert not onednn.usable()
+        yield
+        return
+    folder = jax.config.jax_compilation_cache_dir
+    try:
+        fresh(None)
+        if not onednn.usable():
+            pytest.skip("this jaxlib or this processor is none that oneDNN's convolution was tried on")
+        yield
+    finally:
+        fresh(folder)
+
+
+def fresh(folder):
+    jax.config.update("jax_compilation_cache_dir", folder)
+    for forget in (compilation_cache.reset_cache, onednn.usable.cache_clear, jax.clear_caches):
+        forget()
 
 
 @pytest.fixture(scope="module", params=CASES, ids=list(CASES))
@@ -64,6 +94,17 @@ def test_values_and_both_derivatives(case):
         return jax.jit(of)(args, tangents)
 
     assert_close(everything(ours), everything(theirs))
+
+
+def test_oneDNN_is_called_where_it_is_usable():
+    text = (
+        jax.jit(jax.grad(lambda w: convolve(jnp.ones((2, 4, 4, 8)), w).sum())).lower(jnp.ones((3, 3, 8, 8))).as_text()
+    )
+    assert text.count("__onednn$convolution") == onednn.usable()
+    assert (
+        "__onednn"
+        not in jax.jit(convolve).lower(jnp.ones((2, 4, 4, 8), "bfloat16"), jnp.ones((3, 3, 8, 8), "bfloat16")).as_text()
+    )
 
 
 def test_by_hand():
