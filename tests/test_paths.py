@@ -14,8 +14,13 @@ from flax import nnx
 
 import students
 from ev3_distill import load_data
+from ev3_distill.augment import Augmentation
 from ev3_distill.config import Preprocessing
+from ev3_distill.lessons import Lessons
 from ev3_distill.network import from_nnx
+from ev3_distill.pool import sampler
+from ev3_distill.sources import Dataset
+from ev3_distill.supply import ResidentSupply, Views
 from ev3_distill.types import Variables
 from teachers import load_teacher
 from teachers.flax import forward
@@ -195,3 +200,33 @@ def logits(images):
     assert (found["onnx"].argmax(axis=1) == labels).mean() >= 0.85
     for path in PATHS:
         np.testing.assert_allclose(found[path], found["onnx"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mix", ["", "cutmix"])
+def test_the_real_teacher_said_it_of_the_very_pixels(tmp_path, cifar, mix):
+    """1,000 random pairs of an example and a view: the teacher afresh on the student's pixels, against the cached logits."""
+    if not ONNX.is_file():
+        pytest.skip(f"the real teacher is not there: {ONNX.name}")
+    images, labels, classes = cifar
+    teacher = load_teacher(
+        f"onnx:{ONNX}", preprocessing=NORMALISED, input_shape=(32, 32, 3), num_classes=10, class_names=classes
+    )
+    dataset = Dataset(images, labels.astype(np.int32), 10, classes, None, "made", "f")
+    augmentation = Augmentation(flip=True, crop=4, cutout=8, mix=mix)
+    views = Views(dataset, np.arange(len(images)), augmentation)
+    lessons = Lessons(teacher, dataset, num_classes=10, root=tmp_path, warn=pytest.fail)
+    batch_size, count = 50, 4
+    supply = ResidentSupply(views, lessons.of(views, count), count=count, batch_size=batch_size, seed=0)
+    pool = supply.whole()
+    lessons.close()
+    sample = jax.jit(sampler(batch_size=batch_size, views=count, augmentation=augmentation))
+    steps = np.random.default_rng(0).choice(count * len(images) // batch_size, 20, replace=False)
+    asked = set()
+    for step in steps:
+        batch = jax.device_get(sample(pool, jnp.int32(step)))
+        afresh = teacher.outputs(batch.inputs)["logits"]
+        difference = np.abs(afresh - batch.teacher_logits).max(axis=1)
+        assert (difference <= 1e-5 * np.abs(afresh).max(axis=1)).all(), difference.max()
+        asked |= {(int(i), int(step) * batch_size // len(images)) for i in batch.index}
+        assert (batch.inputs != images[batch.index]).any(axis=(1, 2, 3)).mean() > 0.9
+    assert len(asked) == 1000
