@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import memory, portfolio, quality, speed, throughput
+from benchmarks import memory, portfolio, quality, safety, speed, throughput
 from ev3_distill.errors import InputError
 from ev3_distill.ledger import Ledger
 
@@ -26,6 +26,7 @@ SUITES: dict[str, ModuleType] = {
     "memory": memory,
     "portfolio": portfolio,
     "quality": quality,
+    "safety": safety,
     "speed": speed,
     "throughput": throughput,
 }

@@ -55,6 +55,8 @@ class EvaluateCommand:
     """Of the bound."""
     student: str = ""
     """The MODULE:FACTORY that made the student, where it is your own: no code is imported because a run names it."""
+    guard: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What must hold on these examples, as --guard of compress: exit code 3 where it is not proven."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ class BenchCommand:
     """Measure the tool itself: rows, a Markdown table, and how to reproduce them."""
 
     suite: tyro.conf.Positional[str]
-    """throughput or portfolio."""
+    """memory, portfolio, quality, safety, speed or throughput."""
     seeds: int = 10
     """Repetitions."""
     size: str = "full"
@@ -80,7 +82,10 @@ class BenchCommand:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of `ev3-distill`. Exit code 2 where the input is bad, told on standard error, and 130 after Ctrl-C."""
+    """Entry point of `ev3-distill`.
+
+    Exit code 2 where the input is bad, told on standard error; 3 where a guard is not certified; 130 after Ctrl-C.
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         command = _parse(argv)
@@ -247,16 +252,29 @@ def _execute(name: str, where: _Where, chosen: config.Compress | config.Teach) -
 
     rich.print(report.summary(result))
     print(f"Student: {directory / 'student'}\nReport:  {directory / 'report.html'}")
+    _exit_by(result.get("guards", []))
 
 
 def _evaluate(command: EvaluateCommand) -> None:
-    from ev3_distill import commands
+    from ev3_distill import commands, report
 
-    for claim in commands.evaluate(command.run, command.data, command.confidence, command.student):
+    claims, guards = commands.evaluate(
+        command.run, command.data, command.confidence, command.student, guards=command.guard
+    )
+    for claim in claims:
         print(
             f"{claim.metric}: {claim.point:.2%} of {claim.n} examples; "
             f"at least {claim.lower_bound:.2%} with {command.confidence:.0%} confidence"
         )
+    for guard in guards:
+        print(report.verdict(guard))
+    _exit_by(guards)
+
+
+def _exit_by(guards: list[dict[str, Any]]) -> None:
+    """Exit code 3 where a guard is not certified."""
+    if not all(guard["certified"] for guard in guards):
+        raise SystemExit(3)
 
 
 def _report(directory: Path) -> None:

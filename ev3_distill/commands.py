@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import students
@@ -15,8 +16,9 @@ from ev3_distill.arms import arms_named, default_names, features_asked, name_for
 from ev3_distill.cli import read_config
 from ev3_distill.counter import Counter
 from ev3_distill.errors import InputError, warn
+from ev3_distill.guards import Guard, judge, parse
 from ev3_distill.lessons import BATCH, Labels, Lessons, Recorded, chunked
-from ev3_distill.network import features_of
+from ev3_distill.network import count_params, features_of
 from ev3_distill.sources import Dataset, load_data
 from ev3_distill.splits import split_rows
 from ev3_distill.training import (
@@ -30,6 +32,7 @@ from ev3_distill.training import (
     share_of,
     train,
 )
+from ev3_distill.types import Network
 from teachers import Teacher, load_logits, load_teacher, save_logits
 from teachers.diagnosis import diagnose
 from teachers.flax import forward
@@ -211,7 +214,28 @@ def _task(
     names = chosen.arms or default_names(task.network.spec, labels=bool((dataset.labels >= 0).any()))
     arms = arms_named(task.network.apply, names, network=task.network, teacher_features=shapes)
     asked = {name: shapes[name] for name in features_asked(names)}
-    return dataclasses.replace(task, teacher_features=asked), [arm.name for arm in arms]
+    guards = _guards(chosen.guards, dataset, task.network)
+    return dataclasses.replace(task, teacher_features=asked, guards=guards), [arm.name for arm in arms]
+
+
+def _guards(texts: Sequence[str], dataset: Dataset, network: Network, *, teacher: bool = True) -> list[Guard]:
+    """The guards, parsed, once it is clear that none is beyond what can be known, or reached."""
+    parsed = [parse(text) for text in texts]
+    labelled = bool((dataset.labels >= 0).any())
+    for guard in parsed:
+        if "labels" in guard.about.needs and not labelled:
+            raise InputError(f"a guard on {guard.metric} needs labels; {dataset.source} has none: guard agreement")
+        if "teacher" in guard.about.needs and not teacher:
+            raise InputError(
+                f"a guard on {guard.metric} needs the teacher; evaluate has the student alone: guard accuracy"
+            )
+    params = count_params(jax.eval_shape(network.init, jax.random.key(0)))
+    for guard in parsed:
+        if guard.metric == "params" and params > guard.threshold:
+            raise InputError(
+                f"a guard must be within reach; got '{guard}' and a student of {params:,} parameters: name a smaller --student"
+            )
+    return parsed
 
 
 def _teacher(chosen: config.Compress, dataset: Dataset) -> tuple[Teacher, int]:
@@ -271,7 +295,9 @@ def _check_good(teacher: Teacher, chosen: config.Compress, task: Task) -> None:
         )
 
 
-def evaluate(directory: Path, source: str, confidence: float, student: str = "") -> Sequence[certificate.Claim]:
+def evaluate(
+    directory: Path, source: str, confidence: float, student: str = "", guards: Sequence[str] = ()
+) -> tuple[Sequence[certificate.Claim], list[dict[str, Any]]]:
     """Accuracy of a finished run's student on a source as a whole, or on the run's own sealed split.
 
     Args:
@@ -279,6 +305,10 @@ def evaluate(directory: Path, source: str, confidence: float, student: str = "")
       source: of examples; the run's own sealed split where none is named.
       confidence: of the bound.
       student: the MODULE:FACTORY that made the student, where it is of the user's own.
+      guards: what must hold of the student on these examples.
+
+    Returns:
+      The claims, and for each guard whether it is certified, see `guards.judge`.
     """
     finished = _finished(directory)
     if finished is None:
@@ -292,6 +322,7 @@ def evaluate(directory: Path, source: str, confidence: float, student: str = "")
             f"the student takes inputs of shape {expected['input_shape']} and knows {len(expected['classes'])} classes; "
             f"{dataset.source} has {list(dataset.inputs.shape[1:])} and {dataset.num_classes}: name data like its own"
         )
+    asked = _guards(guards, dataset, network, teacher=False)
     rows = np.arange(len(dataset.labels))
     if not source:
         run.given_to(directory, dataset.fingerprint)
@@ -299,8 +330,11 @@ def evaluate(directory: Path, source: str, confidence: float, student: str = "")
     logits = forward(network, variables)
     at_once = evaluated_at_once(dataset, limit_of(chosen.memory), CHUNK)
     predicted = np.concatenate([logits(dataset.inputs[part]).argmax(axis=1) for part in chunked(rows, at_once)])
-    scores = {"accuracy": (predicted == dataset.labels[rows]).astype(float)}
-    return certificate.certify(scores, confidence=confidence).claims
+    labels = dataset.labels[rows]
+    promised = ["accuracy", *[guard.metric for guard in asked if guard.metric != "params"]]
+    scores = certificate.samples(promised, right=predicted == labels, labels=labels, classes=len(expected["classes"]))
+    claims = certificate.certify(scores, confidence=confidence).claims
+    return claims, judge(asked, claims, params=count_params(variables))
 
 
 def _config_of(directory: Path, finished: dict[str, Any]) -> config.Compress | config.Teach:

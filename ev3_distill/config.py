@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from ev3_distill import guards
 from ev3_distill.errors import InputError
 
 
@@ -183,6 +184,9 @@ class Compress:
     """Go on with a teacher that other preprocessing or another class order would clearly improve."""
     teacher_in_step: bool = False
     """Run a flax teacher inside the training step, on fresh views for ever, instead of caching what it says."""
+    guards: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="guard")] = ()
+    """What must hold, such as 'accuracy >= 0.9', once for each: exit code 3 where the certificate does not prove it. Of
+    accuracy, agreement, worst_class_accuracy (>=), drop(accuracy), against the teacher, and params (<=)."""
     deliver: str = "best"
     """best: the current student where decide scores it above the champion, else the champion. champion: the proven one."""
     checkpoint_s: float = 5.0
@@ -203,6 +207,8 @@ class Compress:
         Budget.parse(self.budget)
         Budget.parse(self.teacher_budget)
         bytes_of(self.memory)
+        for guard in self.guards:
+            guards.parse(guard)
         _check(self.views >= 1, "views must be at least 1", self.views, "try 4")
         _check(self.deliver in ("best", "champion"), "deliver is best or champion", f"'{self.deliver}'", "try best")
 

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from decimal import ROUND_FLOOR, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 MISSING = "\u2013"  # shown where a value is null
 PALETTE = ("#20639b", "#d9822b", "#3c8d5a", "#8e5ea2", "#c2446f", "#8c6d4f", "#6b7480", "#b59a1d", "#c0392b", "#2a9d9d")
-METRICS = {"accuracy": "accuracy", "agreement": "agreement with its teacher"}
+METRICS = {
+    "accuracy": "accuracy",
+    "agreement": "agreement with its teacher",
+    "worst_class_accuracy": "accuracy on its worst class",
+    "drop(accuracy)": "less accuracy than its teacher",
+}
 
 
 def write_html(run_dir: Path) -> Path:
@@ -70,7 +75,8 @@ def render(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         report={**report, "arms": arms},
         promise=promise(report),
         metrics=METRICS,
-        bounds={claim["metric"]: claim["lower_bound"] for claim in report["certificate"]["claims"]},
+        bounds={claim["metric"]: claim.get("lower_bound") for claim in report["certificate"]["claims"]},
+        verdicts=[verdict(guard) for guard in report.get("guards", [])],
         compression=compression(report),
         tests=[row for row in rows if row["test"] is not None],
         history={"wide": _history(report, rows, (9.6, 3.7)), "narrow": _history(report, rows, (3.9, 3.3))},
@@ -97,19 +103,40 @@ def summary(report: dict[str, Any]) -> "RenderableType":
     ):
         table.add_row(name, Text(of_teacher), Text(of_student))
     spent = f"{duration(cost['wall_s'])}, {count(cost['steps'])} steps, {count(cost['examples'])} examples"
-    return Group(table, Text(), Text(f"{promise(report)}.", style="bold"), Text(f"Cost: {spent}."))
+    guards = [
+        Text(verdict(guard), style="" if guard["certified"] else "bold red") for guard in report.get("guards", [])
+    ]
+    return Group(table, Text(), Text(f"{promise(report)}.", style="bold"), *guards, Text(f"Cost: {spent}."))
 
 
 def promise(report: dict[str, Any]) -> str:
     """The certificate in one sentence."""
     claims = [
-        f"at least {floor_percent(claim['lower_bound'])} {METRICS.get(claim['metric'], claim['metric'])}"
+        f"{_bound(claim.get('lower_bound'), claim.get('upper_bound'))} {METRICS.get(claim['metric'], claim['metric'])}"
         for claim in report["certificate"]["claims"]
     ]
     if not claims:
         return "Nothing is promised of this student"
     confidence = exact_percent(report["certificate"]["confidence"])
-    return f"This student has {' and '.join(claims)}, with {confidence} confidence"
+    told = " and ".join([", ".join(claims[:-1]), claims[-1]] if len(claims) > 1 else claims)
+    return f"This student has {told}, with {confidence} confidence"
+
+
+def verdict(guard: dict[str, Any]) -> str:
+    """Whether a guard is certified, in one line."""
+    if guard["metric"] == "params":
+        known = f"{count(guard['point'])} parameters"
+    else:
+        upper = guard["metric"].startswith("drop")
+        known = f"proven is {_bound(*((None, guard['bound']) if upper else (guard['bound'], None)))}"
+    return f"Guard {guard['guard']}: {'certified' if guard['certified'] else 'NOT CERTIFIED'}, {known}"
+
+
+def _bound(lower: float | None, upper: float | None) -> str:
+    """At least or at most; never more than was proven."""
+    if upper is None:
+        return f"at least {floor_percent(lower)}"
+    return f"at most {ceil_percent(upper)}"
 
 
 def compression(report: dict[str, Any]) -> float | None:
@@ -125,9 +152,8 @@ def _missing(value: float | None) -> bool:
     return value is None or math.isnan(value)
 
 
-def _fixed(value: float, digits: int, *, sign: str = "-", down: bool = False) -> str:
+def _fixed(value: float, digits: int, *, sign: str = "-", rounding: str | None = None) -> str:
     exact = Decimal(str(value))  # the shortest decimal, so that a bound of 0.289 is not shown as 28.8 %
-    rounding = ROUND_FLOOR if down else None
     rounded = (exact * 100).quantize(Decimal(1).scaleb(-digits), rounding=rounding)
     return f"{abs(rounded) if rounded == 0 else rounded:{sign},f}".replace("-", "\u2212")
 
@@ -139,7 +165,12 @@ def percent(share: float | None) -> str:
 
 def floor_percent(share: float | None) -> str:
     """0.9419 -> 94.1 %, never more than was proven."""
-    return MISSING if share is None or _missing(share) else f"{_fixed(share, 1, down=True)} %"
+    return MISSING if share is None or _missing(share) else f"{_fixed(share, 1, rounding=ROUND_FLOOR)} %"
+
+
+def ceil_percent(share: float | None) -> str:
+    """0.0911 -> 9.2 %, never less than was proven."""
+    return MISSING if share is None or _missing(share) else f"{_fixed(share, 1, rounding=ROUND_CEILING)} %"
 
 
 def exact_percent(share: float) -> str:
@@ -154,7 +185,9 @@ def points(difference: float | None) -> str:
 
 def floor_points(difference: float | None) -> str:
     """0.0123 -> +1.23 percentage points, never more than was proven."""
-    return MISSING if difference is None or _missing(difference) else _fixed(difference, 2, sign="+", down=True)
+    return (
+        MISSING if difference is None or _missing(difference) else _fixed(difference, 2, sign="+", rounding=ROUND_FLOOR)
+    )
 
 
 def count(number: float | None) -> str:

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import tomli_w
 
-from ev3_distill.certificate import Certificate, certify
+from ev3_distill.certificate import Certificate, certify, samples
 from ev3_distill.checkpoint import Checkpoints
 from ev3_distill.config import EV3
 from ev3_distill.core.packing import Packed
@@ -246,6 +246,7 @@ def certificate_of(
     labelled: bool,
     teacher: bool,
     confidence: float,
+    asked: Iterable[str] = (),
 ) -> tuple[Certificate, float | None]:
     """The certificate of a student from the sealed split, and the teacher's own accuracy there.
 
@@ -256,16 +257,21 @@ def certificate_of(
       labelled: whether it has labels: then accuracy is promised.
       teacher: whether there is one: then agreement with it is.
       confidence: of all claims together.
+      asked: metrics that are to be claimed beside these.
     """
-    found: dict[str, list[np.ndarray]] = {"accuracy": [], "agreement": [], "teacher": []}
+    found: dict[str, list[np.ndarray]] = {"right": [], "agreed": [], "teacher_right": [], "labels": []}
+    classes = 0
     for part in test:
-        found["accuracy"].append(np.asarray(distillation.evaluate(variables, part).promise))
-        found["agreement"].append(np.asarray(distillation.agreement(variables, part)))
-        found["teacher"].append(np.asarray(part.teacher_logits).argmax(axis=1) == np.asarray(part.labels))
+        found["right"].append(np.asarray(distillation.evaluate(variables, part).promise))
+        found["agreed"].append(np.asarray(distillation.agreement(variables, part)))
+        labels, logits = np.asarray(part.labels), np.asarray(part.teacher_logits)
+        found["teacher_right"].append(logits.argmax(axis=1) == labels)
+        found["labels"].append(labels)
+        classes = logits.shape[1]
     scores = {name: np.concatenate(parts) for name, parts in found.items()}
     promised = [name for name, holds in (("accuracy", labelled), ("agreement", teacher)) if holds]
-    of_teacher = float(scores["teacher"].mean()) if labelled and teacher else None
-    return certify({name: scores[name] for name in promised}, confidence=confidence), of_teacher
+    of_teacher = float(scores["teacher_right"].mean()) if labelled and teacher else None
+    return certify(samples([*promised, *asked], classes=classes, **scores), confidence=confidence), of_teacher
 
 
 def report_of(

@@ -16,6 +16,7 @@ import students
 from ev3_distill import augment, config, report, run
 from ev3_distill.arms import arms_named
 from ev3_distill.errors import InputError, warn
+from ev3_distill.guards import Guard, judge
 from ev3_distill.lessons import Labels, Lessons, Recorded, chunked
 from ev3_distill.loop import UNLIMITED, Distillation, Supply
 from ev3_distill.network import count_params
@@ -46,6 +47,7 @@ class Task:
     teacher_features: Mapping[str, tuple[int, ...]] = dataclasses.field(
         default_factory=dict
     )  # those in use, of one example
+    guards: Sequence[Guard] = ()
 
 
 def limit_of(memory: str) -> int:
@@ -128,6 +130,7 @@ def train(
         labelled=labelled,
         teacher=teacher is not None,
         confidence=chosen.confidence,
+        asked=[guard.metric for guard in task.guards if guard.metric != "params"],
     )
     points = {claim.metric: claim.point for claim in certificate.claims}
     facts = {
@@ -142,6 +145,7 @@ def train(
             "delivered": which,
         },
         "certificate": certificate.as_dict(),
+        "guards": judge(task.guards, certificate.claims, params=count_params(variables)),
         "seed": chosen.seed,
         "budget": chosen.budget,
         "splits": {name: len(task.rows[name]) for name in SPLITS},

@@ -6,14 +6,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
 import benchmarks
 import ev3_distill.arms
-from benchmarks import portfolio, readme, rows, throughput
+from benchmarks import portfolio, readme, rows, safety, throughput
 from ev3_distill import cli
+from ev3_distill.core import adapt
 from ev3_distill.errors import InputError
 
 
@@ -173,6 +175,51 @@ def test_portfolio_table_takes_the_best_in_hindsight_and_pairs_by_seed():
     text = portfolio.table(found)
     assert "(bare b), paired over 3 seeds: -0.50 (-0.50 to -0.50) points; target ≥ -0.3: missed." in text
     assert "| portfolio | 95.00 ± 2.48 | 4,000 |" in text  # t(.975, 2) = 4.303, std 1, n 3
+
+
+@pytest.mark.parametrize("rule", ["ev3", "ev3, always asking"])
+def test_safety_tells_a_rule_that_spends_too_much(monkeypatch, rule):
+    def promoted_falsely(runs):
+        safety._simulate.cache_clear()
+        ended = safety._simulate("near-copies", rule, 60)(jax.random.split(jax.random.key(0), runs))
+        return int(ended.false.sum())
+
+    assert promoted_falsely(40) <= 6  # beyond that with probability 2e-3 were the rate 0.05
+    monkeypatch.setattr(adapt, "level", lambda budget, closing, *, delta: jnp.float32(0.4))
+    assert promoted_falsely(40) >= 20
+    safety._simulate.cache_clear()
+
+
+def test_safety_simulates_what_it_says():
+    key = jax.random.key(0)
+    run = safety._begun(key, 0.9)
+    run = run._replace(champion=jax.tree.map(lambda h: jnp.where(jnp.arange(h.size) < 922, 1.0, 0.0), run.champion))
+    for kind, won, lost in (("near-copies", 0.03, 0.03), (safety._BETTER, 0.04, 0.02), ("after gains", 0.05, 0.01)):
+        made = [safety._candidate(k, kind, run, jnp.int32(0))[0].decide for k in jax.random.split(key, 100)]
+        difference = np.stack(made) - np.asarray(run.champion.decide)
+        np.testing.assert_allclose((difference > 0).mean(), won, atol=0.002)  # 5 standard errors
+        np.testing.assert_allclose((difference < 0).mean(), lost, atol=0.002)
+
+
+def test_safety_table():
+    def row(question, candidates, rule, count, of):
+        return {"seed": 0, "question": question, "candidates": candidates, "rule": rule, "count": count, "of": of}
+
+    rows = [
+        row("false", "equal", "ev3", 1, 1000),
+        row("false", "equal", "ev3", 3, 1000),
+        row("false", "equal", "ev3, always asking", 100, 2000),
+        row("wait", safety._BETTER, "ev3", 500, 100),
+        row("wait", safety._BETTER, "ev3, always asking", 700, 100),
+        row("power", "first test", "ev3", 50, 100),
+        row("power", "one of five", "ev3", 30, 100),
+    ]
+    text = safety.table(rows)
+    assert "| equal | 0.2 (0.1 to 0.5) | 5.0 (4.1 to 6.0) |" in text  # intervals of Clopper and Pearson
+    assert "upper limit of 6.5 %: held" in text
+    assert "| iterations up to a promotion, mean | 5.0 | 7.0 |" in text
+    assert "one of five: target ≥ 70 %: missed." in text
+    assert "upper limit of 6.5 %: missed" in safety.table([*rows, row("false", "equal", "ev3, always asking", 30, 100)])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta, binom, binomtest
 
-from ev3_distill.certificate import Certificate, Claim, certify, clopper_pearson_lower
+from ev3_distill.certificate import ByClass, Certificate, Claim, Drop, certify, clopper_pearson_lower
 from ev3_distill.errors import InputError
 
 counts = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -119,3 +119,46 @@ def test_rejects_what_gives_no_bound():
     for successes in (-1, 3):
         with pytest.raises(ValueError, match="successes"):
             clopper_pearson_lower(successes, 2, confidence=0.9)
+
+
+def test_the_worst_class_by_hand():
+    scores, labels = np.repeat([1, 0, 1, 0], [9, 1, 15, 5]), np.repeat([0, 1], [10, 20])
+    claim = certify({"worst": ByClass(scores, labels, 2)}, confidence=0.9).claims[0]
+    assert claim.point == 0.75
+    assert claim.n == 10
+    of_classes = [clopper_pearson_lower(k, n, confidence=0.9) for k, n in ((9, 10), (15, 20))]
+    assert claim.lower_bound == min(of_classes)
+    absent = certify({"worst": ByClass(scores, labels, 3)}).claims[0]
+    assert (absent.point, absent.lower_bound, absent.n) == (0.75, 0, 0)
+
+
+def test_the_worst_class_is_covered():
+    """Ten classes, the worst of 80 %: the bound is above that in no more than 5 % of splits, however close the others are."""
+    rng = np.random.default_rng(0)
+    for others in (0.8, 0.82, 0.99):
+        truth = np.array([0.8, *[others] * 9])
+        labels = np.repeat(np.arange(10), 60)
+        bounds = [
+            certify({"worst": ByClass(rng.random(600) < truth[labels], labels, 10)}).claims[0].lower_bound
+            for _ in range(400)
+        ]
+        assert (np.array(bounds) > 0.8).mean() <= 0.08  # 0.05 and 2.8 standard errors
+
+
+def test_the_drop_by_hand_and_its_coverage():
+    teacher, student = np.repeat([1, 1, 0, 0], [80, 10, 4, 6]), np.repeat([1, 0, 1, 0], [80, 10, 4, 6])
+    claim = certify({"drop": Drop(teacher, student)}, confidence=0.9).claims[0]
+    assert claim.point == pytest.approx(0.06)
+    assert claim.lower_bound is None
+    lost = binomtest(10, 100, alternative="less").proportion_ci(0.95, method="exact").high
+    won = binomtest(4, 100, alternative="greater").proportion_ci(0.95, method="exact").low
+    assert claim.upper_bound == pytest.approx(lost - won, rel=1e-6)
+    rng = np.random.default_rng(0)
+    draws = rng.choice(4, p=[0.85, 0.07, 0.03, 0.05], size=(400, 500))  # both right, lost, won, both wrong
+    bounds = [certify({"drop": Drop(row <= 1, row % 2 == 0)}).claims[0].upper_bound for row in draws]
+    assert (np.array(bounds) < 0.04).mean() <= 0.08
+
+
+def test_upper_bounds_stand_in_the_json_in_their_place():
+    claims = certify({"drop": Drop(np.ones(10), np.ones(10))}).as_dict()["claims"]
+    assert set(claims[0]) == {"metric", "point", "upper_bound", "n"}
