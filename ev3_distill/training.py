@@ -27,10 +27,10 @@ from ev3_distill.splits import SPLITS, split_rows
 from ev3_distill.supply import ResidentSupply, Views, WindowSupply
 from ev3_distill.types import Batch, Network, Pools, Variables
 
-WINDOW_SHARE = 64  # of the memory limit; three windows are in memory at once: trained on, made, and read ahead
+WINDOW_SHARE = 128  # of the memory limit; three windows are in memory at once: trained on, made, and read ahead
 WINDOW_STEPS = 256  # at most
 M_MMAP_THRESHOLD, GIVEN_BACK = -3, 4 * 2**20  # of malloc.h; bytes
-EVALUATED_SHARE = 256  # of the memory limit; a network's activations in one forward pass are many times its inputs
+EVALUATED_SHARE = 512  # of the memory limit; a network's activations in one forward pass are many times its inputs
 CHUNK = 2048  # test examples on the device at once, at most
 
 
