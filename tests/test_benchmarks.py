@@ -225,7 +225,12 @@ def test_safety_table():
 @pytest.mark.parametrize(
     ("suite", "seeds", "size", "told"),
     [
-        ("swiftness", 1, "full", "a suite is one of memory, portfolio, quality, speed, throughput; got 'swiftness'"),
+        (
+            "swiftness",
+            1,
+            "full",
+            "a suite is one of memory, portfolio, quality, safety, speed, throughput; got 'swiftness'",
+        ),
         ("throughput", 1, "huge", "a size is one of full, smoke; got 'huge'"),
         ("throughput", 0, "full", "at least 1; got 0"),
     ],

@@ -72,7 +72,7 @@ def test_streamed_or_resident_is_the_same_run(images, cli, here, augment):
 def test_evaluation_takes_what_the_memory_limit_has_room_for():
     data = Dataset(np.zeros((100, 128, 128, 3), np.uint8), np.zeros(100, np.int32), 2, ("a", "b"), None, "x", "x")
     assert evaluated_at_once(data, 2**40, 1024) == 1024
-    assert evaluated_at_once(data, 2**30, 1024) == 2**30 // 256 // (4 * 128 * 128 * 3) == 21
+    assert evaluated_at_once(data, 2**30, 1024) == 2**30 // 512 // (4 * 128 * 128 * 3) == 10
     assert evaluated_at_once(data, 2**20, 1024) == 8
     assert evaluated_at_once(data, 2**20, 3) == 3
 
