@@ -23,8 +23,9 @@ from jax.interpreters import ad, batching, mlir
 from students import onednn
 
 Pair = tuple[int, int]
-# Examples per part of a kernel's gradient. At 16 channels 8 take 10 % longer and 32 take 28 %; all 128 at once take 2-3 times
-# as long at 16 to 64 channels.
+# Examples per part of a kernel's gradient. By XLA's form 8 take 10 % longer at 16 channels and 32 take 28 %; all 128 at once
+# 2-3 times as long at 16 to 64. By oneDNN 8 take 10 % less at 16 channels and 13 % longer at 64, and 128 half as long again
+# at 16.
 CHUNK = 16
 
 
@@ -199,10 +200,9 @@ def _gradient_kernel(x: jax.Array, g: jax.Array, *, strides: Pair, size: Pair) -
     XLA fuses, transposing, the layers that made them, once more for each (then a ResNet-20 step takes 6 % longer).
     """
     pads, out = _same(x.shape[1:3], size, strides)
-    around = [
-        (low, (m - 1) * s + k - low - n)
-        for k, (low, _), n, m, s in zip(size, pads, x.shape[1:], out, strides, strict=False)
-    ]
+    ends = [(m - 1) * s + k - low for k, (low, _), m, s in zip(size, pads, out, strides, strict=True)]
+    x = x[:, : ends[0], : ends[1]]  # the rest no stride reaches, and oneDNN ends the process at a negative padding
+    around = [(low, end - n) for (low, _), end, n in zip(pads, ends, x.shape[1:3], strict=True)]
     part = _images if x.shape[-1] < 8 or not _fast(x, g) else _columns
     chunk = min(CHUNK, x.shape[0])
     shape = (*size, x.shape[-1], g.shape[-1])

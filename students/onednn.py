@@ -62,7 +62,12 @@ def convolution(
 
     Returns:
       [B, H', W', O].
+
+    Raises:
+      ValueError: a negative padding, at which oneDNN would end the process.
     """
+    if min(min(pad) for pad in pads) < 0:
+        raise ValueError(f"oneDNN takes no negative paddings; got {list(pads)}: crop the images instead")
     i, o, *spatial = (axes.index(name) for name in "IOHW")
     out = tuple(
         (n + sum(pad) - (kernel.shape[axis] - 1) * d - 1) // s + 1

@@ -29,6 +29,7 @@ CASES = {
     "many channels": ((18, 7, 6, 20), (3, 3, 20, 24), (1, 1), 1),
     "many channels, strided": ((33, 8, 9, 16), (3, 3, 16, 33), (2, 2), 1),
     "many channels, large even kernel": ((3, 6, 5, 9), (4, 6, 9, 17), (1, 2), 1),
+    "many channels, pixels that no stride reaches": ((3, 9, 9, 10), (3, 2, 10, 9), (4, 3), 1),
     "long sequence": ((17, 1, 200, 12), (1, 5, 12, 8), (1, 2), 1),
     "large image": ((2, 65, 70, 8), (3, 3, 8, 9), (2, 2), 1),
 }
@@ -105,6 +106,11 @@ def test_oneDNN_is_called_where_it_is_usable():
         "__onednn"
         not in jax.jit(convolve).lower(jnp.ones((2, 4, 4, 8), "bfloat16"), jnp.ones((3, 3, 8, 8), "bfloat16")).as_text()
     )
+
+
+def test_oneDNN_refuses_what_would_end_the_process():
+    with pytest.raises(ValueError, match="no negative paddings"):
+        onednn.convolution(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2)), [(1, 1), (0, -1)])
 
 
 def test_by_hand():
