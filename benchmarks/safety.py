@@ -32,7 +32,7 @@ from benchmarks import rows as statistics
 from ev3_distill.compiling import jit
 from ev3_distill.config import EV3
 from ev3_distill.core import adapt
-from ev3_distill.types import Budget
+from ev3_distill.types import ErrorBudget
 
 KEY = ("seed", "question", "candidates", "rule")  # names a row
 N = 1024  # examples of assess, and of decide
@@ -63,7 +63,7 @@ class Run(NamedTuple):
 
     champion: Hits
     right: jax.Array  # the champion's accuracy in the population
-    budget: Budget
+    budget: ErrorBudget
     tested_cost: jax.Array
     votes: jax.Array  # [2 N] of earlier candidates, for and against
     false: jax.Array  # bool, whether something no better was promoted
@@ -109,12 +109,13 @@ def _simulate(candidates: str, rule: str, iterations: int) -> Callable[[jax.Arra
         mine, judge = jax.random.split(key)
         candidate, right = _candidate(mine, candidates, run, t)
         cost = 100 * (t + 1)
-        tested, promoted, alpha = _judged(judge, rule, candidate, run, cost=cost, closing=t == iterations - 1)
+        closing = t == iterations - 1
+        tested, promoted = _judged(judge, rule, candidate, run, cost=cost, closing=closing)
         signed = jnp.concatenate(candidate) * 2 - 1
         return Run(
             champion=jax.tree.map(functools.partial(jnp.where, promoted), candidate, run.champion),
             right=jnp.where(promoted, right, run.right),
-            budget=adapt.spend(run.budget, tested, promoted, alpha),
+            budget=adapt.spend(run.budget, closing, tested, promoted),
             tested_cost=jnp.where(tested, cost, run.tested_cost),
             votes=run.votes + jnp.where(promoted, 1.0, -0.01 * tested) * signed,
             false=run.false | (promoted & (right <= run.right)),
@@ -134,8 +135,7 @@ def _simulate(candidates: str, rule: str, iterations: int) -> Callable[[jax.Arra
 def _begun(key: jax.Array, right: float) -> Run:
     champion = Hits(*jax.random.bernoulli(key, right, (2, N)).astype(jnp.float32))
     zero = jnp.int32(0)
-    budget = Budget(zero, zero, jnp.float32(0))
-    return Run(champion, jnp.float32(right), budget, zero, jnp.zeros(2 * N), jnp.bool_(False), zero)
+    return Run(champion, jnp.float32(right), adapt.unspent(DELTA), zero, jnp.zeros(2 * N), jnp.bool_(False), zero)
 
 
 def _candidate(key: jax.Array, candidates: str, run: Run, t: jax.Array) -> tuple[Hits, jax.Array]:
@@ -171,8 +171,8 @@ def _changed(key: jax.Array, run: Run, won: Any, lost: Any) -> Hits:
 
 def _judged(
     key: jax.Array, rule: str, candidate: Hits, run: Run, *, cost: jax.Array, closing: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Whether decide was asked, whether it promotes, and at which level."""
+) -> tuple[jax.Array, jax.Array]:
+    """Whether decide was asked, and whether it promotes."""
     if rule in DRAWS:
         n = DRAWS[rule]
         ours, theirs = candidate.decide > 0.5, run.champion.decide > 0.5
@@ -180,13 +180,13 @@ def _judged(
         both, won, lost, _ = jax.random.multinomial(key, n, shares)  # the two share the examples that are drawn
         seen = jnp.stack([both + won, both + lost]) / n
         half = 1.96 * jnp.sqrt(seen * (1 - seen) / n)
-        return jnp.bool_(True), seen[0] - half[0] > seen[1] + half[1], jnp.float32(0)
-    alpha = adapt.level(run.budget, closing, delta=DELTA)
+        return jnp.bool_(True), seen[0] - half[0] > seen[1] + half[1]
+    alpha = adapt.level(run.budget, closing)
     tested = jnp.bool_(True)
     if rule == "ev3":
         p_assess = adapt.mcnemar(candidate.assess, run.champion.assess)[2]
         tested = adapt.due(cost, run.tested_cost, closing) & adapt.worth_testing(p_assess, alpha, closing)
-    return tested, tested & (adapt.mcnemar(candidate.decide, run.champion.decide)[2] <= alpha), alpha
+    return tested, tested & (adapt.mcnemar(candidate.decide, run.champion.decide)[2] <= alpha)
 
 
 def _power(key: jax.Array, trials: int) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -207,8 +207,11 @@ def _power(key: jax.Array, trials: int) -> Iterator[tuple[str, str, np.ndarray]]
 
 
 def _level(tests: int, promotions: int) -> float:
-    budget = Budget(jnp.int32(tests), jnp.int32(promotions), jnp.float32(0))
-    return float(adapt.level(budget, jnp.bool_(False), delta=DELTA))
+    """Of the next test within a run."""
+    budget = adapt.unspent(DELTA)
+    for i in range(tests):
+        budget = adapt.spend(budget, jnp.bool_(False), jnp.bool_(True), jnp.bool_(i < promotions))
+    return float(adapt.level(budget, jnp.bool_(False)))
 
 
 def _pair(key: jax.Array) -> tuple[Run, Hits]:

@@ -306,7 +306,7 @@ def report_of(
         ],
         "error_budget": {
             "delta": config.delta,
-            "spent": float(state.budget.spent),
+            "left": float(state.budget.left),
             "tests": int(state.budget.tests),
         },
         "versions": {name: metadata.version(name) for name in PACKAGES},

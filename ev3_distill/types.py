@@ -111,12 +111,12 @@ class Evidence(NamedTuple):
     promise: jax.Array  # [P, N] the objective that compares arms and that promotions prove, in {0, 1}
 
 
-class Budget(NamedTuple):
-    """The error budget: the path through the tree of tests that this run has taken (see core/adapt.py)."""
+class ErrorBudget(NamedTuple):
+    """Where in the tree of tests a run has come to, scalars (see core/adapt.py)."""
 
     tests: jax.Array  # int32, paired tests made on decide
     promotions: jax.Array  # int32, of which promoted
-    spent: jax.Array  # float32, sum of their levels
+    left: jax.Array  # float32, the probability of a false promotion that may still be spent
 
 
 class State(NamedTuple):
@@ -141,7 +141,7 @@ class State(NamedTuple):
     length: jax.Array  # float32, present trajectory length in steps
     stale: jax.Array  # int32, iterations since `current` last moved
     tested_cost: jax.Array  # int32, cost when decide was last asked
-    budget: Budget
+    budget: ErrorBudget
     closed: jax.Array  # bool, whether the closing iteration was made: the run is finished
 
 

@@ -185,7 +185,7 @@ def test_safety_tells_a_rule_that_spends_too_much(monkeypatch, rule):
         return int(ended.false.sum())
 
     assert promoted_falsely(40) <= 6  # beyond that with probability 2e-3 were the rate 0.05
-    monkeypatch.setattr(adapt, "level", lambda budget, closing, *, delta: jnp.float32(0.4))
+    monkeypatch.setattr(adapt, "level", lambda budget, closing: jnp.float32(0.4))
     assert promoted_falsely(40) >= 20
     safety._simulate.cache_clear()
 

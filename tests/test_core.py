@@ -549,7 +549,8 @@ def test_a_promotion_is_proved_on_decide():
     assert decision.champion_accuracy == pytest.approx(24 / N)
     np.testing.assert_array_equal(state.arm_promotions, [1, 0, 0, 0])
     assert (int(state.budget.tests), int(state.budget.promotions)) == (1, 1)
-    assert float(state.budget.spent) == float(decision.alpha) > 0
+    assert decision.alpha == pytest.approx(adapt.SHARE * CONFIG.delta)
+    assert float(state.budget.left) == pytest.approx(adapt.SHARE * CONFIG.delta)
     assert int(state.tested_cost) == int(state.cost)
 
 
@@ -617,7 +618,7 @@ def test_the_ledger_adds_up():
             assert_same(untouched(state), untouched(before))
         if verdict in (ADOPT, PROMOTE) and differ(state.current, before.current):
             assert float(d.gain) > 0
-        assert float(state.budget.spent) <= CONFIG.delta
+        assert float(d.alpha) <= float(before.budget.left) <= CONFIG.delta * (1 + 1e-6)
         before = state
     assert promoted >= 1
     assert spent == 50
@@ -835,4 +836,4 @@ def test_promotions_of_null_students_stay_within_the_error_budget():
     false = float((budget.promotions > 0).mean())
     assert false <= delta + 3 * (delta * (1 - delta) / runs) ** 0.5
     assert float(tested.mean()) > 0.5  # decide was asked, often enough for the bound to mean something
-    assert float(budget.spent.max()) <= delta * (1 + 1e-5)
+    assert float(budget.left.max()) <= delta * (1 + 1e-5)

@@ -7,15 +7,18 @@ decide, paired example by example, by an exact one-sided McNemar test.
 The guarantee. Over a run, the probability that any promotion is to a student whose true promise score is not higher than its
 champion's is at most delta, for decide examples drawn independently from the population. Condition on all else (explore,
 assess, keys): the pair met at test i is then a function of the earlier outcomes on decide alone, so all pairs that could ever
-be met form a binary tree. A node with history h (i tests, k of them promotions) has the weight
+be met form a binary tree. The node with the history h (i tests, k of them promotions) has the budget
 
-    weight(h) = c^k (1 - c)^(i - k),
+    B(h) = delta c^k (1 - c)^(i - k),     so that B(h, promoted) = c B(h) and B(h, kept) = (1 - c) B(h),
 
-the weights of one depth sum to 1, and so do those of the histories with which a run can end. A test within the run has the
-level delta / 2 * weight(h) * 6 / (pi (i + 1))^2, the one that closes it delta / 2 * weight(h). All levels of the tree sum to
-at most delta, so a union bound covers any reuse of the same finite split (description length bound for adaptive analyses:
-Dwork et al. 2015, arXiv 1506.02629). Tests are made only where assess predicts success: each one made costs, each one not
-made is free.
+and its test the level c B(h), or all of B(h) where it closes the run. Call a node exposed where no promotion on the way to it
+was false: the first false promotion happens at an exposed node whose candidate is no better. The levels of such nodes sum to
+at most B(h) over the tree below any h, by induction from the leaves: where h itself is such a node, what follows its promotion
+is no longer exposed, which leaves c B(h) + B(h, kept) = B(h); where the candidate of h is truly better, its own level does not
+count, which leaves B(h, promoted) + B(h, kept) = B(h). A union bound over the tree gives delta, whatever the reuse of the same
+finite split. (Bounding adaptive analyses by the tree of their outcomes: Dwork et al. 2015, arXiv 1506.02629; testing on with
+what a rejection has set free: Bretz et al. 2009, "A graphical approach to sequentially rejective multiple test procedures".)
+Tests are made only where assess predicts success: each one made costs, each one not made is free.
 
 Not covered: a teacher that was itself chosen by the same decide examples is no part of "all else". The one that `compress`
 trains where none is named is such a teacher, through the few accept bits of its own run; the certificate, from the sealed
@@ -29,19 +32,21 @@ import jax.numpy as jnp
 from jax.scipy.special import betainc
 
 from ev3_distill.core.assess import paired
-from ev3_distill.types import Budget, Evidence
+from ev3_distill.types import ErrorBudget, Evidence
 
-PROMOTE_WEIGHT = 0.8  # c: tests are made where assess predicts success, so most of a weight goes on along a promotion
-
+SHARE = 0.8  # c: of the budget left, what a test may spend; from 0.5 to 0.9 the power changes little
 
 TOLERANCE = 2.0  # standard errors within which the promise scores of one trajectory are level; 1 stalls small splits
 
 
-def level(budget: Budget, closing: jax.Array, *, delta: float) -> jax.Array:
+def unspent(delta: float) -> ErrorBudget:
+    """The budget of a run that begins."""
+    return ErrorBudget(tests=jnp.int32(0), promotions=jnp.int32(0), left=jnp.float32(delta))
+
+
+def level(budget: ErrorBudget, closing: jax.Array) -> jax.Array:
     """The level of the next test, see the module; `closing` where it is the run's last."""
-    tests, promotions = budget.tests.astype(jnp.float32), budget.promotions.astype(jnp.float32)
-    weight = PROMOTE_WEIGHT**promotions * (1 - PROMOTE_WEIGHT) ** (tests - promotions)
-    return delta / 2 * weight * jnp.where(closing, 1.0, 6 / (jnp.pi * (tests + 1)) ** 2)
+    return budget.left * jnp.where(closing, 1.0, SHARE)
 
 
 def mcnemar(candidate: jax.Array, champion: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -145,10 +150,11 @@ def worth_testing(p_assess: jax.Array, alpha: jax.Array, closing: jax.Array) -> 
     return jnp.where(closing, p_assess < 0.5, p_assess <= alpha)
 
 
-def spend(budget: Budget, tested: jax.Array, promoted: jax.Array, alpha: jax.Array) -> Budget:
-    """The budget after this iteration's test, if there was one, at level alpha."""
-    return Budget(
+def spend(budget: ErrorBudget, closing: jax.Array, tested: jax.Array, promoted: jax.Array) -> ErrorBudget:
+    """The budget after this iteration's test, if there was one; nothing is left of it after a closing one."""
+    stays = jnp.where(tested, jnp.where(promoted, SHARE, 1 - SHARE), 1.0)
+    return ErrorBudget(
         tests=budget.tests + tested,
         promotions=budget.promotions + promoted,
-        spent=budget.spent + jnp.where(tested, alpha, 0),
+        left=budget.left * jnp.where(closing, 0.0, stays),
     )

@@ -19,7 +19,6 @@ from ev3_distill.types import (
     Apply,
     Arm,
     Batch,
-    Budget,
     Decision,
     Evidence,
     Objective,
@@ -75,7 +74,7 @@ def initial_state(
         length=jnp.float32(config.length),
         stale=zero,
         tested_cost=zero,
-        budget=Budget(zero, zero, jnp.float32(0)),
+        budget=adapt.unspent(config.delta),
         closed=jnp.bool_(False),
     )
 
@@ -287,7 +286,7 @@ def _promote(
     state: State, pools: Pools, *, closing: jax.Array, apply: Apply, promise: Objective, config: EV3
 ) -> tuple[State, _Trial]:
     """Lets the current student meet the champion on decide where that is worth a test; see core/adapt.py."""
-    alpha = adapt.level(state.budget, closing, delta=config.delta)
+    alpha = adapt.level(state.budget, closing)
 
     def predict() -> jax.Array:
         p_assess = adapt.mcnemar(state.current_evidence.promise, state.champion_evidence.promise)[2]
@@ -312,6 +311,6 @@ def _promote(
         champion_decide=_where(promoted, candidate, state.champion_decide),
         arm_promotions=state.arm_promotions + won,
         tested_cost=jnp.where(tested, state.cost, state.tested_cost),
-        budget=adapt.spend(state.budget, tested, promoted, alpha),
+        budget=adapt.spend(state.budget, closing, tested, promoted),
     )
     return state, _Trial(tested, promoted, wins, losses, alpha, p_value)
