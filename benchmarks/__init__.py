@@ -16,13 +16,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import memory, portfolio, quality, safety, speed, throughput
+from benchmarks import coverage, guards, memory, portfolio, quality, safety, speed, throughput
 from ev3_distill.errors import InputError
 from ev3_distill.ledger import Ledger
 
 __all__ = ["SIZES", "SUITES", "provenance", "run"]
 
 SUITES: dict[str, ModuleType] = {
+    "coverage": coverage,
+    "guards": guards,
     "memory": memory,
     "portfolio": portfolio,
     "quality": quality,

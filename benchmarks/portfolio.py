@@ -62,7 +62,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
         arms = arms_named(student.apply)
         contenders = {"portfolio": Distillation(student, arms)}
         contenders |= {f"EV3, {arm.name} alone": Distillation(student, [arm]) for arm in arms}
-        bare = {arm.name: _bare(student, arm) for arm in arms}
+        bare = {arm.name: bare_trajectory(student, arm) for arm in arms}
         for seed in range(seeds):
             missing = {c for c in (*contenders, *(f"bare {arm}" for arm in bare)) if (name, seed, c) not in done}
             if not missing:
@@ -106,7 +106,7 @@ def _teacher(dataset: Dataset, cost: int) -> Callable[[int], np.ndarray]:
     return teach
 
 
-def _bare(student: Any, arm: Any) -> Any:
+def bare_trajectory(student: Any, arm: Any) -> Any:
     """(pools, seed, steps) -> what the arm's uninterrupted trajectory proposes."""
 
     @jax.jit

@@ -55,6 +55,16 @@ def median(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Interv
     return Interval(float(np.median(x)), float(x[k - 1]), float(x[n - k]), n, reached)
 
 
+def share(count: int, of: int) -> Interval:
+    """A share of `of` trials, with its exact two-sided interval (Clopper and Pearson 1934)."""
+    if not 0 <= count <= of or of < 1:
+        raise ValueError(f"a share counts 0 to `of` of at least one trial; got {count} of {of}: mend the rows")
+    tail = (1 - CONFIDENCE) / 2
+    low = 0.0 if count == 0 else float(stats.beta.ppf(tail, count, of - count + 1))
+    high = 1.0 if count == of else float(stats.beta.ppf(1 - tail, count + 1, of - count))
+    return Interval(count / of, low, high, of, CONFIDENCE)
+
+
 def verdict(estimate: Interval, target: float) -> str:
     """What an estimate says of a target that it should reach from above."""
     if estimate.center >= target:
@@ -67,6 +77,12 @@ def spread(estimate: Interval, digits: int) -> str:
     if math.isnan(estimate.low):
         return number(estimate.center, digits)
     return f"{number(estimate.center, digits)} ({number(estimate.low, digits)} to {number(estimate.high, digits)})"
+
+
+def percent(estimate: Interval, digits: int) -> str:
+    """`center (low to high)` in percent."""
+    in_percent = estimate._replace(center=100 * estimate.center, low=100 * estimate.low, high=100 * estimate.high)
+    return spread(in_percent, digits)
 
 
 def plus_minus(estimate: Interval, digits: int) -> str:

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
 from benchmarks import rows as statistics
 from ev3_distill.compiling import jit
@@ -246,7 +245,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         total = totals[row["question"]].setdefault((row["candidates"], row["rule"]), [0, 0])
         total[0], total[1] = total[0] + row["count"], total[1] + row["of"]
-    false, power = ({name: _rate(*total) for name, total in totals[of].items()} for of in ("false", "power"))
+    false, power = ({name: statistics.share(*total) for name, total in totals[of].items()} for of in ("false", "power"))
     rules = [rule for rule in RULES if any(rule == name[1] for name in false)]
     ours = [rate for (_, rule), rate in false.items() if rule not in DRAWS]
     worst = max(ours, key=lambda rate: rate.high)
@@ -255,7 +254,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     told = [
         ["iterations up to a promotion, mean", *[f"{waits[rule]:.1f}" for rule in rules]],
         *[
-            [question, *[_percent(power[question, rule]) if (question, rule) in power else "" for rule in rules]]
+            [
+                question,
+                *[statistics.percent(power[question, rule], 1) if (question, rule) in power else "" for rule in rules],
+            ]
             for question in dict.fromkeys(question for question, _ in power)
         ],
     ]
@@ -264,13 +266,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         for question, target in TARGETS.items()
     ]
     kinds = dict.fromkeys(candidates for candidates, _ in false)
+    rates = [[kind, *[statistics.percent(false[kind, rule], 1) for rule in rules]] for kind in kinds]
     return "\n\n".join(
         [
             f"Runs with a false promotion, % (exact 95 % interval), {worst.n:,} runs each:",
-            statistics.markdown(
-                ["candidates", *rules], [[kind, *[_percent(false[kind, rule]) for rule in rules]] for kind in kinds]
-            ),
-            f"Our worst: {_percent(worst)}; at most {100 * DELTA:g} % promised, with an upper limit of "
+            statistics.markdown(["candidates", *rules], rates),
+            f"Our worst: {statistics.percent(worst, 1)}; at most {100 * DELTA:g} % promised, with an upper limit of "
             f"{100 * (DELTA + SLACK):g} %: {'held' if sound else 'missed'}.",
             "Candidates 2 points better (4 % won, 2 % lost), a new one in each iteration; and, where decide is asked, the "
             "probability that it promotes one, %:",
@@ -278,15 +279,3 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             "; ".join(verdicts) + ".",
         ]
     )
-
-
-def _rate(count: int, of: int) -> statistics.Interval:
-    """A share with its exact two-sided interval (Clopper and Pearson 1934)."""
-    tail = (1 - statistics.CONFIDENCE) / 2
-    low = 0.0 if count == 0 else float(stats.beta.ppf(tail, count, of - count + 1))
-    high = 1.0 if count == of else float(stats.beta.ppf(1 - tail, count + 1, of - count))
-    return statistics.Interval(count / of, low, high, of, statistics.CONFIDENCE)
-
-
-def _percent(rate: statistics.Interval) -> str:
-    return statistics.spread(rate._replace(center=100 * rate.center, low=100 * rate.low, high=100 * rate.high), 1)

@@ -19,6 +19,7 @@ _HOME = {
     "default_arms": "ev3_distill.arms:default_arms",
     "distill": "ev3_distill.loop:distill",
     "from_nnx": "ev3_distill.network:from_nnx",
+    "goal": "ev3_distill.goals:goal",
     "gradient_arm": "ev3_distill.arms.gradient:gradient_arm",
     "load_data": "ev3_distill.sources:load_data",
     "load_student": "students:load",

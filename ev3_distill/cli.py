@@ -51,12 +51,16 @@ class EvaluateCommand:
     """A run directory."""
     data: str = ""
     """Source of examples, scored as a whole, as --data of compress."""
-    confidence: float = 0.95
-    """Of the bound."""
+    confidence: float | None = None
+    """Of all bounds together; by default 0.95, or the run's own on its own sealed split."""
     student: str = ""
     """The MODULE:FACTORY that made the student, where it is your own: no code is imported because a run names it."""
     guard: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What must hold on these examples, as --guard of compress: exit code 3 where it is not proven."""
+    costs: str = ""
+    """CSV file of costs, as --costs of compress."""
+    reopen: bool = False
+    """Open the run's sealed split again for other claims than its certificate's; their bounds are corrected for it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,7 @@ class BenchCommand:
     """Measure the tool itself: rows, a Markdown table, and how to reproduce them."""
 
     suite: tyro.conf.Positional[str]
-    """memory, portfolio, quality, safety, speed or throughput."""
+    """coverage, guards, memory, portfolio, quality, safety, speed or throughput."""
     seeds: int = 10
     """Repetitions."""
     size: str = "full"
@@ -258,14 +262,20 @@ def _execute(name: str, where: _Where, chosen: config.Compress | config.Teach) -
 def _evaluate(command: EvaluateCommand) -> None:
     from ev3_distill import commands, report
 
-    claims, guards = commands.evaluate(
-        command.run, command.data, command.confidence, command.student, guards=command.guard
+    certificate, guards = commands.evaluate(
+        command.run,
+        command.data,
+        command.confidence,
+        command.student,
+        guards=command.guard,
+        costs=command.costs,
+        reopen=command.reopen,
     )
-    for claim in claims:
-        print(
-            f"{claim.metric}: {claim.point:.2%} of {claim.n} examples; "
-            f"at least {claim.lower_bound:.2%} with {command.confidence:.0%} confidence"
-        )
+    told = certificate.as_dict()
+    for claim in told["claims"]:
+        print(report.claim_line(claim, told["confidence"]))
+    if certificate.reopened:
+        print(f"{report.reopened(told)}.")
     for guard in guards:
         print(report.verdict(guard))
     _exit_by(guards)

@@ -5,22 +5,23 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 import students
-from ev3_distill import certificate, config, report, run
+from ev3_distill import certificate, claims, config, opening, report, run
 from ev3_distill.arms import arms_named, default_names, features_asked, name_for_labels
+from ev3_distill.certifying import known_of, measured, metrics_asked
 from ev3_distill.cli import read_config
 from ev3_distill.counter import Counter
 from ev3_distill.errors import InputError, warn
-from ev3_distill.guards import Guard, judge, parse
+from ev3_distill.guards import FORMS, KNOWN, TOP_K, Guard, form_of, judge, parse
 from ev3_distill.lessons import BATCH, Labels, Lessons, Recorded, chunked
-from ev3_distill.network import count_params, features_of
+from ev3_distill.network import features_of
 from ev3_distill.sources import Dataset, load_data
-from ev3_distill.splits import split_rows
+from ev3_distill.splits import shared, split_rows
 from ev3_distill.training import (
     CHUNK,
     Task,
@@ -32,7 +33,7 @@ from ev3_distill.training import (
     share_of,
     train,
 )
-from ev3_distill.types import Network
+from ev3_distill.types import Network, Variables
 from teachers import Teacher, load_logits, load_teacher, save_logits
 from teachers.diagnosis import diagnose
 from teachers.flax import forward
@@ -128,6 +129,7 @@ def _with_recorded(
         if not kept.exists():
             save_logits(kept, logits, dataset.fingerprint)
         facts = {"source": chosen.teacher, "params": None}
+        task = _controlled(directory, chosen, task)
         return train(directory, chosen, task, arms, Recorded(logits), teacher=facts)
 
 
@@ -144,6 +146,7 @@ def _distil(
                 "out --teacher-in-step"
             )
         in_step = teacher.network, teacher.variables
+    task = _controlled(directory, chosen, task)
     lessons = Lessons(
         teacher,
         task.dataset,
@@ -158,6 +161,29 @@ def _distil(
         return train(directory, chosen, task, arms, lessons, teacher=facts, in_step=in_step)
 
 
+def _controlled(directory: Path, chosen: config.Compress, task: Task) -> Task:
+    """The task with its control, trained in the run's own directory, where one is wanted."""
+    if not chosen.control:
+        return task
+    recipe = config.Teach(
+        data=chosen.data,
+        network=chosen.student,
+        budget=chosen.budget,
+        seed=chosen.seed,
+        augment=chosen.augment,
+        memory=chosen.memory,
+        skip_corrupt=chosen.skip_corrupt,
+        checkpoint_s=chosen.checkpoint_s,
+        splits=chosen.splits,
+        ev3=chosen.ev3,
+    )
+    own = directory / "control"
+    _teach(
+        own, recipe, dataclasses.replace(task, teacher_features={}, guards=()), resume=(own / "config.toml").exists()
+    )
+    return dataclasses.replace(task, control=own)
+
+
 def teach(directory: Path, chosen: config.Teach, *, resume: bool) -> dict[str, Any]:
     """Runs `teach`: the same run, with one arm that follows the labels alone; returns the content of report.json."""
     if not resume:
@@ -166,6 +192,7 @@ def teach(directory: Path, chosen: config.Teach, *, resume: bool) -> dict[str, A
     dataset = _data(chosen)
     _check_labelled(dataset, "teach")
     task = checked(chosen, chosen.network, dataset, dataset.num_classes)
+    _warn_of_duplicates(task)
     if resume:
         run.given_to(directory, dataset.fingerprint)
     with run.room_on_disk(directory):
@@ -211,31 +238,65 @@ def _task(
 ) -> tuple[Task, list[str]]:
     """The student's task and its arms; `shapes` are those of the teacher's features, of which the arms ask for some."""
     task = checked(chosen, chosen.student, dataset, num_classes)
-    names = chosen.arms or default_names(task.network.spec, labels=bool((dataset.labels >= 0).any()))
+    _warn_of_duplicates(task)
+    costs = claims.read_costs(path, num_classes) if (path := chosen.costs) else None
+    guards = _guards(chosen.guards, dataset, task.network, costs=costs)
+    labelled = bool((dataset.labels >= 0).any())
+    if chosen.control:
+        _check_labelled(dataset, "a control that learns by labels alone")
+    names = chosen.arms or default_names(task.network.spec, labels=labelled, goals=[guard.metric for guard in guards])
     arms = arms_named(task.network.apply, names, network=task.network, teacher_features=shapes)
     asked = {name: shapes[name] for name in features_asked(names)}
-    guards = _guards(chosen.guards, dataset, task.network)
-    return dataclasses.replace(task, teacher_features=asked, guards=guards), [arm.name for arm in arms]
+    return dataclasses.replace(task, teacher_features=asked, guards=guards, costs=costs), [arm.name for arm in arms]
 
 
-def _guards(texts: Sequence[str], dataset: Dataset, network: Network, *, teacher: bool = True) -> list[Guard]:
+def _warn_of_duplicates(task: Task) -> None:
+    """Says so where examples of one split lie in another one too; data that stay on disk are not looked through."""
+    if not isinstance(task.dataset.inputs, np.ndarray):
+        return
+    for (later, earlier), count in shared(task.dataset.inputs, task.rows).items():
+        then = "the certificate may promise too much" if later == "test" else "what it decides may be optimistic"
+        warn(
+            f"{count} of the {len(task.rows[later])} examples of {later} have the very inputs of one in {earlier}: {then}; "
+            "leave duplicates out of the data"
+        )
+
+
+def _guards(
+    texts: Sequence[str], dataset: Dataset, network: Network, *, costs: np.ndarray | None, teacher: bool = True
+) -> list[Guard]:
     """The guards, parsed, once it is clear that none is beyond what can be known, or reached."""
     parsed = [parse(text) for text in texts]
-    labelled = bool((dataset.labels >= 0).any())
     for guard in parsed:
-        if "labels" in guard.about.needs and not labelled:
-            raise InputError(f"a guard on {guard.metric} needs labels; {dataset.source} has none: guard agreement")
-        if "teacher" in guard.about.needs and not teacher:
-            raise InputError(
-                f"a guard on {guard.metric} needs the teacher; evaluate has the student alone: guard accuracy"
-            )
-    params = count_params(jax.eval_shape(network.init, jax.random.key(0)))
+        _check_known(guard, dataset, network.spec["num_classes"], costs=costs is not None, teacher=teacher)
+    known = known_of(jax.eval_shape(network.init, jax.random.key(0)))
     for guard in parsed:
-        if guard.metric == "params" and params > guard.threshold:
+        if guard.metric in KNOWN and known[guard.metric] > guard.threshold:
+            has = f"{known[guard.metric]:,} {'parameters' if guard.metric == 'params' else 'bytes'}"
             raise InputError(
-                f"a guard must be within reach; got '{guard}' and a student of {params:,} parameters: name a smaller --student"
+                f"a guard must be within reach; got '{guard}' and a student of {has}: name a smaller --student"
             )
     return parsed
+
+
+def _check_known(guard: Guard, dataset: Dataset, num_classes: int, *, costs: bool, teacher: bool) -> None:
+    """Whether a guard's metric can be known of a student on these data."""
+    needs, told = guard.about.needs, f"a guard on {guard.metric} needs"
+    if "labels" in needs and not (dataset.labels >= 0).any():
+        raise InputError(f"{told} labels; {dataset.source} has none: guard agreement")
+    if "teacher" in needs and not teacher:
+        raise InputError(f"{told} the teacher; evaluate has the student alone: guard accuracy")
+    if "groups" in needs and dataset.groups is None:
+        raise InputError(f"{told} groups; {dataset.source} has none: guard worst_class_accuracy")
+    if "costs" in needs and not costs:
+        raise InputError(f"{told} costs; got none: give a CSV file of them by --costs")
+    top = TOP_K.search(guard.metric) if form_of(guard.metric) in FORMS else None
+    if top and int(top[1]) >= num_classes:
+        raise InputError(
+            f"{told} more classes; {dataset.source} has {num_classes}, and any answer is right: guard accuracy"
+        )
+    if form_of(guard.metric) == "MODULE:FUNCTION":
+        claims.function_named(guard.metric)
 
 
 def _teacher(chosen: config.Compress, dataset: Dataset) -> tuple[Teacher, int]:
@@ -296,45 +357,127 @@ def _check_good(teacher: Teacher, chosen: config.Compress, task: Task) -> None:
 
 
 def evaluate(
-    directory: Path, source: str, confidence: float, student: str = "", guards: Sequence[str] = ()
-) -> tuple[Sequence[certificate.Claim], list[dict[str, Any]]]:
-    """Accuracy of a finished run's student on a source as a whole, or on the run's own sealed split.
+    directory: Path,
+    source: str,
+    confidence: float | None,
+    student: str = "",
+    guards: Sequence[str] = (),
+    *,
+    costs: str = "",
+    reopen: bool = False,
+) -> tuple[certificate.Certificate, list[dict[str, Any]]]:
+    """Accuracy of a finished run's student, and what guards ask for, on a source as a whole or on the run's own sealed split.
+
+    On the sealed split this is the run's own certificate again, claim by claim; what that does not claim needs `reopen`.
 
     Args:
       directory: of the run.
       source: of examples; the run's own sealed split where none is named.
-      confidence: of the bound.
+      confidence: of all claims together; by default 0.95, or the run's own on its own split.
       student: the MODULE:FACTORY that made the student, where it is of the user's own.
       guards: what must hold of the student on these examples.
+      costs: CSV file, for a guard on cost.
+      reopen: the sealed split for other claims.
 
     Returns:
-      The claims, and for each guard whether it is certified, see `guards.judge`.
+      The certificate, and for each guard whether it is certified, see `guards.judge`.
     """
     finished = _finished(directory)
     if finished is None:
         raise InputError(f"evaluate needs a finished run; {directory} has no report.json: finish it by --resume")
     network, variables = students.load(directory, factory=students.factory_of(student))
     chosen = _config_of(directory, finished)
-    dataset, expected = _data(chosen, source), finished["data"]
+    dataset, classes = _data(chosen, source), finished["data"]["classes"]
+    _check_fits(dataset, finished["data"])
+    rows = np.arange(len(dataset.labels))
+    if not source:
+        run.given_to(directory, dataset.fingerprint)
+        rows = split_rows(dataset.labels, dataset.test_rows, seed=chosen.seed, fractions=chosen.splits)["test"]
+    elif dataset.fingerprint == finished["data"]["fingerprint"]:
+        warn(
+            f"{source} are the data of the run, and trained the student: on the whole of them its accuracy proves nothing"
+        )
+    table = claims.read_costs(costs, len(classes)) if costs else None
+    asked = _guards(guards, dataset, network, costs=table, teacher=False)
+    metrics = metrics_asked(asked, labelled=True, teacher=False)
+    level = _level(
+        *(directory, finished, variables, metrics),
+        confidence=confidence,
+        costs=table,
+        sealed=not source,
+        reopen=reopen,
+    )
+    logits = forward(network, variables)
+    at_once = evaluated_at_once(dataset, limit_of(chosen.memory), CHUNK)
+    parts = [logits(dataset.inputs[part]) for part in chunked(rows, at_once)]
+    groups = None if dataset.groups is None else dataset.groups[rows]
+    outputs = certificate.Outputs(
+        np.concatenate(parts), dataset.labels[rows], groups=groups, num_groups=len(dataset.group_names)
+    )
+    found = measured(metrics, network, variables, dataset)
+    found |= certificate.claims_of([metric for metric in metrics if metric not in found], outputs, costs=table)
+    made = certificate.certify(
+        {metric: found[metric] for metric in metrics}, confidence=level.confidence, shares=level.shares
+    )
+    made = dataclasses.replace(made, reopened=level.reopened)
+    if level.reopened:
+        run.write_certificate(directory, made, opening.digest_of(variables))
+    return made, judge(asked, made.claims, known=known_of(variables))
+
+
+class _Level(NamedTuple):
+    confidence: float
+    shares: dict[str, float]  # of the error probability, by claim
+    reopened: int
+
+
+def _level(
+    directory: Path,
+    finished: dict[str, Any],
+    variables: Variables,
+    metrics: Sequence[str],
+    *,
+    confidence: float | None,
+    costs: np.ndarray | None,
+    sealed: bool,
+    reopen: bool,
+) -> _Level:
+    """At which level `evaluate` may claim these metrics; opens the sealed split again where that is due."""
+    if confidence is not None and not 0 < confidence < 1:
+        raise InputError(f"confidence is a probability above 0 and below 1; got {confidence}: try 0.95")
+    if not sealed:
+        return _Level(0.95 if confidence is None else confidence, certificate.shares_of(metrics), 0)
+    own = finished["certificate"]["confidence"]
+    student, digest = opening.digest_of(variables), claims.digest_of_costs(costs)
+    if not opening.openings(directory):  # a run from before they were kept
+        claimed = [claim["metric"] for claim in finished["certificate"]["claims"]]
+        opening.open_split(directory, student, claimed, confidence=own)
+    first, *_ = opening.openings(directory)
+    same = (
+        first["student"] == student
+        and confidence in (None, own)
+        and ("cost" not in metrics or first["costs"] == digest)
+    )
+    if same and set(metrics) <= set(first["claims"]):
+        return _Level(own, certificate.shares_of(first["claims"]), 0)
+    if confidence not in (None, own):
+        raise InputError(
+            f"a sealed split keeps the confidence that it was opened at; that of {directory} is {own:.10g}, got "
+            f"{confidence:.10g}: leave out --confidence, or score other data by --data"
+        )
+    with run.held(directory):
+        reopened = opening.open_split(directory, student, metrics, confidence=own, costs=digest, reopen=reopen)
+    return _Level(own, certificate.shares_when_reopened(metrics, reopened), reopened)
+
+
+def _check_fits(dataset: Dataset, expected: dict[str, Any]) -> None:
+    """Whether a student of these data can be scored on that data set."""
     _check_labelled(dataset, "evaluate")
     if list(dataset.inputs.shape[1:]) != expected["input_shape"] or dataset.num_classes > len(expected["classes"]):
         raise InputError(
             f"the student takes inputs of shape {expected['input_shape']} and knows {len(expected['classes'])} classes; "
             f"{dataset.source} has {list(dataset.inputs.shape[1:])} and {dataset.num_classes}: name data like its own"
         )
-    asked = _guards(guards, dataset, network, teacher=False)
-    rows = np.arange(len(dataset.labels))
-    if not source:
-        run.given_to(directory, dataset.fingerprint)
-        rows = split_rows(dataset.labels, dataset.test_rows, seed=chosen.seed, fractions=chosen.splits)["test"]
-    logits = forward(network, variables)
-    at_once = evaluated_at_once(dataset, limit_of(chosen.memory), CHUNK)
-    predicted = np.concatenate([logits(dataset.inputs[part]).argmax(axis=1) for part in chunked(rows, at_once)])
-    labels = dataset.labels[rows]
-    promised = ["accuracy", *[guard.metric for guard in asked if guard.metric != "params"]]
-    scores = certificate.samples(promised, right=predicted == labels, labels=labels, classes=len(expected["classes"]))
-    claims = certificate.certify(scores, confidence=confidence).claims
-    return claims, judge(asked, claims, params=count_params(variables))
 
 
 def _config_of(directory: Path, finished: dict[str, Any]) -> config.Compress | config.Teach:

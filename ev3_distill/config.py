@@ -185,8 +185,17 @@ class Compress:
     teacher_in_step: bool = False
     """Run a flax teacher inside the training step, on fresh views for ever, instead of caching what it says."""
     guards: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="guard")] = ()
-    """What must hold, such as 'accuracy >= 0.9', once for each: exit code 3 where the certificate does not prove it. Of
-    accuracy, agreement, worst_class_accuracy (>=), drop(accuracy), against the teacher, and params (<=)."""
+    """What must hold, such as 'accuracy >= 0.9', once for each: exit code 3 where the certificate does not prove it.
+    At least (>=): accuracy, topK_accuracy, balanced_accuracy, worst_class_accuracy, worst_group_accuracy, macro_f1, agreement
+    with the teacher, MODULE:FUNCTION of your own. At most (<=): drop(accuracy) or drop(topK_accuracy) against the teacher,
+    ece, brier, cost, params, bytes, latency_ms."""
+    costs: str = ""
+    """CSV file for a guard on cost: what it costs to say a class (column) of an example of a class (row)."""
+    control: bool = False
+    """Train the same student by labels alone too, at the same cost again: the report then tells by how much distillation
+    helped, and where decide prefers that student, it is the one delivered."""
+    stop_when_met: bool = False
+    """End the run early, as soon as the decide split proves every guard that training can change."""
     deliver: str = "best"
     """best: the current student where decide scores it above the champion, else the champion. champion: the proven one."""
     checkpoint_s: float = 5.0
@@ -210,6 +219,8 @@ class Compress:
         for guard in self.guards:
             guards.parse(guard)
         _check(self.views >= 1, "views must be at least 1", self.views, "try 4")
+        _check(bool(self.guards) or not self.stop_when_met, "stop_when_met needs a guard", "none",
+               "give --guard 'accuracy >= 0.9'")  # fmt: skip
         _check(self.deliver in ("best", "champion"), "deliver is best or champion", f"'{self.deliver}'", "try best")
 
 

@@ -10,15 +10,18 @@ import jax
 import numpy as np
 
 from ev3_distill.errors import InputError
-from ev3_distill.types import VERDICTS, Decision
+from ev3_distill.types import VERDICTS, Decision, Goal
+
+PROMISE = "promise"  # the objective where no goal rules
 
 
-def row_of(decision: Decision, arms: Sequence[str], *, wall_s: float) -> dict[str, Any]:
+def row_of(decision: Decision, arms: Sequence[str], goals: Sequence[Goal] = (), *, wall_s: float) -> dict[str, Any]:
     """The ledger row of a decision.
 
     Args:
       decision: of one iteration.
       arms: names of the A arms; proposal A is their average.
+      goals: of the run.
       wall_s: seconds since the run began, without those of compiling; the one field that differs between two runs of a seed.
     """
     d: Any = jax.tree.map(np.asarray, decision)
@@ -34,14 +37,17 @@ def row_of(decision: Decision, arms: Sequence[str], *, wall_s: float) -> dict[st
         "scores": {name: _number(x) for name, x in zip(names[: len(d.scores)], d.scores, strict=True)},
         "selected": selected,
         "discarded": int(d.discarded),
+        "objective": goals[int(d.ruling)].name if d.ruling >= 0 else PROMISE,
+        "risks": {goal.name: _number(risk) for goal, risk in zip(goals, d.risks, strict=True)},
         "gain": _number(d.gain) if selected else None,
         "gain_se": _number(d.gain_se) if selected else None,
         "verdict": verdict,
         "arm": promoted_by if verdict == "promote" else selected,
-        "test": _test(d) if d.tested else None,
+        "test": _test(d, goals) if d.tested else None,
         "champion_accuracy": _number(d.champion_accuracy),
         "current_accuracy": _number(d.current_accuracy),
         "length": _number(d.length),
+        "met": bool(d.met),
         "wall_s": round(wall_s, 3),
     }
 
@@ -51,8 +57,8 @@ def _number(x: Any) -> float | None:
     return float(x) if np.isfinite(x) else None
 
 
-def _test(d: Any) -> dict[str, Any]:
-    """The paired test on decide, with a lower bound on the gain at its level.
+def _test(d: Any, goals: Sequence[Goal]) -> dict[str, Any]:
+    """The paired test on decide, with a lower bound on the gain at its level where the scores are 0 or 1.
 
     Given which examples the two disagree on, wins are binomial; the Clopper-Pearson lower bound of their share theta, as
     a gain, is (2 theta - 1) (wins + losses) / n. It is above 0 just where the test promotes.
@@ -60,15 +66,18 @@ def _test(d: Any) -> dict[str, Any]:
     from scipy.stats import beta
 
     wins, losses, n, alpha = int(d.wins), int(d.losses), int(d.decide_n), float(d.alpha)
+    tested_for = goals[int(d.tested_for)] if d.tested_for >= 0 else None
     theta = float(beta.ppf(alpha, wins, losses + 1)) if wins else 0.0
     return {
+        "objective": PROMISE if tested_for is None else tested_for.name,
+        "kept": bool(d.kept),
         "wins": wins,
         "losses": losses,
         "n": n,
         "alpha": alpha,
         "p_value": float(d.p_value),
         "gain": (wins - losses) / n,
-        "bound": (2 * theta - 1) * (wins + losses) / n,
+        "bound": (2 * theta - 1) * (wins + losses) / n if tested_for is None or tested_for.shares else None,
     }
 
 

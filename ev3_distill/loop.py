@@ -13,7 +13,7 @@ from ev3_distill import objectives
 from ev3_distill.compiling import jit
 from ev3_distill.config import EV3
 from ev3_distill.core import initial_state, make_parts, make_step
-from ev3_distill.core.assess import logits_of, score
+from ev3_distill.core.assess import Measures, logits_of, score
 from ev3_distill.core.packing import Packed, Packing
 from ev3_distill.pool import sampler
 from ev3_distill.types import (
@@ -21,11 +21,14 @@ from ev3_distill.types import (
     Batch,
     Decision,
     Evidence,
+    Goal,
+    GoalEvidence,
     Network,
     Objective,
     Pools,
     PyTree,
     Sample,
+    Standing,
     State,
     Variables,
 )
@@ -49,6 +52,7 @@ class Distillation:
     """A student, its arms and objectives, compiled once and run on any pools of one size.
 
     Attributes:
+      goals: what must hold.
       compile_s: seconds spent compiling so far.
     """
 
@@ -61,12 +65,18 @@ class Distillation:
         sample: Sample | None = None,
         select: Objective = objectives.DEFAULT_SELECT,
         promise: Objective = objectives.accuracy,
+        goals: Sequence[Goal] = (),
+        stop_level: float | None = None,
     ):
         """Takes what `distill` takes, and the `sample` of the pools, by default one view of each example as it is."""
         config = config or EV3()
         sample = sample or sampler(batch_size=config.batch_size)
-        self._step = make_step(student.apply, arms, sample, select=select, promise=promise, config=config)
-        self._parts = make_parts(student.apply, arms, sample, select=select, promise=promise, config=config)
+        rules: dict[str, Any] = {"select": select, "promise": promise, "goals": tuple(goals)}
+        measures = Measures(**rules)
+        self.goals = tuple(goals)
+        self._least = np.array([goal.least for goal in goals])
+        self._step = make_step(student.apply, arms, sample, **rules, stop_level=stop_level, config=config)
+        self._parts = make_parts(student.apply, arms, sample, **rules, stop_level=stop_level, config=config)
         self._programs: dict[str, Callable[..., Any]] = {}
         self._decisions: Packing
         self._pack: Callable[[State], Packed]
@@ -82,14 +92,13 @@ class Distillation:
                 pools,
                 apply=student.apply,
                 arms=arms,
-                select=select,
-                promise=promise,
+                **rules,
                 config=config,
             )
 
         @jit
         def evaluate(variables: Variables, split: Batch) -> Evidence:
-            return score(student.apply, variables, split, select, promise, batch_size=config.eval_batch_size)
+            return score(student.apply, variables, split, measures, batch_size=config.eval_batch_size)
 
         @jit
         def agreement(variables: Variables, split: Batch) -> jax.Array:
@@ -255,13 +264,27 @@ class Distillation:
         """The student to deliver: 'champion' or 'current', and its variables.
 
         The champion is proven; the current student has usually gone on since, by gains too small to prove on decide.
-        Policy `best` takes the current one where decide scores it strictly higher; policy `champion` never does.
+        Policy `best` takes the current one where decide shows it to break fewer goals, or as many and a strictly higher
+        promise score; policy `champion` never does.
         """
         if policy == "best":
-            current = self.evaluate(state.current, pools.decide).promise
-            if float(current.mean()) > float(state.champion_decide.mean()):
+            current = self.evaluate(state.current, pools.decide)
+            if self._rank(current.promise, current.goals) > self._rank(state.champion_decide, state.champion_goals):
                 return "current", state.current
         return "champion", state.champion
+
+    def outranks(self, pools: Pools, one: Variables, other: Variables) -> bool:
+        """Whether decide shows one student to break fewer goals than another, or as many and to score strictly higher."""
+        scores = [self.evaluate(student, pools.decide) for student in (one, other)]
+        ours, theirs = (self._rank(scored.promise, scored.goals) for scored in scores)
+        return ours > theirs
+
+    def _rank(self, promise: jax.Array, goals: GoalEvidence | Standing | tuple[()]) -> tuple[int, float]:
+        """Goals met on decide, and the mean promise score there."""
+        if isinstance(goals, tuple) and not goals:
+            return 0, float(promise.mean())
+        metric = goals.score.mean(axis=-1) if isinstance(goals, GoalEvidence) else goals.metric
+        return int((np.asarray(metric) >= self._least).sum()), float(promise.mean())
 
     def _timed(self, work: Callable[[], Any]) -> Any:
         began = time.perf_counter()
@@ -295,6 +318,7 @@ def distill(
     config: EV3 | None = None,
     select: Objective = objectives.DEFAULT_SELECT,
     promise: Objective = objectives.accuracy,
+    goals: Sequence[Goal] = (),
     state: State | None = None,
 ) -> Iterator[tuple[State, Decision]]:
     """Distils a teacher's logits into a student; a generator of (state, decision), one per EV3 iteration.
@@ -308,11 +332,12 @@ def distill(
       config: the core's hyperparameters.
       select: the smooth objective that sees the small steps of one trajectory on assess.
       promise: the {0, 1} objective that compares arms on assess, and by which decide proves promotions.
+      goals: what must hold, such as `goal("worst_class_accuracy", 0.7)`; the one at the greatest risk goes before the promise.
       state: to go on from, as yielded before.
 
     Yields:
       The state after each iteration (`state.champion` is the proven best, `state.current` where exploration stands) and
       the decision that led to it.
     """
-    run = Distillation(student, arms, config=config, select=select, promise=promise)
+    run = Distillation(student, arms, config=config, select=select, promise=promise, goals=goals)
     yield from run.run(pools, run.begin(pools, seed) if state is None else state, budget=budget)

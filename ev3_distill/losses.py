@@ -19,6 +19,7 @@ from ev3_distill.types import Batch, Loss
 
 __all__ = [
     "LOSSES",
+    "balanced",
     "cross_entropy",
     "dist",
     "dkd",
@@ -308,6 +309,31 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     "reverse_kl": reverse_kl,
     "jsd": jsd,
 }
+
+
+def balanced(loss: Loss) -> Loss:
+    """The loss with every class of the batch weighed alike: an example's weight is divided by that of its class in the batch.
+
+    In expectation that is re-weighting by the inverse of the classes' shares, with no need to know them. Examples without a
+    label keep their weight.
+
+    Args:
+      loss: any of these.
+
+    Returns:
+      The loss.
+
+    References:
+      King and Zeng, Logistic regression in rare events data, 2001, section 4.2 (weighting by class).
+    """
+
+    def by_class(logits: jax.Array, batch: Batch) -> jax.Array:
+        same = (batch.labels[:, None] == batch.labels) & (batch.labels >= 0)
+        of_class = (same * batch.weight).sum(-1)
+        share = jnp.where(of_class > 0, batch.weight / jnp.where(of_class > 0, of_class, 1.0), 0.0)
+        return loss(logits, batch._replace(weight=jnp.where(batch.labels >= 0, share, batch.weight)))
+
+    return by_class
 
 
 def _check(name: str, value: Any, holds: Callable[[Any], Any], rule: str, way_out: str) -> None:

@@ -101,9 +101,16 @@ def resident(
     return Resident(_batch(inputs, labels, index, teacher), order(len(index), seed))
 
 
-def held_out(inputs: np.ndarray, labels: np.ndarray, index: np.ndarray, logits: np.ndarray) -> Batch:
+def held_out(
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    index: np.ndarray,
+    logits: np.ndarray,
+    groups: np.ndarray | None = None,
+) -> Batch:
     """A held-out split, or a part of one, on the default device: inputs [N, ...], the rest [N], logits [N, K]."""
-    return _batch(inputs, labels, index, {"logits": logits})
+    batch = _batch(inputs, labels, index, {"logits": logits})
+    return batch if groups is None else batch._replace(group=jnp.asarray(groups, jnp.int32))
 
 
 def _batch(inputs: np.ndarray, labels: np.ndarray, index: np.ndarray, teacher: Mapping[str, np.ndarray]) -> Batch:
@@ -146,5 +153,8 @@ def split(
     chosen = split_rows(dataset.labels, dataset.test_rows, seed=seed, fractions=fractions)
     explore, *held = ((dataset.inputs[chosen[x]], dataset.labels[chosen[x]], chosen[x]) for x in SPLITS)
     pool = resident(*explore, {"logits": teacher_logits[chosen["explore"]][None]}, seed=seed)
-    assess, decide, test = (held_out(*parts, teacher_logits[parts[2]]) for parts in held)
+    groups = [None if dataset.groups is None else dataset.groups[rows] for *_, rows in held]
+    assess, decide, test = (
+        held_out(*parts, teacher_logits[parts[2]], group) for parts, group in zip(held, groups, strict=True)
+    )
     return Pools(pool, assess, decide), test

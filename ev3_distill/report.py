@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ev3_distill.errors import InputError
+from ev3_distill.guards import DROP, KNOWN, TOP_K, metric_named
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,8 +27,17 @@ METRICS = {
     "accuracy": "accuracy",
     "agreement": "agreement with its teacher",
     "worst_class_accuracy": "accuracy on its worst class",
+    "worst_group_accuracy": "accuracy on its worst group",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
     "drop(accuracy)": "less accuracy than its teacher",
+    "ece": "expected calibration error",
+    "brier": "Brier score",
+    "cost": "cost per example",
+    "latency_ms": "median latency on that machine",
 }
+NUMBERS = {"brier": "", "cost": "", "latency_ms": " ms"}  # metrics that are no percentages, with their units
+OPEN = 20  # rows of a table that is shown unfolded, at most
 
 
 def write_html(run_dir: Path) -> Path:
@@ -74,7 +84,11 @@ def render(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return environment.get_template("report.html.j2").render(
         report={**report, "arms": arms},
         promise=promise(report),
-        metrics=METRICS,
+        reached=[_reached(claim) for claim in report["certificate"]["claims"]],
+        exact=all(_is_share(claim["metric"]) for claim in report["certificate"]["claims"]),
+        reopened=reopened(report["certificate"]),
+        tables=report["certificate"].get("tables", []),
+        unfolded=OPEN,
         bounds={claim["metric"]: claim.get("lower_bound") for claim in report["certificate"]["claims"]},
         verdicts=[verdict(guard) for guard in report.get("guards", [])],
         compression=compression(report),
@@ -106,13 +120,22 @@ def summary(report: dict[str, Any]) -> "RenderableType":
     guards = [
         Text(verdict(guard), style="" if guard["certified"] else "bold red") for guard in report.get("guards", [])
     ]
-    return Group(table, Text(), Text(f"{promise(report)}.", style="bold"), *guards, Text(f"Cost: {spent}."))
+    told = [Text(helped(report["control"]))] if report.get("control") else []
+    return Group(table, Text(), Text(f"{promise(report)}.", style="bold"), *guards, *told, Text(f"Cost: {spent}."))
+
+
+def helped(control: dict[str, float]) -> str:
+    """By how much the distilled student is better than the one of labels alone, in one sentence."""
+    return (
+        f"Distillation changed accuracy by {points(control['gain'])} points against labels alone at the same cost "
+        f"({exact_percent(control['confidence'])} interval {points(control['low'])} to {points(control['high'])})."
+    )
 
 
 def promise(report: dict[str, Any]) -> str:
     """The certificate in one sentence."""
     claims = [
-        f"{_bound(claim.get('lower_bound'), claim.get('upper_bound'))} {METRICS.get(claim['metric'], claim['metric'])}"
+        f"{_bound(claim['metric'], claim.get('lower_bound'), claim.get('upper_bound'))} {label(claim['metric'])}"
         for claim in report["certificate"]["claims"]
     ]
     if not claims:
@@ -122,21 +145,76 @@ def promise(report: dict[str, Any]) -> str:
     return f"This student has {told}, with {confidence} confidence"
 
 
+def claim_line(claim: dict[str, Any], confidence: float) -> str:
+    """One claim of a certificate, as the terminal shows it."""
+    metric, lower, upper = claim["metric"], claim.get("lower_bound"), claim.get("upper_bound")
+    told = _bound(metric, lower, upper, digits=2).replace(" %", "%")
+    things = "passes" if metric == "latency_ms" else "examples"
+    point = f"{claim['point']:.4g}{NUMBERS[metric]}" if metric in NUMBERS else f"{claim['point']:.2%}"
+    return f"{metric}: {point} of {claim['n']} {things}; {told} with {100 * confidence:.10g}% confidence"
+
+
+def reopened(certificate: dict[str, Any]) -> str:
+    """That the split was opened before, where it was; else nothing."""
+    times = certificate.get("reopened", 0)
+    if not times:
+        return ""
+    told = "once" if times == 1 else f"{times} times"
+    return f"The sealed split had been opened {told} before; the bounds are corrected for it"
+
+
+def label(metric: str) -> str:
+    """What a metric is called in a sentence."""
+    if top := TOP_K.fullmatch(metric):
+        return f"top-{top[1]} accuracy"
+    dropped = DROP.fullmatch(metric)
+    if dropped and (top := TOP_K.fullmatch(dropped[1])):
+        return f"less top-{top[1]} accuracy than its teacher"
+    return METRICS.get(metric, metric)
+
+
 def verdict(guard: dict[str, Any]) -> str:
     """Whether a guard is certified, in one line."""
-    if guard["metric"] == "params":
-        known = f"{count(guard['point'])} parameters"
+    metric = guard["metric"]
+    if metric in KNOWN:
+        known = f"{count(guard['point'])} {'parameters' if metric == 'params' else metric}"
     else:
-        upper = guard["metric"].startswith("drop")
-        known = f"proven is {_bound(*((None, guard['bound']) if upper else (guard['bound'], None)))}"
+        about = metric_named(metric)
+        upper = about is not None and not about.at_least
+        known = f"proven is {_bound(metric, *((None, guard['bound']) if upper else (guard['bound'], None)))}"
     return f"Guard {guard['guard']}: {'certified' if guard['certified'] else 'NOT CERTIFIED'}, {known}"
 
 
-def _bound(lower: float | None, upper: float | None) -> str:
+def _reached(claim: dict[str, Any]) -> str:
+    """The point of a claim, in words."""
+    metric = claim["metric"]
+    shown = f"{claim['point']:.3g}{NUMBERS[metric]}" if metric in NUMBERS else percent(claim["point"])
+    return f"{shown} {label(metric)} (n\u00a0=\u00a0{count(claim['n'])})"
+
+
+def _is_share(metric: str) -> bool:
+    """Whether the bound is of shares of examples alone."""
+    plain = ("accuracy", "agreement", "drop(accuracy)", "worst_class_accuracy", "worst_group_accuracy")
+    return metric in plain or TOP_K.search(metric) is not None
+
+
+def _bound(metric: str, lower: float | None, upper: float | None, *, digits: int = 1) -> str:
     """At least or at most; never more than was proven."""
-    if upper is None:
-        return f"at least {floor_percent(lower)}"
-    return f"at most {ceil_percent(upper)}"
+    word, value, rounding = ("at most", upper, ROUND_CEILING) if lower is None else ("at least", lower, ROUND_FLOOR)
+    if value is None or _missing(value):
+        return f"{word} {MISSING}"
+    if metric in NUMBERS:
+        return f"{word} {_rounded(value, 3, rounding)}{NUMBERS[metric]}"
+    return f"{word} {_fixed(value, digits, rounding=rounding)} %"
+
+
+def _rounded(value: float, digits: int, rounding: str) -> str:
+    """A number with so many significant digits."""
+    exact = Decimal(str(value))
+    if not exact or not exact.is_finite():
+        return str(value)
+    rounded = exact.quantize(Decimal(1).scaleb(exact.adjusted() - digits + 1), rounding=rounding)
+    return f"{rounded:f}".replace("-", "\u2212")
 
 
 def compression(report: dict[str, Any]) -> float | None:

@@ -7,9 +7,12 @@ logits.npz       where the teacher was given as logits: these; what any other sa
 ledger.jsonl     a row per decision
 checkpoints/     orbax, the last few
 student/         spec and variables, once finished
+opened.json      when the sealed split was opened, for which student and which claims; written before
+certificate.json what is promised, and of what population
 report.json, report.html
 """
 
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -19,7 +22,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,16 +31,31 @@ import jax
 import numpy as np
 import tomli_w
 
-from ev3_distill.certificate import Certificate, certify, samples
+from ev3_distill.certificate import (
+    COVERED,
+    NOT_COVERED,
+    Certificate,
+    Outputs,
+    Parts,
+    accuracy_by,
+    certify,
+    claims_of,
+)
 from ev3_distill.checkpoint import Checkpoints
+from ev3_distill.claims import Bound
+from ev3_distill.compiling import jit
 from ev3_distill.config import EV3
+from ev3_distill.core.assess import logits_of
 from ev3_distill.core.packing import Packed
 from ev3_distill.errors import InputError
 from ev3_distill.ledger import Ledger, row_of, rows
 from ev3_distill.loop import UNLIMITED, Distillation, Supply
-from ev3_distill.types import Batch, Pools, State, Variables
+from ev3_distill.types import Batch, Network, Pools, State, Variables
 
-FILES = ("config.toml", "given.json", "ledger.jsonl", "logits.npz", "report.html", "report.json")  # appear whole
+FILES = (
+    *("certificate.json", "config.toml", "given.json", "ledger.jsonl", "logits.npz", "opened.json"),
+    *("report.html", "report.json"),
+)  # appear whole
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKAGES = ("ev3-distill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
 
@@ -222,7 +240,7 @@ def iterate(
             ):
                 with uninterrupted():
                     spent = time.perf_counter() - began - (distillation.compile_s - compiled)
-                    told = [row_of(decision, arms, wall_s=past + spent) for decision in decisions]
+                    told = [row_of(decision, arms, distillation.goals, wall_s=past + spent) for decision in decisions]
                     ledger.append(told)
                     reached = following
                     for row in told:
@@ -238,40 +256,70 @@ def iterate(
         return written()
 
 
-def certificate_of(
-    distillation: Distillation,
-    variables: Variables,
-    test: Iterable[Batch],
-    *,
-    labelled: bool,
-    teacher: bool,
-    confidence: float,
-    asked: Iterable[str] = (),
-) -> tuple[Certificate, float | None]:
-    """The certificate of a student from the sealed split, and the teacher's own accuracy there.
+def outputs_of(
+    network: Network, variables: Variables, split: Iterable[Batch], *, labelled: bool, teacher: bool, batch_size: int
+) -> Outputs:
+    """What a student and its teacher say of a split.
 
     Args:
-      distillation: of the student.
+      network: the student's.
       variables: the student's.
-      test: the sealed split in parts.
-      labelled: whether it has labels: then accuracy is promised.
-      teacher: whether there is one: then agreement with it is.
-      confidence: of all claims together.
-      asked: metrics that are to be claimed beside these.
+      split: in parts.
+      labelled: whether its labels are such, and not its teacher's choices.
+      teacher: whether its teacher's logits are such, and not blank.
+      batch_size: examples of one forward pass.
     """
-    found: dict[str, list[np.ndarray]] = {"right": [], "agreed": [], "teacher_right": [], "labels": []}
-    classes = 0
-    for part in test:
-        found["right"].append(np.asarray(distillation.evaluate(variables, part).promise))
-        found["agreed"].append(np.asarray(distillation.agreement(variables, part)))
-        labels, logits = np.asarray(part.labels), np.asarray(part.teacher_logits)
-        found["teacher_right"].append(logits.argmax(axis=1) == labels)
-        found["labels"].append(labels)
-        classes = logits.shape[1]
-    scores = {name: np.concatenate(parts) for name, parts in found.items()}
-    promised = [name for name, holds in (("accuracy", labelled), ("agreement", teacher)) if holds]
-    of_teacher = float(scores["teacher_right"].mean()) if labelled and teacher else None
-    return certify(samples([*promised, *asked], classes=classes, **scores), confidence=confidence), of_teacher
+    forward = jit(lambda variables, inputs: logits_of(network.apply, variables, inputs, batch_size=batch_size))
+    parts = [(forward(variables, part.inputs), part.labels, part.teacher_logits, part.group) for part in split]
+
+    def together(field: int) -> np.ndarray:
+        return np.concatenate([np.asarray(part[field]) for part in parts])
+
+    labels = together(1) if labelled else np.full(sum(len(part[1]) for part in parts), -1)
+    groups = None if isinstance(parts[0][3], tuple) else together(3)
+    return Outputs(together(0), labels, together(2) if teacher else None, groups)
+
+
+def certificate_of(
+    outputs: Outputs,
+    metrics: Iterable[str],
+    *,
+    class_names: Sequence[str],
+    group_names: Sequence[str] = (),
+    confidence: float,
+    costs: np.ndarray | None = None,
+    measured: Mapping[str, Bound] | None = None,
+) -> Certificate:
+    """The certificate of a student from what it says of the sealed split, with the accuracy by class (and by group).
+
+    Args:
+      outputs: of the sealed split.
+      metrics: to be claimed, fixed before it was opened.
+      class_names: of the K classes.
+      group_names: of the groups, where the outputs tell any.
+      confidence: of all claims together, and of each table.
+      costs: [K, K], for a claim on them.
+      measured: claims that stand on other measurements.
+    """
+    measured = measured or {}
+    claims = claims_of([metric for metric in metrics if metric not in measured], outputs, costs=costs)
+    certificate = certify({metric: {**claims, **measured}[metric] for metric in metrics}, confidence=confidence)
+    parts = [Parts("class", outputs.labels, class_names)]
+    if outputs.groups is not None:
+        parts.append(Parts("group", outputs.groups, group_names))
+    tables = [accuracy_by(outputs, part, confidence=confidence) for part in parts if (outputs.labels >= 0).any()]
+    return dataclasses.replace(certificate, tables=tuple(tables))
+
+
+def write_certificate(directory: Path, certificate: Certificate, student: str) -> None:
+    """Writes what is promised of a student, named by its digest, and of what population: certificate.json.
+
+    One from a split that was opened before gets a file of its own, certificate-2.json and so on.
+    """
+    number = f"-{certificate.reopened + 1}" if certificate.reopened else ""
+    population = {"covered": COVERED, "not_covered": NOT_COVERED}
+    content = {**certificate.as_dict(), "student": student, "population": population}
+    write_json(directory / f"certificate{number}.json", content)
 
 
 def report_of(
@@ -294,6 +342,8 @@ def report_of(
         "iterations": int(state.iteration),
         "promotions": sum(row["verdict"] == "promote" for row in history),
         "rollbacks": sum(row["verdict"] == "roll back" for row in history),
+        "objectives": collections.Counter(row["objective"] for row in history),
+        "met": bool(state.met),
         "arms": [
             {
                 "name": name,

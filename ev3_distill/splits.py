@@ -1,6 +1,7 @@
 """The four splits: explore, assess, decide and test, a pure function of labels, fractions and seed."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from ev3_distill.errors import InputError
 SPLITS = ("explore", "assess", "decide", "test")
 
 _LEAST = {"explore": 2, "assess": 1, "decide": 1, "test": 1}  # examples
+_AT_ONCE = 256  # examples that are hashed together
 _SPLIT_STREAM = 0  # of the seed's independent random streams
 DEFAULT_FRACTIONS = Fractions()
 
@@ -51,6 +53,37 @@ def split_rows(
         owner[rng.permutation(rows)] = np.repeat(np.arange(len(names)), hand)
     split_of = {name: rest[owner == i] for i, name in enumerate(names)}
     return split_of if test_rows is None else split_of | {"test": np.flatnonzero(is_test)}
+
+
+def shared(inputs: np.ndarray, rows: Mapping[str, np.ndarray]) -> dict[tuple[str, str], int]:
+    """How many held-out examples have the very inputs of an example in another split, by a hash of their content.
+
+    Args:
+      inputs: [N, ...].
+      rows: by split, as `split_rows` returns them.
+
+    Returns:
+      {(split, the split it shares with): examples of the first}, for each held-out split and every one before it in SPLITS;
+      those without any are left out.
+    """
+    digests = _digests(inputs)
+    found = {
+        (later, earlier): int(np.isin(digests[rows[later]], digests[rows[earlier]]).sum())
+        for i, later in enumerate(SPLITS)
+        for earlier in SPLITS[:i]
+    }
+    return {names: count for names, count in found.items() if count}
+
+
+def _digests(inputs: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of each example's bytes, [N]: a sum of products with random odd numbers, modulo 2^64."""
+    flat = np.ascontiguousarray(inputs).reshape(len(inputs), -1).view(np.uint8)
+    factors = np.random.default_rng(0).integers(0, 2**63, flat.shape[1], np.uint64) * 2 + 1
+    digests = np.empty(len(flat), np.uint64)
+    for start in range(0, len(flat), _AT_ONCE):
+        part = flat[start : start + _AT_ONCE].astype(np.uint64) + 1
+        digests[start : start + _AT_ONCE] = (part * factors).sum(axis=1, dtype=np.uint64)
+    return digests
 
 
 def generator(seed: int, stream: int) -> np.random.Generator:

@@ -15,7 +15,10 @@ import numpy as np
 import students
 from ev3_distill import augment, config, report, run
 from ev3_distill.arms import arms_named
+from ev3_distill.certificate import clopper_pearson_lower
+from ev3_distill.certifying import Asked, certified, known_of, metrics_asked
 from ev3_distill.errors import InputError, warn
+from ev3_distill.goals import goal, steers
 from ev3_distill.guards import Guard, judge
 from ev3_distill.lessons import Labels, Lessons, Recorded, chunked
 from ev3_distill.loop import UNLIMITED, Distillation, Supply
@@ -48,6 +51,8 @@ class Task:
         default_factory=dict
     )  # those in use, of one example
     guards: Sequence[Guard] = ()
+    control: Path | None = None  # the run that trained the same student by labels alone
+    costs: np.ndarray | None = None  # [K, K], where a guard asks for them
 
 
 def limit_of(memory: str) -> int:
@@ -102,8 +107,15 @@ def train(
     title = "teacher" if teacher is None else "student"
     arms = arms_named(task.network.apply, arm_names, network=task.network, teacher_features=task.teacher_features)
     at_once = evaluated_at_once(dataset, task.memory, chosen.ev3.eval_batch_size)
+    goals = [goal(guard.metric, guard.threshold, costs=task.costs) for guard in task.guards if steers(guard.metric)]
+    stops = getattr(chosen, "stop_when_met", False)
     distillation = Distillation(
-        task.network, arms, config=dataclasses.replace(chosen.ev3, eval_batch_size=at_once), sample=sample
+        task.network,
+        arms,
+        config=dataclasses.replace(chosen.ev3, eval_batch_size=at_once),
+        sample=sample,
+        goals=goals,
+        stop_level=(1 - chosen.confidence) / len(goals) if stops and goals else None,
     )
     with Progress(title, steps=task.steps, seconds=budget.seconds) as progress:
         lessons.aside = progress.aside
@@ -121,17 +133,28 @@ def train(
             warn=warn,
         )
         lessons.aside = contextlib.nullcontext
-    which, variables = distillation.delivered(pools, state, getattr(chosen, "deliver", "best"))
+    which, distilled = distillation.delivered(pools, state, getattr(chosen, "deliver", "best"))
+    variables = distilled
+    if task.control is not None:
+        control = students.load(task.control, factory=students.factory_of(chosen.student))[1]
+        if distillation.outranks(pools, control, distilled):
+            which, variables = "control", control
     students.save(directory / "student", task.network, variables)
-    certificate, of_teacher = run.certificate_of(
-        distillation,
+    classes = list(dataset.class_names or map(str, range(lessons.num_classes)))
+    metrics = metrics_asked(task.guards, labelled=labelled, teacher=teacher is not None)
+    certificate, of_teacher = certified(
+        directory,
+        task.network,
         variables,
-        _test(task, lessons, labelled),
-        labelled=labelled,
+        dataset,
+        test=_test(task, lessons, labelled),
+        asked=Asked(metrics, classes, chosen.confidence, task.costs),
         teacher=teacher is not None,
-        confidence=chosen.confidence,
-        asked=[guard.metric for guard in task.guards if guard.metric != "params"],
+        batch_size=at_once,
     )
+    helped = None
+    if task.control is not None:
+        helped = _helped(distillation, distilled, control, _test(task, lessons, labelled), chosen.confidence)
     points = {claim.metric: claim.point for claim in certificate.claims}
     facts = {
         "teacher": {"source": "labels", "params": None, "accuracy": None}
@@ -145,14 +168,15 @@ def train(
             "delivered": which,
         },
         "certificate": certificate.as_dict(),
-        "guards": judge(task.guards, certificate.claims, params=count_params(variables)),
+        "control": helped,
+        "guards": judge(task.guards, certificate.claims, known=known_of(variables)),
         "seed": chosen.seed,
         "budget": chosen.budget,
         "splits": {name: len(task.rows[name]) for name in SPLITS},
         "data": {
             "source": dataset.source,
             "fingerprint": dataset.fingerprint,
-            "classes": list(dataset.class_names or map(str, range(lessons.num_classes))),
+            "classes": classes,
             "input_shape": list(dataset.inputs.shape[1:]),
             "augmentation": "none" if task.augmentation is None else task.augmentation.describe(),
         },
@@ -164,6 +188,32 @@ def train(
     run.write_json(directory / "report.json", content)
     report.write_html(directory)
     return content
+
+
+def _helped(
+    distillation: Distillation, student: Variables, control: Variables, test: Iterator[Batch], confidence: float
+) -> dict[str, float]:
+    """By how much a student's accuracy is above its control's, paired, with a two-sided interval.
+
+    The gain is P(student right, control wrong) - P(student wrong, control right); each end of the interval takes the
+    Clopper-Pearson bounds of the two shares, every one of the four at a quarter of 1 - confidence.
+    """
+    ours, theirs = [], []
+    for part in test:
+        ours.append(np.asarray(distillation.evaluate(student, part).promise) > 0)
+        theirs.append(np.asarray(distillation.evaluate(control, part).promise) > 0)
+    right, reference = np.concatenate(ours), np.concatenate(theirs)
+    n, each = len(right), 1 - (1 - confidence) / 4
+    won, lost = int((right & ~reference).sum()), int((reference & ~right).sum())
+    low = [clopper_pearson_lower(count, n, confidence=each) for count in (won, lost)]
+    high = [1 - clopper_pearson_lower(n - count, n, confidence=each) for count in (won, lost)]
+    return {
+        "accuracy": float(reference.mean()),
+        "gain": (won - lost) / n,
+        "low": low[0] - high[1],
+        "high": high[0] - low[1],
+        "confidence": confidence,
+    }
 
 
 def _supplied(
@@ -245,4 +295,5 @@ def _test(task: Task, lessons: Lessons | Recorded, labelled: bool) -> Iterator[B
 
 def _batch(task: Task, rows: np.ndarray, logits: np.ndarray, labelled: bool) -> Batch:
     labels = task.dataset.labels[rows] if labelled else logits.argmax(axis=1)
-    return held_out(task.dataset.inputs[rows], labels, rows, logits)
+    groups = None if task.dataset.groups is None else task.dataset.groups[rows]
+    return held_out(task.dataset.inputs[rows], labels, rows, logits, groups)

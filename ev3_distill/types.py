@@ -12,6 +12,8 @@ import jax
 
 PyTree = Any
 
+MOST_GROUPS = 256  # subgroups of a data set, at most
+
 
 class Variables(NamedTuple):
     """All arrays of a network. Only `params` meets a gradient."""
@@ -29,6 +31,7 @@ class Batch(NamedTuple):
     index: jax.Array  # type: ignore[assignment]  # [B] int32, position in the data set: names the example
     weight: jax.Array  # [B] float32, of the example in a loss
     teacher_features: Mapping[str, jax.Array] = {}  # by name, [B, ...] float32; none where no loss asks for any
+    group: jax.Array | tuple[()] = ()  # [B] int32 of a held-out split whose examples belong to groups, from 0
 
 
 class Pools(NamedTuple):
@@ -73,6 +76,26 @@ Sample = Callable[[PyTree, jax.Array], Batch]  # (pools.explore, global step) ->
 Draw = Callable[[jax.Array], tuple[Batch, jax.Array]]  # global step -> (batch, key of that step)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Goal:
+    """What must hold of a student: that a metric, higher is better, is at least `least`.
+
+    A metric of a whole split, such as the accuracy of the worst class, comes as scores too: its value plus each example's
+    influence on it, so that their mean is the metric and their spread gives its standard error.
+    """
+
+    name: str
+    least: float
+    score: Objective  # the mean over a split is the metric
+    smooth: Objective  # what sees the small steps of one trajectory towards it
+    focus: Callable[[jax.Array, Batch], jax.Array]  # (logits [N, K], split) -> int32, what the metric is about now
+    # (a class, a group), 0 where it is about all examples
+    compared: Callable[[jax.Array, Batch, jax.Array], jax.Array]  # (logits, split, focus) -> [N] in [0, 1]: what a
+    # promotion for this goal proves to be truly higher, in the mean
+    shares: bool  # whether these are 0 or 1
+    refuted: Callable[[jax.Array, Batch], jax.Array]  # (logits, split) -> p-value of "the metric is below `least`"
+
+
 class Stretch(NamedTuple):
     """The part of a run that a trajectory covers, scalars."""
 
@@ -104,11 +127,27 @@ class Proposals(NamedTuple):
     active: jax.Array  # [P] bool, made in this iteration and finite
 
 
+class GoalEvidence(NamedTuple):
+    """Scores for G goals, example by example."""
+
+    smooth: jax.Array  # [P, G, N]
+    score: jax.Array  # [P, G, N]
+    focus: jax.Array  # [P, G] int32
+
+
 class Evidence(NamedTuple):
     """What assess hands to adapt: scores of one split, example by example."""
 
     select: jax.Array  # [P, N] a smooth objective that sees the small steps of one trajectory
     promise: jax.Array  # [P, N] the objective that compares arms and that promotions prove, in {0, 1}
+    goals: GoalEvidence | tuple[()] = ()  # where the run has any
+
+
+class Standing(NamedTuple):
+    """A champion's scores for G goals on decide."""
+
+    compared: jax.Array  # [G, N] what a challenger must prove to beat, at the focus of the champion
+    metric: jax.Array  # [G]
 
 
 class ErrorBudget(NamedTuple):
@@ -131,6 +170,7 @@ class State(NamedTuple):
     champion: Variables  # the proven best
     champion_evidence: Evidence  # its scores on assess, leaves [N]
     champion_decide: jax.Array  # [N] its promise scores on decide
+    champion_goals: Standing | tuple[()]  # on decide, where the run has goals
     arm_states: tuple[PyTree, ...]  # each arm's, ready to go on from `current`
     arm_value: jax.Array  # [A] how each arm compares with the best beside it, in standard errors, 0 is level
     arm_cost: jax.Array  # [A] int32, steps spent
@@ -142,6 +182,8 @@ class State(NamedTuple):
     stale: jax.Array  # int32, iterations since `current` last moved
     tested_cost: jax.Array  # int32, cost when decide was last asked
     budget: ErrorBudget
+    met_cost: jax.Array  # int32, cost when decide was last asked whether all goals are met
+    met: jax.Array  # bool, whether decide proved all goals of the current student, where that ends the run
     closed: jax.Array  # bool, whether the closing iteration was made: the run is finished
 
 
@@ -159,9 +201,12 @@ class Decision(NamedTuple):
     scores: jax.Array  # [P] mean select score on assess, nan where not active
     selected: jax.Array  # int32, the best proposal: an arm, or A for the average; -1 where none was finite
     discarded: jax.Array  # int32, non-finite proposals
-    gain: jax.Array  # float32, mean paired select gain of the selected over current on assess
+    ruling: jax.Array  # int32, the goal that selection followed, -1 for the promise
+    risks: jax.Array  # [G] how far the current student is above each goal on assess, in standard errors
+    gain: jax.Array  # float32, mean paired gain of the selected over current on assess, in the score that ruled
     gain_se: jax.Array  # float32, its standard error
     tested: jax.Array  # bool, whether decide was asked
+    tested_for: jax.Array  # int32, the goal of which it was asked, -1 for the promise
     wins: jax.Array  # int32, decide examples that only the candidate gets right
     losses: jax.Array  # int32, that only the champion gets right
     decide_n: jax.Array  # int32
@@ -169,7 +214,11 @@ class Decision(NamedTuple):
     p_value: jax.Array  # float32, 1 where not tested
     verdict: jax.Array  # int32, an index of VERDICTS
     promoted_arm: jax.Array  # int32, the arm that made the new champion, -1 where none
+    kept: (
+        jax.Array
+    )  # bool, whether a proof was not enough since the candidate would break a goal that the champion meets
     champion_accuracy: jax.Array  # float32, mean promise score on decide
     current_accuracy: jax.Array  # float32, mean promise score on assess
     length: jax.Array  # float32, next trajectory length
+    met: jax.Array  # bool, whether all goals are proven on decide, where that ends the run
     closed: jax.Array  # bool, whether this was the closing iteration

@@ -80,6 +80,16 @@ def test_verdict(center, low, high, told):
     assert rows.verdict(rows.Interval(center, low, high, 9, 0.95), 1) == told
 
 
+def test_share_has_the_interval_of_clopper_and_pearson():
+    found, expected = rows.share(286, 300), stats.binomtest(286, 300).proportion_ci(0.95)
+    assert found.center == 286 / 300
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert rows.percent(found, 1) == "95.3 (92.3 to 97.4)"
+    assert rows.share(0, 10).low == 0 and rows.share(10, 10).high == 1
+    with pytest.raises(ValueError, match="got 11 of 10"):
+        rows.share(11, 10)
+
+
 def test_formatting():
     interval = rows.Interval(1234.56, 1200, 1269.12, 9, 0.95)
     assert rows.spread(interval, 0) == "1,235 (1,200 to 1,269)"
@@ -229,7 +239,7 @@ def test_safety_table():
             "swiftness",
             1,
             "full",
-            "a suite is one of memory, portfolio, quality, safety, speed, throughput; got 'swiftness'",
+            "a suite is one of coverage, guards, memory, portfolio, quality, safety, speed, throughput; got 'swiftness'",
         ),
         ("throughput", 1, "huge", "a size is one of full, smoke; got 'huge'"),
         ("throughput", 0, "full", "at least 1; got 0"),

@@ -1,68 +1,26 @@
-"""The certificate promises exactly what binomial sums allow, and never more."""
+"""The certificate shares the risk of error as it says, and promises exactly what its bounds allow."""
 
 import json
+import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import beta, binom, binomtest
+from scipy.stats import binom
 
-from ev3_distill.certificate import ByClass, Certificate, Claim, Drop, certify, clopper_pearson_lower
+from ev3_distill.certificate import (
+    ASKED,
+    Certificate,
+    Claim,
+    Outputs,
+    Parts,
+    accuracy_by,
+    certify,
+    claims_of,
+    clopper_pearson_lower,
+    shares_of,
+    shares_when_reopened,
+)
 from ev3_distill.errors import InputError
-
-counts = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
-confidences = st.floats(0.5, 0.999)
-
-
-@pytest.mark.parametrize(("successes", "n", "confidence"), [(1, 5, 0.9), (95, 100, 0.95), (9412, 10000, 0.975)])
-def test_bound_agrees_with_scipy(successes, n, confidence):
-    bound = clopper_pearson_lower(successes, n, confidence=confidence)
-    assert bound == pytest.approx(beta.isf(confidence, successes, n - successes + 1), rel=1e-9)
-    interval = binomtest(successes, n, alternative="greater").proportion_ci(confidence, method="exact")
-    assert bound == pytest.approx(interval.low, rel=1e-6)
-
-
-def test_hand_computed_edges():
-    assert clopper_pearson_lower(0, 7, confidence=0.95) == 0
-    assert clopper_pearson_lower(7, 7, confidence=0.95) == pytest.approx(0.05 ** (1 / 7), rel=1e-12)
-    assert clopper_pearson_lower(1, 1, confidence=0.9) == pytest.approx(0.1, rel=1e-12)
-    # 1 of 2: P[X >= 1] = 1 - (1 - p)^2 = 0.19 at p = 0.1
-    assert clopper_pearson_lower(1, 2, confidence=0.81) == pytest.approx(0.1, rel=1e-12)
-
-
-@given(counts, confidences)
-def test_bound_solves_its_equation(count, confidence):
-    successes, n = count
-    bound = clopper_pearson_lower(successes, n, confidence=confidence)
-    assert 0 <= bound <= successes / n
-    if successes:
-        assert binom.sf(successes - 1, n, bound) == pytest.approx(1 - confidence, rel=1e-6)
-
-
-@given(counts, confidences, confidences)
-def test_bound_is_monotone(count, one, other):
-    successes, n = count
-    low, high = sorted((one, other))
-    bound = clopper_pearson_lower(successes, n, confidence=low)
-    assert clopper_pearson_lower(successes, n, confidence=high) <= bound + 1e-12
-    assert clopper_pearson_lower(successes, n + 1, confidence=low) <= bound + 1e-12
-    assert clopper_pearson_lower(successes + 1, n + 1, confidence=low) >= bound - 1e-12
-
-
-@pytest.mark.parametrize("n", [1, 2, 10, 57])
-@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
-def test_coverage_is_never_below_the_confidence(n, confidence):
-    successes = np.arange(n + 1)
-    bounds = np.array([clopper_pearson_lower(k, n, confidence=confidence) for k in successes])
-
-    def coverage(p):
-        return binom.pmf(successes, n, p)[bounds <= p].sum()
-
-    grid = np.concatenate([np.linspace(0, 1, 1001), bounds + 1e-9, bounds[1:] - 1e-9])
-    assert min(coverage(p) for p in grid if 0 <= p <= 1) >= confidence - 1e-9
-    # and the bound is no lower than it must be: just below each bound the coverage is the confidence
-    assert [coverage(p - 1e-9) for p in bounds[1:]] == pytest.approx([confidence] * n, abs=1e-6)
 
 
 def test_certify_shares_the_level_among_the_claims():
@@ -80,6 +38,19 @@ def test_certify_shares_the_level_among_the_claims():
     assert alone.lower_bound > certificate.claims[0].lower_bound
 
 
+def test_certify_takes_claims_of_outputs():
+    logits, labels = np.eye(2)[np.repeat([0, 1], [90, 10])], np.zeros(100, int)
+    outputs = Outputs(logits, labels, np.eye(2)[labels])
+    certificate = certify(claims_of(["accuracy", "brier", "accuracy"], outputs), confidence=0.9)
+    assert [claim.metric for claim in certificate.claims] == ["accuracy", "brier"]
+    assert certificate.claims[0].lower_bound == clopper_pearson_lower(90, 100, confidence=0.95)
+    uneven = certify(
+        claims_of(["accuracy", "agreement"], outputs), confidence=0.9, shares={"accuracy": 0.9, "agreement": 0.1}
+    )
+    levels = [claim.lower_bound for claim in uneven.claims]
+    assert levels == [pytest.approx(clopper_pearson_lower(90, 100, confidence=c)) for c in (0.91, 0.99)]
+
+
 def test_joint_coverage_of_exclusive_metrics():
     # An example is right for at most one of two metrics: far from independent, all outcomes enumerable.
     n, confidence, each = 12, 0.8, 0.9
@@ -93,13 +64,44 @@ def test_joint_coverage_of_exclusive_metrics():
         assert held >= confidence
 
 
+def test_all_claims_of_one_student_hold_together():
+    """Everything that can be claimed of a student at once, on splits of a population that is known."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(30_000) % 3
+    logits = rng.normal(size=(30_000, 3)) + 2 * np.eye(3)[labels]
+    teacher = rng.normal(size=(30_000, 3)) + 3 * np.eye(3)[labels]
+    whole = Outputs(logits, labels, teacher, rng.integers(2, size=30_000), 2)
+    costs = 1 - np.eye(3)
+    metrics = [
+        *("accuracy", "agreement", "top2_accuracy", "balanced_accuracy", "worst_class_accuracy", "macro_f1"),
+        *("worst_group_accuracy", "drop(accuracy)", "ece", "brier", "cost"),
+    ]
+    truth = {name: claim(0.5).point for name, claim in claims_of(metrics, whole, costs=costs).items()}
+    failed = 0
+    for _ in range(100):
+        rows = rng.integers(30_000, size=200)
+        split = Outputs(*(leaf[rows] for leaf in whole[:4]), 2)
+        claims = certify(claims_of(metrics, split, costs=costs), confidence=0.8).claims
+        lower = [claim.lower_bound is None or claim.lower_bound <= truth[claim.metric] for claim in claims]
+        upper = [claim.upper_bound is None or claim.upper_bound >= truth[claim.metric] for claim in claims]
+        failed += not all(lower + upper)
+    assert failed <= binom.isf(0.001, 100, 0.2)
+
+
 def test_as_dict_is_json():
     data = certify({"accuracy": np.ones(20, np.float32)}).as_dict()
     assert json.loads(json.dumps(data)) == data
+    assert set(data) == {"confidence", "claims"}
     assert data["confidence"] == 0.95
     assert data["claims"] == [
         {"metric": "accuracy", "point": 1.0, "lower_bound": pytest.approx(0.05 ** (1 / 20)), "n": 20}
     ]
+
+
+def test_upper_bounds_stand_in_the_json_in_their_place():
+    logits = np.eye(2)[np.zeros(10, int)]
+    claims = certify(claims_of(["brier"], Outputs(logits, np.zeros(10, int)))).as_dict()["claims"]
+    assert set(claims[0]) == {"metric", "point", "upper_bound", "n"}
 
 
 @pytest.mark.parametrize("score", [[0.5, 1], [2, 0], [np.nan, 1], [[0, 1], [1, 1]], 1])
@@ -113,52 +115,70 @@ def test_rejects_what_gives_no_bound():
         certify({"accuracy": np.zeros(0)})
     with pytest.raises(ValueError, match="at least one metric"):
         certify({})
-    for confidence in (0.0, 1.0, 1.5, float("nan")):
-        with pytest.raises(InputError, match="confidence is a probability"):
-            clopper_pearson_lower(1, 2, confidence=confidence)
-    for successes in (-1, 3):
-        with pytest.raises(ValueError, match="successes"):
-            clopper_pearson_lower(successes, 2, confidence=0.9)
 
 
-def test_the_worst_class_by_hand():
-    scores, labels = np.repeat([1, 0, 1, 0], [9, 1, 15, 5]), np.repeat([0, 1], [10, 20])
-    claim = certify({"worst": ByClass(scores, labels, 2)}, confidence=0.9).claims[0]
-    assert claim.point == 0.75
-    assert claim.n == 10
-    of_classes = [clopper_pearson_lower(k, n, confidence=0.9) for k, n in ((9, 10), (15, 20))]
-    assert claim.lower_bound == min(of_classes)
-    absent = certify({"worst": ByClass(scores, labels, 3)}).claims[0]
-    assert (absent.point, absent.lower_bound, absent.n) == (0.75, 0, 0)
+# Tables.
 
 
-def test_the_worst_class_is_covered():
-    """Ten classes, the worst of 80 %: the bound is above that in no more than 5 % of splits, however close the others are."""
+def test_the_table_of_classes_by_hand():
+    labels, answers = np.repeat([0, 1, -1], [10, 20, 5]), np.repeat([0, 1, 1, 0, 0], [9, 1, 15, 5, 5])
+    table = accuracy_by(
+        Outputs(np.eye(3)[answers], labels), Parts("class", labels, ("ant", "bee", "cat")), confidence=0.9
+    )
+    each = 1 - 0.1 / 3
+    assert table.rows == (
+        ("ant", 0.9, clopper_pearson_lower(9, 10, confidence=each), 10),
+        ("bee", 0.75, clopper_pearson_lower(15, 20, confidence=each), 20),
+        ("cat", None, 0.0, 0),
+    )
+    told = Certificate(0.9, (), (table,)).as_dict()["tables"]
+    assert told == json.loads(json.dumps(told))
+    assert told[0]["rows"][2] == {"name": "cat", "point": None, "lower_bound": 0.0, "n": 0}
+    assert (told[0]["of"], told[0]["metric"], told[0]["confidence"]) == ("class", "accuracy", 0.9)
+
+
+def test_a_table_holds_as_a_whole():
     rng = np.random.default_rng(0)
-    for others in (0.8, 0.82, 0.99):
-        truth = np.array([0.8, *[others] * 9])
-        labels = np.repeat(np.arange(10), 60)
-        bounds = [
-            certify({"worst": ByClass(rng.random(600) < truth[labels], labels, 10)}).claims[0].lower_bound
-            for _ in range(400)
-        ]
-        assert (np.array(bounds) > 0.8).mean() <= 0.08  # 0.05 and 2.8 standard errors
+    truth, labels = np.array([0.5, 0.7, 0.9, 0.97, 0.99]), np.arange(300) % 5
+    failed = 0
+    for _ in range(400):
+        answers = np.where(rng.random(300) < truth[labels], labels, (labels + 1) % 5)
+        table = accuracy_by(Outputs(np.eye(5)[answers], labels), Parts("class", labels, "abcde"), confidence=0.8)
+        failed += any(bound > p for (*_, bound, _), p in zip(table.rows, truth, strict=True))
+    assert failed <= binom.isf(0.001, 400, 0.2)
 
 
-def test_the_drop_by_hand_and_its_coverage():
-    teacher, student = np.repeat([1, 1, 0, 0], [80, 10, 4, 6]), np.repeat([1, 0, 1, 0], [80, 10, 4, 6])
-    claim = certify({"drop": Drop(teacher, student)}, confidence=0.9).claims[0]
-    assert claim.point == pytest.approx(0.06)
-    assert claim.lower_bound is None
-    lost = binomtest(10, 100, alternative="less").proportion_ci(0.95, method="exact").high
-    won = binomtest(4, 100, alternative="greater").proportion_ci(0.95, method="exact").low
-    assert claim.upper_bound == pytest.approx(lost - won, rel=1e-6)
-    rng = np.random.default_rng(0)
-    draws = rng.choice(4, p=[0.85, 0.07, 0.03, 0.05], size=(400, 500))  # both right, lost, won, both wrong
-    bounds = [certify({"drop": Drop(row <= 1, row % 2 == 0)}).claims[0].upper_bound for row in draws]
-    assert (np.array(bounds) < 0.04).mean() <= 0.08
+# Reopened splits.
 
 
-def test_upper_bounds_stand_in_the_json_in_their_place():
-    claims = certify({"drop": Drop(np.ones(10), np.ones(10))}).as_dict()["claims"]
-    assert set(claims[0]) == {"metric", "point", "upper_bound", "n"}
+def test_shares_of_a_reopened_split_sum_to_one_over_all_that_could_be_asked():
+    assert sum(shares_of(["a", "b", "c"]).values()) == pytest.approx(1)
+    single = [name for name in ASKED if name not in ("topK_accuracy", "drop(topK_accuracy)", "MODULE:FUNCTION")]
+    tops = [f"top{k}_accuracy" for k in range(2, 300)]
+    named = [*single, *tops, *(f"drop({name})" for name in tops)]
+    spent = dict.fromkeys(named, 0.0)
+    for j in range(1, 300):
+        functions = [f"own:score{j}_{i}" for i in range(j % 3)]
+        shares = shares_when_reopened([*named, *functions], j)
+        for metric in ("cost", "latency_ms"):
+            spent[metric] += shares.pop(metric)  # of something new each time
+        assert shares["accuracy"] == 1 / len(ASKED)
+        spent |= shares  # the same bounds as the time before
+    assert 0.97 < sum(spent.values()) <= 1 + 1e-9
+
+
+def test_a_claim_of_a_reopened_split_is_looser_than_the_same_in_a_first_opening():
+    shares = shares_when_reopened(["accuracy", "top5_accuracy", "own:score"], 2)
+    assert shares["accuracy"] == 1 / len(ASKED)
+    assert shares["top5_accuracy"] == pytest.approx(1 / len(ASKED) / 20)
+    assert shares["own:score"] == pytest.approx(1 / len(ASKED) / 6)
+    assert shares_when_reopened(["own:a", "own:b"], 1)["own:a"] == pytest.approx(1 / len(ASKED) / 4)
+    assert math.fsum(shares.values()) < 1
+
+
+def test_the_promise_page_tells_the_number_of_metrics():
+    from pathlib import Path
+
+    page = (Path(__file__).parents[1] / "docs" / "promise.md").read_text()
+    assert f"each of the {len(ASKED)} metrics" in " ".join(page.split())
+    assert f"gets delta / {len(ASKED)}" in " ".join(page.split())

@@ -64,7 +64,7 @@ def test_evaluate_reproduces_the_certificate(finished, cli, here):
     assert answer.code == 0
     assert answer.out.startswith(f"accuracy: {claim['point']:.2%} of {claim['n']} examples; at least ")
     stated = float(re.search(r"at least ([\d.]+)%", answer.out)[1]) / 100
-    assert claim["lower_bound"] < stated < claim["point"]  # one claim alone has all of the error probability
+    assert claim["lower_bound"] - 1e-4 < stated <= claim["lower_bound"]  # rounded down
     whole = cli("evaluate", finished, "--data", "digits", "--confidence", "0.9")
     assert re.match(r"accuracy: [\d.]+% of 1797 examples; at least [\d.]+% with 90% confidence\n", whole.out)
     teacher = cli("evaluate", finished / "teacher")
@@ -165,7 +165,10 @@ def test_npz_data_end_to_end(cli, here):
     assert report["student"]["accuracy"] > 0.85
     again = cli("evaluate", "run")
     assert again.out.startswith(f"accuracy: {report['student']['accuracy']:.2%} of 200 examples")
-    assert cli("evaluate", "run", "--data", "npz:rest.npz").out == again.out
+    other = cli("evaluate", "run", "--data", "npz:rest.npz")  # the same examples, as far as anybody can know others
+    assert other.out.partition(";")[0] == again.out.partition(";")[0]
+    bounds = [float(re.search(r"at least ([\d.]+)%", answer.out)[1]) for answer in (again, other)]
+    assert bounds[0] < bounds[1]  # one claim alone has all of the error probability
 
 
 def test_wall_time_budget_ends(cli, here, random_logits):

@@ -712,11 +712,10 @@ def test_chunks_change_no_score():
     for batch_size in (7, 49, 50):
         chunked = assess.logits_of(NETWORK.apply, START, split.inputs, batch_size=batch_size)
         np.testing.assert_allclose(chunked, once, rtol=1e-5, atol=1e-6)
-        select, promise = assess.score(
-            NETWORK.apply, START, split, objectives.log_likelihood, objectives.accuracy, batch_size=batch_size
-        )
-        np.testing.assert_allclose(select, objectives.log_likelihood(once, split), rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(promise, objectives.accuracy(once, split))
+        measures = assess.Measures(objectives.log_likelihood, objectives.accuracy)
+        evidence = assess.score(NETWORK.apply, START, split, measures, batch_size=batch_size)
+        np.testing.assert_allclose(evidence.select, objectives.log_likelihood(once, split), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(evidence.promise, objectives.accuracy(once, split))
 
 
 def test_assess_scores_every_proposal_on_every_example():
@@ -728,8 +727,7 @@ def test_assess_scores_every_proposal_on_every_example():
         apply_threshold,
         proposals,
         ladder(23),
-        lambda logits, split: logits[:, 0] + 0 * split.labels,
-        objectives.accuracy,
+        assess.Measures(lambda logits, split: logits[:, 0] + 0 * split.labels, objectives.accuracy),
         batch_size=5,
     )
     x = np.arange(23) + 0.5

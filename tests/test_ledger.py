@@ -8,6 +8,7 @@ import pytest
 from scipy.stats import binomtest
 
 from ev3_distill.errors import InputError
+from ev3_distill.goals import goal
 from ev3_distill.ledger import Ledger, row_of, rows
 from ev3_distill.types import ADOPT, KEEP, PROMOTE, ROLL_BACK, Decision
 
@@ -37,6 +38,10 @@ def decision(**changes):
         "champion_accuracy": 0.5,
         "current_accuracy": 0.75,
         "length": 50.0,
+        "ruling": -1,
+        "risks": jnp.zeros(0),
+        "tested_for": -1,
+        "kept": False,
     }
     untold = dict.fromkeys(Decision._fields, 0)  # what no row tells
     return Decision(**{name: jnp.asarray(value) for name, value in (untold | fields | changes).items()})
@@ -53,6 +58,8 @@ def test_row_by_hand():
         "scores": {"ce": None, "kd": 0.75, "average": None},
         "selected": "kd",
         "discarded": 0,
+        "objective": "promise",
+        "risks": {},
         "gain": 0.25,
         "gain_se": 0.125,
         "verdict": "promote",
@@ -60,6 +67,7 @@ def test_row_by_hand():
         "champion_accuracy": 0.5,
         "current_accuracy": 0.75,
         "length": 50.0,
+        "met": False,
         "wall_s": 1.235,
     }
     theta = binomtest(12, 15, alternative="greater").proportion_ci(1 - 0.0625, method="exact").low
@@ -67,6 +75,14 @@ def test_row_by_hand():
     assert test["gain"] == pytest.approx(0.09)
     assert (test["wins"], test["losses"], test["n"], test["alpha"]) == (12, 3, 100, 0.0625)
     assert json.loads(json.dumps(row)) == row
+
+
+def test_a_row_tells_which_objective_ruled():
+    goals = [goal("worst_class_accuracy", 0.7), goal("ece", 0.02)]
+    ruled = decision(ruling=0, tested_for=1, risks=jnp.array([-1.5, jnp.inf]), kept=True)
+    row = row_of(ruled, ARMS, goals, wall_s=0)
+    assert (row["objective"], row["risks"]) == ("worst_class_accuracy", {"worst_class_accuracy": -1.5, "ece": None})
+    assert (row["test"]["objective"], row["test"]["kept"], row["test"]["bound"]) == ("ece", True, None)
 
 
 def test_verdicts_and_who_they_name():

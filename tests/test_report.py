@@ -40,7 +40,8 @@ def make_rows(iterations=60, arms=ARMS):
             wins = losses + max(0, round(5000 * gain))
             p_value = float(binom.sf(wins - 1, wins + losses, 0.5))
             bound = (2 * float(beta.ppf(alpha, wins, losses + 1)) - 1) * (wins + losses) / 5000
-            test = {"wins": wins, "losses": losses, "n": 5000, "alpha": alpha, "p_value": p_value,
+            test = {"objective": "promise", "kept": False,
+                    "wins": wins, "losses": losses, "n": 5000, "alpha": alpha, "p_value": p_value,
                     "gain": (wins - losses) / 5000, "bound": bound}  # fmt: skip
             promoted = p_value <= alpha
             tests += 1
@@ -72,6 +73,9 @@ def make_report(rows, arms=ARMS):
         "iterations": len(rows),
         "promotions": sum(row["verdict"] == "promote" for row in rows),
         "rollbacks": sum(row["verdict"] == "roll back" for row in rows),
+        "objectives": {"promise": len(rows)},
+        "met": False,
+        "control": None,
         "arms": [{"name": name, "share": steps[name] / total, "steps": steps[name], "wins": 30 // (i + 1),
                   "promotions": 5 - i} for i, name in enumerate(arms)],
         "seed": 17,
@@ -344,6 +348,72 @@ def test_summary_fits_a_terminal(report):
     assert "5 min 12 s" in flat
     assert "[bold]x" in shown(changed(report, "teacher.source", "[bold]x"))
     assert "\u2013" in shown(changed(report, "teacher.params", None))
+
+
+def test_every_kind_of_claim_is_told_by_its_own_unit(report):
+    claims = [
+        {"metric": "top5_accuracy", "point": 0.99, "lower_bound": 0.98789, "n": 100},
+        {"metric": "drop(top5_accuracy)", "point": 0.01, "upper_bound": 0.0211, "n": 100},
+        {"metric": "brier", "point": 0.0412345, "upper_bound": 0.061234, "n": 100},
+        {"metric": "cost", "point": -1.5, "upper_bound": -1.23456, "n": 100},
+        {"metric": "ece", "point": 0.01, "upper_bound": 0.0333, "n": 100},
+        {"metric": "latency_ms", "point": 0.51, "upper_bound": 0.5212, "n": 301},
+        {"metric": "own:score", "point": 0.7, "lower_bound": 0.65, "n": 100},
+    ]
+    mixed = changed(report, "certificate.claims", claims)
+    text = said(mixed)
+    assert (
+        "This student has at least 98.7 % top-5 accuracy, at most 2.2 % less top-5 accuracy than its teacher, at most 0.0613 "
+        "Brier score, at most \u22121.23 cost per example, at most 3.4 % expected calibration error, at most 0.522 ms median "
+        "latency on that machine and at least 65.0 % own:score, with 95 % confidence" in text
+    )
+    assert "0.0412 Brier score (n = 100)" in text and "0.51 ms median latency on that machine (n = 301)" in text
+    assert "Those of shares of examples are exact" in text
+    assert "They are exact" in said(report)
+    lines = [report_page.claim_line(claim, 0.975) for claim in claims]
+    assert lines[0] == "top5_accuracy: 99.00% of 100 examples; at least 98.78% with 97.5% confidence"
+    assert lines[2] == "brier: 0.04123 of 100 examples; at most 0.0613 with 97.5% confidence"
+    assert lines[5] == "latency_ms: 0.51 ms of 301 passes; at most 0.522 ms with 97.5% confidence"
+
+
+@pytest.mark.parametrize(
+    ("guard", "shown"),
+    [
+        (
+            {"guard": "ece <= 0.1", "metric": "ece", "bound": 0.0311, "certified": True},
+            "certified, proven is at most 3.2 %",
+        ),
+        ({"guard": "brier <= 0.1", "metric": "brier", "bound": 0.2, "certified": False}, "proven is at most 0.200"),
+        ({"guard": "own:s >= 0.1", "metric": "own:s", "bound": 0.2, "certified": True}, "proven is at least 20.0 %"),
+        ({"guard": "bytes <= 9", "metric": "bytes", "point": 2440, "bound": 2440, "certified": False}, ", 2,440 bytes"),
+    ],
+)
+def test_verdicts(guard, shown):
+    assert report_page.verdict(guard).endswith(shown)
+
+
+@pytest.mark.parametrize("number", [3, 40])
+def test_the_table_of_classes(report, number):
+    rows = [{"name": HOSTILE, "point": 0.9, "lower_bound": 0.8777, "n": 1234}]
+    rows += [{"name": f"c{i}", "point": None, "lower_bound": 0.0, "n": 0} for i in range(number - 1)]
+    tables = [{"of": "class", "metric": "accuracy", "confidence": 0.95, "rows": rows}]
+    html = report_page.render(changed(report, "certificate", {**report["certificate"], "tables": tables}), [])
+    page = Page(html)
+    assert "script" not in page.tags
+    assert (
+        f"These bounds hold for all {number} classes at once, with 95 % confidence. That is a statement of its own"
+        in page.text
+    )
+    assert f"{HOSTILE} 1,234 90.0 % 87.7 %" in page.text
+    assert "c0 0 \u2013 0.0 %" in page.text
+    assert ("<details open>" in html) == (number == 3)
+    assert "Accuracy by class" not in said(report)
+
+
+def test_a_reopened_split_is_told(report):
+    again = changed(report, "certificate", {**report["certificate"], "reopened": 2})
+    assert "The sealed split had been opened 2 times before; the bounds are corrected for it." in said(again)
+    assert "had been opened" not in said(report)
 
 
 @pytest.mark.parametrize(

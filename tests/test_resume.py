@@ -56,8 +56,8 @@ def some_moment(rng, run):
         return kind, lambda: count_rows(run) >= wanted
     if kind == "checkpoint":
         return kind, lambda: bool(half_written(run))
-    stages = ("given.json", "config.toml", "teacher/student", "teacher/report.json", "checkpoints",
-              "student", "report.json")  # fmt: skip
+    stages = ("given.json", "config.toml", "teacher/student", "teacher/opened.json", "teacher/report.json", "checkpoints",
+              "student", "opened.json", "certificate.json", "report.json")  # fmt: skip
     ahead = [name for name in stages if not (run / name).exists()]
     name = rng.choice(ahead[:3]) if ahead else "report.html"
     return f"{kind} {name}", (run / name).exists
@@ -120,10 +120,10 @@ def test_interrupt_saves_what_the_ledger_has(monkeypatch, cli, here, random_logi
     assert cli("compress", *options, "--out", "whole").code == 0
     row_of = run.row_of
 
-    def interrupted(decision, arms, **rest):
+    def interrupted(decision, arms, goals, **rest):
         if int(decision.iteration) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return row_of(decision, arms, **rest)
+        return row_of(decision, arms, goals, **rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "row_of", interrupted)

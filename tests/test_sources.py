@@ -118,6 +118,20 @@ def test_sequences_keep_their_axes(tmp_path):
         load_data(save(tmp_path, sequences=inputs[..., 0], labels=labels))
 
 
+def test_groups(tmp_path):
+    inputs, labels = np.ones((6, 2), np.float32), np.arange(6) % 2
+    assert load_data(save(tmp_path, inputs=inputs, labels=labels)).groups is None
+    named = load_data(save(tmp_path, inputs=inputs, labels=labels, groups=["old", "new", "old", "old", "new", "new"]))
+    assert (named.groups.tolist(), named.group_names) == ([1, 0, 1, 1, 0, 0], ("new", "old"))
+    numbers = load_data(save(tmp_path, inputs=inputs, labels=labels, groups=[7, 7, 7, 3, 3, 3]))
+    assert (numbers.groups.tolist(), numbers.group_names) == ([1, 1, 1, 0, 0, 0], ("3", "7"))
+    assert len({named.fingerprint, numbers.fingerprint}) == 2
+    parts = {f"{part}_image": inputs.reshape(6, 2, 1) for part in ("train", "test")}
+    parts |= {f"{part}_label": labels for part in ("train", "test")}
+    apart = load_data(save(tmp_path, **parts, train_groups=[0] * 6, test_groups=[1] * 6))
+    assert apart.groups.tolist() == [0] * 6 + [1] * 6
+
+
 def test_class_names(tmp_path):
     inputs, labels = example_arrays()
     dataset = load_data(save(tmp_path, inputs=inputs, labels=labels, class_names=["ant", "bee", "cat", "dog"]))
@@ -324,6 +338,21 @@ BAD_ARRAYS = {
         {"inputs": IMAGES, "labels": CLASSES, "class_names": np.arange(3)},
         r"class_names must be text \[K\]; got int64 \[3\]",
     ),
+    "few groups": (
+        {"inputs": IMAGES, "labels": CLASSES, "groups": CLASSES[:5]},
+        r"groups must be a number or a text for each example, \[12\]; got uint8 \[5\]: mend or remove them",
+    ),
+    "groups of a part": (
+        {
+            "train_image": IMAGES,
+            "train_label": CLASSES,
+            "test_image": IMAGES,
+            "test_label": CLASSES,
+            "train_groups": CLASSES,
+        },
+        r"\[12, 12\]; got no test_groups",
+    ),
+    "real groups": ({"inputs": IMAGES, "labels": CLASSES, "groups": CLASSES * 0.5}, r"got float64 \[12\]"),
     "one class": ({"inputs": IMAGES, "labels": CLASSES * 0 + 3}, "at least 2 classes must occur; got label 3 alone"),
     "nan": ({"inputs": NAN, "labels": CLASSES}, "inputs must be finite; got nan or infinity in row 7"),
     "overflow": ({"inputs": np.eye(12) * 1e300, "labels": CLASSES}, "nan or infinity in row 0"),

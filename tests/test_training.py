@@ -82,10 +82,10 @@ def test_an_interrupted_augmented_run_goes_on_bit_by_bit(images, cli, here, monk
     assert cli("compress", *options, "--out", "whole").code == 0
     row_of = run.row_of
 
-    def interrupted(decision, arms, **rest):
+    def interrupted(decision, arms, goals, **rest):
         if int(decision.iteration) == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        return row_of(decision, arms, **rest)
+        return row_of(decision, arms, goals, **rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "row_of", interrupted)

@@ -35,6 +35,10 @@ def _with_labels(teacher: Loss) -> Loss:
     return losses.mix((0.9, teacher), (0.1, losses.cross_entropy()))
 
 
+def _balanced(loss: Callable[[], Loss]) -> Callable[[], Loss]:
+    return lambda: losses.balanced(loss())
+
+
 ARMS: dict[str, Callable[[str, Apply], Arm]] = {
     "ce": _adamw(losses.cross_entropy),
     "ce-slow": _adamw(losses.cross_entropy, 1e-3),
@@ -53,21 +57,30 @@ ARMS: dict[str, Callable[[str, Apply], Arm]] = {
     "kd2-muon": _muon(lambda: _with_labels(losses.kd(temperature=2.0))),
     "kd4-muon": _muon(lambda: _with_labels(losses.kd(temperature=4.0))),
     "dist-muon": _muon(losses.dist),
+    "ce-balanced": _adamw(_balanced(losses.cross_entropy)),
+    "kd2-balanced": _adamw(_balanced(lambda: _with_labels(losses.kd(temperature=2.0)))),
+    "kd4-balanced": _adamw(_balanced(lambda: _with_labels(losses.kd(temperature=4.0)))),
+    "kd4-muon-balanced": _muon(_balanced(lambda: _with_labels(losses.kd(temperature=4.0)))),
 }
 DEFAULT = ("ce", "kd2", "kd4", "dist")
 # Alone: a race of some 50 steps prefers losses that start fast (ce, then kd2), and all of a run pays for it. See README.
 CONVOLUTIONAL = ("kd4-muon",)
+BALANCING = ("worst_class_accuracy", "balanced_accuracy", "macro_f1")  # goals for which rare classes must count
 CONVOLUTIONAL_FAMILIES = ("resnet", "mobilenet", "conv4", "convnet1d")
 
 
-def default_names(spec: Mapping[str, Any], *, labels: bool = True) -> tuple[str, ...]:
+def default_names(spec: Mapping[str, Any], *, labels: bool = True, goals: Sequence[str] = ()) -> tuple[str, ...]:
     """The default portfolio of a network.
 
     Args:
       spec: the network's; its family decides.
       labels: whether there are any; without, arms that follow nothing else are left out.
+      goals: metrics that the run steers by; for some a way to train that serves them joins.
     """
-    names = CONVOLUTIONAL if spec.get("family") in CONVOLUTIONAL_FAMILIES else DEFAULT
+    convolutional = spec.get("family") in CONVOLUTIONAL_FAMILIES
+    names: tuple[str, ...] = CONVOLUTIONAL if convolutional else DEFAULT
+    if any(metric in BALANCING for metric in goals):
+        names += ("kd4-muon-balanced",) if convolutional else ("ce-balanced", "kd2-balanced")
     return tuple(name for name in names if labels or not name.startswith("ce"))
 
 

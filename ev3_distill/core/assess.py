@@ -4,10 +4,23 @@ EV3 (arXiv 2310.18893), section 3.2. A finite held-out split is evaluated whole,
 meet the same examples, so their scores are paired, and nothing is resampled as if it were fresh.
 """
 
+import functools
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from ev3_distill.types import Apply, Batch, Evidence, Objective, Proposals, Variables
+from ev3_distill.types import (
+    Apply,
+    Batch,
+    Evidence,
+    Goal,
+    GoalEvidence,
+    Objective,
+    Proposals,
+    Standing,
+    Variables,
+)
 
 
 def logits_of(apply: Apply, variables: Variables, inputs: jax.Array, *, batch_size: int) -> jax.Array:
@@ -28,33 +41,61 @@ def logits_of(apply: Apply, variables: Variables, inputs: jax.Array, *, batch_si
     return jnp.concatenate([logits_CxBxK[:-1].reshape(n - new, -1), logits_CxBxK[-1, batch_size - new :]])
 
 
-def score(
-    apply: Apply, variables: Variables, split: Batch, select: Objective, promise: Objective, *, batch_size: int
-) -> Evidence:
-    """Both scores of one student on a split, leaves [N]."""
-    logits = logits_of(apply, variables, split.inputs, batch_size=batch_size)
-    return Evidence(select(logits, split), promise(logits, split))
+class Measures(NamedTuple):
+    """What students are measured by."""
+
+    select: Objective
+    promise: Objective
+    goals: tuple[Goal, ...] = ()
+
+    def of(self, logits: jax.Array, split: Batch) -> Evidence:
+        """The scores of one student, leaves [N]; those for goals [G, N]."""
+        return Evidence(self.select(logits, split), self.promise(logits, split), self._goals(logits, split))
+
+    def _goals(self, logits: jax.Array, split: Batch) -> GoalEvidence | tuple[()]:
+        if not self.goals:
+            return ()
+        return GoalEvidence(
+            smooth=jnp.stack([goal.smooth(logits, split) for goal in self.goals]),
+            score=jnp.stack([goal.score(logits, split) for goal in self.goals]),
+            focus=jnp.stack([goal.focus(logits, split) for goal in self.goals]),
+        )
+
+    def standing(self, logits: jax.Array, split: Batch, evidence: Evidence) -> Standing | tuple[()]:
+        """How a student with that evidence on assess stands on decide."""
+        if not isinstance(evidence.goals, GoalEvidence):
+            return ()
+        focus = evidence.goals.focus
+        return Standing(
+            compared=jnp.stack([goal.compared(logits, split, focus[g]) for g, goal in enumerate(self.goals)]),
+            metric=jnp.stack([goal.score(logits, split).mean() for goal in self.goals]),
+        )
 
 
-def assess(
-    apply: Apply, proposals: Proposals, split: Batch, select: Objective, promise: Objective, *, batch_size: int
-) -> Evidence:
+def score(apply: Apply, variables: Variables, split: Batch, measures: Measures, *, batch_size: int) -> Evidence:
+    """The scores of one student on a split, leaves [N]; those for goals [G, N]."""
+    return measures.of(logits_of(apply, variables, split.inputs, batch_size=batch_size), split)
+
+
+def assess(apply: Apply, proposals: Proposals, split: Batch, measures: Measures, *, batch_size: int) -> Evidence:
     """Scores of all proposals, leaves [P, N]; nan, at no cost, for one that is inactive."""
-    blank = Evidence(*[jnp.full(split.index.shape, jnp.nan)] * 2)
 
     def one(row: tuple[Variables, jax.Array]) -> Evidence:
         variables, active = row
-        return jax.lax.cond(
-            active,
-            lambda: score(apply, variables, split, select, promise, batch_size=batch_size),
-            lambda: blank,
-        )
+        scored = functools.partial(score, apply, variables, split, measures, batch_size=batch_size)
+        blank = jax.tree.map(_blank, jax.eval_shape(scored))
+        return jax.lax.cond(active, scored, lambda: blank)
 
     if proposals.active.shape[0] == 1:  # one arm is all but always active: no loop and no branch around it
         alone = jax.tree.map(lambda leaf: leaf[0], proposals.variables)
-        scored = score(apply, alone, split, select, promise, batch_size=batch_size)
-        return jax.tree.map(lambda x, none: jnp.where(proposals.active[0], x, none)[None], scored, blank)
+        scored = score(apply, alone, split, measures, batch_size=batch_size)
+        return jax.tree.map(lambda x: jnp.where(proposals.active[0], x, _blank(x))[None], scored)
     return jax.lax.map(one, (proposals.variables, proposals.active))
+
+
+def _blank(like: Any) -> jax.Array:
+    """Scores of nobody."""
+    return jnp.full(like.shape, jnp.nan if jnp.issubdtype(like.dtype, jnp.floating) else 0, like.dtype)
 
 
 def paired(scores: jax.Array, reference: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -3,6 +3,7 @@
 Trajectory lengths, the active arms and the budget are data, not shapes, so nothing recompiles while a run goes on.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from ev3_distill.config import EV3
-from ev3_distill.core import adapt, allocate, assess, explore
+from ev3_distill.core import adapt, allocate, assess, explore, prioritise
+from ev3_distill.core.assess import Measures, paired
 from ev3_distill.types import (
     ADOPT,
     KEEP,
@@ -21,11 +23,13 @@ from ev3_distill.types import (
     Batch,
     Decision,
     Evidence,
+    Goal,
     Objective,
     Pools,
     Proposals,
     PyTree,
     Sample,
+    Standing,
     State,
     Stretch,
     Variables,
@@ -45,14 +49,17 @@ def initial_state(
     arms: Sequence[Arm],
     select: Objective,
     promise: Objective,
+    goals: Sequence[Goal] = (),
     config: EV3,
 ) -> State:
     """The state before the first iteration: the given student is both current and champion."""
+    measures = Measures(select, promise, tuple(goals))
 
-    def score(split: Batch) -> Evidence:
-        return assess.score(apply, variables, split, select, promise, batch_size=config.eval_batch_size)
+    def logits_of(split: Batch) -> jax.Array:
+        return assess.logits_of(apply, variables, split.inputs, batch_size=config.eval_batch_size)
 
-    evidence, zero = score(pools.assess), jnp.int32(0)
+    evidence, zero = measures.of(logits_of(pools.assess), pools.assess), jnp.int32(0)
+    on_decide = logits_of(pools.decide)
     a = len(arms)
     return State(
         key=key,
@@ -63,7 +70,8 @@ def initial_state(
         current_evidence=evidence,
         champion=variables,
         champion_evidence=evidence,
-        champion_decide=score(pools.decide).promise,
+        champion_decide=promise(on_decide, pools.decide),
+        champion_goals=measures.standing(on_decide, pools.decide, evidence),
         arm_states=tuple(arm.init(variables) for arm in arms),
         arm_value=jnp.zeros(a),
         arm_cost=jnp.zeros(a, jnp.int32),
@@ -75,6 +83,8 @@ def initial_state(
         stale=zero,
         tested_cost=zero,
         budget=adapt.unspent(config.delta),
+        met_cost=zero,
+        met=jnp.bool_(False),
         closed=jnp.bool_(False),
     )
 
@@ -104,13 +114,16 @@ def make_parts(
     *,
     select: Objective,
     promise: Objective,
+    goals: Sequence[Goal] = (),
+    stop_level: float | None = None,
     config: EV3,
 ) -> Parts:
     """Builds the three parts of an iteration, not yet jitted; see `make_step`, which composes them."""
+    measures = Measures(select, promise, tuple(goals))
     lengths = jnp.array([arm.length for arm in arms], jnp.float32)
 
     def plan(state: State, limit: Any) -> Plan:
-        remaining = jnp.maximum(limit - state.cost, 0)
+        remaining = jnp.where(state.met, 0, jnp.maximum(limit - state.cost, 0))
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.iteration)
         spent = state.cost / limit
         exploration = config.exploration * (1 - spent)
@@ -141,8 +154,12 @@ def make_parts(
     ) -> tuple[State, Decision]:
         steps, closing = plan.steps, plan.remaining <= 0
         proposals = explore.proposals_of(arm_states, students, steps)
-        evidence = assess.assess(apply, proposals, pools.assess, select, promise, batch_size=config.eval_batch_size)
-        state, choice, rolled = _move(state, arms, proposals, evidence, steps, config=config)
+        evidence = assess.assess(apply, proposals, pools.assess, measures, batch_size=config.eval_batch_size)
+        least = prioritise.least_of(goals)
+        ruling = prioritise.ruling_of(prioritise.risks_of(state.current_evidence, least))
+        state, choice, rolled = _move(
+            state, arms, proposals, evidence, steps, ruling=ruling, least=least, config=config
+        )
         state = state._replace(
             iteration=state.iteration + 1,
             cost=state.cost + steps.sum(),
@@ -150,7 +167,10 @@ def make_parts(
             arm_cost=state.arm_cost + steps,
             closed=closing,
         )
-        state, trial = _promote(state, pools, closing=closing, apply=apply, promise=promise, config=config)
+        state, trial = _promote(state, pools, closing=closing, apply=apply, measures=measures, config=config)
+        risks = prioritise.risks_of(state.current_evidence, least)
+        if stop_level is not None and goals:
+            state = _met(state, pools, risks, apply=apply, goals=goals, level=stop_level, config=config)
         verdict = jnp.where(choice.moves, ADOPT, KEEP)
         verdict = jnp.where(rolled, ROLL_BACK, jnp.where(trial.promoted, PROMOTE, verdict))
         return state, Decision(
@@ -161,9 +181,12 @@ def make_parts(
             scores=evidence.select.mean(axis=1),
             selected=jnp.where(choice.any_active, choice.row, -1),
             discarded=(steps > 0).sum() - proposals.active[: len(arms)].sum(),
+            ruling=ruling,
+            risks=risks,
             gain=choice.gain,
             gain_se=choice.gain_se,
             tested=trial.tested,
+            tested_for=trial.ruling,
             wins=trial.wins,
             losses=trial.losses,
             decide_n=jnp.int32(pools.decide.index.shape[0]),
@@ -171,9 +194,11 @@ def make_parts(
             p_value=trial.p_value,
             verdict=verdict.astype(jnp.int32),
             promoted_arm=jnp.where(trial.promoted, state.current_arm, -1),
+            kept=trial.kept,
             champion_accuracy=state.champion_decide.mean(),
             current_accuracy=state.current_evidence.promise.mean(),
             length=state.length,
+            met=state.met,
             closed=state.closed,
         )
 
@@ -187,6 +212,8 @@ def make_step(
     *,
     select: Objective,
     promise: Objective,
+    goals: Sequence[Goal] = (),
+    stop_level: float | None = None,
     config: EV3,
 ) -> Step:
     """Builds the iteration.
@@ -197,13 +224,16 @@ def make_step(
       sample: (pool, global step) -> the batch of that step of the explore split.
       select: the smooth objective that sees the small steps of one trajectory on assess.
       promise: the {0, 1} objective that compares arms on assess, and by which decide proves promotions.
+      goals: G of them, which must hold; the one at the greatest risk goes before the promise, see core/prioritise.py.
+      stop_level: where given, the run ends once decide refutes, each at this level, that any goal is not met.
       config: the core's hyperparameters.
 
     Returns:
       (pools, state, limit) -> (state, decision), `limit` being the cost that the run may reach. With nothing left to
       spend no arm trains: that is the closing iteration, in which the current student may still be promoted.
     """
-    parts = make_parts(apply, arms, sample, select=select, promise=promise, config=config)
+    objectives: dict[str, Any] = {"select": select, "promise": promise, "goals": goals, "stop_level": stop_level}
+    parts = make_parts(apply, arms, sample, **objectives, config=config)
 
     def step(pools: Pools, state: State, limit: Any) -> tuple[State, Decision]:
         plan = parts.plan(state, limit)
@@ -221,6 +251,8 @@ class _Trial(NamedTuple):
     losses: jax.Array
     alpha: jax.Array
     p_value: jax.Array
+    ruling: jax.Array
+    kept: jax.Array
 
 
 def _row(tree: PyTree, row: jax.Array) -> PyTree:
@@ -232,7 +264,15 @@ def _where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
 
 
 def _move(
-    state: State, arms: Sequence[Arm], proposals: Proposals, evidence: Evidence, steps: jax.Array, *, config: EV3
+    state: State,
+    arms: Sequence[Arm],
+    proposals: Proposals,
+    evidence: Evidence,
+    steps: jax.Array,
+    *,
+    ruling: jax.Array,
+    least: jax.Array,
+    config: EV3,
 ) -> tuple[State, adapt.Choice, jax.Array]:
     """Moves `current` to the proposal that assess favours, or back to the champion; arms and their shares learn from it.
 
@@ -240,12 +280,15 @@ def _move(
     roll-back all do. Without a move every arm keeps the state it had: nothing of a rejected proposal is left.
 
     Returns:
-      The state, the choice, and whether it was undone since assess shows the student to be worse than the champion.
+      The state, the choice, and whether it was undone since assess shows the student to be worse than the champion, which
+      lies no further below any goal.
     """
     a = len(arms)
     racing = state.iteration < jnp.ceil(jnp.log2(a))
     takeover = jnp.where(racing, 0.0, config.takeover)
-    choice = adapt.choose(evidence, state.current_evidence, proposals.active, state.leader, takeover=takeover)
+    sound = proposals.active & ~prioritise.breaks(evidence, state.current_evidence, least)
+    scores, reference = (prioritise.ruled(x, ruling) for x in (evidence, state.current_evidence))
+    choice = adapt.choose(scores, reference, sound, state.leader, takeover=takeover)
     row, moved = choice.row, choice.moves
     reached, shown = _where(
         moved,
@@ -253,6 +296,7 @@ def _move(
         (state.current, state.current_evidence),
     )
     rolled = adapt.proves(state.champion_evidence.promise, shown.promise, config.roll_back)
+    rolled &= ~prioritise.falls_shorter(state.champion_evidence, shown, least)
     current, current_evidence = _where(rolled, (state.champion, state.champion_evidence), (reached, shown))
     arm_states = tuple(
         _where(
@@ -270,7 +314,7 @@ def _move(
             current=current,
             current_evidence=current_evidence,
             arm_states=arm_states,
-            arm_value=allocate.standing(state.arm_value, trained, evidence.promise[:a]),
+            arm_value=allocate.standing(state.arm_value, trained, scores.promise[:a]),
             arm_wins=state.arm_wins + (jnp.arange(a) == row) * arm_moved,
             leader=jnp.where(arm_moved, row, state.leader),
             current_arm=jnp.where(rolled, -1, jnp.where(moved, row, state.current_arm)),
@@ -283,34 +327,89 @@ def _move(
 
 
 def _promote(
-    state: State, pools: Pools, *, closing: jax.Array, apply: Apply, promise: Objective, config: EV3
+    state: State, pools: Pools, *, closing: jax.Array, apply: Apply, measures: Measures, config: EV3
 ) -> tuple[State, _Trial]:
-    """Lets the current student meet the champion on decide where that is worth a test; see core/adapt.py."""
+    """Lets the current student meet the champion on decide where that is worth a test; see core/adapt.py.
+
+    The test is about the goal that the champion breaks worst on assess, else about the promise; and one who would break a
+    goal that the champion meets on decide is kept from its place: for all that follows, that is a test which failed. A run
+    that decide ended, all goals being met, makes no test any more: that answer of decide has no budget to go with it.
+    """
     alpha = adapt.level(state.budget, closing)
+    goals, least = measures.goals, prioritise.least_of(measures.goals)
+    ruling = prioritise.ruling_of(prioritise.risks_of(state.champion_evidence, least), at_risk=0.0)
 
     def predict() -> jax.Array:
-        p_assess = adapt.mcnemar(state.current_evidence.promise, state.champion_evidence.promise)[2]
+        promised = functools.partial(adapt.mcnemar, state.current_evidence.promise, state.champion_evidence.promise)
+        if not goals:
+            return adapt.worth_testing(promised()[2], alpha, closing)
+        one, other = (prioritise.ruled(x, ruling).promise for x in (state.current_evidence, state.champion_evidence))
+        p_assess = jnp.where(ruling >= 0, _roughly(*paired(one, other)), promised()[2])
         return adapt.worth_testing(p_assess, alpha, closing)
 
-    def ask() -> tuple[jax.Array, ...]:
+    def ask() -> _Asked:
         logits = assess.logits_of(apply, state.current, pools.decide.inputs, batch_size=config.eval_batch_size)
-        candidate = promise(logits, pools.decide)
-        return candidate, *adapt.mcnemar(candidate, state.champion_decide)
+        candidate = measures.promise(logits, pools.decide)
+        trials = [adapt.mcnemar(candidate, state.champion_decide)]
+        champion = state.champion_goals
+        against = measures.standing(logits, pools.decide, state.champion_evidence)
+        if not (isinstance(champion, Standing) and isinstance(against, Standing)):
+            wins, losses, p_value = trials[0]
+            return _Asked(candidate, (), wins, losses, p_value, jnp.bool_(False))
+        for goal, ours, theirs in zip(goals, against.compared, champion.compared, strict=True):
+            trials.append(adapt.mcnemar(ours, theirs) if goal.shares else adapt.betting(ours, theirs))
+        wins, losses, p_value = [jnp.stack(column)[ruling + 1] for column in zip(*trials, strict=True)]
+        kept = ((champion.metric >= least) & ~(against.metric >= least)).any()
+        standing = measures.standing(logits, pools.decide, state.current_evidence)
+        return _Asked(candidate, standing, wins, losses, p_value, kept)
 
-    def rest() -> tuple[jax.Array, ...]:
-        return state.champion_decide, jnp.int32(0), jnp.int32(0), jnp.float32(1)
+    def rest() -> _Asked:
+        none = jnp.int32(0)
+        return _Asked(state.champion_decide, state.champion_goals, none, none, jnp.float32(1), jnp.bool_(False))
 
-    due = adapt.due(state.cost, state.tested_cost, closing)
+    due = adapt.due(state.cost, state.tested_cost, closing) & ~state.met
     tested = jax.lax.cond(due, predict, lambda: jnp.bool_(False))
-    candidate, wins, losses, p_value = jax.lax.cond(tested, ask, rest)
-    promoted = tested & (p_value <= alpha)
+    asked = jax.lax.cond(tested, ask, rest)
+    proven = tested & (asked.p_value <= alpha)
+    promoted = proven & ~asked.kept
     won = (jnp.arange(state.arm_promotions.shape[0]) == state.current_arm) & promoted
     state = state._replace(
         champion=_where(promoted, state.current, state.champion),
         champion_evidence=_where(promoted, state.current_evidence, state.champion_evidence),
-        champion_decide=_where(promoted, candidate, state.champion_decide),
+        champion_decide=_where(promoted, asked.candidate, state.champion_decide),
+        champion_goals=_where(promoted, asked.standing, state.champion_goals),
         arm_promotions=state.arm_promotions + won,
         tested_cost=jnp.where(tested, state.cost, state.tested_cost),
         budget=adapt.spend(state.budget, closing, tested, promoted),
     )
-    return state, _Trial(tested, promoted, wins, losses, alpha, p_value)
+    return state, _Trial(tested, promoted, asked.wins, asked.losses, alpha, asked.p_value, ruling, proven & asked.kept)
+
+
+class _Asked(NamedTuple):
+    """What decide says of a candidate."""
+
+    candidate: jax.Array  # [N] promise scores
+    standing: Standing | tuple[()]
+    wins: jax.Array
+    losses: jax.Array
+    p_value: jax.Array
+    kept: jax.Array
+
+
+def _roughly(gain: jax.Array, se: jax.Array) -> jax.Array:
+    """A normal p-value: it predicts, and proves nothing."""
+    return jnp.where(gain > 0, jax.scipy.stats.norm.sf(gain / jnp.maximum(se, 1e-12)), 1.0)
+
+
+def _met(
+    state: State, pools: Pools, risks: jax.Array, *, apply: Apply, goals: Sequence[Goal], level: float, config: EV3
+) -> State:
+    """Asks decide whether all goals are met, where assess says so and the run's cost has grown by a tenth since."""
+
+    def ask() -> jax.Array:
+        logits = assess.logits_of(apply, state.current, pools.decide.inputs, batch_size=config.eval_batch_size)
+        return jnp.stack([goal.refuted(logits, pools.decide) <= level for goal in goals]).all()
+
+    due = (risks.min() >= prioritise.AT_RISK) & (state.cost > 1.1 * state.met_cost) & ~state.closed
+    met = jax.lax.cond(due, ask, lambda: jnp.bool_(False))
+    return state._replace(met=state.met | met, met_cost=jnp.where(due, state.cost, state.met_cost))

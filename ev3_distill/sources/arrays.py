@@ -16,6 +16,7 @@ from ev3_distill.sources.dataset import Dataset, Reading, fingerprint
 from ev3_distill.sources.decoded import Notes, RowWriter, cached
 from ev3_distill.sources.rows import Part, RowFile
 from ev3_distill.sources.zipped import Archive
+from ev3_distill.types import MOST_GROUPS
 
 _UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, zlib.error)
 _SEQUENCES = "sequences"
@@ -59,12 +60,12 @@ def load(place: str, reading: Reading) -> Dataset:
         labels = [_labels(archive, members, y, x, path) for (_, y), x in zip(pairs, examples, strict=True)]
         given = _array(archive, members, "class_names") if "class_names" in members else None
         names = _class_names(np.concatenate(labels), given, path)
+        groups, group_names = _groups(archive, members, examples)
         inputs = _inputs(archive, examples, path, reading)
     together = np.concatenate(labels).astype(np.int32)
     test_rows = np.arange(len(labels[0]), len(together)) if len(pairs) > 1 else None
-    return Dataset(
-        inputs, together, len(names), names, test_rows, f"npz:{place}", fingerprint(inputs, together, test_rows)
-    )
+    digest = fingerprint(inputs, together, test_rows, groups)
+    return Dataset(inputs, together, len(names), names, test_rows, f"npz:{place}", digest, groups, group_names)
 
 
 @contextlib.contextmanager
@@ -181,6 +182,31 @@ def _class_names(labels: np.ndarray, names: np.ndarray | None, path: Path) -> tu
             "number classes from 0 without gaps or add class_names"
         )
     return tuple(str(name) for name in (range(high + 1) if names is None else names))
+
+
+def _groups(
+    archive: Archive, members: dict[str, zipfile.ZipInfo], examples: list[Member]
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """The subgroup of each example, [N] int32 from 0, and the groups' names, from `groups` of numbers or text; none without."""
+    names = ["groups"] if len(examples) == 1 else [f"{part}groups" for part in _PARTS]
+    if not any(name in members for name in names):
+        return None, ()
+    missing = [name for name in names if name not in members]
+    found = [] if missing else [_array(archive, members, name) for name in names]
+    lengths = [member.shape[:1] for member in examples]
+    if missing or [array.shape for array in found] != lengths or any(array.dtype.kind not in "uiU" for array in found):
+        got = f"no {missing[0]}" if missing else ", ".join(f"{array.dtype} {list(array.shape)}" for array in found)
+        raise InputError(
+            f"{archive.path}: groups must be a number or a text for each example, {[n for (n,) in lengths]}; got {got}: mend "
+            "or remove them"
+        )
+    kinds, groups = np.unique(np.concatenate([array.astype(str) for array in found]), return_inverse=True)
+    if len(kinds) > MOST_GROUPS:
+        raise InputError(
+            f"{archive.path}: groups must be {MOST_GROUPS} at most; got {len(kinds)}: merge some, for they must have examples "
+            "enough to promise anything of"
+        )
+    return groups.astype(np.int32), tuple(map(str, kinds))
 
 
 def _inputs(archive: Archive, members: list[Member], path: Path, reading: Reading) -> np.ndarray | RowFile:

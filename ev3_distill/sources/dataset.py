@@ -24,6 +24,8 @@ class Dataset:
     test_rows: np.ndarray | None  # rows that the source has set apart as test
     source: str
     fingerprint: str  # sha256 of all that the arrays follow from, in hexadecimal
+    groups: np.ndarray | None = None  # [N] int32, the subgroup of each example, where the source tells any
+    group_names: tuple[str, ...] = ()
 
 
 def _warn(message: str) -> None:
@@ -48,16 +50,19 @@ class Reading:
     """Hears of progress: (done, total)."""
 
 
-def fingerprint(inputs: np.ndarray | RowFile, labels: np.ndarray, test_rows: np.ndarray | None) -> str:
+def fingerprint(
+    inputs: np.ndarray | RowFile, labels: np.ndarray, test_rows: np.ndarray | None, groups: np.ndarray | None = None
+) -> str:
     """The SHA-256 of arrays, in hexadecimal; the same in memory and on disk.
 
     Args:
       inputs: [N, ...].
       labels: [N].
       test_rows: [M], or none.
+      groups: [N], or none.
     """
     digest = hashlib.sha256()
-    for array in (inputs, labels, test_rows):
+    for array in (inputs, labels, test_rows, groups):
         if array is not None:
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             for chunk in in_chunks(array):

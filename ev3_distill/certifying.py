@@ -1,0 +1,91 @@
+"""Certifying: the sealed split is opened, on record, and the student that is final is certified from it."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ev3_distill import opening, run
+from ev3_distill.certificate import Certificate
+from ev3_distill.claims import Bound, digest_of_costs, latency, said
+from ev3_distill.guards import KNOWN, Guard
+from ev3_distill.latency import passes_ms
+from ev3_distill.network import count_params
+from ev3_distill.sources import Dataset
+from ev3_distill.types import Batch, Network, Variables
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asked:
+    """What is to be promised, fixed before the split is opened."""
+
+    metrics: Sequence[str]
+    class_names: Sequence[str]
+    confidence: float
+    costs: np.ndarray | None = None  # [K, K], for a claim on them
+
+
+def metrics_asked(guards: Iterable[Guard], *, labelled: bool, teacher: bool) -> list[str]:
+    """Accuracy where there are labels, agreement where there is a teacher, and what guards ask for, each once."""
+    promised = [name for name, holds in (("accuracy", labelled), ("agreement", teacher)) if holds]
+    return list(dict.fromkeys([*promised, *(guard.metric for guard in guards if guard.metric not in KNOWN)]))
+
+
+def certified(
+    directory: Path,
+    network: Network,
+    variables: Variables,
+    dataset: Dataset,
+    *,
+    test: Iterable[Batch],
+    asked: Asked,
+    teacher: bool,
+    batch_size: int,
+) -> tuple[Certificate, float | None]:
+    """Opens a run's sealed split for its student, and writes what may be promised; also the teacher's own accuracy there.
+
+    Args:
+      directory: of the run.
+      network: the student's.
+      variables: the student's, final.
+      dataset: that the split is of.
+      test: the split in parts, which nobody has looked at before this.
+      asked: what is to be promised.
+      teacher: whether there is one.
+      batch_size: examples of one forward pass.
+    """
+    labelled = bool((dataset.labels >= 0).any())
+    student = opening.digest_of(variables)
+    opening.open_split(
+        directory, student, asked.metrics, confidence=asked.confidence, costs=digest_of_costs(asked.costs)
+    )
+    outputs = run.outputs_of(network, variables, test, labelled=labelled, teacher=teacher, batch_size=batch_size)
+    certificate = run.certificate_of(
+        outputs._replace(num_groups=len(dataset.group_names)),
+        asked.metrics,
+        class_names=asked.class_names,
+        group_names=dataset.group_names,
+        confidence=asked.confidence,
+        costs=asked.costs,
+        measured=measured(asked.metrics, network, variables, dataset),
+    )
+    run.write_certificate(directory, certificate, student)
+    if not labelled or outputs.teacher_logits is None:
+        return certificate, None
+    right = said(outputs.teacher_logits) == outputs.labels
+    return certificate, float(right[outputs.labels >= 0].mean())
+
+
+def measured(metrics: Sequence[str], network: Network, variables: Variables, dataset: Dataset) -> dict[str, Bound]:
+    """Those of the claims that stand on measurements of their own, made here."""
+    if "latency_ms" not in metrics:
+        return {}
+    return {"latency_ms": latency(passes_ms(network, variables, dataset.inputs[:1][0]))}
+
+
+def known_of(variables: Variables) -> dict[str, int]:
+    """What is known of a student without an example: trained parameters, and bytes of all its arrays as they are saved."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
+    return {"params": count_params(variables), "bytes": size}
