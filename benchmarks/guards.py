@@ -38,7 +38,7 @@ from ev3_distill.sources import Dataset, load_data
 from teachers.flax import forward
 
 KEY = ("seed", "contender")  # names a row
-GUARDS = ("accuracy >= 0.94", "worst_class_accuracy >= 0.84", "ece <= 0.02")
+GUARDS = ("accuracy >= 0.92", "worst_class_accuracy >= 0.75", "ece <= 0.03")
 COST = {"full": 8000, "smoke": 400}
 TEACHER_COST = {"full": 3000, "smoke": 300}
 FEWEST = 1 / 20  # of the rarest digit, to the commonest

@@ -177,6 +177,7 @@ class State(NamedTuple):
     arm_wins: jax.Array  # [A] int32, times its proposal became current
     arm_promotions: jax.Array  # [A] int32, times its proposal became champion
     leader: jax.Array  # int32, the arm that exploration exploits
+    round: jax.Array  # int32, iterations since the arms' race began
     current_arm: jax.Array  # int32, the arm that made `current`; A for the average, -1 for none
     length: jax.Array  # float32, present trajectory length in steps
     stale: jax.Array  # int32, iterations since `current` last moved

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ev3_distill import objectives
 from ev3_distill.config import EV3
 from ev3_distill.core import allocate, initial_state, make_step
-from ev3_distill.types import Arm, Batch, Pools, Variables
+from ev3_distill.types import Arm, Batch, Pools, State, Variables
 
 ARMS = (1, 2, 3, 6)
 few = settings(deadline=None, max_examples=60)
@@ -214,3 +214,18 @@ def test_the_best_arm_gets_most():
         assert cost.sum() == 300
         assert int(state.leader) == cost.argmax() == int(np.argmax(SPEEDS))
         assert cost.max() > 150
+
+
+@pytest.mark.parametrize(
+    ("pressing", "stale", "round_", "again"),
+    [(True, 1, 3, True), (False, 1, 3, False), (True, 0, 3, False), (True, 5, 2, False), (True, 5, 0, False)],
+)
+def test_arms_race_again_where_a_goal_presses_and_the_leader_is_stuck(pressing, stale, round_, again):
+    changes = {"stale": jnp.int32(stale), "round": jnp.int32(round_), "length": jnp.float32(300)}
+    shown = jnp.array([0.0, -3, -2, -10])  # four arms race for two rounds
+    state = State(**{**dict.fromkeys(State._fields), **changes, "arm_value": shown})
+    after = allocate.race_again(state, jnp.bool_(pressing), config=EV3(length=50))
+    assert (int(after.round), float(after.length)) == ((0, 150) if again else (round_, 300))
+    np.testing.assert_array_equal(after.arm_value, np.zeros(4) if again else shown)
+    racing = never_explores(jax.random.key(0), after.round, after.arm_value, jnp.int32(0))
+    assert int(racing.sum()) == (4 if again or round_ == 0 else 1)

@@ -4,16 +4,43 @@ First a race by successive halving (Jamieson and Talwalkar 2016): all arms, then
 trains alone but for a challenger now and then, drawn with odds that follow what each arm has shown beside the best.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from ev3_distill.config import EV3
 from ev3_distill.core.assess import paired
+from ev3_distill.types import State
 
 SOFT = 2.0
 REST = (
     0.85  # what is left of a resting arm's distance from level: what the start of a run showed says little of its end
 )
+
+
+def rounds_of(arms: int) -> int:
+    """Iterations of a race among so many arms, until one is left."""
+    return math.ceil(math.log2(arms))
+
+
+def race_again(state: State, pressing: jax.Array, *, config: EV3) -> State:
+    """Lets all arms race anew where a goal presses and the leader, alone since the last race, no longer moves the student.
+
+    What the arms have shown was shown of another objective, or of a student that they could still improve; so all start
+    level, and on trajectories half as long.
+
+    Args:
+      state: after this iteration's move.
+      pressing: scalar bool, whether a goal ruled, or kept a proposal from being taken.
+      config: of the run.
+    """
+    again = pressing & (state.stale > 0) & (state.round > rounds_of(state.arm_value.shape[0]))
+    return state._replace(
+        round=jnp.where(again, 0, state.round),
+        arm_value=jnp.where(again, 0.0, state.arm_value),
+        length=jnp.where(again, jnp.maximum(state.length / 2, config.length), state.length),
+    )
 
 
 def active_arms(
@@ -23,7 +50,7 @@ def active_arms(
 
     Args:
       key: consumed.
-      iteration: int32, from 0; iteration r races the best ceil(A / 2^r) arms until one is left.
+      iteration: int32, of the race, from 0; iteration r races the best ceil(A / 2^r) arms until one is left.
       value: [A] standing of each arm in standard errors, 0 is level with the best, lower is worse.
       leader: int32.
       exploration: probability of one challenger after the race.

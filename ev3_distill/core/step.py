@@ -78,6 +78,7 @@ def initial_state(
         arm_wins=jnp.zeros(a, jnp.int32),
         arm_promotions=jnp.zeros(a, jnp.int32),
         leader=zero,
+        round=zero,
         current_arm=jnp.int32(-1),
         length=jnp.float32(config.length),
         stale=zero,
@@ -127,7 +128,7 @@ def make_parts(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.iteration)
         spent = state.cost / limit
         exploration = config.exploration * (1 - spent)
-        active = allocate.active_arms(key, state.iteration, state.arm_value, state.leader, exploration=exploration)
+        active = allocate.active_arms(key, state.round, state.arm_value, state.leader, exploration=exploration)
         steps = allocate.steps_of(active, state.leader, lengths, state.length, remaining)
         each = steps.sum() / jnp.maximum(steps, 1) / limit
         return Plan(steps, spent, each, remaining)
@@ -156,7 +157,8 @@ def make_parts(
         proposals = explore.proposals_of(arm_states, students, steps)
         evidence = assess.assess(apply, proposals, pools.assess, measures, batch_size=config.eval_batch_size)
         least = prioritise.least_of(goals)
-        ruling = prioritise.ruling_of(prioritise.risks_of(state.current_evidence, least))
+        before = state.current_evidence
+        ruling = prioritise.ruling_of(prioritise.risks_of(before, least))
         state, choice, rolled = _move(
             state, arms, proposals, evidence, steps, ruling=ruling, least=least, config=config
         )
@@ -167,6 +169,9 @@ def make_parts(
             arm_cost=state.arm_cost + steps,
             closed=closing,
         )
+        if goals:
+            refused = prioritise.breaks(evidence, before, least) & proposals.active
+            state = allocate.race_again(state, refused.any() | (ruling >= 0), config=config)
         state, trial = _promote(state, pools, closing=closing, apply=apply, measures=measures, config=config)
         risks = prioritise.risks_of(state.current_evidence, least)
         if stop_level is not None and goals:
@@ -284,7 +289,7 @@ def _move(
       lies no further below any goal.
     """
     a = len(arms)
-    racing = state.iteration < jnp.ceil(jnp.log2(a))
+    racing = state.round < allocate.rounds_of(a)
     takeover = jnp.where(racing, 0.0, config.takeover)
     sound = proposals.active & ~prioritise.breaks(evidence, state.current_evidence, least)
     scores, reference = (prioritise.ruled(x, ruling) for x in (evidence, state.current_evidence))
@@ -320,6 +325,7 @@ def _move(
             current_arm=jnp.where(rolled, -1, jnp.where(moved, row, state.current_arm)),
             length=jnp.where(trained.any(), length, state.length),
             stale=jnp.where(moved | rolled, 0, state.stale + 1),
+            round=state.round + 1,
         ),
         choice,
         rolled,
