@@ -45,8 +45,8 @@ def run(suite: str, *, seeds: int, size: str, out: Path | None = None) -> None:
       suite: a name of SUITES.
       seeds: repetitions, with the seeds from 0.
       size: full, or smoke, which proves nothing.
-      out: directory for `rows.jsonl` (what the rows stand on, then each row as it comes) and `table.md`. Rows that are
-        there already are kept, not measured again.
+      out: directory for `rows.jsonl` (what the rows stand on, then each row as it comes), `table.md`, and `plot.svg` of
+        a suite that draws one. Rows that are there already are kept, not measured again.
 
     Raises:
       InputError: no such suite or size, no seed, or rows in `out` that stand on something else.
@@ -67,7 +67,17 @@ def run(suite: str, *, seeds: int, size: str, out: Path | None = None) -> None:
     table = f"{SUITES[suite].table(rows)}\n\n{_told(basis)}\n"
     if out is not None:
         (out / "table.md").write_text(table)
+        if hasattr(SUITES[suite], "plot"):
+            _draw(SUITES[suite].plot(rows), out / "plot.svg")
     print(table, end="")
+
+
+def _draw(figure: Any, path: Path) -> None:
+    """Writes a figure that is the same for the same rows."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def provenance(suite: str, *, seeds: int, size: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ the remaining 547 for the truth, which are too few to tell it. It proves nothing
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,9 @@ from ev3_distill.pool import held_out, resident
 from ev3_distill.sources import load_data
 from ev3_distill.types import Network, Pools, Variables
 from teachers.flax import forward
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 KEY = ("seed", "run")  # names a row
 RUNS = {"full": 50, "smoke": 3}  # of a seed: ten seeds, as by default, are 500 runs
@@ -251,6 +254,27 @@ def beyond(claim: Mapping[str, Any]) -> float:
     """By how much a claim is better than the truth; it holds where that is 0 or less."""
     lower, upper, truth = claim.get("lower_bound"), claim.get("upper_bound"), claim["truth"]
     return max(([] if lower is None else [lower - truth]) + ([] if upper is None else [truth - upper]))
+
+
+def plot(rows: Sequence[dict[str, Any]]) -> "Figure":
+    """How far what is promised of accuracy lies beyond the truth: for each promise the share of runs up to there."""
+    from matplotlib.figure import Figure
+
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        certified = [claim for claim in row["claims"] if claim["metric"] == "accuracy"]
+        for claim in (*certified, *row["instead"]):
+            found.setdefault(claim["metric"], []).append(100 * beyond(claim))
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for metric, values in found.items():
+        name = "the certificate" if metric in CLAIMS else metric
+        axes.ecdf(values, label=f"{name}: true in {100 * np.mean(np.array(values) <= 0):.0f} %")
+    axes.axvspan(0, max(map(max, found.values())), color="0.93", zorder=0)
+    axes.axhline(CONFIDENCE, color="0.5", lw=0.8, ls=":")
+    axes.set(xlabel="promised accuracy less the true one, points (shaded: false)", ylabel="share of runs", ylim=(0, 1))
+    axes.legend(fontsize="small", frameon=False, loc="lower right")
+    return figure
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

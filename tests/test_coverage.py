@@ -197,11 +197,14 @@ def test_smoke_resumes(taught, tmp_path, capsys):
     assert all(60 <= row["budget"] <= 150 for row in rows)
     assert len({row["claims"][0]["truth"] for row in rows}) == 4
     printed = capsys.readouterr().out
+    drawn = (tmp_path / "plot.svg").read_bytes()
+    assert b"<svg" in drawn
     path.write_text("".join([head, *lines[:2], lines[3]]))
     benchmarks.run("coverage", seeds=2, size="smoke", out=tmp_path)
     *_, last = path.read_text().splitlines(keepends=True)
     assert last == lines[2]  # the very same run
     assert capsys.readouterr().out == printed
+    assert (tmp_path / "plot.svg").read_bytes() == drawn
     assert list(coverage.collect(seeds=2, size="smoke", done=[(s, r) for s in range(2) for r in range(2)])) == []
 
 

@@ -162,3 +162,20 @@ def test_a_control_tells_by_how_much_distillation_helped(cli, here):
     refused = cli("compress", *FAST, *options[2:], "--data", "npz:unlabelled.npz", "--out", "other")
     assert refused.code == 2
     assert "a control that learns by labels alone needs labels" in refused.err
+
+
+def test_a_run_stops_once_its_guards_are_met(cli, here):
+    inputs, labels = blobs(spread=0.3)
+    data = save("data.npz", inputs, labels)
+    np.savez("logits.npz", logits=(4 * np.eye(3)[labels]).astype(np.float32))
+    options = ("--student", "mlp:hidden=16", "--budget", "20000", "--data", data, "--teacher", "logits:logits.npz")
+    guards = ("--guard", "accuracy >= 0.8", "--guard", "worst_class_accuracy >= 0.7", "--guard", "params <= 500")
+    assert cli("compress", *options, *guards, "--stop-when-met", "--out", "run").code == 0
+    report = report_of(here / "run")
+    assert report["met"]
+    assert report["cost"]["steps"] < 10_000
+    assert all(guard["certified"] for guard in report["guards"])
+    assert "every guard that training can change" in (here / "run" / "report.html").read_text()
+    refused = cli("compress", *options, "--stop-when-met", "--out", "other")
+    assert refused.code == 2
+    assert "stop_when_met needs a guard; got none" in refused.err
