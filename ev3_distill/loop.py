@@ -12,7 +12,7 @@ import numpy as np
 from ev3_distill import objectives
 from ev3_distill.compiling import jit
 from ev3_distill.config import EV3
-from ev3_distill.core import initial_state, make_parts, make_step
+from ev3_distill.core import initial_state, make_parts, make_step, prioritise
 from ev3_distill.core.assess import Measures, logits_of, score
 from ev3_distill.core.packing import Packed, Packing
 from ev3_distill.pool import sampler
@@ -22,13 +22,11 @@ from ev3_distill.types import (
     Decision,
     Evidence,
     Goal,
-    GoalEvidence,
     Network,
     Objective,
     Pools,
     PyTree,
     Sample,
-    Standing,
     State,
     Variables,
 )
@@ -74,7 +72,6 @@ class Distillation:
         rules: dict[str, Any] = {"select": select, "promise": promise, "goals": tuple(goals)}
         measures = Measures(**rules)
         self.goals = tuple(goals)
-        self._least = np.array([goal.least for goal in goals])
         self._step = make_step(student.apply, arms, sample, **rules, stop_level=stop_level, config=config)
         self._parts = make_parts(student.apply, arms, sample, **rules, stop_level=stop_level, config=config)
         self._programs: dict[str, Callable[..., Any]] = {}
@@ -261,30 +258,35 @@ class Distillation:
         return self.unpack(packed)
 
     def delivered(self, pools: Pools, state: State, policy: str = "best") -> tuple[str, Variables]:
-        """The student to deliver: 'champion' or 'current', and its variables.
+        """The student to deliver: 'champion', 'current' or 'safest', and its variables.
 
-        The champion is proven; the current student has usually gone on since, by gains too small to prove on decide.
-        Policy `best` takes the current one where decide shows it to break fewer goals, or as many and a strictly higher
-        promise score; policy `champion` never does.
+        The champion is proven; the current student has usually gone on since, by gains too small to prove on decide. Policy
+        `best` takes the one that decide ranks strictly higher, among these and, where the run has goals, the student that was
+        safest on assess; policy `champion` never takes another. A run that decide ended delivers what it proved.
         """
-        if policy == "best":
-            current = self.evaluate(state.current, pools.decide)
-            if self._rank(current.promise, current.goals) > self._rank(state.champion_decide, state.champion_goals):
-                return "current", state.current
-        return "champion", state.champion
+        if policy != "best":
+            return "champion", state.champion
+        if bool(state.met):
+            return "current", state.current
+        champion = self.evaluate(state.champion, pools.decide)._replace(promise=state.champion_decide)
+        which, delivered, highest = "champion", state.champion, self._rank(champion)
+        for name, student in (("current", state.current), ("safest", state.safest)):
+            if isinstance(student, Variables) and (rank := self._rank(self.evaluate(student, pools.decide))) > highest:
+                which, delivered, highest = name, student, rank
+        return which, delivered
 
     def outranks(self, pools: Pools, one: Variables, other: Variables) -> bool:
-        """Whether decide shows one student to break fewer goals than another, or as many and to score strictly higher."""
-        scores = [self.evaluate(student, pools.decide) for student in (one, other)]
-        ours, theirs = (self._rank(scored.promise, scored.goals) for scored in scores)
+        """Whether decide ranks one student strictly higher than another."""
+        ours, theirs = (self._rank(self.evaluate(student, pools.decide)) for student in (one, other))
         return ours > theirs
 
-    def _rank(self, promise: jax.Array, goals: GoalEvidence | Standing | tuple[()]) -> tuple[int, float]:
-        """Goals met on decide, and the mean promise score there."""
-        if isinstance(goals, tuple) and not goals:
-            return 0, float(promise.mean())
-        metric = goals.score.mean(axis=-1) if isinstance(goals, GoalEvidence) else goals.metric
-        return int((np.asarray(metric) >= self._least).sum()), float(promise.mean())
+    def _rank(self, evidence: Evidence) -> tuple[int, float, float]:
+        """Goals met on decide; how far it lies above the nearest goal, up to where none is at risk; its mean promise score."""
+        promise = float(evidence.promise.mean())
+        if not self.goals:
+            return 0, 0.0, promise
+        risks = np.asarray(prioritise.risks_of(evidence, prioritise.least_of(self.goals)))
+        return int((risks >= 0).sum()), min(float(risks.min()), prioritise.AT_RISK), promise
 
     def _timed(self, work: Callable[[], Any]) -> Any:
         began = time.perf_counter()

@@ -171,6 +171,10 @@ class State(NamedTuple):
     champion_evidence: Evidence  # its scores on assess, leaves [N]
     champion_decide: jax.Array  # [N] its promise scores on decide
     champion_goals: Standing | tuple[()]  # on decide, where the run has goals
+    safest: (
+        Variables | tuple[()]
+    )  # of all students that were current, the one least at risk on assess; none without goals
+    safest_risk: jax.Array  # float32, by how many standard errors it lay above the goal nearest to it
     arm_states: tuple[PyTree, ...]  # each arm's, ready to go on from `current`
     arm_value: jax.Array  # [A] how each arm compares with the best beside it, in standard errors, 0 is level
     arm_cost: jax.Array  # [A] int32, steps spent

@@ -72,6 +72,8 @@ def initial_state(
         champion_evidence=evidence,
         champion_decide=promise(on_decide, pools.decide),
         champion_goals=measures.standing(on_decide, pools.decide, evidence),
+        safest=variables if goals else (),
+        safest_risk=jnp.float32(-jnp.inf),
         arm_states=tuple(arm.init(variables) for arm in arms),
         arm_value=jnp.zeros(a),
         arm_cost=jnp.zeros(a, jnp.int32),
@@ -174,6 +176,12 @@ def make_parts(
             state = allocate.race_again(state, refused.any() | (ruling >= 0), config=config)
         state, trial = _promote(state, pools, closing=closing, apply=apply, measures=measures, config=config)
         risks = prioritise.risks_of(state.current_evidence, least)
+        if goals:
+            safer = risks.min() > state.safest_risk
+            state = state._replace(
+                safest=_where(safer, state.current, state.safest),
+                safest_risk=jnp.where(safer, risks.min(), state.safest_risk),
+            )
         if stop_level is not None and goals:
             state = _met(state, pools, risks, apply=apply, goals=goals, level=stop_level, config=config)
         verdict = jnp.where(choice.moves, ADOPT, KEEP)
