@@ -173,7 +173,7 @@ def test_the_mean_cost():
     assert one.least == -1.5
     compared = np.asarray(one.compared(logits, split, jnp.int32(0)))
     np.testing.assert_allclose(compared, 1 - (paid - costs.min()) / np.ptp(costs), atol=1e-5)
-    certain = goal("cost", 1.5, costs=costs).smooth(1000 * logits, split)
+    certain = goal("cost", 1.5, costs=costs).smooth(1e6 * logits, split)
     np.testing.assert_allclose(certain, -paid, rtol=1e-3)
     with pytest.raises(ValueError, match=r"cost \(with its table\) or MODULE:FUNCTION; got 'cost'"):
         goal("cost", 1.5)
