@@ -73,7 +73,7 @@ def initial_state(
         champion_decide=promise(on_decide, pools.decide),
         champion_goals=measures.standing(on_decide, pools.decide, evidence),
         safest=variables if goals else (),
-        safest_risk=jnp.float32(-jnp.inf),
+        safest_risk=jnp.float32(jnp.finfo(jnp.float32).min),
         arm_states=tuple(arm.init(variables) for arm in arms),
         arm_value=jnp.zeros(a),
         arm_cost=jnp.zeros(a, jnp.int32),
