@@ -79,17 +79,7 @@ def _with_own_teacher(
     directory: Path, chosen: config.Compress, dataset: Dataset, given: dict[str, Any], *, resume: bool
 ) -> dict[str, Any]:
     """The run in which a teacher is trained first."""
-    recipe = config.Teach(
-        data=chosen.data,
-        network=chosen.teacher_network,
-        budget=chosen.teacher_budget,
-        seed=chosen.seed,
-        augment=chosen.augment,
-        memory=chosen.memory,
-        skip_corrupt=chosen.skip_corrupt,
-        checkpoint_s=chosen.checkpoint_s,
-        splits=chosen.splits,
-    )
+    recipe = _recipe(chosen, chosen.teacher_network, chosen.teacher_budget)
     _check_labelled(dataset, "a teacher that is trained here")
     of_teacher = checked(recipe, recipe.network, dataset, dataset.num_classes)
     task, arms = _task(chosen, dataset, dataset.num_classes, features_of(of_teacher.network))
@@ -103,6 +93,22 @@ def _with_own_teacher(
         load = functools.partial(students.load, factory=of_user)
         teacher = _loaded(f"flax:{own}{asked}", chosen, dataset, networks=load)
         return _distil(directory, chosen, task, arms, teacher, source=f"trained here: {chosen.teacher_network}")
+
+
+def _recipe(chosen: config.Compress, network: str, budget: str, ev3: config.EV3 | None = None) -> config.Teach:
+    """How a network is trained by labels alone within the run, on the run's own splits."""
+    return config.Teach(
+        data=chosen.data,
+        network=network,
+        budget=budget,
+        seed=chosen.seed,
+        augment=chosen.augment,
+        memory=chosen.memory,
+        skip_corrupt=chosen.skip_corrupt,
+        checkpoint_s=chosen.checkpoint_s,
+        splits=chosen.splits,
+        ev3=ev3 or config.EV3(),
+    )
 
 
 def _with_recorded(
@@ -165,18 +171,7 @@ def _controlled(directory: Path, chosen: config.Compress, task: Task) -> Task:
     """The task with its control, trained in the run's own directory, where one is wanted."""
     if not chosen.control:
         return task
-    recipe = config.Teach(
-        data=chosen.data,
-        network=chosen.student,
-        budget=chosen.budget,
-        seed=chosen.seed,
-        augment=chosen.augment,
-        memory=chosen.memory,
-        skip_corrupt=chosen.skip_corrupt,
-        checkpoint_s=chosen.checkpoint_s,
-        splits=chosen.splits,
-        ev3=chosen.ev3,
-    )
+    recipe = _recipe(chosen, chosen.student, chosen.budget, ev3=chosen.ev3)
     own = directory / "control"
     _teach(
         own, recipe, dataclasses.replace(task, teacher_features={}, guards=()), resume=(own / "config.toml").exists()
