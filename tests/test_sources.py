@@ -61,6 +61,15 @@ def test_digits():
     assert digits.fingerprint == "b1928e6c218481fdd34e37bb6ffd58ff76e98463514c32426c308c265f737f70"
 
 
+def test_digits_are_those_of_scikit_learn():
+    from sklearn.datasets import load_digits
+
+    digits, theirs = load_data("digits"), load_digits()
+    np.testing.assert_array_equal(digits.inputs[..., 0] * 16, theirs.images)
+    np.testing.assert_array_equal(digits.labels, theirs.target)
+    assert digits.class_names == tuple(map(str, theirs.target_names))
+
+
 # Arrays.
 
 
