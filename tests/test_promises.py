@@ -7,7 +7,8 @@ import pytest
 
 from ev3_distill.splits import SPLITS, shared, split_rows
 
-FAST = ("--student", "mlp:hidden=16", "--budget", "1200")
+SMALL = ("--student", "mlp:hidden=16", "--budget", "1200")
+FAST = (*SMALL, "--arms", "ce", "kd2")  # two of the default arms: each compiles a step
 
 
 def blobs(n=900, classes=3, seed=0, spread=0.6):
@@ -37,7 +38,7 @@ def test_a_teacher_that_is_wrong_on_one_class(cli, here):
     data = save("data.npz", inputs, labels)
     said = np.where(labels == 2, 1, labels)
     np.savez("logits.npz", logits=(4 * np.eye(3)[said]).astype(np.float32))
-    options = (*FAST, "--data", data, "--teacher", "logits:logits.npz", "--guard", "worst_class_accuracy >= 0.6")
+    options = (*SMALL, "--data", data, "--teacher", "logits:logits.npz", "--guard", "worst_class_accuracy >= 0.6")
     answer = cli("compress", *options, "--arms", "mse", "--out", "followed")
     assert answer.code == 3, answer
     assert "worst_class_accuracy >= 0.6" in answer.out + answer.err
@@ -64,7 +65,7 @@ def test_an_arm_that_diverges_harms_nobody(cli, here):
     inputs, labels = blobs()
     data = save("data.npz", inputs, labels)
     np.savez("logits.npz", logits=(4 * np.eye(3)[labels]).astype(np.float32))
-    options = (*FAST, "--data", data, "--teacher", "logits:logits.npz", "--arms", "ce", "1*mse@1e30")
+    options = (*SMALL, "--data", data, "--teacher", "logits:logits.npz", "--arms", "ce", "1*mse@1e30")
     assert cli("compress", *options, "--guard", "accuracy >= 0.8", "--out", "run").code == 0
     rows = [json.loads(line) for line in (here / "run" / "ledger.jsonl").read_text().splitlines()]
     assert sum(row["discarded"] for row in rows) > 0
@@ -128,7 +129,8 @@ def test_duplicates_across_splits_are_counted(cli, here, command):
         for earlier in SPLITS[:i]
     }
     assert shared(inputs, rows) == {names: count for names, count in by_hand.items() if count}
-    network = ("--network", "mlp:hidden=8") if command == "teach" else (*FAST[:2], "--teacher-budget", "100")
+    small = ("--teacher-network", "mlp:hidden=8", "--teacher-budget", "100")
+    network = ("--network", "mlp:hidden=8") if command == "teach" else (*FAST, *small)
     answer = cli(command, *network, "--budget", "100", "--data", data, "--out", "run")
     assert answer.code == 0
     for (later, earlier), count in by_hand.items():
@@ -149,7 +151,7 @@ def test_a_control_tells_by_how_much_distillation_helped(cli, here):
     data = save("data.npz", inputs, labels)
     np.savez("logits.npz", logits=np.random.default_rng(0).normal(size=(900, 3)).astype(np.float32))
     options = ("--data", data, "--teacher", "logits:logits.npz", "--control")
-    answer = cli("compress", *FAST, *options, "--arms", "mse", "--out", "run")
+    answer = cli("compress", *SMALL, *options, "--arms", "mse", "--out", "run")
     assert answer.code == 0, answer
     report = report_of(here / "run")
     control = report["control"]
@@ -168,7 +170,7 @@ def test_a_run_stops_once_its_guards_are_met(cli, here):
     inputs, labels = blobs(spread=0.3)
     data = save("data.npz", inputs, labels)
     np.savez("logits.npz", logits=(4 * np.eye(3)[labels]).astype(np.float32))
-    options = ("--student", "mlp:hidden=16", "--budget", "20000", "--data", data, "--teacher", "logits:logits.npz")
+    options = (*FAST, "--budget", "20000", "--data", data, "--teacher", "logits:logits.npz")
     guards = ("--guard", "accuracy >= 0.8", "--guard", "worst_class_accuracy >= 0.7", "--guard", "params <= 500")
     assert cli("compress", *options, *guards, "--stop-when-met", "--out", "run").code == 0
     report = report_of(here / "run")

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import SMALL, assert_same_run, rows_without_times, variables_of
 
-KILLS = 20
+KILLS = 12
 PIECES = 4
 LONGEST = 300  # seconds; a process that lives longer hangs
 
