@@ -117,6 +117,7 @@ class Arm(NamedTuple):
     propose: Callable[[PyTree, Draw, Stretch], tuple[PyTree, Variables]]
     # (state, draw, where in the run) -> (state, proposed student)
     length: float = 1.0  # of this arm's trajectory, relative to the run's
+    races: bool = True  # whether it takes part in the race that begins a run; else it only challenges who leads then
 
 
 class Proposals(NamedTuple):

@@ -18,8 +18,15 @@ from ev3_distill.types import Arm, Batch, Pools, State, Variables
 ARMS = (1, 2, 3, 6)
 few = settings(deadline=None, max_examples=60)
 CONFIG = EV3(length=20, max_length=400)
-active_arms = jax.jit(functools.partial(allocate.active_arms, exploration=0.5))
-never_explores = jax.jit(functools.partial(allocate.active_arms, exploration=0.0))
+
+
+def active_arms(key, iteration, value, leader, racers=None, exploration=0.5):
+    racers = tuple(racers or [True] * len(value))
+    return _active_arms(key, iteration, value, leader, racers=racers, spent=0.0, exploration=exploration)
+
+
+_active_arms = jax.jit(allocate.active_arms, static_argnames="racers")
+never_explores = functools.partial(active_arms, exploration=0.0)
 steps_of = jax.jit(allocate.steps_of)
 standing = jax.jit(allocate.standing)
 next_length = jax.jit(functools.partial(allocate.next_length, config=CONFIG))
@@ -114,10 +121,39 @@ def test_the_leader_races_whatever_its_standing(leader):
     np.testing.assert_array_equal(np.flatnonzero(active), sorted([leader, *others[:2]]))
 
 
+def how_often(iteration, value, racers, spent=0.0):
+    draw = functools.partial(allocate.active_arms, racers=racers, spent=spent, exploration=0.4)
+    each = jax.jit(jax.vmap(lambda key: draw(key, iteration, value, jnp.int32(0))))
+    return np.asarray(each(jax.random.split(jax.random.key(0), 20_000))).mean(0)
+
+
+def test_who_does_not_race_only_challenges():
+    value, racers = np.float32([0, -1, -2, 0]), (True, True, True, False)
+    for iteration, count in enumerate([3, 2, 1]):
+        active = never_explores(jax.random.key(0), np.int32(iteration), value, np.int32(0), racers)
+        np.testing.assert_array_equal(active, np.arange(4) < count)
+    assert how_often(1, value, racers, spent=0.25)[3] == 0  # while others race
+    assert how_often(2, value, racers, spent=0.2)[3] == 0  # so early
+    assert 0.1 < how_often(2, value, racers, spent=0.25)[3] < 0.2
+
+
+def test_one_racer_leads_from_the_start_and_is_challenged_late():
+    value, racers = np.float32([0, 0]), (True, False)
+    np.testing.assert_array_equal(how_often(0, value, racers), [1, 0])
+    often = how_often(0, value, racers, spent=0.25)
+    assert often[0] == 1
+    assert often[1] == pytest.approx(0.3, abs=0.015)
+
+
+def test_where_no_arm_would_race_all_do():
+    arms = [Arm("a", None, None, races=False), Arm("b", None, None), Arm("c", None, None, races=False)]
+    assert allocate.racers_of(arms) == (False, True, False)
+    assert allocate.racers_of(arms[::2]) == (True, True)
+
+
 def test_challengers_come_as_often_as_asked_and_the_better_more_often():
     value = np.float32([0, -0.5, -9, -1])
-    draw = jax.jit(jax.vmap(lambda key: allocate.active_arms(key, 9, value, jnp.int32(0), exploration=0.3)))
-    often = np.asarray(draw(jax.random.split(jax.random.key(0), 20_000))).mean(0)
+    often = how_often(9, value, racers=(True,) * 4, spent=0.25)
     assert often[0] == 1
     assert often[1:].sum() == pytest.approx(0.3, abs=0.015)
     assert often[1] > often[3] > often[2]
@@ -224,7 +260,7 @@ def test_arms_race_again_where_a_goal_presses_and_the_leader_is_stuck(pressing, 
     changes = {"stale": jnp.int32(stale), "round": jnp.int32(round_), "length": jnp.float32(300)}
     shown = jnp.array([0.0, -3, -2, -10])  # four arms race for two rounds
     state = State(**{**dict.fromkeys(State._fields), **changes, "arm_value": shown})
-    after = allocate.race_again(state, jnp.bool_(pressing), config=EV3(length=50))
+    after = allocate.race_again(state, jnp.bool_(pressing), racers=(True,) * 4, config=EV3(length=50))
     assert (int(after.round), float(after.length)) == ((0, 150) if again else (round_, 300))
     np.testing.assert_array_equal(after.arm_value, np.zeros(4) if again else shown)
     racing = never_explores(jax.random.key(0), after.round, after.arm_value, jnp.int32(0))

@@ -315,9 +315,18 @@ def test_default_names_follow_the_family_and_the_labels():
     assert default_names(of_mlp) == DEFAULT
     assert default_names({"factory": "mine:make"}) == DEFAULT
     assert default_names(of_mlp, labels=False) == tuple(name for name in DEFAULT if name != "ce")
-    assert default_names(of_resnet) == default_names(of_resnet, labels=False) == CONVOLUTIONAL
+    assert default_names(of_resnet) == CONVOLUTIONAL
+    assert default_names(of_resnet, labels=False) == CONVOLUTIONAL[:1]
     assert set(CONVOLUTIONAL) | {name_for_labels(of_resnet), name_for_labels(of_mlp)} <= set(ARMS)
     assert (name_for_labels(of_mlp), name_for_labels(of_resnet)) == ("ce", "ce-muon")
+
+
+@pytest.mark.parametrize("family", ["mlp", "resnet"])
+def test_labels_alone_always_compete(family):
+    """In the default portfolio, and so that they do not lead a convolutional student's first race."""
+    arms = arms_named(linear_apply, default_names({"family": family}))
+    assert [arm.name for arm in arms if arm.name.startswith("ce")]
+    assert [arm.name for arm in arms if not arm.races] == ([] if family == "mlp" else ["ce-muon-challenger"])
 
 
 def test_an_annealed_arm_stops_where_the_budget_ends():

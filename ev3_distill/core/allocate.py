@@ -1,30 +1,38 @@
 """Allocate: which arms train in an iteration and for how long, so that a portfolio costs little more than its best member.
 
-First a race by successive halving (Jamieson and Talwalkar 2016): all arms, then the better half, and so on. Then the leader
-trains alone but for a challenger now and then, drawn with odds that follow what each arm has shown beside the best.
+First a race by successive halving (Jamieson and Talwalkar 2016): all arms that race, then the better half, and so on. Then
+the leader trains alone but for a challenger now and then, drawn with odds that follow what each arm has shown beside the best.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from ev3_distill.config import EV3
 from ev3_distill.core.assess import paired
-from ev3_distill.types import State
+from ev3_distill.types import Arm, State
 
 SOFT = 2.0
+LATE = 0.25  # share of the budget from which arms challenge that do not race: by then trajectories look far ahead
 REST = (
     0.85  # what is left of a resting arm's distance from level: what the start of a run showed says little of its end
 )
 
 
-def rounds_of(arms: int) -> int:
-    """Iterations of a race among so many arms, until one is left."""
-    return math.ceil(math.log2(arms))
+def racers_of(arms: Sequence[Arm]) -> tuple[bool, ...]:
+    """Which arms race: all, where none would."""
+    races = tuple(arm.races for arm in arms)
+    return races if any(races) else (True,) * len(races)
 
 
-def race_again(state: State, pressing: jax.Array, *, config: EV3) -> State:
+def rounds_of(racers: Sequence[bool]) -> int:
+    """Iterations of a race, until one arm is left."""
+    return math.ceil(math.log2(sum(racers)))
+
+
+def race_again(state: State, pressing: jax.Array, *, racers: Sequence[bool], config: EV3) -> State:
     """Lets all arms race anew where a goal presses and the leader, alone since the last race, no longer moves the student.
 
     What the arms have shown was shown of another objective, or of a student that they could still improve; so all start
@@ -33,9 +41,10 @@ def race_again(state: State, pressing: jax.Array, *, config: EV3) -> State:
     Args:
       state: after this iteration's move.
       pressing: scalar bool, whether a goal ruled, or kept a proposal from being taken.
+      racers: [A], see `racers_of`.
       config: of the run.
     """
-    again = pressing & (state.stale > 0) & (state.round > rounds_of(state.arm_value.shape[0]))
+    again = pressing & (state.stale > 0) & (state.round > rounds_of(racers))
     return state._replace(
         round=jnp.where(again, 0, state.round),
         arm_value=jnp.where(again, 0.0, state.arm_value),
@@ -44,26 +53,38 @@ def race_again(state: State, pressing: jax.Array, *, config: EV3) -> State:
 
 
 def active_arms(
-    key: jax.Array, iteration: jax.Array, value: jax.Array, leader: jax.Array, *, exploration: float | jax.Array
+    key: jax.Array,
+    iteration: jax.Array,
+    value: jax.Array,
+    leader: jax.Array,
+    *,
+    racers: Sequence[bool],
+    spent: float | jax.Array,
+    exploration: float,
 ) -> jax.Array:
     """Which arms train now, [A] bool; the leader always does.
 
     Args:
       key: consumed.
-      iteration: int32, of the race, from 0; iteration r races the best ceil(A / 2^r) arms until one is left.
+      iteration: int32, of the race, from 0; iteration r races the best ceil(R / 2^r) of R arms until one is left.
       value: [A] standing of each arm in standard errors, 0 is level with the best, lower is worse.
       leader: int32.
-      exploration: probability of one challenger after the race.
+      racers: [A], which arms race; the others only challenge, and late.
+      spent: share of the run's budget before this iteration.
+      exploration: probability of one challenger after the race; it falls with the budget left, for a better arm pays off less.
     """
     arms = value.shape[0]
     if arms == 1:
         return jnp.ones(1, bool)
     is_leader = jnp.arange(arms) == leader
-    rank = jnp.argsort(jnp.argsort(jnp.where(is_leader, jnp.inf, value), descending=True))
-    racing = jnp.ceil(arms / 2.0 ** jnp.minimum(iteration, 30)).astype(jnp.int32)
+    of_racers = jnp.where(jnp.array(racers), value, -jnp.inf)
+    rank = jnp.argsort(jnp.argsort(jnp.where(is_leader, jnp.inf, of_racers), descending=True))
+    racing = jnp.ceil(sum(racers) / 2.0 ** jnp.minimum(iteration, 30)).astype(jnp.int32)
     coin, draw = jax.random.split(key)
-    challenger = jax.random.categorical(draw, jnp.where(is_leader, -jnp.inf, value / SOFT))
-    challenged = jax.random.bernoulli(coin, exploration) & (jnp.arange(arms) == challenger)
+    may = ~is_leader & (jnp.array(racers) | (spent >= LATE))
+    challenger = jax.random.categorical(draw, jnp.where(may, value / SOFT, -jnp.inf))
+    asked = jax.random.bernoulli(coin, exploration * (1 - spent))
+    challenged = asked & may & (jnp.arange(arms) == challenger)
     return jnp.where(racing > 1, rank < racing, is_leader | (challenged & (arms > 1)))
 
 

@@ -79,7 +79,7 @@ def initial_state(
         arm_cost=jnp.zeros(a, jnp.int32),
         arm_wins=jnp.zeros(a, jnp.int32),
         arm_promotions=jnp.zeros(a, jnp.int32),
-        leader=zero,
+        leader=jnp.int32(allocate.racers_of(arms).index(True)),
         round=zero,
         current_arm=jnp.int32(-1),
         length=jnp.float32(config.length),
@@ -124,13 +124,21 @@ def make_parts(
     """Builds the three parts of an iteration, not yet jitted; see `make_step`, which composes them."""
     measures = Measures(select, promise, tuple(goals))
     lengths = jnp.array([arm.length for arm in arms], jnp.float32)
+    racers = allocate.racers_of(arms)
 
     def plan(state: State, limit: Any) -> Plan:
         remaining = jnp.where(state.met, 0, jnp.maximum(limit - state.cost, 0))
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.iteration)
         spent = state.cost / limit
-        exploration = config.exploration * (1 - spent)
-        active = allocate.active_arms(key, state.round, state.arm_value, state.leader, exploration=exploration)
+        active = allocate.active_arms(
+            key,
+            state.round,
+            state.arm_value,
+            state.leader,
+            racers=racers,
+            spent=spent,
+            exploration=config.exploration,
+        )
         steps = allocate.steps_of(active, state.leader, lengths, state.length, remaining)
         each = steps.sum() / jnp.maximum(steps, 1) / limit
         return Plan(steps, spent, each, remaining)
@@ -173,7 +181,7 @@ def make_parts(
         )
         if goals:
             refused = prioritise.breaks(evidence, before, least) & proposals.active
-            state = allocate.race_again(state, refused.any() | (ruling >= 0), config=config)
+            state = allocate.race_again(state, refused.any() | (ruling >= 0), racers=racers, config=config)
         state, trial = _promote(state, pools, closing=closing, apply=apply, measures=measures, config=config)
         risks = prioritise.risks_of(state.current_evidence, least)
         if goals:
@@ -297,7 +305,7 @@ def _move(
       lies no further below any goal.
     """
     a = len(arms)
-    racing = state.round < allocate.rounds_of(a)
+    racing = state.round < allocate.rounds_of(allocate.racers_of(arms))
     takeover = jnp.where(racing, 0.0, config.takeover)
     sound = proposals.active & ~prioritise.breaks(evidence, state.current_evidence, least)
     scores, reference = (prioritise.ruled(x, ruling) for x in (evidence, state.current_evidence))
