@@ -105,6 +105,19 @@ class Stretch(NamedTuple):
     each: jax.Array  # float32, the share that one of its steps adds, those of arms beside it included
 
 
+class Growth(Protocol):
+    """The map from a student's arrays to those of a larger one that computes the same; trees as `Variables.params` are."""
+
+    def variables(self, variables: Variables) -> Variables:
+        """Of a value of the student's arrays, such as an iterate or an average of them."""
+
+    def like_gradient(self, tree: PyTree) -> PyTree:
+        """Of a mean of gradients."""
+
+    def like_second_moment(self, tree: PyTree) -> PyTree:
+        """Of a mean of squared gradients."""
+
+
 class Arm(NamedTuple):
     """A way to improve a student, an (init, propose) pair like an optax transformation.
 
@@ -117,6 +130,10 @@ class Arm(NamedTuple):
     propose: Callable[[PyTree, Draw, Stretch], tuple[PyTree, Variables]]
     # (state, draw, where in the run) -> (state, proposed student)
     length: float = 1.0  # of this arm's trajectory, relative to the run's
+    grow: Callable[[PyTree, Growth], PyTree] | None = (
+        None  # state of this arm for the larger student; without, it starts
+    )
+    # afresh when the student grows
     races: bool = True  # whether it takes part in the race that begins a run; else it only challenges who leads then
 
 

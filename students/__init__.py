@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +19,39 @@ from ev3_distill.errors import InputError
 from ev3_distill.network import from_nnx, load_variables, save_variables
 from ev3_distill.types import Network, Variables
 from students.conv4 import conv4
+from students.conv4 import grow as grow_conv4
 from students.convnet1d import convnet1d
+from students.convnet1d import grow as grow_convnet1d
+from students.layout import Layout
+from students.mlp import grow as grow_mlp
 from students.mlp import mlp
+from students.mobilenet import grow as grow_mobilenet
 from students.mobilenet import mobilenet
+from students.resnet import grow as grow_resnet
 from students.resnet import resnet
+from students.transformer import grow as grow_transformer
 from students.transformer import transformer
+from students.vit import grow as grow_vit
 from students.vit import vit
 
-__all__ = ["FAMILIES", "build", "factory_of", "load", "load_variables", "mlp", "named", "save"]
+__all__ = ["FAMILIES", "build", "factory_of", "layout_of", "load", "load_variables", "mlp", "named", "save"]
 
-FAMILIES: dict[str, Callable[..., Network]] = {
-    "mlp": mlp,
-    "convnet1d": convnet1d,
-    "conv4": conv4,
-    "resnet": resnet,
-    "mobilenet": mobilenet,
-    "vit": vit,
-    "transformer": transformer,
+
+class Family(NamedTuple):
+    """What a family's page makes of (input_shape, num_classes, and its options by name)."""
+
+    network: Callable[..., Network]
+    grow: Callable[..., Layout]  # how it grows, see students/grow.py
+
+
+FAMILIES = {
+    "mlp": Family(mlp, grow_mlp),
+    "convnet1d": Family(convnet1d, grow_convnet1d),
+    "conv4": Family(conv4, grow_conv4),
+    "resnet": Family(resnet, grow_resnet),
+    "mobilenet": Family(mobilenet, grow_mobilenet),
+    "vit": Family(vit, grow_vit),
+    "transformer": Family(transformer, grow_transformer),
 }
 
 _LISTS = ("hidden", "filters", "blocks")  # options that are lists whatever their length
@@ -121,15 +137,9 @@ def build(spec: Mapping[str, Any], *, factory: Callable[..., Any] | None = None)
     Raises:
       InputError: unknown family or option, a factory is needed, or what it makes is no network for these shapes.
     """
-    rest = {name: value for name, value in spec.items() if name not in ("family", "factory")}
+    rest = _options(spec)
     if "factory" not in spec:
-        family = FAMILIES.get(spec.get("family", ""))
-        if family is None:
-            raise InputError(
-                f"a network's family is one of {', '.join(FAMILIES)}; got {spec.get('family')!r}: name one of these"
-            )
-        _check_options(spec["family"], family, rest)
-        make = functools.partial(family, **rest)
+        make = functools.partial(_family(spec).network, **rest)
     elif factory is None:
         raise InputError(
             f"this network was made by {spec['factory']}, and code is never imported because a file names it: pass that "
@@ -158,14 +168,62 @@ def build(spec: Mapping[str, Any], *, factory: Callable[..., Any] | None = None)
     return network
 
 
-def _check_options(name: str, family: Callable[..., Network], given: Mapping[str, Any]) -> None:
-    """Raises InputError where the family has no such options."""
-    shape, known = ("input_shape", "num_classes"), inspect.signature(family).parameters
-    if unknown := [option for option in given if option not in known]:
+def layout_of(spec: Mapping[str, Any], *, factory: Callable[..., Any] | None = None) -> Layout:
+    """How a network grows. One of the user's own does where its factory has an attribute `grow`, a function.
+
+    `grow` takes what the factory takes, without `rngs`, and returns a `students.layout.Layout`.
+
+    Raises:
+      InputError: unknown family or option, or a factory that has no such function.
+    """
+    if "factory" not in spec:
+        return _family(spec).grow(**_options(spec))
+    of_user = getattr(factory, "grow", None)
+    if not callable(of_user):
         raise InputError(
-            f"the options of {name} are {', '.join(option for option in known if option not in shape)}; "
+            "a student of one's own grows where its factory has a function as attribute `grow`; "
+            f"got {'no factory' if factory is None else 'none'} for {spec['factory']}: see students/grow.py, or take a family"
+        )
+    try:
+        made = of_user(**_options(spec))
+    except Exception as error:
+        raise InputError(
+            f"a factory's `grow` takes its options; that of {spec['factory']} with {_options(spec)} fails with "
+            f"{_told(error)}: mend it"
+        ) from error
+    if not isinstance(made, Layout):
+        raise InputError(
+            f"a factory's `grow` returns a students.layout.Layout; got {type(made).__name__} of {spec['factory']}: mend it"
+        )
+    spaces = {axis.space for one in made.layers.values() for axis in one.axes if axis is not None}
+    alike = {one.like for one in made.layers.values() if one.like is not None}
+    if unknown := sorted((spaces - made.spaces.keys()) | (alike - made.layers.keys())):
+        raise InputError(
+            "a layout has the spaces and layers that its layers name; "
+            f"got none of {', '.join(unknown)} from `grow` of {spec['factory']}: add what is missing"
+        )
+    return made
+
+
+def _options(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What a spec gives to its family or factory."""
+    return {name: value for name, value in spec.items() if name not in ("family", "factory")}
+
+
+def _family(spec: Mapping[str, Any]) -> Family:
+    """Raises InputError where there is no such family, or it has no such options."""
+    family = FAMILIES.get(spec.get("family", ""))
+    if family is None:
+        raise InputError(
+            f"a network's family is one of {', '.join(FAMILIES)}; got {spec.get('family')!r}: name one of these"
+        )
+    shape, known = ("input_shape", "num_classes"), inspect.signature(family.network).parameters
+    if unknown := [option for option in _options(spec) if option not in known]:
+        raise InputError(
+            f"the options of {spec['family']} are {', '.join(option for option in known if option not in shape)}; "
             f"got {', '.join(unknown)}: take one of those"
         )
+    return family
 
 
 def _outputs(network: Network, input_shape: Sequence[int]) -> list[jax.ShapeDtypeStruct]:

@@ -75,8 +75,9 @@ class BatchNorm(nnx.Module):
         else:
             mean = _mean(x)
             var = jnp.maximum(0.0, _mean(x * x) - mean * mean)
-            self.mean[...] = 0.9 * self.mean[...] + 0.1 * mean
-            self.var[...] = 0.9 * self.var[...] + 0.1 * var
+            # not by [...] =, for which Flax asks a tracer for its sharding: the error that answers searches the whole program
+            self.mean.set_value(0.9 * self.mean[...] + 0.1 * mean)
+            self.var.set_value(0.9 * self.var[...] + 0.1 * var)
         slope = self.scale[...] * jax.lax.rsqrt(var + 1e-5)
         return x * slope + (self.bias[...] - mean * slope)
 

@@ -18,6 +18,7 @@ from ev3_distill.errors import InputError
 from ev3_distill.network import from_nnx
 from ev3_distill.types import Network
 from students.conv import BatchNorm, Conv
+from students.layout import Layer, Layout, Space, next_size, reads, writes
 
 _BLOCKS = 4
 
@@ -74,3 +75,15 @@ def conv4(input_shape: Sequence[int], num_classes: int, *, width: int = 64) -> N
     return from_nnx(
         lambda rngs: Conv4(input_shape, num_classes, width, rngs=rngs), {"family": "conv4", "width": width, **shape}
     )
+
+
+def grow(input_shape: Sequence[int], num_classes: int, *, width: int = 64) -> Layout:
+    """How a conv4 grows: all blocks wider."""
+    names = [f"block{i}" for i in range(1, _BLOCKS + 1)]
+    layers = {}
+    for i, name in enumerate(names):
+        layers[f"{name}.conv"] = Layer(("convs", i), (reads(names[i - 1]) if i else None, writes(name)))
+        layers[f"{name}.norm"] = Layer(("norms", i), (writes(name),))
+    pixels = (input_shape[0] >> _BLOCKS) * (input_shape[1] >> _BLOCKS)
+    layers["head"] = Layer(("head",), (reads(names[-1], times=pixels), None))
+    return Layout(dict.fromkeys(names, Space(width)), layers, {"wider": {"width": next_size(width)}})

@@ -14,6 +14,7 @@ from ev3_distill.errors import InputError
 from ev3_distill.network import from_nnx
 from ev3_distill.types import Network
 from students.conv import BatchNorm, Conv
+from students.layout import Layer, Layout, Space, next_size, reads, writes
 
 _SIZES = (8, 5, 3)  # of the kernels, first to last; further layers have the last size
 
@@ -60,3 +61,14 @@ def convnet1d(input_shape: Sequence[int], num_classes: int, *, filters: Sequence
     shape = {"input_shape": list(input_shape), "num_classes": num_classes}
     spec = {"family": "convnet1d", "filters": list(filters), **shape}
     return from_nnx(lambda rngs: ConvNet1d(input_shape[-1], num_classes, filters, rngs=rngs), spec)
+
+
+def grow(input_shape: Sequence[int], num_classes: int, *, filters: Sequence[int] = (64, 128, 64)) -> Layout:
+    """How a convnet1d grows: all layers wider. One more would keep no function: its BatchNorm has no shortcut around it."""
+    names, layers = [f"layer{i}" for i in range(1, len(filters) + 1)], {}
+    for i, name in enumerate(names):
+        layers[f"{name}.conv"] = Layer(("convs", i), (reads(names[i - 1]) if i else None, writes(name)))
+        layers[f"{name}.norm"] = Layer(("norms", i), (writes(name),))
+    layers["head"] = Layer(("head",), (reads(names[-1]), None))
+    spaces = dict(zip(names, map(Space, filters), strict=True))
+    return Layout(spaces, layers, {"wider": {"filters": [next_size(n) for n in filters]}})

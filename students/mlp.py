@@ -9,6 +9,7 @@ from flax import nnx
 
 from ev3_distill.network import from_nnx
 from ev3_distill.types import Network
+from students.layout import Layer, Layout, Space, next_size, reads, writes
 
 
 class MLP(nnx.Module):
@@ -36,3 +37,24 @@ def mlp(input_shape: Sequence[int], num_classes: int, *, hidden: Sequence[int] =
     sizes = [math.prod(input_shape), *hidden, num_classes]
     spec = {"family": "mlp", "hidden": list(hidden), "input_shape": list(input_shape), "num_classes": num_classes}
     return from_nnx(lambda rngs: MLP(sizes, rngs=rngs), spec)
+
+
+def grow(input_shape: Sequence[int], num_classes: int, *, hidden: Sequence[int] = (32,)) -> Layout:
+    """How an mlp grows: all hidden layers wider, or one more behind the last, first the identity of what its ReLU made.
+
+    A linear classifier, which has no ReLU to make it so, does not grow.
+    """
+    names = [f"hidden{i}" for i in range(1, len(hidden) + 1)]
+    ends = [reads(name) for name in names]
+    layers = {
+        name: Layer(
+            ("layers", i),
+            (ends[i - 1] if i else None, writes(name)),
+            start="identity" if i else None,
+            like=names[i - 1] if i else None,
+        )
+        for i, name in enumerate(names)
+    }
+    layers["head"] = Layer(("layers", len(hidden)), (ends[-1] if ends else None, None))
+    moves = {"wider": {"hidden": [next_size(n) for n in hidden]}, "deeper": {"hidden": [*hidden, *hidden[-1:]]}}
+    return Layout(dict(zip(names, map(Space, hidden), strict=True)), layers, moves if hidden else {})

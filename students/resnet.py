@@ -14,6 +14,7 @@ from ev3_distill.errors import InputError
 from ev3_distill.network import from_nnx
 from ev3_distill.types import Network
 from students.conv import BatchNorm, Conv
+from students.layout import Axis, Layer, Layout, Space, Start, next_size, reads, writes
 
 DEPTHS = (8, 14, 20, 32, 44, 56)
 
@@ -89,3 +90,38 @@ def resnet(input_shape: Sequence[int], num_classes: int, *, depth: int = 8, widt
     shape = {"input_shape": list(input_shape), "num_classes": num_classes}
     spec = {"family": "resnet", "depth": depth, "width": width, **shape}
     return from_nnx(lambda rngs: ResNet(input_shape[-1], num_classes, depth, width, rngs=rngs), spec)
+
+
+def grow(input_shape: Sequence[int], num_classes: int, *, depth: int = 8, width: int = 16) -> Layout:
+    """How a ResNet grows: wider, or by blocks at the end of each stage whose last BatchNorm starts at zero.
+
+    What a padded shortcut adds to a stage keeps its place: the channels of a stage are those of the stage before, copied as
+    there, between channels of its own.
+    """
+    spaces = {
+        "stage1": Space(width),
+        "stage2": Space(2 * width, holds=("stage1", width // 2)),
+        "stage3": Space(4 * width, holds=("stage2", width)),
+    }
+    layers = {"conv": Layer(("conv",), (None, writes("stage1"))), "norm": Layer(("norm",), (writes("stage1"),))}
+    before = "stage1"
+    for i in range(3):
+        for j in range((depth - 2) // 6):
+            stage, name, path = f"stage{i + 1}", f"stage{i + 1}.{j}", ("stages", i, j)
+            inner = f"{name}.inner"
+            spaces[inner] = Space(spaces[stage].size)
+            parts: dict[str, tuple[Axis, ...]] = {
+                "conv1": (reads(before), writes(inner)),
+                "norm1": (writes(inner),),
+                "conv2": (reads(inner), writes(stage)),
+                "norm2": (writes(stage),),
+            }
+            for part, axes in parts.items():
+                start: Start = None if j == 0 else "zero" if part == "norm2" else "drawn"
+                layers[f"{name}.{part}"] = Layer((*path, part), axes, start, f"{stage}.{j - 1}.{part}" if j else None)
+            before = stage
+    layers["head"] = Layer(("head",), (reads("stage3"), None))
+    moves = {"wider": {"width": next_size(width)}}
+    if deeper := [d for d in DEPTHS if d > depth]:
+        moves["deeper"] = {"depth": deeper[0]}
+    return Layout(spaces, layers, moves)

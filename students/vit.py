@@ -6,6 +6,7 @@ References:
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from flax import nnx
@@ -13,27 +14,21 @@ from flax import nnx
 from ev3_distill.errors import InputError
 from ev3_distill.network import from_nnx
 from ev3_distill.types import Network
-from students.transformer import Encoder, check_heads
+from students.layout import Layout
+from students.transformer import Encoder, check_heads, encoder
 
 
 class ViT(nnx.Module):
     """Images [B, H, W, C] to logits [B, K]: a token is a linear map of one patch."""
 
     def __init__(
-        self,
-        input_shape: Sequence[int],
-        num_classes: int,
-        patch: int,
-        width: int,
-        *,
-        depth: int,
-        heads: int,
-        rngs: nnx.Rngs,
+        self, input_shape: Sequence[int], num_classes: int, patch: int, width: int, *, rngs: nnx.Rngs, **sizes: Any
     ):
+        """Takes the other sizes of `Encoder`, too."""
         rows, columns, channels = input_shape[0] // patch, input_shape[1] // patch, input_shape[2]
         self.patch = patch
         self.embed = nnx.Linear(patch * patch * channels, width, rngs=rngs)
-        self.encoder = Encoder(rows * columns, width, depth, heads, num_classes, rngs=rngs)
+        self.encoder = Encoder(rows * columns, num_classes, width=width, **sizes, rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Returns logits [B, K]."""
@@ -55,6 +50,7 @@ def vit(
     width: int = 96,
     depth: int = 6,
     heads: int = 3,
+    head_size: int | None = None,
 ) -> Network:
     """A ViT for images [H, W, C].
 
@@ -65,6 +61,7 @@ def vit(
       width: D.
       depth: blocks.
       heads: of each attention; they divide the width.
+      head_size: of each head; without, the width is shared among them.
 
     Raises:
       InputError: no image, or sizes that do not divide.
@@ -78,7 +75,23 @@ def vit(
             f"a vit's patch divides height and width; got patch={patch} for shape {list(input_shape)}: "
             "take a common divisor of both"
         )
-    check_heads("vit", width, heads)
-    sizes = {"patch": patch, "width": width, "depth": depth, "heads": heads}
+    check_heads("vit", width, heads, head_size)
+    sizes: dict[str, Any] = {"patch": patch, "width": width, "depth": depth, "heads": heads, "head_size": head_size}
     spec = {"family": "vit", **sizes, "input_shape": list(input_shape), "num_classes": num_classes}
-    return from_nnx(lambda rngs: ViT(input_shape, num_classes, patch, width, depth=depth, heads=heads, rngs=rngs), spec)
+    if head_size is None:
+        del spec["head_size"]
+    return from_nnx(lambda rngs: ViT(input_shape, num_classes, **sizes, rngs=rngs), spec)
+
+
+def grow(
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    patch: int = 4,
+    width: int = 96,
+    depth: int = 6,
+    heads: int = 3,
+    head_size: int | None = None,
+) -> Layout:
+    """How a ViT grows: as its encoder does; its patches stay as they are."""
+    return encoder(width=width, depth=depth, heads=heads, head_size=head_size)._replace(fixed=("patch",))

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
-from ev3_distill.types import Arm, Draw, PyTree, Stretch, Variables
+from ev3_distill.types import Arm, Draw, Growth, PyTree, Stretch, Variables
 
 
 class GradientState(NamedTuple):
@@ -49,6 +51,10 @@ def gradient_arm(
         (eta + 1) / (t + eta) for step t, a window of about t / (eta + 1) steps. None proposes the last iterate.
       anneal: (share of the run's budget spent, in [0, 1]) -> factor on every update, such as `linear_to_zero`.
       length: of the trajectory, relative to the run's.
+
+    Returns:
+      The arm. Where the student grows it goes on: iterate, average and the optimizer's moments grow along, unless there is an
+      `extra`, which fits the old student alone.
     """
 
     pairs = bool(jax.tree.leaves(extra))
@@ -94,7 +100,34 @@ def gradient_arm(
         state = jax.lax.fori_loop(0, stretch.steps, advance, state)
         return state, state.iterate if state.average is None else state.average
 
-    return Arm(name, init, propose, length)
+    def grow(state: GradientState, growth: Growth) -> GradientState:
+        params = state.iterate.params
+        averaged = None if state.average is None else growth.variables(state.average)
+        opt_state = _carried(state.opt_state, params, growth)
+        return GradientState(growth.variables(state.iterate), opt_state, averaged, state.age, ())
+
+    return Arm(name, init, propose, length, None if pairs else grow)
+
+
+def _carried(opt_state: PyTree, params: PyTree, growth: Growth) -> PyTree:
+    """An optax state for the larger student: moments by their names, as trees or (`optax.flatten`) vectors; the rest stays."""
+    how = {"mu": growth.like_gradient, "nu": growth.like_second_moment}
+    unravel = ravel_pytree(params)[1]
+
+    def moment(name: str, tree: PyTree) -> PyTree:
+        if isinstance(tree, jax.Array | np.ndarray):
+            return ravel_pytree(how[name](unravel(jnp.asarray(tree))))[0]
+        return how[name](tree)
+
+    def visit(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {name: visit(part) for name, part in node.items()}
+        if isinstance(node, tuple) and hasattr(node, "_fields"):
+            parts = zip(node._fields, node, strict=True)
+            return type(node)(*(moment(name, part) if name in how else visit(part) for name, part in parts))
+        return tuple(map(visit, node)) if isinstance(node, tuple) else node
+
+    return visit(opt_state)
 
 
 def _mix(average: jax.Array, iterate: jax.Array, weight: jax.Array) -> Any:

@@ -1,0 +1,550 @@
+"""The contract of growth, over the whole zoo and a user's own student: the function is kept, and all that is new learns."""
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import students
+from ev3_distill.arms import ARMS
+from ev3_distill.arms.gradient import gradient_arm
+from ev3_distill.arms.optimizers import adamw, muon
+from ev3_distill.errors import InputError
+from ev3_distill.types import Batch, Network, PyTree, Stretch, Variables
+from students.grow import Growth, grow, growth, moves
+from students.layout import Layer, Layout, Space, next_size, reads, writes
+from students.spreading import copies_of
+
+CLASSES, STEPS = 3, 10
+
+
+class Own(nnx.Module):
+    """A user's own student, with all that a layer may hold and a shape of its own."""
+
+    def __init__(self, width, rngs):
+        self.first = nnx.Linear(7, width, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        self.gate = nnx.Param(jnp.ones(width))
+        self.last = nnx.Linear(width, CLASSES, rngs=rngs)
+
+    def __call__(self, inputs):
+        return self.last(jnp.tanh(self.norm(self.first(inputs))) * self.gate[...])
+
+
+def make(input_shape, num_classes, rngs, width=5):
+    return Own(width, rngs)
+
+
+def own_grows(input_shape, num_classes, width=5):
+    layers = {
+        "first": Layer(("first",), (None, writes("units"))),
+        "norm": Layer(("norm",), (writes("units"),)),
+        "gate": Layer(("gate",), (writes("units"),)),
+        "last": Layer(("last",), (reads("units"), None)),
+    }
+    return Layout({"units": Space(width)}, layers, {"wider": {"width": next_size(width)}})
+
+
+make.grow = own_grows
+MEMBERS = {  # one tiny network of each family, and the shape of its inputs
+    "mlp": ("mlp:hidden=6-5", (7,)),
+    "convnet1d": ("convnet1d:filters=4-6", (10, 3)),
+    "conv4": ("conv4:width=3", (32, 16, 1)),
+    "resnet": ("resnet8:width=3", (12, 12, 2)),
+    "mobilenet": ("mobilenet:filters=8-8-16-24,blocks=1-1", (8, 8, 2)),
+    "vit": ("vit:width=6,depth=1,heads=2", (8, 8, 2)),
+    "transformer": ("transformer:width=8,depth=1,heads=2", (5, 3)),
+    "own": (f"{__name__}:make", (7,)),
+}
+MOVES = {  # by name, or the options that change
+    "mlp": ("wider", "deeper", {"hidden": [6, 9, 13]}),
+    "convnet1d": ("wider",),
+    "conv4": ("wider",),
+    "resnet": ("wider", "deeper"),
+    "mobilenet": ("wider", "deeper"),
+    "vit": ("wider", "deeper", "heads"),
+    "transformer": ("wider", "deeper", "heads", {"width": 24, "depth": 2, "heads": 3}),
+    "own": ("wider",),
+}
+CASES = [(name, json.dumps(move)) for name, of_name in MOVES.items() for move in of_name]
+every_case = pytest.mark.parametrize(("name", "move"), CASES, ids=[" ".join(case) for case in CASES])
+every_member = pytest.mark.parametrize("name", MEMBERS)
+
+
+def factory_of(name):
+    return make if name == "own" else None
+
+
+class Member(NamedTuple):
+    network: Network
+    variables: Variables  # as training leaves them: nothing is 0 or 1 any more
+    inputs: jax.Array
+    eval_logits: jax.Array
+    train_logits: jax.Array
+
+
+@functools.cache
+def member(name):
+    text, shape = MEMBERS[name]
+    network = students.named(text, shape, CLASSES)
+    variables = lived(jax.eval_shape(network.init, jax.random.key(0)))
+    inputs = jnp.asarray(np.random.default_rng(1).normal(size=(24, *shape)), jnp.float32)
+    return Member(network, variables, inputs, *quick(functools.partial(both, network))(variables, inputs))
+
+
+def lived(shapes):
+    rng = np.random.default_rng(0)
+
+    def param(leaf):
+        if leaf.ndim == 1:  # biases and scales
+            return jnp.asarray(rng.uniform(0.1, 0.9, leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(math.prod(leaf.shape[:-1])), leaf.dtype)
+
+    stats = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype), shapes.stats)
+    return Variables(jax.tree.map(param, shapes.params), stats)
+
+
+def quick(function):
+    """Compiled without optimisation: the networks are tiny, and compiling is what takes the time."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def both(network, variables, inputs):
+    """Logits in evaluation and in training."""
+    return tuple(network.apply(variables, inputs, train=t, key=jax.random.key(2))[0] for t in (False, True))
+
+
+def trained(network, variables, inputs):
+    """After some steps of Adam, which moves what has a gradient and nothing else; logits and gradient of the first."""
+    optimizer, labels = optax.flatten(optax.adam(1e-2)), jnp.arange(len(inputs)) % CLASSES
+
+    def step(carry, _):
+        variables, memory = carry
+
+        def loss(params):
+            logits, after = network.apply(variables._replace(params=params), inputs, train=True, key=jax.random.key(2))
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (logits, after.stats)
+
+        gradient, (logits, stats) = jax.grad(loss, has_aux=True)(variables.params)
+        updates, memory = optimizer.update(gradient, memory)
+        return (Variables(optax.apply_updates(variables.params, updates), stats), memory), (logits, gradient)
+
+    (variables, _), of_steps = jax.lax.scan(step, (variables, optimizer.init(variables.params)), length=STEPS)
+    return variables, *jax.tree.map(lambda leaf: leaf[0], of_steps)
+
+
+class Case(NamedTuple):
+    member: Member
+    growth: Growth
+    variables: Variables  # grown
+    eval_logits: jax.Array
+    trained: Variables
+    train_logits: jax.Array
+    gradient: PyTree
+
+
+@functools.cache
+def case(name, move):
+    one, move = member(name), json.loads(move)
+    target = move if isinstance(move, str) else one.network.spec | move
+    map_ = growth(jax.random.key(3), one.network.spec, target, factory=factory_of(name))
+    variables = map_.variables(one.variables)
+
+    def all_of_it(variables, inputs):
+        return map_.network.apply(variables, inputs, train=False)[0], *trained(map_.network, variables, inputs)
+
+    return Case(one, map_, variables, *quick(all_of_it)(variables, one.inputs))
+
+
+def away(one, other):
+    """The greatest difference, relative to the scale of the logits."""
+    one, other = np.asarray(one), np.asarray(other)
+    return np.abs(one - other).max() / np.abs(other).max()
+
+
+def bits(tree):
+    return [(np.asarray(leaf).dtype.str, leaf.shape, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
+
+
+def at(tree, path):
+    return functools.reduce(lambda tree, part: tree[part], path, tree)
+
+
+def shapes(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
+def test_every_family_grows():
+    assert set(MEMBERS) == set(MOVES) == {*students.FAMILIES, "own"}
+    for name, of_name in MOVES.items():
+        assert [*moves(member(name).network.spec, factory=factory_of(name))] == [
+            m for m in of_name if isinstance(m, str)
+        ]
+
+
+@every_case
+def test_the_function_is_kept(name, move):
+    one = case(name, move)
+    assert shapes(one.variables) == shapes(jax.eval_shape(one.growth.network.init, jax.random.key(0)))
+    assert away(one.eval_logits, one.member.eval_logits) < 1e-5
+    assert away(one.train_logits, one.member.train_logits) < 1e-4
+    assert json.loads(json.dumps(one.growth.network.spec)) == one.growth.network.spec
+
+
+@every_case
+def test_all_that_is_there_learns(name, move):
+    """Every entry of every parameter moves, and copies are no longer alike."""
+    one = case(name, move)
+    for path, leaf in one.growth.params.items():
+        after, before = (np.asarray(at(variables.params, path)) for variables in (one.trained, one.variables))
+        assert np.abs(after - before).min() > 0, path
+        for dimension, index in leaf.copies if after.ndim > 1 else ():
+            rows = np.moveaxis(after, dimension, 0)
+            pairs = [(i, j) for j in range(len(index)) for i in range(j) if index[i] == index[j]]
+            assert pairs
+            assert min(np.abs(rows[i] - rows[j]).max() for i, j in pairs) > 1e-4, path
+
+
+@every_case
+def test_moments_grow_with_the_parameters(name, move):
+    """A direction promises what it did, and a step m / sqrt(v) grows as parameters do."""
+    one, rng = case(name, move), np.random.default_rng(1)
+    params = one.member.variables.params
+    g, d, v = (jax.tree.map(lambda leaf: rng.uniform(0.5, 2, leaf.shape).astype(np.float32), params) for _ in range(3))
+    grown_g, grown_v = one.growth.like_gradient(g), one.growth.like_second_moment(v)
+    for tree in (grown_g, grown_v):
+        assert shapes(tree) == shapes(one.variables.params)
+    zero = one.growth.like_params(jax.tree.map(np.zeros_like, g))
+    steps, grown_d = (
+        jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), one.growth.like_params(tree), zero)
+        for tree in (jax.tree.map(lambda m, v: m / np.sqrt(v), g, v), d)
+    )
+    old, new = (jax.tree.map(np.vdot, *pair) for pair in ((g, d), (grown_g, grown_d)))
+    np.testing.assert_allclose(*(sum(jax.tree.leaves(products)) for products in (new, old)), rtol=1e-5)
+    for path, leaf in one.growth.params.items():
+        of_step, of_g, of_v = (np.asarray(at(tree, path)) for tree in (steps, grown_g, grown_v))
+        if leaf.new is None:
+            np.testing.assert_allclose(of_g / np.sqrt(of_v), of_step, rtol=1e-4)
+        else:
+            assert not of_g.any()
+            assert 0.5 < of_v.min() == of_v.max() < 2
+
+
+@pytest.mark.parametrize(("name", "move"), [("mlp", '"wider"'), ("mlp", '"deeper"'), ("own", '"wider"')])
+def test_gradients_are_about_what_is_said_of_them(name, move):
+    """Among copies they are the mean, and in all else exact."""
+    one = case(name, move)
+    old = quick(functools.partial(trained, one.member.network))(one.member.variables, one.member.inputs)[2]
+    said = one.growth.like_gradient(old)
+    for path, leaf in one.growth.params.items():
+        truth, mean = (np.asarray(at(tree, path)) for tree in (one.gradient, said))
+        if leaf.new is not None:
+            continue
+        for dimension, index in leaf.copies:
+            if (np.asarray(leaf.gradient) < 1).any():  # sums over copies, then
+                order = np.argsort(index, kind="stable")
+                firsts = np.searchsorted(index[order], np.arange(index.max() + 1))
+                truth, mean = (
+                    np.add.reduceat(tree.take(order, dimension), firsts, dimension) for tree in (truth, mean)
+                )
+        np.testing.assert_allclose(truth, mean, rtol=1e-4, atol=1e-6)
+
+
+@every_case
+def test_a_checkpoint_holds_it(name, move, tmp_path):
+    one = case(name, move)
+    students.save(tmp_path / "student", one.growth.network, one.variables)
+    network, variables = students.load(tmp_path, factory=factory_of(name))
+    assert network.spec == one.growth.network.spec
+    assert bits(variables) == bits(one.variables)
+
+
+@every_member
+def test_growth_of_growth(name):
+    """By the last move that has a name, then by the first that it has then."""
+    one, named = member(name), [move for move in MOVES[name] if isinstance(move, str)]
+    first = case(name, json.dumps(named[-1]))
+    network, variables = grow(
+        jax.random.key(4), first.growth.network.spec, first.variables, named[0], factory=factory_of(name)
+    )
+    logits = quick(lambda variables, inputs: network.apply(variables, inputs, train=False)[0])(variables, one.inputs)
+    assert away(logits, one.eval_logits) < 1e-5
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) > sum(
+        leaf.size for leaf in jax.tree.leaves(first.variables)
+    )
+
+
+@pytest.mark.parametrize(("name", "move"), [("mlp", "wider"), ("mlp", "deeper"), ("transformer", "deeper")])
+def test_the_key_decides(name, move):
+    one = member(name)
+    of = [grow(jax.random.key(key), one.network.spec, one.variables, move)[1] for key in (3, 3, 4)]
+    assert bits(of[0]) == bits(of[1])
+    assert (bits(of[0]) != bits(of[2])) == ((name, move) != ("mlp", "deeper"))  # there nothing is random
+    assert jax.tree.structure(of[0]) == jax.tree.structure(of[2])
+
+
+# What is copied, by hand.
+
+
+def test_wider_by_hand():
+    spec = {"family": "mlp", "hidden": [2], "input_shape": [1], "num_classes": 1}
+    map_ = growth(jax.random.key(0), spec, spec | {"hidden": [3]})
+    tree = {
+        "layers": {
+            0: {"kernel": jnp.array([[1.0, 2.0]]), "bias": jnp.array([3.0, 4.0])},
+            1: {"kernel": jnp.array([[5.0], [6.0]]), "bias": jnp.array([7.0])},
+        }
+    }
+    grown = map_.like_params(tree)["layers"]
+    twice = int(map_.params["layers", 0, "bias"].copies[0][1][2])
+    once = 1 - twice
+    np.testing.assert_array_equal(grown[0]["kernel"], [[1, 2, 1 + twice]])
+    np.testing.assert_array_equal(grown[0]["bias"], [3, 4, 3 + twice])
+    read = map_.params["layers", 1, "kernel"]
+    shares = read.value[:, 0]
+    np.testing.assert_allclose(grown[1]["kernel"][:, 0], np.array([5, 6, 5 + twice]) * shares + read.offset[:, 0])
+    assert (shares[once], read.offset[once, 0]) == (1, 0)
+    assert 0.3 <= shares[2] <= 0.7
+    assert read.offset[2, 0] != 0
+    np.testing.assert_allclose(grown[1]["kernel"][twice, 0] + grown[1]["kernel"][2, 0], 5 + twice, rtol=1e-6)
+    np.testing.assert_array_equal(grown[1]["bias"], [7])
+
+    gradient = map_.like_gradient(tree)["layers"]
+    halved = np.where(np.array([0, 1, twice]) == twice, 0.5, 1)
+    np.testing.assert_array_equal(gradient[0]["bias"], halved * [3, 4, 3 + twice])
+    np.testing.assert_array_equal(gradient[1]["kernel"][:, 0], [5, 6, 5 + twice])
+    second_moment = map_.like_second_moment(tree)["layers"]
+    np.testing.assert_array_equal(second_moment[0]["bias"], halved**2 * [3, 4, 3 + twice])
+    np.testing.assert_allclose(second_moment[1]["kernel"][2, 0], (5 + twice) / shares[2] ** 2, rtol=1e-5)
+
+
+def test_deeper_by_hand():
+    spec = {"family": "mlp", "hidden": [2], "input_shape": [1], "num_classes": 1}
+    map_ = growth(jax.random.key(0), spec, "deeper")
+    tree = {
+        "layers": {
+            0: {"kernel": jnp.array([[1.0, 3.0]]), "bias": jnp.array([3.0, 4.0])},
+            1: {"kernel": jnp.array([[5.0], [6.0]]), "bias": jnp.array([7.0])},
+        }
+    }
+    grown = map_.like_params(tree)["layers"]
+    np.testing.assert_array_equal(grown[1]["kernel"], np.eye(2))
+    np.testing.assert_array_equal(grown[1]["bias"], [0, 0])
+    assert bits((grown[0], grown[2])) == bits((tree["layers"][0], tree["layers"][1]))
+    np.testing.assert_array_equal(map_.like_gradient(tree)["layers"][1]["kernel"], np.zeros((2, 2)))
+    np.testing.assert_array_equal(map_.like_second_moment(tree)["layers"][1]["kernel"], np.full((2, 2), 2))
+
+
+@pytest.mark.parametrize(("width", "wider"), [(3, 4), (2, 3), (1, 5), (4, 8)])
+def test_a_padded_shortcut_keeps_its_place(width, wider):
+    """What stage 1 pads into stage 2 is, there, what its own copies are."""
+    old, new = (
+        students.layout_of({"family": "resnet", "depth": 8, "width": w, "input_shape": [8, 8, 1], "num_classes": 2})
+        for w in (width, wider)
+    )
+    copies = copies_of(np.random.default_rng(0), old, new, {name: name for name in old.spaces})
+    for before, after, size, grown in (("stage1", "stage2", width, wider), ("stage2", "stage3", 2 * width, 2 * wider)):
+        padded, old_padded = np.full(2 * grown, -1), np.full(2 * size, -1)
+        padded[grown // 2 : grown // 2 + grown] = copies[before].indices
+        old_padded[size // 2 : size // 2 + size] = np.arange(size)
+        np.testing.assert_array_equal(padded, old_padded[copies[after].indices])
+        assert set(copies[after].indices) == set(range(2 * size))
+
+
+def test_copies_are_as_even_as_they_can_be():
+    spec = {"family": "mlp", "hidden": [3], "input_shape": [2], "num_classes": 2}
+    for size, counts in ((3, [1, 1, 1]), (4, [1, 1, 2]), (6, [2, 2, 2]), (8, [2, 3, 3])):
+        map_ = growth(jax.random.key(1), spec, spec | {"hidden": [size]})
+        copies = dict(map_.params["layers", 0, "kernel"].copies)
+        assert sorted(np.bincount(copies.get(1, np.arange(3)))) == counts
+
+
+def test_sizes_of_moves():
+    assert [next_size(n) for n in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 96)] == [2, 3, 4, 6, 8, 8, 12, 16, 16, 24, 128]
+    shape = {"input_shape": [8, 8, 1], "num_classes": 2}
+    proposed = moves({"family": "mobilenet", "width": 100, "blocks": [1, 2], **shape})
+    assert proposed["wider"] == {"family": "mobilenet", "filters": [48, 24, 40, 1920], "blocks": [1, 2], **shape}
+    assert proposed["deeper"] == {"family": "mobilenet", "width": 100, "blocks": [2, 3], **shape}
+    vit = {"family": "vit", "patch": 4, "width": 12, "depth": 3, "heads": 3, **shape}
+    assert moves(vit)["wider"] == vit | {"width": 24}
+    assert moves(vit)["heads"] == vit | {"heads": 4, "head_size": 4}
+    assert "deeper" not in moves({"family": "resnet", "depth": 56, "width": 4, **shape})
+    assert moves({"family": "mlp", "hidden": [], **shape}) == {}
+
+
+# The memory of arms.
+
+
+@pytest.mark.parametrize("optimizer", [adamw(1e-2), muon(1e-2)], ids=["adamw", "muon"])
+@every_case
+def test_an_optimizers_memory_fits(name, move, optimizer):
+    one = case(name, move)
+    arms = [gradient_arm("a", network.apply, None, optimizer) for network in (one.member.network, one.growth.network)]
+    assert arms[0].grow is not None
+    state = jax.tree.map(
+        lambda leaf: jnp.ones(leaf.shape, leaf.dtype), jax.eval_shape(arms[0].init, one.member.variables)
+    )
+    assert shapes(arms[0].grow(state, one.growth)) == shapes(jax.eval_shape(arms[1].init, one.variables))
+
+
+def batch(inputs):
+    n = len(inputs)
+    teacher = 4 * jax.nn.one_hot(jnp.arange(n) % CLASSES, CLASSES)
+    return Batch(inputs, jnp.arange(n, dtype=jnp.int32) % CLASSES, teacher, jnp.arange(n), jnp.ones(n))
+
+
+def arm_of(name, network, inputs) -> tuple[Callable, Callable, Callable]:
+    arm = ARMS[name](name, network.apply)
+
+    @quick
+    def run(state, steps):
+        stretch = Stretch(jnp.int32(0), steps, jnp.float32(0.3), jnp.float32(0))
+        return arm.propose(state, lambda step: (batch(inputs), jax.random.key(5)), stretch)
+
+    return arm.init, run, arm.grow
+
+
+@pytest.mark.parametrize(
+    ("arm", "name", "move"),
+    [("kd4", "mlp", "wider"), ("kd4", "mlp", {"hidden": [6, 9, 13]}), ("kd4-muon", "convnet1d", "wider")],
+)
+def test_an_arm_goes_on(arm, name, move):
+    """Its averages compute what they did, its memory fits, and its next step does about what it would have done."""
+    one = case(name, json.dumps(move))
+    network, inputs = one.member.network, one.member.inputs
+    init, run, grow_arm = arm_of(arm, network, inputs)
+    state, average = run(init(one.member.variables), jnp.int32(20))
+    grown = grow_arm(state, one.growth)
+    new_init, new_run, _ = arm_of(arm, one.growth.network, inputs)
+    assert shapes(grown) == shapes(jax.eval_shape(new_init, one.variables))
+
+    logits = [quick(functools.partial(both, each)) for each in (network, one.growth.network)]
+    assert away(logits[1](grown.average, inputs)[0], logits[0](average, inputs)[0]) < 1e-5
+    before = logits[0](state.iterate, inputs)[1]
+    after = logits[0](run(state, jnp.int32(1))[0].iterate, inputs)[1]
+    grown_after = logits[1](new_run(grown, jnp.int32(1))[0].iterate, inputs)[1]
+    step, grown_step = (np.asarray(logits - before).ravel() for logits in (after, grown_after))
+    cosine = step @ grown_step / np.linalg.norm(step) / np.linalg.norm(grown_step)
+    ratio = np.linalg.norm(grown_step) / np.linalg.norm(step)
+    print(arm, name, move, cosine, ratio)
+    assert cosine > 0.8
+    assert 0.5 < ratio < 2
+
+
+# What cannot be.
+
+SHAPES = {"input_shape": [8, 8, 2], "num_classes": CLASSES}
+SPECS = {
+    "mlp": {"family": "mlp", "hidden": [6, 5], **SHAPES},
+    "resnet": {"family": "resnet", "depth": 14, "width": 3, **SHAPES},
+    "mobilenet": {"family": "mobilenet", "width": 25, "blocks": [1, 1], **SHAPES},
+    "vit": {"family": "vit", "patch": 4, "width": 6, "depth": 1, "heads": 2, **SHAPES},
+    "convnet1d": {"family": "convnet1d", "filters": [4, 6], "input_shape": [8, 2], "num_classes": CLASSES},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "move", "says"),
+    [
+        (
+            "mlp",
+            "taller",
+            r"the moves of mlp \(hidden=\[6, 5\]\) are wider, deeper; got 'taller': name one of these, or give",
+        ),
+        (
+            "mlp",
+            {"hidden": [6, 4]},
+            "growth narrows nothing; got 4 for 5 of hidden2, from mlp .* to mlp .*: take 5 or more",
+        ),
+        ("mlp", {"hidden": [6, 5, 4]}, "growth narrows nothing; got 4 for 5 of hidden3"),
+        ("mlp", {"hidden": [6]}, r"growth drops no layer; got none of hidden2, .*: name as many layers at least"),
+        ("mlp", {"num_classes": 4}, "growth keeps num_classes; got 4 for 3"),
+        ("mlp", {"family": "resnet", "hidden": None}, "growth keeps family; got resnet for mlp"),
+        ("mlp", {"hiden": [7]}, "the options of mlp are hidden; got hiden"),
+        ("mlp", {"hidden": []}, "growth drops no layer; got none of hidden1, hidden2"),
+        ("resnet", {"depth": 8}, r"growth drops no layer; got none of stage1.1.conv1, .*"),
+        ("resnet", {"depth": 15}, "a resnet's depth is one of"),
+        ("resnet", {"width": 2}, "growth narrows nothing; got 2 for 3 of stage1"),
+        (
+            "mobilenet",
+            {"width": 50},
+            r"what every layer reads and writes; got another wiring of stage1.0.project, .*: take",
+        ),
+        ("mobilenet", {"blocks": [1, 1, 1]}, "layers that start as the identity; got stage3.0.depthwise, which cannot"),
+        (
+            "mobilenet",
+            {"filters": [8, 8]},
+            "multiples of 8, of the stem, .*; got filters=.* for blocks=.*: try filters=",
+        ),
+        ("mobilenet", {"filters": [8, 8, 12, 24]}, "multiples of 8, of the stem"),
+        ("vit", {"width": 8}, "LayerNorm takes a mean over all of its features, .*; got 8 for 6 of width, .*: take 12"),
+        ("vit", {"patch": 2}, "growth keeps patch; got 2 for 4"),
+        ("vit", {"heads": 3}, "growth narrows nothing; got 2 for 3 of block1.size"),
+        ("convnet1d", "deeper", "are wider; got 'deeper'"),
+        ("convnet1d", {"filters": [4, 6, 6]}, "layers that start as the identity; got layer3.conv, which cannot"),
+    ],
+)
+def test_what_cannot_be(name, move, says):
+    spec = SPECS[name]
+    if not isinstance(move, str):
+        move = {name: value for name, value in (spec | move).items() if value is not None}
+    with pytest.raises(InputError, match=says):
+        growth(jax.random.key(0), spec, move)
+
+
+def test_a_linear_classifier_does_not_grow():
+    with pytest.raises(InputError, match="are none; got 'wider'"):
+        growth(jax.random.key(0), SPECS["mlp"] | {"hidden": []}, "wider")
+    with pytest.raises(InputError, match="got hidden1, which cannot"):
+        growth(jax.random.key(0), SPECS["mlp"] | {"hidden": []}, SPECS["mlp"])
+
+
+def test_variables_of_another_network():
+    one, map_ = member("mlp"), case("mlp", '"wider"').growth
+    kernel = one.variables.params["layers"][0] | {"kernel": jnp.zeros((7, 9))}
+    wrong = {"layers": one.variables.params["layers"] | {0: kernel}}
+    with pytest.raises(InputError, match=r"got layers.0.kernel of shape \[7, 9\] for \[7, 6\], .*: give the variables"):
+        map_.like_params(wrong)
+    with pytest.raises(InputError, match=r"got none at head, growing into"):
+        case("resnet", '"wider"').growth.like_params({"conv": {"kernel": jnp.zeros((3, 3, 2, 3))}})
+
+
+def test_a_factory_that_does_not_grow():
+    spec = {"factory": f"{__name__}:make", "input_shape": [7], "num_classes": CLASSES}
+
+    def other(input_shape, num_classes, rngs, width=5):
+        return Own(width, rngs)
+
+    def grows(**changes):
+        other.grow = lambda *args, **options: own_grows(*args, **options)._replace(**changes)
+        return growth(jax.random.key(0), spec, "wider", factory=other)
+
+    with pytest.raises(InputError, match=r"a function as attribute `grow`; got none for .*:make"):
+        moves(spec, factory=other)
+    with pytest.raises(InputError, match=r"as attribute `grow`; got no factory for .*:make"):
+        moves(spec)
+    layers = own_grows([7], CLASSES).layers
+    with pytest.raises(InputError, match=r"a layer for every array; got none for \['last', 'bias'\]: mend"):
+        grows(layers={name: layer for name, layer in layers.items() if name != "last"})
+    with pytest.raises(InputError, match=r"the spaces and layers that its layers name; got none of units from"):
+        grows(spaces={})
+    with pytest.raises(InputError, match=r"that its layers name; got none of nothing from"):
+        grows(layers={**layers, "last": layers["last"]._replace(start="zero", like="nothing")})
+    with pytest.raises(
+        InputError, match=r"as large as the axes that run over them; got 3 for units, axis 0 of .*'bias'"
+    ):
+        grows(spaces={"units": Space(3)})
+    other.grow = lambda **options: None
+    with pytest.raises(InputError, match=r"returns a students.layout.Layout; got NoneType of .*:make"):
+        moves(spec, factory=other)
+    other.grow = lambda input_shape: None
+    with pytest.raises(InputError, match=r"`grow` takes its options; that of .* fails with TypeError"):
+        moves(spec, factory=other)
