@@ -35,6 +35,9 @@ class EV3:
     """Error budget: probability, over the whole run, that any promotion is to a truly worse student."""
     roll_back: float = 0.01
     """Level of the paired test on assess that sends a student, worse than the champion, back to it."""
+    patience: float = 0.0
+    """Trajectories without progress, neither on assess nor on what explore holds, after which the student is stuck at its
+    size: it may grow then, or the run ends. 0: never stuck, the whole budget is spent. A search for a size takes 2."""
     eval_batch_size: int = 1024
     """Examples of one forward pass in assess and decide; bounds memory, changes no result."""
 
@@ -47,6 +50,7 @@ class EV3:
         _check(0 <= self.exploration <= 1, "exploration is a probability", self.exploration, "give 0 to 1")
         _check(self.takeover >= 0, "takeover must not be negative", self.takeover, "try 1.0")
         _check(0 < self.delta < 1, "delta is a probability above 0 and below 1", self.delta, "try 0.05")
+        _check(self.patience >= 0, "patience must not be negative", self.patience, "try 2")
         _check(0 < self.roll_back < 0.5, "roll_back is a level above 0 and below 0.5", self.roll_back, "try 0.01")
 
 

@@ -47,6 +47,7 @@ def row_of(decision: Decision, arms: Sequence[str], goals: Sequence[Goal] = (), 
         "champion_accuracy": _number(d.champion_accuracy),
         "current_accuracy": _number(d.current_accuracy),
         "length": _number(d.length),
+        "stuck": bool(d.stuck),
         "met": bool(d.met),
         "wall_s": round(wall_s, 3),
     }

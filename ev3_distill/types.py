@@ -40,6 +40,9 @@ class Pools(NamedTuple):
     explore: PyTree  # meets gradients: what `Sample` makes batches of
     assess: Batch  # selects among proposals
     decide: Batch  # proves promotions
+    seen: Batch | None = (
+        None  # some of explore as it is, where the run's patience ends: shows whether training gets anywhere
+    )
 
 
 class Apply(Protocol):
@@ -176,6 +179,15 @@ class ErrorBudget(NamedTuple):
     left: jax.Array  # float32, the probability of a false promotion that may still be spent
 
 
+class Progress(NamedTuple):
+    """Where the student stood when it last got anywhere."""
+
+    assess: Evidence  # leaves [N]
+    seen: jax.Array  # [N'] promise scores on `Pools.seen`
+    position: jax.Array  # int32
+    stuck: jax.Array  # bool, whether it has got nowhere since for as long as the run's patience
+
+
 class State(NamedTuple):
     """Everything that a resume needs, one pytree."""
 
@@ -205,6 +217,7 @@ class State(NamedTuple):
     stale: jax.Array  # int32, iterations since `current` last moved
     tested_cost: jax.Array  # int32, cost when decide was last asked
     budget: ErrorBudget
+    progress: Progress | tuple[()]  # none where the run has no end to its patience
     met_cost: jax.Array  # int32, cost when decide was last asked whether all goals are met
     met: jax.Array  # bool, whether decide proved all goals of the current student, where that ends the run
     closed: jax.Array  # bool, whether the closing iteration was made: the run is finished
@@ -243,5 +256,6 @@ class Decision(NamedTuple):
     champion_accuracy: jax.Array  # float32, mean promise score on decide
     current_accuracy: jax.Array  # float32, mean promise score on assess
     length: jax.Array  # float32, next trajectory length
+    stuck: jax.Array  # bool, whether the student gets nowhere any more at its size
     met: jax.Array  # bool, whether all goals are proven on decide, where that ends the run
     closed: jax.Array  # bool, whether this was the closing iteration

@@ -16,6 +16,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ev3-distill-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Compiling is what takes the tests' time: without optimisation it takes half. README's commands and the benches have it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 if "EV3_DISTILL_CACHE" not in os.environ:  # never the user's own
     os.environ["EV3_DISTILL_CACHE"] = tempfile.mkdtemp(prefix="ev3-distill-cache-")
     atexit.register(shutil.rmtree, os.environ["EV3_DISTILL_CACHE"], ignore_errors=True)

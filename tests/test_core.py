@@ -680,7 +680,7 @@ def test_no_gradient_of_an_iteration_reaches_a_held_out_split():
 
 
 def test_the_core_never_receives_the_test_split():
-    assert Pools._fields == ("explore", "assess", "decide")
+    assert Pools._fields == ("explore", "assess", "decide", "seen")  # the last is some of explore
     for module in (adapt, allocate, assess, explore, step_module):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             assert "test" not in inspect.signature(function).parameters, f"{module.__name__}.{name}"

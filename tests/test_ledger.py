@@ -67,6 +67,7 @@ def test_row_by_hand():
         "champion_accuracy": 0.5,
         "current_accuracy": 0.75,
         "length": 50.0,
+        "stuck": False,
         "met": False,
         "wall_s": 1.235,
     }

@@ -1,8 +1,9 @@
 """Adapt: what the evidence allows; evidence -> decision, under an error budget for the whole run.
 
-EV3 (arXiv 2310.18893), section 3.3. Two questions with different burdens of proof. *Does exploration move?* The best
+EV3 (arXiv 2310.18893), section 3.3. Questions with different burdens of proof. *Does exploration move?* The best
 proposal becomes `current` when assess ranks it strictly higher. *Is it promoted?* The moved student meets the champion on
-decide, paired example by example, by an exact one-sided McNemar test.
+decide, paired example by example, by an exact one-sided McNemar test. And once that is decided: *is it stuck*, and should
+grow? See `progressed`.
 
 The guarantee. Over a run, the probability that any promotion is to a student whose true promise score is not higher than its
 champion's is at most delta, for decide examples drawn independently from the population. Condition on all else (explore,
@@ -25,6 +26,7 @@ trains where none is named is such a teacher, through the few accept bits of its
 split, is not touched by it.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -32,7 +34,8 @@ import jax.numpy as jnp
 from jax.scipy.special import betainc
 
 from ev3_distill.core.assess import paired
-from ev3_distill.types import ErrorBudget, Evidence
+from ev3_distill.core.prioritise import ruled
+from ev3_distill.types import ErrorBudget, Evidence, Progress
 
 SHARE = 0.8  # c: of the budget left, what a test may spend; from 0.5 to 0.9 the power changes little
 
@@ -173,6 +176,52 @@ def worth_testing(p_assess: jax.Array, alpha: jax.Array, closing: jax.Array) -> 
     The closing iteration asks where assess sees any gain at all.
     """
     return jnp.where(closing, p_assess < 0.5, p_assess <= alpha)
+
+
+RISES = 2.0  # standard errors by which a score must rise for the student to have got anywhere
+
+
+def progressed(
+    progress: Progress,
+    shown: Evidence,
+    seen: Callable[[], jax.Array],
+    *,
+    ruling: jax.Array,
+    position: jax.Array,
+    promoted: jax.Array,
+    patience: jax.Array,
+) -> Progress:
+    """Whether the student still gets anywhere, after what this iteration decided.
+
+    It does where it was promoted, or where assess shows clearly more than when it last did, in the objective that rules. Where
+    neither has happened for as long as `patience`, the examples that it trains on are asked. Does it get these right more often
+    than then, training is what is short, and it has as much time again. Does it not, its size is: it is stuck.
+
+    Args:
+      progress: before.
+      shown: of the current student on assess, leaves [N].
+      seen: gives the current student's promise scores on some of explore, [N'].
+      ruling: the goal that rules, or PROMISE.
+      position: global step after this iteration.
+      promoted: whether decide proved it better in this iteration.
+      patience: global steps.
+    """
+    now, then = (ruled(evidence, ruling).promise for evidence in (shown, progress.assess))
+    gets_on = promoted | _rises(now, then)
+    overdue = ~gets_on & (position - progress.position > patience)
+    asked = jax.lax.cond(gets_on | overdue, seen, lambda: progress.seen)
+    learns = overdue & _rises(asked, progress.seen)
+    return Progress(
+        assess=jax.tree.map(lambda new, old: jnp.where(gets_on, new, old), shown, progress.assess),
+        seen=jnp.where(gets_on | learns, asked, progress.seen),
+        position=jnp.where(gets_on | learns, position, progress.position),
+        stuck=progress.stuck | (overdue & ~learns),
+    )
+
+
+def _rises(now: jax.Array, then: jax.Array) -> jax.Array:
+    gain, se = paired(now, then)
+    return (gain > 0) & (gain > RISES * se)
 
 
 def spend(budget: ErrorBudget, closing: jax.Array, tested: jax.Array, promoted: jax.Array) -> ErrorBudget:

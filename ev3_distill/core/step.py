@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from ev3_distill.config import EV3
-from ev3_distill.core import adapt, allocate, assess, explore, prioritise
-from ev3_distill.core.assess import Measures, paired
+from ev3_distill.core import adapt, allocate, assess, explore, prioritise, trial
+from ev3_distill.core.assess import Measures
+from ev3_distill.core.trial import stuck, where
 from ev3_distill.types import (
     ADOPT,
     KEEP,
@@ -26,10 +27,10 @@ from ev3_distill.types import (
     Goal,
     Objective,
     Pools,
+    Progress,
     Proposals,
     PyTree,
     Sample,
-    Standing,
     State,
     Stretch,
     Variables,
@@ -60,6 +61,11 @@ def initial_state(
 
     evidence, zero = measures.of(logits_of(pools.assess), pools.assess), jnp.int32(0)
     on_decide = logits_of(pools.decide)
+    progress: Progress | tuple[()] = ()
+    if config.patience:
+        progress = Progress(
+            evidence, trial.on_seen(apply, variables, pools, promise, config=config), zero, jnp.bool_(False)
+        )
     a = len(arms)
     return State(
         key=key,
@@ -86,6 +92,7 @@ def initial_state(
         stale=zero,
         tested_cost=zero,
         budget=adapt.unspent(config.delta),
+        progress=progress,
         met_cost=zero,
         met=jnp.bool_(False),
         closed=jnp.bool_(False),
@@ -127,7 +134,7 @@ def make_parts(
     racers = allocate.racers_of(arms)
 
     def plan(state: State, limit: Any) -> Plan:
-        remaining = jnp.where(state.met, 0, jnp.maximum(limit - state.cost, 0))
+        remaining = jnp.where(state.met | stuck(state), 0, jnp.maximum(limit - state.cost, 0))
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.iteration)
         spent = state.cost / limit
         active = allocate.active_arms(
@@ -182,18 +189,29 @@ def make_parts(
         if goals:
             refused = prioritise.breaks(evidence, before, least) & proposals.active
             state = allocate.race_again(state, refused.any() | (ruling >= 0), racers=racers, config=config)
-        state, trial = _promote(state, pools, closing=closing, apply=apply, measures=measures, config=config)
+        state, made = trial.promote(state, pools, closing=closing, apply=apply, measures=measures, config=config)
         risks = prioritise.risks_of(state.current_evidence, least)
+        if isinstance(state.progress, Progress):
+            progress = adapt.progressed(
+                state.progress,
+                state.current_evidence,
+                functools.partial(trial.on_seen, apply, state.current, pools, promise, config=config),
+                ruling=ruling,
+                position=state.position,
+                promoted=made.promoted,
+                patience=config.patience * state.length,
+            )
+            state = state._replace(progress=progress)
         if goals:
             safer = risks.min() > state.safest_risk
             state = state._replace(
-                safest=_where(safer, state.current, state.safest),
+                safest=where(safer, state.current, state.safest),
                 safest_risk=jnp.where(safer, risks.min(), state.safest_risk),
             )
         if stop_level is not None and goals:
-            state = _met(state, pools, risks, apply=apply, goals=goals, level=stop_level, config=config)
+            state = trial.met(state, pools, risks, apply=apply, goals=goals, level=stop_level, config=config)
         verdict = jnp.where(choice.moves, ADOPT, KEEP)
-        verdict = jnp.where(rolled, ROLL_BACK, jnp.where(trial.promoted, PROMOTE, verdict))
+        verdict = jnp.where(rolled, ROLL_BACK, jnp.where(made.promoted, PROMOTE, verdict))
         return state, Decision(
             iteration=state.iteration,
             cost=state.cost,
@@ -206,19 +224,20 @@ def make_parts(
             risks=risks,
             gain=choice.gain,
             gain_se=choice.gain_se,
-            tested=trial.tested,
-            tested_for=trial.ruling,
-            wins=trial.wins,
-            losses=trial.losses,
+            tested=made.tested,
+            tested_for=made.ruling,
+            wins=made.wins,
+            losses=made.losses,
             decide_n=jnp.int32(pools.decide.index.shape[0]),
-            alpha=trial.alpha,
-            p_value=trial.p_value,
+            alpha=made.alpha,
+            p_value=made.p_value,
             verdict=verdict.astype(jnp.int32),
-            promoted_arm=jnp.where(trial.promoted, state.current_arm, -1),
-            kept=trial.kept,
+            promoted_arm=jnp.where(made.promoted, state.current_arm, -1),
+            kept=made.kept,
             champion_accuracy=state.champion_decide.mean(),
             current_accuracy=state.current_evidence.promise.mean(),
             length=state.length,
+            stuck=stuck(state),
             met=state.met,
             closed=state.closed,
         )
@@ -265,23 +284,8 @@ def make_step(
     return jax.jit(step)
 
 
-class _Trial(NamedTuple):
-    tested: jax.Array
-    promoted: jax.Array
-    wins: jax.Array
-    losses: jax.Array
-    alpha: jax.Array
-    p_value: jax.Array
-    ruling: jax.Array
-    kept: jax.Array
-
-
 def _row(tree: PyTree, row: jax.Array) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[row], tree)
-
-
-def _where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
 def _move(
@@ -311,18 +315,18 @@ def _move(
     scores, reference = (prioritise.ruled(x, ruling) for x in (evidence, state.current_evidence))
     choice = adapt.choose(scores, reference, sound, state.leader, takeover=takeover)
     row, moved = choice.row, choice.moves
-    reached, shown = _where(
+    reached, shown = where(
         moved,
         (_row(proposals.variables, row), _row(evidence, row)),
         (state.current, state.current_evidence),
     )
     rolled = adapt.proves(state.champion_evidence.promise, shown.promise, config.roll_back)
     rolled &= ~prioritise.falls_shorter(state.champion_evidence, shown, least)
-    current, current_evidence = _where(rolled, (state.champion, state.champion_evidence), (reached, shown))
+    current, current_evidence = where(rolled, (state.champion, state.champion_evidence), (reached, shown))
     arm_states = tuple(
-        _where(
+        where(
             moved | rolled,
-            _where((row == i) & ~rolled, proposals.arm_states[i], arm.init(current)),
+            where((row == i) & ~rolled, proposals.arm_states[i], arm.init(current)),
             state.arm_states[i],
         )
         for i, arm in enumerate(arms)
@@ -346,92 +350,3 @@ def _move(
         choice,
         rolled,
     )
-
-
-def _promote(
-    state: State, pools: Pools, *, closing: jax.Array, apply: Apply, measures: Measures, config: EV3
-) -> tuple[State, _Trial]:
-    """Lets the current student meet the champion on decide where that is worth a test; see core/adapt.py.
-
-    The test is about the goal that the champion breaks worst on assess, else about the promise; and one who would break a
-    goal that the champion meets on decide is kept from its place: for all that follows, that is a test which failed. A run
-    that decide ended, all goals being met, makes no test any more: that answer of decide has no budget to go with it.
-    """
-    alpha = adapt.level(state.budget, closing)
-    goals, least = measures.goals, prioritise.least_of(measures.goals)
-    ruling = prioritise.ruling_of(prioritise.risks_of(state.champion_evidence, least), at_risk=0.0)
-
-    def predict() -> jax.Array:
-        promised = functools.partial(adapt.mcnemar, state.current_evidence.promise, state.champion_evidence.promise)
-        if not goals:
-            return adapt.worth_testing(promised()[2], alpha, closing)
-        one, other = (prioritise.ruled(x, ruling).promise for x in (state.current_evidence, state.champion_evidence))
-        p_assess = jnp.where(ruling >= 0, _roughly(*paired(one, other)), promised()[2])
-        return adapt.worth_testing(p_assess, alpha, closing)
-
-    def ask() -> _Asked:
-        logits = assess.logits_of(apply, state.current, pools.decide.inputs, batch_size=config.eval_batch_size)
-        candidate = measures.promise(logits, pools.decide)
-        trials = [adapt.mcnemar(candidate, state.champion_decide)]
-        champion = state.champion_goals
-        against = measures.standing(logits, pools.decide, state.champion_evidence)
-        if not (isinstance(champion, Standing) and isinstance(against, Standing)):
-            wins, losses, p_value = trials[0]
-            return _Asked(candidate, (), wins, losses, p_value, jnp.bool_(False))
-        for goal, ours, theirs in zip(goals, against.compared, champion.compared, strict=True):
-            trials.append(adapt.mcnemar(ours, theirs) if goal.shares else adapt.betting(ours, theirs))
-        wins, losses, p_value = [jnp.stack(column)[ruling + 1] for column in zip(*trials, strict=True)]
-        kept = ((champion.metric >= least) & ~(against.metric >= least)).any()
-        standing = measures.standing(logits, pools.decide, state.current_evidence)
-        return _Asked(candidate, standing, wins, losses, p_value, kept)
-
-    def rest() -> _Asked:
-        none = jnp.int32(0)
-        return _Asked(state.champion_decide, state.champion_goals, none, none, jnp.float32(1), jnp.bool_(False))
-
-    due = adapt.due(state.cost, state.tested_cost, closing) & ~state.met
-    tested = jax.lax.cond(due, predict, lambda: jnp.bool_(False))
-    asked = jax.lax.cond(tested, ask, rest)
-    proven = tested & (asked.p_value <= alpha)
-    promoted = proven & ~asked.kept
-    won = (jnp.arange(state.arm_promotions.shape[0]) == state.current_arm) & promoted
-    state = state._replace(
-        champion=_where(promoted, state.current, state.champion),
-        champion_evidence=_where(promoted, state.current_evidence, state.champion_evidence),
-        champion_decide=_where(promoted, asked.candidate, state.champion_decide),
-        champion_goals=_where(promoted, asked.standing, state.champion_goals),
-        arm_promotions=state.arm_promotions + won,
-        tested_cost=jnp.where(tested, state.cost, state.tested_cost),
-        budget=adapt.spend(state.budget, closing, tested, promoted),
-    )
-    return state, _Trial(tested, promoted, asked.wins, asked.losses, alpha, asked.p_value, ruling, proven & asked.kept)
-
-
-class _Asked(NamedTuple):
-    """What decide says of a candidate."""
-
-    candidate: jax.Array  # [N] promise scores
-    standing: Standing | tuple[()]
-    wins: jax.Array
-    losses: jax.Array
-    p_value: jax.Array
-    kept: jax.Array
-
-
-def _roughly(gain: jax.Array, se: jax.Array) -> jax.Array:
-    """A normal p-value: it predicts, and proves nothing."""
-    return jnp.where(gain > 0, jax.scipy.stats.norm.sf(gain / jnp.maximum(se, 1e-12)), 1.0)
-
-
-def _met(
-    state: State, pools: Pools, risks: jax.Array, *, apply: Apply, goals: Sequence[Goal], level: float, config: EV3
-) -> State:
-    """Asks decide whether all goals are met, where assess says so and the run's cost has grown by a tenth since."""
-
-    def ask() -> jax.Array:
-        logits = assess.logits_of(apply, state.current, pools.decide.inputs, batch_size=config.eval_batch_size)
-        return jnp.stack([goal.refuted(logits, pools.decide) <= level for goal in goals]).all()
-
-    due = (risks.min() >= prioritise.AT_RISK) & (state.cost > 1.1 * state.met_cost) & ~state.closed
-    met = jax.lax.cond(due, ask, lambda: jnp.bool_(False))
-    return state._replace(met=state.met | met, met_cost=jnp.where(due, state.cost, state.met_cost))
