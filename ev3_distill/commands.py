@@ -16,13 +16,7 @@ from ev3_distill.arms import arms_named, default_names, features_asked, name_for
 from ev3_distill.certifying import known_of, measured, metrics_asked
 from ev3_distill.cli import read_config
 from ev3_distill.counter import Counter
-from ev3_distill.errors import InputError, warn
-from ev3_distill.guards import FORMS, KNOWN, TOP_K, Guard, form_of, judge, parse
-from ev3_distill.lessons import BATCH, Labels, Lessons, Recorded, chunked
-from ev3_distill.network import features_of
-from ev3_distill.sources import Dataset, load_data
-from ev3_distill.splits import shared, split_rows
-from ev3_distill.training import (
+from ev3_distill.course import (
     CHUNK,
     Task,
     bytes_of_example,
@@ -31,8 +25,14 @@ from ev3_distill.training import (
     give_back,
     limit_of,
     share_of,
-    train,
 )
+from ev3_distill.errors import InputError, warn
+from ev3_distill.guards import FORMS, KNOWN, TOP_K, Guard, form_of, judge, parse
+from ev3_distill.lessons import BATCH, Labels, Lessons, Recorded, chunked
+from ev3_distill.network import features_of
+from ev3_distill.sources import Dataset, load_data
+from ev3_distill.splits import shared, split_rows
+from ev3_distill.training import train
 from ev3_distill.types import Network, Variables
 from teachers import Teacher, load_logits, load_teacher, save_logits
 from teachers.diagnosis import diagnose

@@ -15,6 +15,7 @@ from ev3_distill.config import EV3
 from ev3_distill.core import initial_state, make_parts, make_step, prioritise
 from ev3_distill.core.assess import Measures, logits_of, score
 from ev3_distill.core.packing import Packed, Packing
+from ev3_distill.core.trial import on_seen
 from ev3_distill.pool import sampler
 from ev3_distill.types import (
     Arm,
@@ -22,9 +23,11 @@ from ev3_distill.types import (
     Decision,
     Evidence,
     Goal,
+    Growth,
     Network,
     Objective,
     Pools,
+    Progress,
     PyTree,
     Sample,
     State,
@@ -43,7 +46,7 @@ class _Carry(NamedTuple):
     packed: Packed
     decisions: Packed  # [AT_ONCE, ...] of the iterations so far
     made: jax.Array  # int32, their number
-    closed: jax.Array  # bool
+    ends: jax.Array  # bool, whether the run is closed or pauses
 
 
 class Distillation:
@@ -102,13 +105,56 @@ class Distillation:
             logits = logits_of(student.apply, variables, split.inputs, batch_size=config.eval_batch_size)
             return objectives.agreement(logits, split)
 
-        self._begin = begin
+        @jit
+        def seen(variables: Variables, pools: Pools) -> jax.Array:
+            return on_seen(student.apply, variables, pools, promise, config=config)
+
+        self._begin, self._seen, self._arms, self._length = begin, seen, tuple(arms), config.length
         self.evaluate = evaluate  # (variables, split) -> scores, leaves [N]
         self.agreement = agreement  # (variables, split) -> [N] whether student and teacher agree
 
     def begin(self, pools: Pools, seed: int) -> State:
         """The state before the first iteration."""
         return self._timed(lambda: jax.block_until_ready(self._begin(pools, np.int32(seed))))
+
+    def shapes(self, pools: Pools) -> State:
+        """A state's shapes and types; compiles nothing."""
+        shapes: State = jax.eval_shape(self._begin, pools, np.int32(0))
+        return shapes
+
+    def grown(self, pools: Pools, state: State, growth: Growth) -> State:
+        """The state of a run with a smaller student, to go on from with this one, which computes the same.
+
+        What was proven stays so, and what is left of the error budget; arms of the same names go on from what they had, on
+        short trajectories again.
+        """
+        current, champion = growth.variables(state.current), growth.variables(state.champion)
+        begun = (arm.init(current) for arm in self._arms)
+        arm_states = tuple(
+            arm.grow(old, growth) if arm.grow is not None else fresh
+            for arm, old, fresh in zip(self._arms, state.arm_states, begun, strict=True)
+        )
+        progress = state.progress
+        if isinstance(progress, Progress):
+            progress = Progress(state.current_evidence, self._seen(current, pools), state.position, jnp.bool_(False))
+        return state._replace(
+            current=current,
+            champion=champion,
+            safest=growth.variables(state.safest) if isinstance(state.safest, Variables) else (),
+            arm_states=arm_states,
+            length=jnp.float32(self._length),
+            stale=jnp.int32(0),
+            progress=progress,
+            met=jnp.bool_(False),
+            closed=jnp.bool_(False),
+        )
+
+    def again(self, pools: Pools, state: State) -> State:
+        """The state of a run that was stuck, to go on from at the same size for as long again."""
+        if not isinstance(state.progress, Progress):
+            return state
+        progress = Progress(state.current_evidence, self._seen(state.current, pools), state.position, jnp.bool_(False))
+        return state._replace(progress=progress, closed=jnp.bool_(False))
 
     def run(
         self,
@@ -139,20 +185,25 @@ class Distillation:
         budget: int = UNLIMITED,
         seconds: float | None = None,
         supply: Supply | None = None,
+        pause: int = UNLIMITED,
         at_once: int = AT_ONCE,
     ) -> Iterator[tuple[Packed, list[Decision]]]:
         """As `run`, with several decisions at a time, on the host, and the state after the last of them (see `unpack`).
 
         Short iterations are dispatched up to `at_once` at a time, and the next ones before the host looks at these, so that
         the device does not wait. How many at a time follows the clock, and changes no result. Where the host supplies the
-        examples or the budget is a wall time, iterations go one by one.
+        examples or the budget is a wall time, iterations go one by one. With a `pause` it ends, not closed, after the iteration
+        that reaches this global step.
         """
-        if bool(state.closed):
+        if bool(state.closed) or int(state.position) >= pause:
             return
         self._prepare(state)
         if supply is not None:
             limit_at = _limits(budget, seconds, int(state.cost))
-            yield from self._supplied(pools._replace(explore=()), state, supply, limit_at)
+            for packed, decisions in self._supplied(pools._replace(explore=()), state, supply, limit_at):
+                yield packed, decisions
+                if int(decisions[-1].position) >= pause:
+                    return
             return
         steps = functools.partial(self._several(pools, state), pools)
         packed = self._pack(state)
@@ -160,19 +211,20 @@ class Distillation:
             cost = int(state.cost)
             limit_at, closed = _limits(budget, seconds, cost), False
             while not closed:
-                packed, decisions = self._told(steps(packed, limit_at(cost), np.int32(1)))
+                packed, decisions = self._told(steps(packed, limit_at(cost), np.int32(1), np.int32(pause)))
                 yield packed, decisions
-                cost, closed = int(decisions[-1].cost), bool(decisions[-1].closed)
+                cost = int(decisions[-1].cost)
+                closed = bool(decisions[-1].closed) or int(decisions[-1].position) >= pause
             return
         limit, most = np.int32(budget), 1
-        ahead = steps(packed, limit, np.int32(most))
+        ahead = steps(packed, limit, np.int32(most), np.int32(pause))
         began = time.perf_counter()
         while True:
             block = ahead
-            ahead = steps(block[0], limit, np.int32(most))
+            ahead = steps(block[0], limit, np.int32(most), np.int32(pause))
             packed, decisions = self._told(block)
             yield packed, decisions
-            if decisions[-1].closed:
+            if decisions[-1].closed or int(decisions[-1].position) >= pause:
                 return
             took, began = time.perf_counter() - began, time.perf_counter()
             most = int(np.clip(len(decisions) * IDLE_S / took, 1, at_once))
@@ -218,34 +270,37 @@ class Distillation:
     def _several(self, pools: Pools, state: State) -> Callable[..., Any]:
         """Several steps on packed states, compiled once.
 
-        (pools, packed state, limit, most) -> (packed state, the decisions along the way, their number): at most `most` and
-        AT_ONCE iterations, none after the closing one.
+        (pools, packed state, limit, most, pause) -> (packed state, the decisions along the way, their number): at most `most`
+        and AT_ONCE iterations, none after the closing one or the one that reaches `pause`.
         """
         if "several" in self._programs:
             return self._programs["several"]
-        limit = most = np.int32(0)
+        limit = most = pause = np.int32(0)
         states = Packing(state)
         decision = jax.eval_shape(self._step, pools, state, limit)[1]
         decisions = self._decisions = Packing(decision)
 
-        def advance(pools: Pools, limit: jax.Array, carry: _Carry) -> _Carry:
+        def advance(pools: Pools, limit: jax.Array, pause: jax.Array, carry: _Carry) -> _Carry:
             state, decision = self._step(pools, states.unpack(carry.packed), limit)
             made = zip(carry.decisions, decisions.pack(decision), strict=True)
             told = tuple(rows.at[carry.made].set(row) for rows, row in made)
-            return _Carry(states.pack(state), told, carry.made + 1, state.closed)
+            return _Carry(states.pack(state), told, carry.made + 1, state.closed | (state.position >= pause))
 
-        def steps(pools: Pools, packed: Packed, limit: jax.Array, most: jax.Array) -> tuple[Packed, Packed, jax.Array]:
+        def steps(
+            pools: Pools, packed: Packed, limit: jax.Array, most: jax.Array, pause: jax.Array
+        ) -> tuple[Packed, Packed, jax.Array]:
+            before = states.unpack(packed)
             blank = decisions.pack(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), decision))
             rows = tuple(jnp.zeros((AT_ONCE, *vector.shape), vector.dtype) for vector in blank)
             carry = jax.lax.while_loop(
-                lambda carry: (carry.made < jnp.minimum(most, AT_ONCE)) & ~carry.closed,
-                functools.partial(advance, pools, limit),
-                _Carry(packed, rows, jnp.int32(0), states.unpack(packed).closed),
+                lambda carry: (carry.made < jnp.minimum(most, AT_ONCE)) & ~carry.ends,
+                functools.partial(advance, pools, limit, pause),
+                _Carry(packed, rows, jnp.int32(0), before.closed | (before.position >= pause)),
             )
             return carry.packed, carry.decisions, carry.made
 
         packed = states.pack(state)
-        self._programs["several"] = self._timed(lambda: jit(steps).lower(pools, packed, limit, most).compile())
+        self._programs["several"] = self._timed(lambda: jit(steps).lower(pools, packed, limit, most, pause).compile())
         return self._programs["several"]
 
     def unpack(self, packed: Packed) -> State:

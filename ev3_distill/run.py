@@ -194,6 +194,8 @@ def iterate(
     tell: Callable[[dict[str, Any]], None],
     warn: Callable[[str], None],
     supply: Supply | None = None,
+    start: Callable[[], State] | None = None,
+    pause: int = UNLIMITED,
 ) -> State:
     """Runs to the end of the budget, from the newest checkpoint if there is one.
 
@@ -209,17 +211,20 @@ def iterate(
       tell: gets each ledger row.
       warn: gets a line for each damaged checkpoint.
       supply: brings the explore split part by part, in place of `pools.explore`.
+      start: makes the state to begin with, in place of a fresh one.
+      pause: global step at which to stop for now; the run is then not closed.
 
     Returns:
       The final state, also saved. An interrupt (Ctrl-C) is saved too and then passes on.
     """
     with contextlib.closing(Checkpoints(directory / "checkpoints")) as checkpoints:
         ledger = Ledger(directory / "ledger.jsonl")
-        state = distillation.begin(pools, seed)
-        if (found := checkpoints.restore(state)) is not None:
+        if (found := checkpoints.restore(distillation.shapes(pools))) is not None:
             _, state, warnings = found
             for line in warnings:
                 warn(line)
+        else:
+            state = distillation.begin(pools, seed) if start is None else start()
         ledger.resume(int(state.iteration))
         past = max((row["wall_s"] for row in rows(directory / "ledger.jsonl")), default=0.0)
         began = saved = time.perf_counter()
@@ -236,7 +241,7 @@ def iterate(
         left = None if seconds is None else seconds - past
         try:
             for following, decisions in distillation.stream(
-                pools, state, budget=budget or UNLIMITED, seconds=left, supply=supply
+                pools, state, budget=budget or UNLIMITED, seconds=left, supply=supply, pause=pause
             ):
                 with uninterrupted():
                     spent = time.perf_counter() - began - (distillation.compile_s - compiled)

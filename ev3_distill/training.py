@@ -1,82 +1,40 @@
 """Training: a network on a data set under a teacher, from its newest checkpoint if there is one, to certificate and report."""
 
 import contextlib
-import ctypes
 import dataclasses
-import math
-import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import students
-from ev3_distill import augment, config, report, run
-from ev3_distill.arms import arms_named
+from ev3_distill import config, report, run
 from ev3_distill.certificate import clopper_pearson_lower
 from ev3_distill.certifying import Asked, certified, known_of, metrics_asked
-from ev3_distill.errors import InputError, warn
-from ev3_distill.goals import goal, steers
-from ev3_distill.guards import Guard, judge
-from ev3_distill.lessons import Labels, Lessons, Recorded, chunked
-from ev3_distill.loop import UNLIMITED, Distillation, Supply
+from ev3_distill.course import Course, Task, course_of, evaluated_at_once, test_of
+from ev3_distill.errors import warn
+from ev3_distill.guards import judge
+from ev3_distill.lessons import Lessons, Recorded
+from ev3_distill.loop import UNLIMITED, Distillation
 from ev3_distill.network import count_params
-from ev3_distill.pool import held_out, sampler
 from ev3_distill.progress import Progress
-from ev3_distill.sources import Dataset
-from ev3_distill.splits import SPLITS, split_rows
-from ev3_distill.supply import ResidentSupply, Views, WindowSupply
-from ev3_distill.types import Batch, Network, Pools, Variables
-
-WINDOW_SHARE = 128  # of the memory limit; three windows are in memory at once: trained on, made, and read ahead
-WINDOW_STEPS = 256  # at most
-M_MMAP_THRESHOLD, GIVEN_BACK = -3, 4 * 2**20  # of malloc.h; bytes
-EVALUATED_SHARE = 512  # of the memory limit; a network's activations in one forward pass are many times its inputs
-CHUNK = 2048  # test examples on the device at once, at most
+from ev3_distill.splits import SPLITS
+from ev3_distill.types import Batch, Network, State, Variables
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Task:
-    """What is trained on what, all of it checked."""
+class Final:
+    """What a run delivers, and how it came to it."""
 
-    dataset: Dataset
     network: Network
-    rows: dict[str, np.ndarray]  # positions by split
-    augmentation: augment.Augmentation | None
-    steps: int | None  # of the budget, unless it is a wall time
-    memory: int  # bytes
-    teacher_features: Mapping[str, tuple[int, ...]] = dataclasses.field(
-        default_factory=dict
-    )  # those in use, of one example
-    guards: Sequence[Guard] = ()
-    control: Path | None = None  # the run that trained the same student by labels alone
-    costs: np.ndarray | None = None  # [K, K], where a guard asks for them
-
-
-def limit_of(memory: str) -> int:
-    """The memory limit in bytes: the one named, or half of this machine's."""
-    named = config.bytes_of(memory)
-    return named or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def give_back(memory: str) -> None:
-    """Where a limit is named, freed memory goes back to the system at once; glibc would keep all blocks under 32 MB."""
-    if memory and sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):  # another libc
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, GIVEN_BACK)
-
-
-def checked(chosen: config.Compress | config.Teach, name: str, dataset: Dataset, num_classes: int) -> Task:
-    """The task of training the network of that name, once all that the data decide was checked."""
-    network = students.named(name, dataset.inputs.shape[1:], num_classes)
-    rows = split_rows(dataset.labels, dataset.test_rows, seed=chosen.seed, fractions=chosen.splits)
-    steps = config.Budget.parse(chosen.budget).in_steps(len(rows["explore"]), chosen.ev3.batch_size)
-    if steps is not None and steps >= UNLIMITED:
-        raise InputError(f"a budget is below {UNLIMITED} steps; got '{chosen.budget}', {steps} steps: give less")
-    augmentation = augment.parse(chosen.augment, dataset.inputs.shape[1:])
-    return Task(dataset, network, rows, augmentation, steps, limit_of(chosen.memory))
+    variables: Variables
+    which: str  # of the students that it had: champion, current, ...
+    state: State  # the run's last
+    arms: Sequence[str]
+    compile_s: float
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # more of them for the report
 
 
 def train(
@@ -100,61 +58,81 @@ def train(
       teacher: facts for the report; None where labels alone teach.
       in_step: a JAX teacher that runs inside the training step.
     """
-    dataset, labelled = task.dataset, bool((task.dataset.labels >= 0).any())
-    assess, decide = (_held(task, name, lessons, labelled) for name in ("assess", "decide"))
-    sample, supply, pools = _supplied(chosen, task, lessons, Pools((), assess, decide), in_step)
-    budget = config.Budget.parse(chosen.budget)
-    title = "teacher" if teacher is None else "student"
-    arms = arms_named(task.network.apply, arm_names, network=task.network, teacher_features=task.teacher_features)
-    at_once = evaluated_at_once(dataset, task.memory, chosen.ev3.eval_batch_size)
-    goals = [goal(guard.metric, guard.threshold, costs=task.costs) for guard in task.guards if steers(guard.metric)]
     stops = getattr(chosen, "stop_when_met", False)
-    distillation = Distillation(
-        task.network,
-        arms,
-        config=dataclasses.replace(chosen.ev3, eval_batch_size=at_once),
-        sample=sample,
-        goals=goals,
-        stop_level=(1 - chosen.confidence) / len(goals) if stops and goals else None,
+    course = course_of(chosen, task, arm_names, lessons, in_step=in_step, stops=stops)
+    distillation, seconds = course.distillation, config.Budget.parse(chosen.budget).seconds
+    title = "teacher" if teacher is None else "student"
+    with Progress(title, steps=task.steps, seconds=seconds) as progress:
+        state = iterated(directory, chosen, course, lessons, progress, budget=task.steps, seconds=seconds)
+    which, distilled = distillation.delivered(course.pools, state, getattr(chosen, "deliver", "best"))
+    final = Final(task.network, distilled, which, state, course.arms, distillation.compile_s)
+    if task.control is None:
+        return concluded(directory, chosen, task, final, lessons, teacher=teacher)
+    control = students.load(task.control, factory=students.factory_of(chosen.student))[1]
+    if distillation.outranks(course.pools, control, distilled):
+        final = dataclasses.replace(final, variables=control, which="control")
+    helped = functools.partial(_helped, distillation, distilled, control, confidence=chosen.confidence)
+    return concluded(directory, chosen, task, final, lessons, teacher=teacher, helped=helped)
+
+
+def iterated(
+    directory: Path,
+    chosen: Any,
+    course: Course,
+    lessons: Lessons | Recorded,
+    progress: Progress,
+    *,
+    budget: int | None,
+    seconds: float | None = None,
+    start: Callable[[], State] | None = None,
+    pause: int = UNLIMITED,
+) -> State:
+    """The state at the end of a course, or where it pauses; see `run.iterate`."""
+    lessons.aside = progress.aside
+    state = run.iterate(
+        directory,
+        course.distillation,
+        course.pools,
+        course.arms,
+        supply=course.supply,
+        seed=chosen.seed,
+        budget=budget,
+        seconds=seconds,
+        checkpoint_s=chosen.checkpoint_s,
+        tell=progress.row,
+        warn=warn,
+        start=start,
+        pause=pause,
     )
-    with Progress(title, steps=task.steps, seconds=budget.seconds) as progress:
-        lessons.aside = progress.aside
-        state = run.iterate(
-            directory,
-            distillation,
-            pools,
-            arm_names,
-            supply=supply,
-            seed=chosen.seed,
-            budget=task.steps,
-            seconds=budget.seconds,
-            checkpoint_s=chosen.checkpoint_s,
-            tell=progress.row,
-            warn=warn,
-        )
-        lessons.aside = contextlib.nullcontext
-    which, distilled = distillation.delivered(pools, state, getattr(chosen, "deliver", "best"))
-    variables = distilled
-    if task.control is not None:
-        control = students.load(task.control, factory=students.factory_of(chosen.student))[1]
-        if distillation.outranks(pools, control, distilled):
-            which, variables = "control", control
-    students.save(directory / "student", task.network, variables)
+    lessons.aside = contextlib.nullcontext
+    return state
+
+
+def concluded(
+    directory: Path,
+    chosen: Any,
+    task: Task,
+    final: Final,
+    lessons: Lessons | Recorded,
+    *,
+    teacher: dict[str, Any] | None,
+    helped: Callable[[Iterator[Batch]], dict[str, float]] | None = None,
+) -> dict[str, Any]:
+    """Saves the final student, certifies it from the sealed split and reports; returns the content of report.json."""
+    dataset, variables = task.dataset, final.variables
+    students.save(directory / "student", final.network, variables)
     classes = list(dataset.class_names or map(str, range(lessons.num_classes)))
-    metrics = metrics_asked(task.guards, labelled=labelled, teacher=teacher is not None)
+    metrics = metrics_asked(task.guards, labelled=task.labelled, teacher=teacher is not None)
     certificate, of_teacher = certified(
         directory,
-        task.network,
+        final.network,
         variables,
         dataset,
-        test=_test(task, lessons, labelled),
+        test=test_of(task, lessons),
         asked=Asked(metrics, classes, chosen.confidence, task.costs),
         teacher=teacher is not None,
-        batch_size=at_once,
+        batch_size=evaluated_at_once(dataset, task.memory, chosen.ev3.eval_batch_size),
     )
-    helped = None
-    if task.control is not None:
-        helped = _helped(distillation, distilled, control, _test(task, lessons, labelled), chosen.confidence)
     points = {claim.metric: claim.point for claim in certificate.claims}
     facts = {
         "teacher": {"source": "labels", "params": None, "accuracy": None}
@@ -165,10 +143,10 @@ def train(
             "params": count_params(variables),
             "accuracy": points.get("accuracy"),
             "agreement": points.get("agreement"),
-            "delivered": which,
+            "delivered": final.which,
         },
         "certificate": certificate.as_dict(),
-        "control": helped,
+        "control": helped(test_of(task, lessons)) if helped else None,
         "guards": judge(task.guards, certificate.claims, known=known_of(variables)),
         "seed": chosen.seed,
         "budget": chosen.budget,
@@ -181,9 +159,10 @@ def train(
             "augmentation": "none" if task.augmentation is None else task.augmentation.describe(),
         },
         "command": f"ev3-distill {'teach' if teacher is None else 'compress'} --config config.toml",
+        **final.facts,
     }
     content = run.report_of(
-        directory, state, arm_names, compile_s=distillation.compile_s, config=chosen.ev3, facts=facts
+        directory, final.state, final.arms, compile_s=final.compile_s, config=chosen.ev3, facts=facts
     )
     run.write_json(directory / "report.json", content)
     report.write_html(directory)
@@ -191,7 +170,7 @@ def train(
 
 
 def _helped(
-    distillation: Distillation, student: Variables, control: Variables, test: Iterator[Batch], confidence: float
+    distillation: Distillation, student: Variables, control: Variables, test: Iterator[Batch], *, confidence: float
 ) -> dict[str, float]:
     """By how much a student's accuracy is above its control's, paired, with a two-sided interval.
 
@@ -214,86 +193,3 @@ def _helped(
         "high": high[0] - low[1],
         "confidence": confidence,
     }
-
-
-def _supplied(
-    chosen: Any, task: Task, lessons: Lessons | Recorded, pools: Pools, in_step: tuple[Network, Variables] | None
-) -> tuple[Any, Supply | None, Pools]:
-    """How batches are made, who brings the explore split, and the pools: with it where it is on the device as a whole."""
-    dataset, size, index = task.dataset, chosen.ev3.batch_size, task.rows["explore"]
-    views = Views(dataset, index, task.augmentation)
-    asked = not isinstance(lessons, Labels)  # what nobody is asked of needs no end of views
-    count = 1 if task.augmentation is None else chosen.views if asked else UNLIMITED
-    facts = {"batch_size": size, "seed": chosen.seed}
-    apply = None if in_step is None else in_step[0].apply
-    sample = sampler(batch_size=size, views=count, augmentation=task.augmentation, teacher=apply)
-    lesson = lessons.of(views, count)
-    learnt = 4 * count * len(index) * sum(math.prod(shape) for shape in task.teacher_features.values())
-    if in_step is not None and task.teacher_features:
-        raise InputError(
-            f"a teacher inside the step gives logits alone; got arms that ask for {', '.join(task.teacher_features)}: leave "
-            "out --teacher-in-step, or those arms"
-        )
-    if not fits(dataset, task.memory, learnt):
-        if in_step is not None:
-            raise InputError(
-                f"a teacher inside the step needs data that fit; {dataset.source} has {bytes_in(dataset)} bytes for a "
-                f"memory limit of {task.memory}: raise --memory, or leave out --teacher-in-step"
-            )
-        steps = min(max(task.memory // WINDOW_SHARE // (size * bytes_of_example(dataset)), 1), WINDOW_STEPS)
-        return sample, WindowSupply(views, lesson, count=count, steps=steps, **facts), pools
-    variables = () if in_step is None else in_step[1]
-    supply = ResidentSupply(views, lesson, count=count if asked else 1, teacher=variables, **facts)
-    if task.augmentation is None:
-        return sample, None, pools._replace(explore=supply.whole())
-    return sample, supply, pools
-
-
-def bytes_of_example(dataset: Dataset) -> int:
-    """Of one input."""
-    return math.prod(dataset.inputs.shape[1:]) * dataset.inputs.dtype.itemsize
-
-
-def bytes_in(dataset: Dataset) -> int:
-    """Of all its inputs."""
-    return len(dataset.labels) * bytes_of_example(dataset)
-
-
-def fits(dataset: Dataset, memory: int, learnt: int = 0) -> bool:
-    """Whether a data set may be whole on the host and on the device, and leaves half of the limit to all else.
-
-    Args:
-      dataset: in memory or on disk.
-      memory: the limit, bytes.
-      learnt: bytes of the teacher's features on it.
-    """
-    return isinstance(dataset.inputs, np.ndarray) and bytes_in(dataset) + learnt <= share_of(memory)
-
-
-def evaluated_at_once(dataset: Dataset, memory: int, most: int) -> int:
-    """Examples of one forward pass in evaluation: `most`, or as many as the memory limit leaves room for, 8 at least."""
-    return min(most, max(8, memory // EVALUATED_SHARE // (4 * math.prod(dataset.inputs.shape[1:]))))
-
-
-def share_of(memory: int) -> int:
-    """Bytes that a data set's inputs may have to be kept in memory."""
-    return memory // 4
-
-
-def _held(task: Task, name: str, lessons: Lessons | Recorded, labelled: bool) -> Batch:
-    """A held-out split, whole; without labels the teacher's choice stands in for them, and accuracy is agreement."""
-    return _batch(task, task.rows[name], lessons.plain(task.rows[name], f"teacher, {name} split"), labelled)
-
-
-def _test(task: Task, lessons: Lessons | Recorded, labelled: bool) -> Iterator[Batch]:
-    """The sealed split, opened part by part."""
-    rows = task.rows["test"]
-    lessons.plain(rows, "teacher, test split")
-    for part in chunked(rows, evaluated_at_once(task.dataset, task.memory, CHUNK)):
-        yield _batch(task, part, lessons.plain(part), labelled)
-
-
-def _batch(task: Task, rows: np.ndarray, logits: np.ndarray, labelled: bool) -> Batch:
-    labels = task.dataset.labels[rows] if labelled else logits.argmax(axis=1)
-    groups = None if task.dataset.groups is None else task.dataset.groups[rows]
-    return held_out(task.dataset.inputs[rows], labels, rows, logits, groups)

@@ -409,7 +409,7 @@ def regressor(student, teacher):
 
 
 def test_the_loss_of_a_named_arm_is_the_weighted_sum():
-    """kd4's loss plus the weight times the feature loss, at a rate of its own; Adam's first steps magnify what rounding leaves."""
+    """kd4's loss plus the weight times the feature loss, at a rate of its own. Adam magnifies what rounding leaves."""
     logits_loss = losses.mix((0.9, losses.kd(temperature=4.0)), (0.1, losses.cross_entropy()))
 
     def loss(outputs, batch):

@@ -124,7 +124,7 @@ HELPERS = members(*(f"ev3_distill.{room}" for room in (
 
 @pytest.mark.parametrize("module", HELPERS)
 def test_the_rooms_beside_the_core_do_not_know_it(module):
-    above = ["core", "cli", "commands", "training", "lessons", "run", "loop"]
+    above = ["core", "cli", "commands", "training", "course", "search", "lessons", "run", "loop"]
     above = [*(f"ev3_distill.{room}" for room in above), *PACKAGES[1:]]
     assert [name for name in imports(module) if any(inside(name, room) for room in above)] == []
 
@@ -138,7 +138,7 @@ def test_teachers_and_students_know_a_few_rooms_alone(module):
     assert [name for name in ours if not allowed(name, may)] == []
 
 
-COMPOSERS = ("ev3_distill", "ev3_distill.cli", "ev3_distill.commands", "ev3_distill.lessons", "ev3_distill.training")
+COMPOSERS = ("ev3_distill", "ev3_distill.cli", "ev3_distill.commands", "ev3_distill.lessons", "ev3_distill.training", "ev3_distill.course", "ev3_distill.search")
 
 
 @pytest.mark.parametrize("module", members("ev3_distill"))

@@ -9,8 +9,8 @@ import pytest
 from conftest import assert_same_run, rows_without_times, variables_of
 
 from ev3_distill import run
+from ev3_distill.course import evaluated_at_once
 from ev3_distill.sources import Dataset
-from ev3_distill.training import evaluated_at_once
 
 N, SIDE, CLASSES = 1200, 12, 4
 QUICK = (
