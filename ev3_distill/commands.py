@@ -29,7 +29,8 @@ from ev3_distill.course import (
 from ev3_distill.errors import InputError, warn
 from ev3_distill.guards import FORMS, KNOWN, TOP_K, Guard, form_of, judge, parse
 from ev3_distill.lessons import BATCH, Labels, Lessons, Recorded, chunked
-from ev3_distill.network import features_of
+from ev3_distill.network import count_params, features_of
+from ev3_distill.search import search
 from ev3_distill.sources import Dataset, load_data
 from ev3_distill.splits import shared, split_rows
 from ev3_distill.training import train
@@ -135,6 +136,8 @@ def _with_recorded(
         if not kept.exists():
             save_logits(kept, logits, dataset.fingerprint)
         facts = {"source": chosen.teacher, "params": None}
+        if chosen.start or chosen.sizes:
+            return search(directory, chosen, task, arms, Recorded(logits), teacher=facts)
         task = _controlled(directory, chosen, task)
         return train(directory, chosen, task, arms, Recorded(logits), teacher=facts)
 
@@ -164,6 +167,8 @@ def _distil(
     )
     with contextlib.closing(lessons):
         facts = {"source": source, "params": teacher.params}
+        if chosen.start or chosen.sizes:
+            return search(directory, chosen, task, arms, lessons, teacher=facts)
         return train(directory, chosen, task, arms, lessons, teacher=facts, in_step=in_step)
 
 
@@ -233,6 +238,8 @@ def _task(
 ) -> tuple[Task, list[str]]:
     """The student's task and its arms; `shapes` are those of the teacher's features, of which the arms ask for some."""
     task = checked(chosen, chosen.student, dataset, num_classes)
+    if chosen.start or chosen.sizes:
+        task = dataclasses.replace(task, network=_smallest(chosen, task.network.spec))
     _warn_of_duplicates(task)
     costs = claims.read_costs(path, num_classes) if (path := chosen.costs) else None
     guards = _guards(chosen.guards, dataset, task.network, costs=costs)
@@ -243,6 +250,20 @@ def _task(
     arms = arms_named(task.network.apply, names, network=task.network, teacher_features=shapes)
     asked = {name: shapes[name] for name in features_asked(names)}
     return dataclasses.replace(task, teacher_features=asked, guards=guards, costs=costs), [arm.name for arm in arms]
+
+
+def _smallest(chosen: config.Compress, spec: Mapping[str, Any]) -> Network:
+    """The network that a search begins with, once its sizes are checked."""
+    shape = spec["input_shape"], spec["num_classes"]
+    if chosen.start:
+        return students.tiny(chosen.student, *shape) if chosen.start == "tiny" else students.named(chosen.start, *shape)
+    ladder = [students.named(text, *shape) for text in chosen.sizes]
+    params = [count_params(jax.eval_shape(network.init, jax.random.key(0))) for network in ladder]
+    if sorted(set(params)) != params:
+        raise InputError(
+            f"the sizes of a search come smallest first; got {', '.join(chosen.sizes)} of {params} parameters: order them"
+        )
+    return ladder[0]
 
 
 def _warn_of_duplicates(task: Task) -> None:

@@ -165,6 +165,17 @@ class Compress:
     student: str = "auto"
     """Network to train, FAMILY:OPTION=N,...: mlp:hidden=W-W-..., resnet:depth=8,width=16 (or resnet8), mobilenet, vit,
     conv4, convnet1d, transformer; auto chooses by the examples' shape; or MODULE:FACTORY of your own."""
+    start: str = ""
+    """Search for the smallest student that meets the guards: begin with this network, as --student, or `tiny`: the smallest
+    of that family; grow it where it is stuck, and come back down where that works too."""
+    sizes: tuple[str, ...] = ()
+    """The same with sizes of your own, smallest first, each as --student."""
+    max_params: int = 0
+    """Parameters that such a search may go up to; 0: as far as guards and budget allow."""
+    moves: tuple[str, ...] = ()
+    """Ways to grow that it may take, such as wider, deeper or heads; all that the family has if none is named."""
+    passes: int = 1
+    """Of such a search. In further ones the best student so far teaches beside the teacher, and every size starts again."""
     budget: str = "20000"
     """Cost allowed: training steps summed over all arms (2000), epochs of the explore split (10e), or wall time (2m)."""
     arms: tuple[str, ...] = ()
@@ -222,6 +233,18 @@ class Compress:
         bytes_of(self.memory)
         for guard in self.guards:
             guards.parse(guard)
+        _check(not (self.start and self.sizes), "a search has a start or sizes", "both", "leave out one")
+        searches = bool(self.start or self.sizes)
+        _check(self.max_params >= 0, "max_params must not be negative", self.max_params, "leave it out for no limit")
+        _check(self.passes >= 1, "passes must be at least 1", self.passes, "try 1")
+        _check(searches or (self.max_params == 0 and self.passes == 1), "max_params and passes are of a search for a size",
+               (self.max_params, self.passes), "give --start tiny")  # fmt: skip
+        _check(not (searches and self.control), "a search for a size has no control", "--control",
+               "leave it out, or --start")  # fmt: skip
+        _check(not (searches and self.teacher_in_step), "a search for a size caches what its teacher says",
+               "--teacher-in-step", "leave it out")  # fmt: skip
+        _check(not searches or Budget.parse(self.budget).seconds is None,
+               "a search for a size has a budget in steps or epochs", f"'{self.budget}'", "try 20000")  # fmt: skip
         _check(self.views >= 1, "views must be at least 1", self.views, "try 4")
         _check(bool(self.guards) or not self.stop_when_met, "stop_when_met needs a guard", "none",
                "give --guard 'accuracy >= 0.9'")  # fmt: skip

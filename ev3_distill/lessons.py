@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ev3_distill.arms import PEER
 from ev3_distill.counter import Counter
 from ev3_distill.errors import InputError
 from ev3_distill.supply import Views
@@ -164,6 +165,28 @@ class Labels(Recorded):
     def of(self, views: Views, count: int) -> Callable[..., dict[str, np.ndarray]]:
         """Blank logits for any view."""
         return lambda view, positions, pixels_of: {"logits": self._logits[positions]}
+
+
+class WithPeer:
+    """Lessons to which a peer, another student, adds what it says: the feature PEER, its logits [B, K]."""
+
+    def __init__(self, lessons: "Lessons | Recorded", peer: Callable[[np.ndarray], np.ndarray], *, batch_size: int):
+        """Takes the lessons, and the peer as a function from inputs [B, ...] to logits; `batch_size` bounds B."""
+        self._lessons, self._peer, self._batch_size = lessons, peer, batch_size
+        self.num_classes, self.plain, self.close = lessons.num_classes, lessons.plain, lessons.close
+        self.aside: Aside = contextlib.nullcontext
+
+    def of(self, views: Views, count: int) -> Callable[..., dict[str, np.ndarray]]:
+        """The lesson on the views of an explore split, see `supply.Lesson`."""
+        lesson = self._lessons.of(views, count)
+
+        def both(
+            view: int, positions: np.ndarray, pixels_of: Callable[[np.ndarray], np.ndarray]
+        ) -> dict[str, np.ndarray]:
+            said = [self._peer(pixels_of(part)) for part in chunked(positions, self._batch_size)]
+            return {**lesson(view, positions, pixels_of), PEER: np.concatenate(said)}
+
+        return both
 
 
 def chunked(positions: np.ndarray, size: int) -> Iterator[np.ndarray]:

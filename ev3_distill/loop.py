@@ -324,18 +324,18 @@ class Distillation:
         if bool(state.met):
             return "current", state.current
         champion = self.evaluate(state.champion, pools.decide)._replace(promise=state.champion_decide)
-        which, delivered, highest = "champion", state.champion, self._rank(champion)
+        which, delivered, highest = "champion", state.champion, self.rank(champion)
         for name, student in (("current", state.current), ("safest", state.safest)):
-            if isinstance(student, Variables) and (rank := self._rank(self.evaluate(student, pools.decide))) > highest:
+            if isinstance(student, Variables) and (rank := self.rank(self.evaluate(student, pools.decide))) > highest:
                 which, delivered, highest = name, student, rank
         return which, delivered
 
     def outranks(self, pools: Pools, one: Variables, other: Variables) -> bool:
         """Whether decide ranks one student strictly higher than another."""
-        ours, theirs = (self._rank(self.evaluate(student, pools.decide)) for student in (one, other))
+        ours, theirs = (self.rank(self.evaluate(student, pools.decide)) for student in (one, other))
         return ours > theirs
 
-    def _rank(self, evidence: Evidence) -> tuple[int, float, float]:
+    def rank(self, evidence: Evidence) -> tuple[int, float, float]:
         """Goals met on decide; how far it lies above the nearest goal, up to where none is at risk; its mean promise score."""
         promise = float(evidence.promise.mean())
         if not self.goals:

@@ -336,6 +336,22 @@ def balanced(loss: Loss) -> Loss:
     return by_class
 
 
+def taught_by(loss: Loss, feature: str, *, share: float = 1.0) -> Loss:
+    """The loss under another teacher, whose logits come as a feature: z = (1 - share) z_teacher + share z_feature.
+
+    Args:
+      loss: any of these.
+      feature: its name in `Batch.teacher_features`, [B, K].
+      share: 1 for the other teacher alone, 1/2 for the ensemble of both.
+    """
+
+    def of_other(logits: jax.Array, batch: Batch) -> jax.Array:
+        said = (1 - share) * batch.teacher_logits + share * batch.teacher_features[feature]
+        return loss(logits, batch._replace(teacher_logits=said))
+
+    return of_other
+
+
 def _check(name: str, value: Any, holds: Callable[[Any], Any], rule: str, way_out: str) -> None:
     if not isinstance(value, jax.core.Tracer) and not holds(value):  # a traced value is not known yet
         raise ValueError(f"{name} must be {rule}; got {value}: {way_out}")

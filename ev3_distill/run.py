@@ -6,6 +6,8 @@ teacher/         the teacher's own run, where the run trains one
 logits.npz       where the teacher was given as logits: these; what any other says is in the cache that runs share
 ledger.jsonl     a row per decision
 checkpoints/     orbax, the last few
+sizes/NN/        where the run searches for a size: ledger, checkpoints and student of each that it tried
+archive.json     and what each of these students showed
 student/         spec and variables, once finished
 opened.json      when the sealed split was opened, for which student and which claims; written before
 certificate.json what is promised, and of what population
@@ -17,6 +19,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import json
 import os
 import signal
@@ -53,7 +56,7 @@ from ev3_distill.loop import UNLIMITED, Distillation, Supply
 from ev3_distill.types import Batch, Network, Pools, State, Variables
 
 FILES = (
-    *("certificate.json", "config.toml", "given.json", "ledger.jsonl", "logits.npz", "opened.json"),
+    *("archive.json", "certificate.json", "config.toml", "given.json", "ledger.jsonl", "logits.npz", "opened.json"),
     *("report.html", "report.json"),
 )  # appear whole
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -196,6 +199,7 @@ def iterate(
     supply: Supply | None = None,
     start: Callable[[], State] | None = None,
     pause: int = UNLIMITED,
+    about: Mapping[str, Any] | None = None,
 ) -> State:
     """Runs to the end of the budget, from the newest checkpoint if there is one.
 
@@ -213,6 +217,7 @@ def iterate(
       supply: brings the explore split part by part, in place of `pools.explore`.
       start: makes the state to begin with, in place of a fresh one.
       pause: global step at which to stop for now; the run is then not closed.
+      about: what every row tells, too.
 
     Returns:
       The final state, also saved. An interrupt (Ctrl-C) is saved too and then passes on.
@@ -245,7 +250,8 @@ def iterate(
             ):
                 with uninterrupted():
                     spent = time.perf_counter() - began - (distillation.compile_s - compiled)
-                    told = [row_of(decision, arms, distillation.goals, wall_s=past + spent) for decision in decisions]
+                    of_row = functools.partial(row_of, arms=arms, goals=distillation.goals, wall_s=past + spent)
+                    told = [{**(about or {}), **of_row(decision)} for decision in decisions]
                     ledger.append(told)
                     reached = following
                     for row in told:
@@ -330,14 +336,13 @@ def write_certificate(directory: Path, certificate: Certificate, student: str) -
 def report_of(
     directory: Path, state: State, arms: Sequence[str], *, compile_s: float, config: EV3, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """report.json: `facts` (teacher, student, certificate, data, ...) with what state and ledger tell.
+    """report.json: what state and ledger tell, and `facts` (teacher, student, certificate, ...), which have the last word.
 
     Times (wall_s, compile_s) are the only entries in which two runs of one configuration on one machine differ.
     """
     history = list(rows(directory / "ledger.jsonl"))
     cost = int(state.cost)
     return {
-        **facts,
         "cost": {
             "wall_s": round(history[-1]["wall_s"] + compile_s, 3),
             "compile_s": round(compile_s, 3),
@@ -366,7 +371,13 @@ def report_of(
         },
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
+        **facts,
     }
+
+
+def write_lines(path: Path, content: Iterable[dict[str, Any]]) -> None:
+    """Writes a file of JSON lines atomically."""
+    _write(path, "".join(json.dumps(row) + "\n" for row in content))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ def iterated(
     seconds: float | None = None,
     start: Callable[[], State] | None = None,
     pause: int = UNLIMITED,
+    about: Mapping[str, Any] | None = None,
 ) -> State:
     """The state at the end of a course, or where it pauses; see `run.iterate`."""
     lessons.aside = progress.aside
@@ -103,6 +104,7 @@ def iterated(
         warn=warn,
         start=start,
         pause=pause,
+        about=about,
     )
     lessons.aside = contextlib.nullcontext
     return state

@@ -34,7 +34,19 @@ from students.transformer import transformer
 from students.vit import grow as grow_vit
 from students.vit import vit
 
-__all__ = ["FAMILIES", "build", "factory_of", "layout_of", "load", "load_variables", "mlp", "named", "save"]
+__all__ = [
+    "FAMILIES",
+    "build",
+    "factory_of",
+    "layout_of",
+    "load",
+    "load_variables",
+    "mlp",
+    "named",
+    "save",
+    "text_of",
+    "tiny",
+]
 
 
 class Family(NamedTuple):
@@ -42,16 +54,17 @@ class Family(NamedTuple):
 
     network: Callable[..., Network]
     grow: Callable[..., Layout]  # how it grows, see students/grow.py
+    tiny: Mapping[str, Any]  # options of a network small enough to begin with
 
 
 FAMILIES = {
-    "mlp": Family(mlp, grow_mlp),
-    "convnet1d": Family(convnet1d, grow_convnet1d),
-    "conv4": Family(conv4, grow_conv4),
-    "resnet": Family(resnet, grow_resnet),
-    "mobilenet": Family(mobilenet, grow_mobilenet),
-    "vit": Family(vit, grow_vit),
-    "transformer": Family(transformer, grow_transformer),
+    "mlp": Family(mlp, grow_mlp, {"hidden": [2]}),
+    "convnet1d": Family(convnet1d, grow_convnet1d, {"filters": [4, 4]}),
+    "conv4": Family(conv4, grow_conv4, {"width": 2}),
+    "resnet": Family(resnet, grow_resnet, {"depth": 8, "width": 2}),
+    "mobilenet": Family(mobilenet, grow_mobilenet, {"blocks": [1, 1, 1], "filters": [8, 8, 16, 24, 64]}),
+    "vit": Family(vit, grow_vit, {"width": 8, "depth": 1, "heads": 1}),
+    "transformer": Family(transformer, grow_transformer, {"width": 8, "depth": 1, "heads": 1}),
 }
 
 _LISTS = ("hidden", "filters", "blocks")  # options that are lists whatever their length
@@ -80,6 +93,27 @@ def named(text: str, input_shape: Sequence[int], num_classes: int) -> Network:
         return build({"factory": text, **shape}, factory=factory)
     family, options = _family_and_options(text, input_shape)
     return build({"family": family, **options, **shape})
+
+
+def tiny(text: str, input_shape: Sequence[int], num_classes: int) -> Network:
+    """A network of the family of `text`, as `named` takes it, small enough to grow from; of a user's own, itself."""
+    network = named(text, input_shape, num_classes)
+    if "factory" in network.spec:
+        return network
+    family = network.spec["family"]
+    shape = {"input_shape": list(input_shape), "num_classes": num_classes}
+    return build({"family": family, **FAMILIES[family].tiny, **shape})
+
+
+def text_of(spec: Mapping[str, Any]) -> str:
+    """How a user names the network of this spec."""
+    if "factory" in spec:
+        return str(spec["factory"])
+    options = {name: value for name, value in _options(spec).items() if name not in ("input_shape", "num_classes")}
+    told = (
+        f"{name}={'-'.join(map(str, value)) if isinstance(value, list) else value}" for name, value in options.items()
+    )
+    return f"{spec['family']}:{','.join(told)}"
 
 
 def _family_and_options(text: str, input_shape: Sequence[int]) -> tuple[str, dict[str, int | list[int]]]:

@@ -138,7 +138,15 @@ def test_teachers_and_students_know_a_few_rooms_alone(module):
     assert [name for name in ours if not allowed(name, may)] == []
 
 
-COMPOSERS = ("ev3_distill", "ev3_distill.cli", "ev3_distill.commands", "ev3_distill.lessons", "ev3_distill.training", "ev3_distill.course", "ev3_distill.search")
+COMPOSERS = (
+    "ev3_distill",
+    "ev3_distill.cli",
+    "ev3_distill.commands",
+    "ev3_distill.lessons",
+    "ev3_distill.training",
+    "ev3_distill.course",
+    "ev3_distill.search",
+)
 
 
 @pytest.mark.parametrize("module", members("ev3_distill"))

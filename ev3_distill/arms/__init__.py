@@ -39,6 +39,10 @@ def _with_labels(teacher: Loss) -> Loss:
     return losses.mix((0.9, teacher), (0.1, losses.cross_entropy()))
 
 
+def _by_peer(share: float) -> Callable[[], Loss]:
+    return lambda: losses.taught_by(_with_labels(losses.kd(temperature=4.0)), PEER, share=share)
+
+
 def _balanced(loss: Callable[[], Loss]) -> Callable[[], Loss]:
     return lambda: losses.balanced(loss())
 
@@ -65,13 +69,19 @@ ARMS: dict[str, Callable[[str, Apply], Arm]] = {
     "ce-balanced": _adamw(_balanced(losses.cross_entropy)),
     "kd2-balanced": _adamw(_balanced(lambda: _with_labels(losses.kd(temperature=2.0)))),
     "kd4-balanced": _adamw(_balanced(lambda: _with_labels(losses.kd(temperature=4.0)))),
+    "kd4-peer": _adamw(_by_peer(1.0)),
+    "kd4-ensemble": _adamw(_by_peer(0.5)),
+    "kd4-muon-peer": _muon(_by_peer(1.0)),
+    "kd4-muon-ensemble": _muon(_by_peer(0.5)),
     "kd4-muon-balanced": _muon(_balanced(lambda: _with_labels(losses.kd(temperature=4.0)))),
 }
 DEFAULT = ("ce", "kd2", "kd4", "dist")
 # One races: in some 50 steps losses win that start fast (ce, then kd2), and all of a run pays for it. See README. That labels
 # alone would do better now is asked now and then.
 CONVOLUTIONAL = ("kd4-muon", "ce-muon-challenger")
+PEER = "peer"  # the feature in which a search's lessons bring what another student says
 BALANCING = ("worst_class_accuracy", "balanced_accuracy", "macro_f1")  # goals for which rare classes must count
+BY_PEERS = ("kd4-peer", "kd4-ensemble", "kd4-muon-peer", "kd4-muon-ensemble")
 CONVOLUTIONAL_FAMILIES = ("resnet", "mobilenet", "conv4", "convnet1d")
 
 
@@ -88,6 +98,13 @@ def default_names(spec: Mapping[str, Any], *, labels: bool = True, goals: Sequen
     if any(metric in BALANCING for metric in goals):
         names += ("kd4-muon-balanced",) if convolutional else ("ce-balanced", "kd2-balanced")
     return tuple(name for name in names if labels or not name.startswith("ce"))
+
+
+def names_for_peers(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """The arms that learn from another student: from it alone, and from its mean with the teacher."""
+    if spec.get("family") in CONVOLUTIONAL_FAMILIES:
+        return ("kd4-muon-peer", "kd4-muon-ensemble")
+    return ("kd4-peer", "kd4-ensemble")
 
 
 def name_for_labels(spec: Mapping[str, Any]) -> str:
@@ -130,7 +147,8 @@ def features_asked(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
       InputError: what should be a loss on features is none.
     """
-    return tuple(dict.fromkeys(_asked(name).teacher for name in names if ":" in name))
+    of_names = (_asked(name).teacher if ":" in name else PEER for name in names if ":" in name or name in BY_PEERS)
+    return tuple(dict.fromkeys(of_names))
 
 
 class _Asked(NamedTuple):

@@ -53,8 +53,9 @@ def gradient_arm(
       length: of the trajectory, relative to the run's.
 
     Returns:
-      The arm. Where the student grows it goes on: iterate, average and the optimizer's moments grow along, unless there is an
-      `extra`, which fits the old student alone.
+      The arm. Where the student grows, it goes on from what it last proposed, with the optimizer's moments, and a new average:
+      the old window would hide for long what the larger student learns. With an `extra`, which fits the old student alone, it
+      starts afresh.
     """
 
     pairs = bool(jax.tree.leaves(extra))
@@ -101,10 +102,10 @@ def gradient_arm(
         return state, state.iterate if state.average is None else state.average
 
     def grow(state: GradientState, growth: Growth) -> GradientState:
-        params = state.iterate.params
-        averaged = None if state.average is None else growth.variables(state.average)
-        opt_state = _carried(state.opt_state, params, growth)
-        return GradientState(growth.variables(state.iterate), opt_state, averaged, state.age, ())
+        proposed = state.iterate if state.average is None else state.average
+        begun = growth.variables(proposed)
+        opt_state = _carried(state.opt_state, proposed.params, growth)
+        return GradientState(begun, opt_state, None if state.average is None else begun, jnp.int32(0), ())
 
     return Arm(name, init, propose, length, None if pairs else grow)
 

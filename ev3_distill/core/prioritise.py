@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ev3_distill.core.assess import paired
 from ev3_distill.types import Evidence, Goal, GoalEvidence
 
-AT_RISK = 2.0  # standard errors
+AT_RISK = 3.0  # standard errors: what assess shows of a student that it chose is optimistic
 PROMISE = -1  # rules where no goal does
 SLACK = 1.0  # standard errors of its paired change by which a proposal may lie below a goal
 

@@ -1,0 +1,401 @@
+"""Search: the smallest student that meets its guards. It begins small and grows; where that met them, it comes back down.
+
+Up. A rung is one size on its way, an EV3 run of its own in sizes/NN that ends when decide proves all guards, when the student
+is stuck, or with the budget. A stuck student grows into a larger one that computes the same, and goes on from there with what
+is left of the error budget. Into which is a question with several answers (wider, deeper, or the same for longer): each gets a
+short trial, assess compares them, and a larger one takes the place of a smaller where it leads by TAKEOVER standard errors.
+With a ladder of sizes the next one is the answer.
+
+Down. The student that met the guards is a peer from whom smaller ones learn beside the teacher, from a fresh start, next
+smaller first, as long as each meets the guards in its turn.
+
+Further passes do the same for every size that there is an entry of (EV3, arXiv 2310.18893, section 4: synergy).
+
+Every rung is resumed from its own checkpoints, and what follows from finished ones is decided from them alone: so a search that
+was killed goes on bit by bit, wherever it was.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import students
+from ev3_distill import archive
+from ev3_distill.archive import Archive, Entry, Measured
+from ev3_distill.arms import PEER, names_for_peers
+from ev3_distill.core import prioritise
+from ev3_distill.core.assess import paired
+from ev3_distill.course import CHUNK, Course, Task, course_of, evaluated_at_once
+from ev3_distill.errors import InputError, warn
+from ev3_distill.guards import KNOWN
+from ev3_distill.ledger import rows
+from ev3_distill.lessons import Lessons, Recorded, WithPeer
+from ev3_distill.network import count_params
+from ev3_distill.progress import Progress
+from ev3_distill.run import write_lines
+from ev3_distill.training import Final, concluded, iterated
+from ev3_distill.types import Evidence, Network, State, Variables
+from students.grow import growth, moves
+from teachers.flax import forward
+
+PATIENCE = 2.0  # of a search, where none is named
+TRIAL = 0.1  # share of the steps so far that each proposal's trial has
+TAKEOVER = 1.0  # standard errors on assess
+
+
+@dataclasses.dataclass(eq=False)
+class Rung:
+    """One size on its way."""
+
+    number: int
+    folder: Path
+    network: Network
+    course: Course
+    how: str
+    start: Callable[[], State]
+    state: State | None = None  # the last that is known
+
+
+def search(
+    directory: Path,
+    chosen: Any,
+    task: Task,
+    arm_names: Sequence[str],
+    lessons: Lessons | Recorded,
+    *,
+    teacher: dict[str, Any],
+) -> dict[str, Any]:
+    """The search, to certificate and report; returns the content of report.json.
+
+    Args:
+      directory: of the run, held by this process.
+      chosen: config.Compress with a start or sizes.
+      task: what is trained on what; its network is the smallest.
+      arm_names: of the arms.
+      lessons: what the teacher says.
+      teacher: facts for the report.
+    """
+    if not chosen.ev3.patience:
+        chosen = dataclasses.replace(chosen, ev3=dataclasses.replace(chosen.ev3, patience=PATIENCE))
+    with Progress("search", steps=task.steps, seconds=None) as progress:
+        made = _Search(directory, chosen, task, arm_names, lessons, progress=progress)
+        made.up()
+        made.down()
+        for number in range(2, chosen.passes + 1):
+            made.again(number)
+    entry, rung = made.deliver()
+    if rung.state is None:
+        raise RuntimeError("a search delivers from a rung that was trained")
+    variables = students.load(rung.folder, factory=made.factory)[1]
+    of_rungs = [list(rows(one.folder / "ledger.jsonl")) for one in made.rungs]
+    history, wall_s = [row for told in of_rungs for row in told], sum(told[-1]["wall_s"] for told in of_rungs if told)
+    write_lines(directory / "ledger.jsonl", sorted(history, key=lambda row: (row["cost"], row["size"])))
+    courses = {id(one.course): one.course for one in made.rungs}.values()
+    compile_s = sum(course.distillation.compile_s for course in courses)
+    steps = sum(sum(row["steps"].values()) for row in history)
+    best = archive.front(made.archive.entries)
+    facts = {
+        "cost": {
+            "wall_s": round(wall_s + compile_s, 3),
+            "compile_s": round(compile_s, 3),
+            "steps": steps,
+            "examples": steps * chosen.ev3.batch_size,
+        },
+        "arms": _arms_in(history),
+        "search": {
+            "sizes": [{**dataclasses.asdict(one), "on_front": one in best} for one in made.archive.entries],
+            "trials": made.trials,
+            "delivered": entry.number,
+        },
+    }
+    final = Final(rung.network, variables, f"sizes/{entry.number:02d}", rung.state, rung.course.arms, compile_s, facts)
+    return concluded(directory, chosen, task, final, lessons, teacher=teacher)
+
+
+def _arms_in(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each arm did in all rungs."""
+    total = sum(sum(row["steps"].values()) for row in history)
+    found = []
+    for name in dict.fromkeys(name for row in history for name in row["steps"]):
+        steps = sum(row["steps"].get(name, 0) for row in history)
+        moved = [row for row in history if row["selected"] == name and row["verdict"] in ("adopt", "promote")]
+        promoted = [row for row in history if row["verdict"] == "promote" and row["arm"] == name]
+        found.append(
+            {
+                "name": name,
+                "share": steps / max(total, 1),
+                "steps": steps,
+                "wins": len(moved),
+                "promotions": len(promoted),
+            }
+        )
+    return found
+
+
+class _Search:
+    def __init__(
+        self,
+        directory: Path,
+        chosen: Any,
+        task: Task,
+        arm_names: Sequence[str],
+        lessons: Lessons | Recorded,
+        *,
+        progress: Progress,
+    ):
+        self.directory, self.chosen, self.task, self.progress = directory, chosen, task, progress
+        self.arm_names, self.lessons = tuple(arm_names), lessons
+        self.archive = Archive(directory, confidence=chosen.confidence)
+        self.factory = students.factory_of(str(task.network.spec.get("factory", "")))
+        self.rungs: list[Rung] = []
+        self.trials: list[dict[str, Any]] = []
+        self.lost = 0  # steps of trials that led nowhere
+        self.total = (task.steps or 0) // chosen.passes
+        ladder = [students.named(text, *self._shape()) for text in chosen.sizes]
+        self.ladder = [dict(network.spec) for network in ladder]
+
+    def _shape(self) -> tuple[Sequence[int], int]:
+        spec = self.task.network.spec
+        return spec["input_shape"], spec["num_classes"]
+
+    # Up.
+
+    def up(self) -> None:
+        """From the start until the guards are met, nothing larger is allowed or the budget is spent."""
+        seed, first = self.chosen.seed, self._course(self.task.network)
+        rung = self._rung(self.task.network, first, "begun", lambda: first.distillation.begin(first.pools, seed))
+        while True:
+            state = self._trained(rung)
+            if bool(state.met) or int(state.cost) >= self._limit():
+                self._enter(rung, state)
+                return
+            following = self._grown(rung, state)
+            self._enter(rung, state)
+            if following is None:
+                return
+            rung = following
+
+    def _grown(self, rung: Rung, state: State) -> Rung | None:
+        """The rung that a stuck one goes on as."""
+        proposals = self._larger(rung.network.spec)
+        if not proposals:
+            return None
+        if self.ladder:
+            return self._larger_rung(rung, state, proposals["the next size"], "the next size")
+        count = 1 + len(proposals)
+        each = (self._limit() - int(state.cost)) // count
+        steps = min(max(2 * self.chosen.ev3.length, round(TRIAL * int(state.cost))), each)
+        if steps < self.chosen.ev3.length:
+            return None
+        tried = [self._longer_rung(rung, state)]
+        tried += [self._larger_rung(rung, state, spec, name) for name, spec in proposals.items()]
+        ended = [self._trained(one, pause=int(state.position) + steps, limit=int(state.cost) + each) for one in tried]
+        order = sorted(range(len(tried)), key=lambda i: count_params(ended[i].current))
+        if self.task.guards and not _leads(ended[0].current_evidence, state.current_evidence, tried[0].course):
+            order.remove(0)  # guards ask for more, and more of the same brought nothing
+        best = order[0]
+        for i in order[1:]:
+            if _leads(ended[i].current_evidence, ended[best].current_evidence, tried[i].course):
+                best = i
+        self.lost += sum(int(after.cost) - int(state.cost) for i, after in enumerate(ended) if i != best)
+        self.trials.append(
+            {
+                "after": rung.number,
+                "steps": steps,
+                "proposals": {
+                    one.how: float(after.current_evidence.promise.mean())
+                    for one, after in zip(tried, ended, strict=True)
+                },
+                "taken": tried[best].how,
+            }
+        )
+        return tried[best]
+
+    def _larger(self, spec: Any) -> dict[str, dict[str, Any]]:
+        """What a network may become within the limits, by name."""
+        proposals: dict[str, dict[str, Any]] = {}
+        if self.ladder:
+            following = self.ladder[self.ladder.index(dict(spec)) + 1 :]
+            proposals = {"the next size": following[0]} if following else {}
+        else:
+            try:
+                proposals = moves(spec, factory=self.factory)
+                proposals = {name: proposals[name] for name in self.chosen.moves or proposals if name in proposals}
+            except InputError as error:
+                warn(f"the student does not grow: {error}")
+                return {}
+        return {name: one for name, one in proposals.items() if self._fits(one)}
+
+    def _fits(self, spec: Any) -> bool:
+        """Whether the limits on size leave room for a network."""
+        shapes = jax.eval_shape(students.build(spec, factory=self.factory).init, jax.random.key(0))
+        params = count_params(shapes)
+        sizes = {"params": params, "bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))}
+        limits = [(guard.metric, guard.threshold) for guard in self.task.guards if guard.metric in KNOWN]
+        limits += [("params", self.chosen.max_params)] if self.chosen.max_params else []
+        return all(sizes[metric] <= most for metric, most in limits)
+
+    def _larger_rung(self, rung: Rung, state: State, spec: dict[str, Any], name: str) -> Rung:
+        network = students.build(spec, factory=self.factory)
+        course = self._course(network)
+
+        def start() -> State:
+            key = jax.random.key(self.chosen.seed + len(self.rungs))
+            try:
+                map_ = growth(key, rung.network.spec, network.spec, factory=self.factory)
+            except InputError:  # no growth keeps the function: the larger student starts afresh
+                return self._fresh(course, state)
+            grown = course.distillation.grown(course.pools, state, map_)
+            return grown._replace(tested_cost=jnp.maximum(grown.tested_cost, grown.cost))
+
+        return self._rung(network, course, f"{name}, from {rung.number}", start)
+
+    def _longer_rung(self, rung: Rung, state: State) -> Rung:
+        def start() -> State:
+            again = rung.course.distillation.again(rung.course.pools, state)
+            return again._replace(tested_cost=jnp.maximum(again.tested_cost, again.cost))
+
+        return self._rung(rung.network, rung.course, f"longer, from {rung.number}", start)
+
+    # Down, and again.
+
+    def down(self) -> None:
+        """Smaller students learn from the one that met the guards."""
+        found = self.archive.chosen()
+        while found.met:
+            smaller = [entry for entry in self._by_size() if entry.params < found.params]
+            if not smaller or self._spent() >= self._limit():
+                return
+            entry = self._taught(smaller[-1], found, f"taught by {found.number}", self._limit())
+            if not entry.met:
+                return
+            found = entry
+
+    def again(self, number: int) -> None:
+        """A further pass: every size starts again, smallest first, and the best student so far is its peer."""
+        self.total = (self.task.steps or 0) * number // self.chosen.passes
+        sizes = self._by_size()
+        for i, entry in enumerate(sizes):
+            peer = archive.best([one for one in self.archive.entries if one.number != entry.number] or [entry])
+            left = self._limit() - self._spent()
+            self._taught(
+                entry, peer, f"pass {number}, taught by {peer.number}", self._spent() + left // (len(sizes) - i)
+            )
+
+    def _by_size(self) -> list[Entry]:
+        """The best entry of each size, smallest first."""
+        sizes = sorted({entry.params for entry in self.archive.entries})
+        return [archive.best(one for one in self.archive.entries if one.params == params) for params in sizes]
+
+    def _taught(self, like: Entry, peer: Entry, how: str, limit: int) -> Entry:
+        """A fresh student of a size, taught by another one beside the teacher."""
+        network = students.build(like.spec, factory=self.factory)
+        teaches = students.load(self._folder(peer.number), factory=self.factory)
+        at_once = evaluated_at_once(self.task.dataset, self.task.memory, CHUNK)
+        lessons = WithPeer(self.lessons, forward(*teaches), batch_size=at_once)
+        names = (*self.arm_names, *names_for_peers(network.spec))
+        task = dataclasses.replace(
+            self.task, teacher_features={**self.task.teacher_features, PEER: (lessons.num_classes,)}
+        )
+        course = self._course(network, task=task, names=names, lessons=lessons)
+        before = self.rungs[-1].state
+        if before is None:
+            raise RuntimeError("rungs are trained one after the other")
+        rung = self._rung(network, course, how, lambda: self._fresh(course, before))
+        return self._enter(rung, self._trained(rung, limit=limit))
+
+    def _fresh(self, course: Course, before: State) -> State:
+        """A fresh student, in a run that goes on: cost, position and error budget are those of before."""
+        state = course.distillation.begin(course.pools, self.chosen.seed + len(self.rungs))
+        begun = course.distillation.again(course.pools, state._replace(position=before.position))
+        return begun._replace(cost=before.cost, budget=before.budget)
+
+    # Rungs.
+
+    def _course(
+        self, network: Network, *, task: Task | None = None, names: Sequence[str] = (), lessons: Any = None
+    ) -> Course:
+        task = dataclasses.replace(task or self.task, network=network)
+        return course_of(self.chosen, task, names or self.arm_names, lessons or self.lessons, stops=True)
+
+    def _folder(self, number: int) -> Path:
+        return self.directory / "sizes" / f"{number:02d}"
+
+    def _rung(self, network: Network, course: Course, how: str, start: Callable[[], State]) -> Rung:
+        number = len(self.rungs) + 1
+        folder = self._folder(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        rung = Rung(number, folder, network, course, how, lambda: _of_rung(start(), number))
+        self.rungs.append(rung)
+        return rung
+
+    def _limit(self) -> int:
+        """Cost that a rung may reach."""
+        return self.total - self.lost
+
+    def _spent(self) -> int:
+        return max(int(rung.state.cost) for rung in self.rungs if rung.state is not None)
+
+    def _trained(self, rung: Rung, *, limit: int | None = None, **options: Any) -> State:
+        budget = self._limit() if limit is None else limit
+        state = iterated(
+            rung.folder,
+            self.chosen,
+            rung.course,
+            self.lessons,
+            self.progress,
+            budget=budget,
+            start=rung.start,
+            about={"size": rung.number},
+            **options,
+        )
+        rung.state = state
+        return state
+
+    def _enter(self, rung: Rung, state: State) -> Entry:
+        """The rung's student, saved and in the archive."""
+        distillation, pools = rung.course.distillation, rung.course.pools
+        _, variables = distillation.delivered(pools, state)
+
+        def measure(variables: Variables) -> Measured:
+            evidence = distillation.evaluate(variables, pools.decide)
+            met, risk, _ = distillation.rank(evidence)
+            return Measured(np.asarray(evidence.promise), met, risk)
+
+        if not any(entry.number == rung.number for entry in self.archive.entries):
+            students.save(rung.folder / "student", rung.network, variables)
+        return self.archive.enter(
+            variables,
+            measure,
+            number=rung.number,
+            network=students.text_of(rung.network.spec),
+            spec=dict(rung.network.spec),
+            how=rung.how,
+            cost=int(state.cost) + self.lost,
+            met=bool(state.met),
+        )
+
+    def deliver(self) -> tuple[Entry, Rung]:
+        """What to deliver."""
+        entry = self.archive.chosen()
+        return entry, next(rung for rung in self.rungs if rung.number == entry.number)
+
+
+def _of_rung(state: State, number: int) -> State:
+    """A state to begin a rung with: it counts its own iterations, and draws keys of its own."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), number)
+    return state._replace(iteration=jnp.int32(0), key=jax.random.key_data(key))
+
+
+def _leads(one: Evidence, other: Evidence, course: Course) -> bool:
+    """Whether one student leads another on assess, in the goal that the other is the furthest below, or in the promise."""
+    least = prioritise.least_of(course.distillation.goals)
+    ruling = prioritise.ruling_of(prioritise.risks_of(other, least))
+    ours, theirs = (prioritise.ruled(evidence, ruling).promise for evidence in (one, other))
+    gain, se = paired(ours, theirs)
+    return bool(gain > TAKEOVER * se)
