@@ -72,6 +72,19 @@ class ReportCommand:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportCommand:
+    """Copy a student out of a finished run: the one it delivered, or another of those that a search tried."""
+
+    run: tyro.conf.Positional[Path]
+    """A run directory."""
+    out: Path
+    """New folder for the student: its spec and its variables, as --teacher flax:DIR takes them."""
+    pick: str = ""
+    """Conditions on params, accuracy or bound such as 'params<=20000': of the students that meet them, the one with the
+    highest bound on decide."""
+
+
+@dataclasses.dataclass(frozen=True)
 class BenchCommand:
     """Measure the tool itself: rows, a Markdown table, and how to reproduce them."""
 
@@ -101,6 +114,8 @@ def main(argv: list[str] | None = None) -> None:
             _evaluate(command)
         elif isinstance(command, ReportCommand):
             _report(command.run)
+        elif isinstance(command, ExportCommand):
+            _export(command)
         else:
             _bench(command)
     except InputError as error:
@@ -125,6 +140,7 @@ def _parse(argv: list[str]) -> Any:
                 | Annotated[TeachCommand, tyro.conf.subcommand("teach", default=teach)]
                 | Annotated[EvaluateCommand, tyro.conf.subcommand("evaluate")]
                 | Annotated[ReportCommand, tyro.conf.subcommand("report")]
+                | Annotated[ExportCommand, tyro.conf.subcommand("export")]
                 | Annotated[BenchCommand, tyro.conf.subcommand("bench")],
                 prog="ev3-distill",
                 description="Make a big model small, with a promise that holds.",
@@ -297,6 +313,13 @@ def _report(directory: Path) -> None:
     page = report.write_html(directory)
     rich.print(report.summary(content))
     print(f"Report: {page}")
+
+
+def _export(command: ExportCommand) -> None:
+    from ev3_distill.export import export
+
+    for line in export(command.run, command.out, command.pick):
+        print(line)
 
 
 def _bench(command: BenchCommand) -> None:

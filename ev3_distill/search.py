@@ -94,7 +94,8 @@ def search(
     variables = students.load(rung.folder, factory=made.factory)[1]
     of_rungs = [list(rows(one.folder / "ledger.jsonl")) for one in made.rungs]
     history, wall_s = [row for told in of_rungs for row in told], sum(told[-1]["wall_s"] for told in of_rungs if told)
-    write_lines(directory / "ledger.jsonl", sorted(history, key=lambda row: (row["cost"], row["size"])))
+    entered = {one.number for one in made.archive.entries}
+    write_lines(directory / "ledger.jsonl", [row for row in history if row["size"] in entered])
     courses = {id(one.course): one.course for one in made.rungs}.values()
     compile_s = sum(course.distillation.compile_s for course in courses)
     steps = sum(sum(row["steps"].values()) for row in history)
@@ -113,7 +114,16 @@ def search(
             "delivered": entry.number,
         },
     }
-    final = Final(rung.network, variables, f"sizes/{entry.number:02d}", rung.state, rung.course.arms, compile_s, facts)
+    final = Final(
+        rung.network,
+        variables,
+        f"sizes/{entry.number:02d}",
+        rung.state,
+        rung.course.arms,
+        compile_s,
+        name=entry.network,
+        facts=facts,
+    )
     return concluded(directory, chosen, task, final, lessons, teacher=teacher)
 
 

@@ -34,6 +34,7 @@ class Final:
     state: State  # the run's last
     arms: Sequence[str]
     compile_s: float
+    name: str = ""  # of the network, where it is not the one that was asked for
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # more of them for the report
 
 
@@ -141,7 +142,7 @@ def concluded(
         if teacher is None
         else {**teacher, "accuracy": of_teacher},
         "student": {
-            "network": chosen.network if teacher is None else chosen.student,
+            "network": final.name or (chosen.network if teacher is None else chosen.student),
             "params": count_params(variables),
             "accuracy": points.get("accuracy"),
             "agreement": points.get("agreement"),
