@@ -1,6 +1,7 @@
 """What tests of whole runs share: caches for all processes, one small run, and what "the same run" means."""
 
 import atexit
+import fcntl
 import io
 import json
 import os
@@ -64,12 +65,24 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def once(factory, name, make):
+    """A folder that the first of pytest-xdist's workers to ask for it fills by `make`, and that all use."""
+    root = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    place = root / name
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place / "made").exists():
+            place.mkdir()
+            make(place)
+            (place / "made").touch()
+    return place
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A small run of compress that nobody disturbed."""
-    directory = tmp_path_factory.mktemp("finished") / "run"
-    main(["compress", *SMALL, "--out", str(directory)])
-    return directory
+    place = once(tmp_path_factory, "finished", lambda place: main(["compress", *SMALL, "--out", str(place / "run")]))
+    return place / "run"
 
 
 @pytest.fixture(scope="session")

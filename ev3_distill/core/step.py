@@ -36,6 +36,8 @@ from ev3_distill.types import (
     Variables,
 )
 
+SHORT = 5  # first trajectories; a shorter one than that many is no measure of patience: early plateaus last as long
+
 Step = Callable[
     [Pools, State, Any], tuple[State, Decision]
 ]  # the last an int32 scalar, of NumPy where it comes from the host
@@ -199,7 +201,7 @@ def make_parts(
                 ruling=ruling,
                 position=state.position,
                 promoted=made.promoted,
-                patience=config.patience * state.length,
+                patience=config.patience * jnp.maximum(state.length, SHORT * config.length),
             )
             state = state._replace(progress=progress)
         if goals:

@@ -1,0 +1,190 @@
+"""A search for a size: it finds the smallest that meets its guards, and a kill anywhere changes nothing."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import once, rows_without_times, variables_of
+
+import students
+from ev3_distill.cli import main
+
+SEARCH = (
+    *("--data", "npz:data.npz", "--teacher", "logits:logits.npz", "--start", "mlp:hidden=2", "--moves", "wider"),
+    *("--arms", "ce", "--budget", "6000", "--guard", "accuracy >= 0.8", "--max-params", "400", "--checkpoint-s", "0"),
+    *("--length", "20"),
+)
+KILLS = 5
+
+
+def write_data(seed=0, n=3000):
+    """Points [N, 2] in six sectors of three classes, which two units cannot tell apart."""
+    inputs = np.random.default_rng(seed).normal(size=(n, 2)).astype(np.float32)
+    labels = (np.arctan2(*inputs.T) // (np.pi / 3)).astype(int) % 3
+    np.savez("data.npz", inputs=inputs, labels=labels)
+    np.savez("logits.npz", logits=(4 * np.eye(3)[labels]).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A search that nobody disturbed, in a folder with its data."""
+
+    def make(place):
+        before = os.getcwd()
+        os.chdir(place)
+        try:
+            write_data()
+            main(["compress", *SEARCH, "--passes", "2", "--out", "run"])
+        finally:
+            os.chdir(before)
+
+    return once(tmp_path_factory, "searched", make)
+
+
+def report_of(run):
+    return json.loads((run / "report.json").read_text())
+
+
+def test_the_smallest_that_meets_the_guard_is_delivered(searched):
+    run = searched / "run"
+    report = report_of(run)
+    found = report["search"]
+    sizes = {one["number"]: one for one in found["sizes"]}
+    delivered = sizes[found["delivered"]]
+    assert delivered["met"]
+    assert not any(one["met"] and one["params"] < delivered["params"] for one in sizes.values())
+    assert any(one["params"] < delivered["params"] for one in sizes.values())  # and smaller ones were tried
+    assert report["guards"][0]["certified"]
+    assert (report["student"]["network"], report["student"]["params"]) == (delivered["network"], delivered["params"])
+    assert report["cost"]["steps"] <= 6000
+    assert variables_of(run) == variables_of(run / "sizes" / f"{delivered['number']:02d}")
+    assert {one["number"] for one in sizes.values()} == {
+        row["size"] for row in rows_without_times(run / "ledger.jsonl")
+    }
+    page = (run / "report.html").read_text()
+    assert "<h2>Sizes</h2>" in page
+    assert delivered["network"] in page
+
+
+def test_it_went_up_by_growth_down_by_peers_and_again(searched):
+    how = [one["how"] for one in report_of(searched / "run")["search"]["sizes"]]
+    assert how[0] == "begun"
+    assert any(one.startswith("wider, from ") for one in how)
+    assert any(one.startswith("taught by ") for one in how)
+    assert any(one.startswith("pass 2, taught by ") for one in how)
+
+
+def state_of(run):
+    """All that a run leaves but times."""
+    kept = {}
+    for folder in sorted((run / "sizes").iterdir()):
+        if (folder / "student").exists():
+            kept[folder.name] = variables_of(folder)
+        kept[f"{folder.name} rows"] = rows_without_times(folder / "ledger.jsonl")
+    report = report_of(run)
+    for name in ("wall_s", "compile_s"):
+        report["cost"].pop(name)
+    return kept, report, (run / "archive.json").read_text(), variables_of(run)
+
+
+def test_kills_change_nothing(searched, tmp_path):
+    """Before, during and after growth, descent and passes: wherever they fall."""
+    rng = random.Random(0)
+    run = tmp_path / "run"
+    kills = 0
+    while not (run / "report.json").exists():
+        begun = (run / "config.toml").exists()
+        argv = ["--resume", run] if begun else [*SEARCH, "--passes", "2", "--out", run]
+        command = [sys.executable, "-m", "ev3_distill", "compress", *map(str, argv)]
+        process = subprocess.Popen(command, cwd=searched, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        folders = len(list((run / "sizes").glob("*"))) if begun else 0
+        until = folders + rng.choice([0, 1])
+        while kills < KILLS and process.poll() is None:
+            if len(list((run / "sizes").glob("*/ledger.jsonl"))) > until:
+                time.sleep(rng.uniform(0, 0.4))
+                process.kill()
+                kills += 1
+                break
+            time.sleep(0.002)
+        _, told = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), told
+    assert kills >= 3
+    assert state_of(run) == state_of(searched / "run")
+
+
+def test_export_picks_among_its_students(searched, cli, here):
+    run = searched / "run"
+    sizes = report_of(run)["search"]["sizes"]
+    smallest = min(sizes, key=lambda one: one["params"])
+    answer = cli("export", run, "--pick", f"params<={smallest['params']}", "--out", "small")
+    assert answer.code == 0
+    assert f"{smallest['params']:,} parameters" in answer.out
+    assert "no certificate is about it" in " ".join(answer.out.split())
+    assert students.load("small")[0].spec == smallest["spec"]
+    assert json.loads((here / "small/evidence.json").read_text())["decide"]["params"] == smallest["params"]
+    assert cli("export", run, "--out", "delivered").code == 0
+    assert variables_of(run) == variables_of(here / "delivered")
+    assert json.loads((here / "delivered/evidence.json").read_text())["guards"][0]["certified"]
+    for argv, says in (
+        (("--out", "small"), "export writes a new folder; small is there"),
+        (("--out", "x", "--pick", "params<=1"), "a pick needs a student that meets it"),
+    ):
+        answer = cli("export", run, *argv)
+        assert (answer.code, says in answer.err) == (2, True), answer.err
+    assert cli("export", here, "--out", "x").code == 2
+    assert sorted(path.name for path in here.iterdir()) == ["delivered", "small"]
+
+
+def test_a_pick_needs_a_search(finished, cli, here):
+    answer = cli("export", finished, "--pick", "params<=3", "--out", "x")
+    assert answer.code == 2
+    assert "a pick is among the students of a search" in answer.err
+
+
+def test_a_guard_out_of_reach(cli, here):
+    """Exit code 3, with the best bound reached; the largest size allowed was tried."""
+    write_data()
+    options = [word if word != "accuracy >= 0.8" else "accuracy >= 0.999" for word in SEARCH]
+    answer = cli("compress", *options, "--max-params", "24", "--out", "run")
+    assert answer.code == 3
+    assert "NOT CERTIFIED, proven is at least" in " ".join(answer.out.split())
+    sizes = report_of(here / "run")["search"]["sizes"]
+    assert not any(one["met"] for one in sizes)
+    assert [one["params"] for one in sizes if one["how"][:6] != "longer"] == [15, 21]  # two units, three
+
+
+def test_a_ladder(cli, here):
+    """Sizes of one's own, one of them of another shape, that no growth reaches."""
+    write_data()
+    ladder = ("mlp:hidden=2", "mlp:hidden=3", "mlp:hidden=2-3")
+    options = [*SEARCH[:4], *SEARCH[8:14], *SEARCH[16:]]
+    answer = cli("compress", *options, "--guard", "accuracy >= 0.999", "--sizes", *ladder, "--out", "run")
+    assert answer.code == 3, answer
+    sizes = report_of(here / "run")["search"]["sizes"]
+    assert [one["network"] for one in sizes] == list(ladder)
+    assert [one["how"] for one in sizes] == ["begun", "the next size, from 1", "the next size, from 2"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("--start", "tiny", "--sizes", "mlp:hidden=2"), "a search has a start or sizes; got both: leave out one"),
+        (("--max-params", "10"), "max_params and passes are of a search for a size; got (10, 1): give --start tiny"),
+        (("--start", "tiny", "--control"), "a search for a size has no control"),
+        (("--start", "tiny", "--teacher-in-step"), "a search for a size caches what its teacher says"),
+        (("--start", "tiny", "--budget", "90s"), "a search for a size has a budget in steps or epochs; got '90s'"),
+        (("--sizes", "mlp:hidden=4", "mlp:hidden=2"), "the sizes of a search come smallest first"),
+        (("--start", "tiny", "--passes", "0"), "passes must be at least 1"),
+    ],
+)
+def test_bad_searches(cli, here, argv, says):
+    answer = cli("compress", *argv, "--out", "run")
+    assert answer.code == 2
+    assert says in " ".join(answer.err.split())
+    assert not list(here.iterdir())
