@@ -105,10 +105,11 @@ class Archive:
         write_json(self._path, {"entries": [dataclasses.asdict(entry) for entry in self.entries]})
         return entry
 
-    def chosen(self) -> Entry:
-        """The smallest that met all goals; where none did, the best."""
-        met = [entry for entry in self.entries if entry.met]
-        return min(met, key=lambda entry: (entry.params, -entry.bound)) if met else best(self.entries)
+
+def chosen(entries: Sequence[Entry]) -> Entry:
+    """The smallest that met all goals; where none did, the best."""
+    met = [entry for entry in entries if entry.met]
+    return min(met, key=lambda entry: (entry.params, -entry.bound)) if met else best(entries)
 
 
 def best(entries: Iterable[Entry]) -> Entry:

@@ -7,7 +7,8 @@ logits.npz       where the teacher was given as logits: these; what any other sa
 ledger.jsonl     a row per decision
 checkpoints/     orbax, the last few
 sizes/NN/        where the run searches for a size: ledger, checkpoints and student of each that it tried
-archive.json     and what each of these students showed
+archive.json     what each of these students showed
+trials.json      and how a stuck one went on
 student/         spec and variables, once finished
 opened.json      when the sealed split was opened, for which student and which claims; written before
 certificate.json what is promised, and of what population
@@ -57,7 +58,7 @@ from ev3_distill.types import Batch, Network, Pools, State, Variables
 
 FILES = (
     *("archive.json", "certificate.json", "config.toml", "given.json", "ledger.jsonl", "logits.npz", "opened.json"),
-    *("report.html", "report.json"),
+    *("report.html", "report.json", "trials.json"),
 )  # appear whole
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKAGES = ("ev3-distill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")

@@ -11,8 +11,8 @@ smaller first, as long as each meets the guards in its turn.
 
 Further passes do the same for every size that there is an entry of (EV3, arXiv 2310.18893, section 4: synergy).
 
-Every rung is resumed from its own checkpoints, and what follows from finished ones is decided from them alone: so a search that
-was killed goes on bit by bit, wherever it was.
+Every rung is resumed from its own checkpoints, what a trial decided is kept, and all else follows from what was there before:
+so a search that was killed goes on bit by bit, wherever it was.
 """
 
 import dataclasses
@@ -37,12 +37,13 @@ from ev3_distill.ledger import rows
 from ev3_distill.lessons import Lessons, Recorded, WithPeer
 from ev3_distill.network import count_params
 from ev3_distill.progress import Progress
-from ev3_distill.run import write_lines
+from ev3_distill.run import read_json, write_json, write_lines
 from ev3_distill.training import Final, concluded, iterated
 from ev3_distill.types import Evidence, Network, State, Variables
 from students.grow import growth, moves
 from teachers.flax import forward
 
+TRIALS = "trials.json"
 PATIENCE = 2.0  # of a search, where none is named
 TRIAL = 0.1  # share of the steps so far that each proposal's trial has
 TAKEOVER = 1.0  # standard errors on assess
@@ -161,9 +162,12 @@ class _Search:
         self.directory, self.chosen, self.task, self.progress = directory, chosen, task, progress
         self.arm_names, self.lessons = tuple(arm_names), lessons
         self.archive = Archive(directory, confidence=chosen.confidence)
+        self.entries: list[Entry] = []  # so far: a search that was resumed finds later ones in the archive
         self.factory = students.factory_of(str(task.network.spec.get("factory", "")))
         self.rungs: list[Rung] = []
-        self.trials: list[dict[str, Any]] = []
+        self.last: State  # of the rung that was entered last
+        kept = directory / TRIALS
+        self.trials: list[dict[str, Any]] = read_json(kept)["trials"] if kept.exists() else []
         self.lost = 0  # steps of trials that led nowhere
         self.total = (task.steps or 0) // chosen.passes
         ladder = [students.named(text, *self._shape()) for text in chosen.sizes]
@@ -204,7 +208,16 @@ class _Search:
             return None
         tried = [self._longer_rung(rung, state)]
         tried += [self._larger_rung(rung, state, spec, name) for name, spec in proposals.items()]
-        ended = [self._trained(one, pause=int(state.position) + steps, limit=int(state.cost) + each) for one in tried]
+        if not (decided := [trial for trial in self.trials if trial["after"] == rung.number]):
+            decided = [self._tried(rung, state, tried, steps=steps, limit=int(state.cost) + each)]
+            self.trials += decided
+            write_json(self.directory / TRIALS, {"trials": self.trials})
+        self.lost += decided[0]["lost"]
+        return next(one for one in tried if one.number == decided[0]["taken"])
+
+    def _tried(self, rung: Rung, state: State, tried: Sequence[Rung], *, steps: int, limit: int) -> dict[str, Any]:
+        """A trial of what a stuck rung may go on as, plain data; kept, for the winner goes on and is another one then."""
+        ended = [self._trained(one, pause=int(state.position) + steps, limit=limit) for one in tried]
         order = sorted(range(len(tried)), key=lambda i: count_params(ended[i].current))
         if self.task.guards and not _leads(ended[0].current_evidence, state.current_evidence, tried[0].course):
             order.remove(0)  # guards ask for more, and more of the same brought nothing
@@ -212,19 +225,14 @@ class _Search:
         for i in order[1:]:
             if _leads(ended[i].current_evidence, ended[best].current_evidence, tried[i].course):
                 best = i
-        self.lost += sum(int(after.cost) - int(state.cost) for i, after in enumerate(ended) if i != best)
-        self.trials.append(
-            {
-                "after": rung.number,
-                "steps": steps,
-                "proposals": {
-                    one.how: float(after.current_evidence.promise.mean())
-                    for one, after in zip(tried, ended, strict=True)
-                },
-                "taken": tried[best].how,
-            }
-        )
-        return tried[best]
+        scores = (float(after.current_evidence.promise.mean()) for after in ended)
+        return {
+            "after": rung.number,
+            "steps": steps,
+            "proposals": {one.how: score for one, score in zip(tried, scores, strict=True)},
+            "taken": tried[best].number,
+            "lost": sum(int(after.cost) - int(state.cost) for i, after in enumerate(ended) if i != best),
+        }
 
     def _larger(self, spec: Any) -> dict[str, dict[str, Any]]:
         """What a network may become within the limits, by name."""
@@ -276,7 +284,7 @@ class _Search:
 
     def down(self) -> None:
         """Smaller students learn from the one that met the guards."""
-        found = self.archive.chosen()
+        found = archive.chosen(self.entries)
         while found.met:
             smaller = [entry for entry in self._by_size() if entry.params < found.params]
             if not smaller or self._spent() >= self._limit():
@@ -291,7 +299,7 @@ class _Search:
         self.total = (self.task.steps or 0) * number // self.chosen.passes
         sizes = self._by_size()
         for i, entry in enumerate(sizes):
-            peer = archive.best([one for one in self.archive.entries if one.number != entry.number] or [entry])
+            peer = archive.best([one for one in self.entries if one.number != entry.number] or [entry])
             left = self._limit() - self._spent()
             self._taught(
                 entry, peer, f"pass {number}, taught by {peer.number}", self._spent() + left // (len(sizes) - i)
@@ -299,8 +307,8 @@ class _Search:
 
     def _by_size(self) -> list[Entry]:
         """The best entry of each size, smallest first."""
-        sizes = sorted({entry.params for entry in self.archive.entries})
-        return [archive.best(one for one in self.archive.entries if one.params == params) for params in sizes]
+        sizes = sorted({entry.params for entry in self.entries})
+        return [archive.best(one for one in self.entries if one.params == params) for params in sizes]
 
     def _taught(self, like: Entry, peer: Entry, how: str, limit: int) -> Entry:
         """A fresh student of a size, taught by another one beside the teacher."""
@@ -313,9 +321,7 @@ class _Search:
             self.task, teacher_features={**self.task.teacher_features, PEER: (lessons.num_classes,)}
         )
         course = self._course(network, task=task, names=names, lessons=lessons)
-        before = self.rungs[-1].state
-        if before is None:
-            raise RuntimeError("rungs are trained one after the other")
+        before = self.last
         rung = self._rung(network, course, how, lambda: self._fresh(course, before))
         return self._enter(rung, self._trained(rung, limit=limit))
 
@@ -349,7 +355,8 @@ class _Search:
         return self.total - self.lost
 
     def _spent(self) -> int:
-        return max(int(rung.state.cost) for rung in self.rungs if rung.state is not None)
+        """Cost so far."""
+        return int(self.last.cost)
 
     def _trained(self, rung: Rung, *, limit: int | None = None, **options: Any) -> State:
         budget = self._limit() if limit is None else limit
@@ -379,7 +386,7 @@ class _Search:
 
         if not any(entry.number == rung.number for entry in self.archive.entries):
             students.save(rung.folder / "student", rung.network, variables)
-        return self.archive.enter(
+        entry = self.archive.enter(
             variables,
             measure,
             number=rung.number,
@@ -389,10 +396,13 @@ class _Search:
             cost=int(state.cost) + self.lost,
             met=bool(state.met),
         )
+        self.entries.append(entry)
+        self.last = state
+        return entry
 
     def deliver(self) -> tuple[Entry, Rung]:
         """What to deliver."""
-        entry = self.archive.chosen()
+        entry = archive.chosen(self.entries)
         return entry, next(rung for rung in self.rungs if rung.number == entry.number)
 
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from ev3_distill.archive import Archive, Entry, Measured, best, front, pick
+from ev3_distill.archive import Archive, Entry, Measured, best, chosen, front, pick
 from ev3_distill.checkpoint import digest
 from ev3_distill.errors import InputError
 from ev3_distill.types import Variables
@@ -105,14 +105,10 @@ def test_front():
     assert front([]) == []
 
 
-def test_the_smallest_that_met_its_goals_is_chosen(tmp_path):
-    archive = Archive(tmp_path, confidence=0.95)
-    archive.entries = ENTRIES
-    assert archive.chosen().number == 2
-    archive.entries = [dataclasses.replace(one, met=False) for one in ENTRIES]
-    assert archive.chosen().number == best(ENTRIES).number == 2
-    archive.entries = [entry(1, 100, 0.7, 0.6), entry(2, 90, 0.7, 0.6)]
-    assert archive.chosen().number == 2
+def test_the_smallest_that_met_its_goals_is_chosen():
+    assert chosen(ENTRIES).number == 2
+    assert chosen([dataclasses.replace(one, met=False) for one in ENTRIES]).number == best(ENTRIES).number == 2
+    assert chosen([entry(1, 100, 0.7, 0.6), entry(2, 90, 0.7, 0.6)]).number == 2
 
 
 @pytest.mark.parametrize(
