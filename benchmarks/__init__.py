@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import coverage, guards, memory, portfolio, quality, safety, speed, throughput
+from benchmarks import coverage, growth, guards, memory, portfolio, quality, safety, speed, throughput
 from ev3_distill.errors import InputError
 from ev3_distill.ledger import Ledger
 
@@ -24,6 +24,7 @@ __all__ = ["SIZES", "SUITES", "provenance", "run"]
 
 SUITES: dict[str, ModuleType] = {
     "coverage": coverage,
+    "growth": growth,
     "guards": guards,
     "memory": memory,
     "portfolio": portfolio,

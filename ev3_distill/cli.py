@@ -89,7 +89,7 @@ class BenchCommand:
     """Measure the tool itself: rows, a Markdown table, and how to reproduce them."""
 
     suite: tyro.conf.Positional[str]
-    """coverage, guards, memory, portfolio, quality, safety, speed or throughput."""
+    """coverage, growth, guards, memory, portfolio, quality, safety, speed or throughput."""
     seeds: int = 10
     """Repetitions."""
     size: str = "full"
