@@ -196,8 +196,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return (
         statistics.markdown(heads, lines)
         + f"\n\nTest accuracy in percent, means over {len(seeds)} seeds with 95 % t intervals; cost in steps of the final "
-        f"size. Grown minus from scratch at {final} units, paired: {statistics.spread(margin, 2)} points at {ratio:.2f} times the "
-        f"cost, which has all sizes in it; target ≥ -{WITHIN} at no more than {MORE}: {held}."
+        f"size. Grown minus from scratch at {final} units, paired: {statistics.spread(margin, 2)} points at {ratio:.2f} times "
+        f"the cost, which has all sizes in it; target ≥ -{WITHIN} at no more than {MORE}: {held}."
     )
 
 
