@@ -47,10 +47,17 @@ def row_of(decision: Decision, arms: Sequence[str], goals: Sequence[Goal] = (), 
         "champion_accuracy": _number(d.champion_accuracy),
         "current_accuracy": _number(d.current_accuracy),
         "length": _number(d.length),
+        **({"tuned": tuned} if (tuned := _tuned(d.tuned, arms)) else {}),
         "stuck": bool(d.stuck),
         "met": bool(d.met),
         "wall_s": round(wall_s, 3),
     }
+
+
+def _tuned(shown: Sequence[dict[str, Any]], arms: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Hyperparameters by arm and name, for arms that tune any."""
+    of_arms = zip(arms, shown, strict=True)
+    return {arm: {name: np.asarray(x).tolist() for name, x in told.items()} for arm, told in of_arms if told}
 
 
 def _number(x: Any) -> float | None:

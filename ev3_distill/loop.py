@@ -241,7 +241,14 @@ class Distillation:
             arm_states, students = state.arm_states, (state.current,) * len(state.arm_states)
             for pool, begin, end in supply(first, first + int(plan.steps.max())):
                 arm_states, students = self._program(
-                    "roll", self._parts.roll, pool, state, arm_states, plan, (np.int32(begin), np.int32(end))
+                    "roll",
+                    self._parts.roll,
+                    pool,
+                    pools.assess,
+                    state,
+                    arm_states,
+                    plan,
+                    (np.int32(begin), np.int32(end)),
                 )
             state, decision = self._program("settle", self._parts.settle, pools, state, arm_states, students, plan)
             decision = jax.device_get(decision)

@@ -130,13 +130,17 @@ class Arm(NamedTuple):
 
     name: str
     init: Callable[[Variables], PyTree]  # student -> state of a fresh start from it
-    propose: Callable[[PyTree, Draw, Stretch], tuple[PyTree, Variables]]
-    # (state, draw, where in the run) -> (state, proposed student)
+    propose: Callable[..., tuple[PyTree, Variables]]
+    # (state, draw, where in the run) -> (state, proposed student); where it is `held`, a draw of assess is its fourth argument
     length: float = 1.0  # of this arm's trajectory, relative to the run's
     grow: Callable[[PyTree, Growth], PyTree] | None = (
         None  # state of this arm for the larger student; without, it starts
     )
     # afresh when the student grows
+    held: bool = False  # whether it takes held-out batches, too: it tunes its loss by them
+    shows: Callable[[PyTree], dict[str, jax.Array]] | None = (
+        None  # state -> the hyperparameters that a ledger row tells
+    )
     races: bool = True  # whether it takes part in the race that begins a run; else it only challenges who leads then
 
 
@@ -256,6 +260,9 @@ class Decision(NamedTuple):
     champion_accuracy: jax.Array  # float32, mean promise score on decide
     current_accuracy: jax.Array  # float32, mean promise score on assess
     length: jax.Array  # float32, next trajectory length
+    tuned: tuple[
+        dict[str, jax.Array], ...
+    ]  # of each arm, the hyperparameters that it has come to; {} where it tunes none
     stuck: jax.Array  # bool, whether the student gets nowhere any more at its size
     met: jax.Array  # bool, whether all goals are proven on decide, where that ends the run
     closed: jax.Array  # bool, whether this was the closing iteration

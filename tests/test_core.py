@@ -93,7 +93,8 @@ def rolled(arms, state, pools, steps):
     """What the arms propose after that many steps each."""
     draw = explore.draw_from(pools.explore, sample, RUN_KEY)
     stretches = [Stretch(state.position, n, jnp.float32(0), jnp.float32(0)) for n in steps]
-    return explore.proposals_of(*explore.roll(arms, state.arm_states, draw, stretches), steps)
+    held = explore.held_from(pools.assess, RUN_KEY, batch_size=B)
+    return explore.proposals_of(*explore.roll(arms, state.arm_states, draw, stretches, held), steps)
 
 
 POOLS = Pools(ladder(), ladder(), ladder())

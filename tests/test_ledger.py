@@ -15,7 +15,7 @@ from ev3_distill.types import ADOPT, KEEP, PROMOTE, ROLL_BACK, Decision
 ARMS = ("ce", "kd")
 
 
-def decision(**changes):
+def decision(*, tuned=({}, {}), **changes):
     """Arm kd's proposal met the champion on 100 examples, 12 to 3, and was promoted."""
     fields = {
         "iteration": 4,
@@ -44,7 +44,14 @@ def decision(**changes):
         "kept": False,
     }
     untold = dict.fromkeys(Decision._fields, 0)  # what no row tells
-    return Decision(**{name: jnp.asarray(value) for name, value in (untold | fields | changes).items()})
+    told = {name: jnp.asarray(value) for name, value in (untold | fields | changes).items()}
+    return Decision(**{**told, "tuned": tuned})
+
+
+def test_a_row_tells_what_arms_tuned():
+    tuned = ({}, {"temperature": jnp.float32(2.5), "mix": jnp.array([0.75, 0.25])})
+    assert row_of(decision(tuned=tuned), ARMS, wall_s=0)["tuned"] == {"kd": {"temperature": 2.5, "mix": [0.75, 0.25]}}
+    assert "tuned" not in row_of(decision(), ARMS, wall_s=0)
 
 
 def test_row_by_hand():

@@ -27,8 +27,25 @@ def draw_from(pool: PyTree, sample: Sample, key: jax.Array) -> Draw:
     return draw
 
 
+def held_from(split: Batch, key: jax.Array, *, batch_size: int) -> Draw:
+    """Batches of a held-out split for arms that tune by them, rows drawn with replacement by the global step alone.
+
+    Args:
+      split: assess. Neither decide nor test may be one, or what is promised of them would not hold.
+      key: the run's own; explore's batches and keys are not touched by these.
+      batch_size: B.
+    """
+
+    def held(step: jax.Array) -> tuple[Batch, jax.Array]:
+        own = jax.random.fold_in(jax.random.fold_in(key, step), 1)
+        rows = jax.random.randint(own, (batch_size,), 0, split.index.shape[0])
+        return jax.tree.map(lambda leaf: leaf[rows], split), own
+
+    return held
+
+
 def roll(
-    arms: Sequence[Arm], arm_states: Sequence[PyTree], draw: Draw, stretches: Sequence[Stretch]
+    arms: Sequence[Arm], arm_states: Sequence[PyTree], draw: Draw, stretches: Sequence[Stretch], held: Draw
 ) -> tuple[tuple[PyTree, ...], tuple[Variables, ...]]:
     """Rolls out every arm over its stretch, a whole trajectory or the next part of one.
 
@@ -37,11 +54,12 @@ def roll(
       arm_states: to go on from; those of the run stay as they are, so a rejected proposal leaves nothing behind.
       draw: batches by global step.
       stretches: of each arm, with 0 steps where it rests.
+      held: batches of assess by global step, for the arms that take them.
 
     Returns:
       Each arm's state and the student that it proposes.
     """
-    made = [arm.propose(arm_states[i], draw, stretches[i]) for i, arm in enumerate(arms)]
+    made = [arm.propose(arm_states[i], draw, stretches[i], *([held] if arm.held else [])) for i, arm in enumerate(arms)]
     return tuple(arm_state for arm_state, _ in made), tuple(student for _, student in made)
 
 

@@ -115,7 +115,7 @@ class Parts(NamedTuple):
 
     plan: Callable[[State, Any], Plan]  # (state, limit)
     roll: Callable[..., tuple[tuple[PyTree, ...], tuple[Variables, ...]]]
-    # (pool, state, arm states so far, plan, (first, last)) -> (arm states, students) after the global steps [first, last)
+    # ((pool, assess), state, arm states so far, plan, (first, last)) -> (arm states, students) after the steps [first, last)
     settle: Callable[..., tuple[State, Decision]]  # (pools, state, arm states, students, plan)
 
 
@@ -153,9 +153,13 @@ def make_parts(
         return Plan(steps, spent, each, remaining)
 
     def roll(
-        pool: PyTree, state: State, arm_states: Sequence[PyTree], plan: Plan, span: tuple[Any, Any]
+        data: tuple[PyTree, Batch],
+        state: State,
+        arm_states: Sequence[PyTree],
+        plan: Plan,
+        span: tuple[Any, Any],
     ) -> tuple[tuple[PyTree, ...], tuple[Variables, ...]]:
-        first, last = span
+        (pool, held_out), (first, last) = data, span
         done = first - state.position
         stretches = [
             Stretch(
@@ -166,8 +170,9 @@ def make_parts(
             )
             for i in range(len(arms))
         ]
-        draw = explore.draw_from(pool, sample, jax.random.wrap_key_data(state.key))
-        return explore.roll(arms, arm_states, draw, stretches)
+        key = jax.random.wrap_key_data(state.key)
+        held = explore.held_from(held_out, key, batch_size=config.batch_size)
+        return explore.roll(arms, arm_states, explore.draw_from(pool, sample, key), stretches, held)
 
     def settle(
         pools: Pools, state: State, arm_states: tuple[PyTree, ...], students: Sequence[Variables], plan: Plan
@@ -239,6 +244,9 @@ def make_parts(
             champion_accuracy=state.champion_decide.mean(),
             current_accuracy=state.current_evidence.promise.mean(),
             length=state.length,
+            tuned=tuple(
+                arm.shows(after) if arm.shows else {} for arm, after in zip(arms, state.arm_states, strict=True)
+            ),
             stuck=stuck(state),
             met=state.met,
             closed=state.closed,
@@ -280,7 +288,7 @@ def make_step(
     def step(pools: Pools, state: State, limit: Any) -> tuple[State, Decision]:
         plan = parts.plan(state, limit)
         last = state.position + plan.steps.max()
-        made = parts.roll(pools.explore, state, state.arm_states, plan, (state.position, last))
+        made = parts.roll((pools.explore, pools.assess), state, state.arm_states, plan, (state.position, last))
         return parts.settle(pools, state, *made, plan)
 
     return jax.jit(step)
