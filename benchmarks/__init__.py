@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import coverage, growth, guards, memory, portfolio, quality, safety, speed, throughput
+from benchmarks import coverage, evolution, growth, guards, memory, portfolio, protonet, quality, safety, speed, throughput
 from ev3_distill.errors import InputError
 from ev3_distill.ledger import Ledger
 
@@ -25,9 +25,11 @@ __all__ = ["SIZES", "SUITES", "provenance", "run"]
 SUITES: dict[str, ModuleType] = {
     "coverage": coverage,
     "growth": growth,
+    "evolution": evolution,
     "guards": guards,
     "memory": memory,
     "portfolio": portfolio,
+    "protonet": protonet,
     "quality": quality,
     "safety": safety,
     "speed": speed,

@@ -5,14 +5,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from ev3_distill import losses
+from ev3_distill import goals, losses, objectives
+from ev3_distill.arms.evolution import evolution_arm
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.arms.optimizers import adamw, muon
 from ev3_distill.errors import InputError
 from ev3_distill.features import FEATURE_LOSSES, with_features
 from ev3_distill.network import features_of
-from ev3_distill.types import Apply, Arm, Loss, Network
+from ev3_distill.types import Apply, Arm, Loss, Network, Objective
 
 RATE = 1e-2
 Shapes = Mapping[str, Sequence[int]]  # of features by name, without the batch axis
@@ -33,6 +35,10 @@ def _challenger(make: Callable[[str, Apply], Arm]) -> Callable[[str, Apply], Arm
 def up_and_down(spent: jax.Array) -> jax.Array:
     """A factor that rises within the first twentieth of the budget and then falls in a line, to zero at its end."""
     return jnp.clip(jnp.minimum(0.05 + spent / 0.05, (1 - spent) / 0.95), 0, 1)
+
+
+def _evolving(objective: Callable[[], Objective]) -> Callable[[str, Apply], Arm]:
+    return lambda name, apply: evolution_arm(name, apply, objective(), optax.adam(3e-3), pairs=32, sigma=0.02)
 
 
 def _with_labels(teacher: Loss) -> Loss:
@@ -74,6 +80,8 @@ ARMS: dict[str, Callable[[str, Apply], Arm]] = {
     "kd4-muon-peer": _muon(_by_peer(1.0)),
     "kd4-muon-ensemble": _muon(_by_peer(0.5)),
     "kd4-muon-balanced": _muon(_balanced(lambda: _with_labels(losses.kd(temperature=4.0)))),
+    "es-accuracy": _evolving(lambda: objectives.accuracy),
+    "es-worst-class": _evolving(lambda: goals.goal("worst_class_accuracy", 0).score),
 }
 DEFAULT = ("ce", "kd2", "kd4", "dist")
 # One races: in some 50 steps losses win that start fast (ce, then kd2), and all of a run pays for it. See README. That labels

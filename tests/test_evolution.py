@@ -1,0 +1,472 @@
+"""Evolution strategies: right in mean and spread, the same whatever the chunks, deaf to what is broken; and the arm."""
+
+import functools
+import math
+import os
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import students
+from ev3_distill import goals, objectives
+from ev3_distill.arms import evolution, lowrank
+from ev3_distill.arms.evolution import SHAPINGS, estimate, evolution_arm
+from ev3_distill.arms.noise import full_rank, low_rank
+from ev3_distill.arms.subspace import named
+from ev3_distill.arms.unrolls import noise_reuse
+from ev3_distill.errors import InputError
+from ev3_distill.types import Batch, Stretch, Variables
+
+KEY = jax.random.key(0)
+CURVES = jnp.array([1.0, 2.0, 3.0, 0.5, 1.5, 4.0])
+MEAN = {"w": jnp.array([[1.0, -1.0], [0.5, 2.0]]), "b": jnp.array([0.3, -0.7])}
+
+
+def quadratic(params, key=None):
+    x = jax.flatten_util.ravel_pytree(params)[0]
+    return -0.5 * (CURVES * x * x).sum() + x.sum()
+
+
+def cubic(params, key=None):
+    return (jax.flatten_util.ravel_pytree(params)[0] ** 3).sum()
+
+
+@functools.cache
+def repeated(fitness, rank, sigma):
+    """4,000 independent estimates from 4 pairs each, [4000, P]."""
+
+    def one(key):
+        return jax.flatten_util.ravel_pytree(
+            estimate(key, MEAN, fitness, pairs=4, sigma=sigma, rank=rank, shaping="centred", chunk=4)[0]
+        )[0]
+
+    return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(KEY, 4000)), np.float64)
+
+
+# The estimate.
+
+
+@pytest.mark.parametrize(
+    ("fitness", "rank", "sigma"),
+    [(quadratic, None, 0.1), (quadratic, 1, 0.1), (cubic, None, 1.0)],
+    ids=["quadratic", "quadratic, rank 1", "cubic"],
+)
+def test_the_mean_of_estimates_is_the_gradient_of_the_smoothed_objective(fitness, rank, sigma):
+    """E f(x + sigma e) has the gradient of f where that is quadratic, and 3 (x^2 + sigma^2) for the cube."""
+    x = np.asarray(jax.flatten_util.ravel_pytree(MEAN)[0], np.float64)
+    expected = 1 - np.asarray(CURVES) * x if fitness is quadratic else 3 * (x**2 + sigma**2)
+    found = repeated(fitness, rank, sigma)
+    standard_error = found.std(axis=0, ddof=1) / math.sqrt(len(found))
+    assert (np.abs(found.mean(axis=0) - expected) < 5 * standard_error).all()
+
+
+def test_the_variance_is_that_of_theory():
+    """Of the entries of ((grad . e) e), e Gaussian: |grad|^2 + grad_j^2 each, over the number of pairs."""
+    gradient = np.asarray(1 - CURVES * jax.flatten_util.ravel_pytree(MEAN)[0], np.float64)
+    found = repeated(quadratic, None, 0.1)
+    expected = (gradient @ gradient + gradient**2) / 4
+    np.testing.assert_allclose(found.var(axis=0, ddof=1), expected, rtol=0.15)
+    np.testing.assert_allclose(found.var(axis=0, ddof=1).sum(), expected.sum(), rtol=0.08)
+
+
+@functools.cache
+def of_seven(rank, chunk):
+    run = jax.jit(lambda key: estimate(key, MEAN, quadratic, pairs=7, sigma=0.1, rank=rank, chunk=chunk)[0])
+    return run(KEY)
+
+
+@pytest.mark.parametrize(("rank", "chunk"), [(None, 3), (None, 20), (1, 3)])
+def test_chunks_change_nothing(chunk, rank):
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, of_seven(rank, 1), of_seven(rank, chunk))
+
+
+def test_members_of_a_pair_share_their_data():
+    def noise_alone(params, key):
+        return jax.random.normal(key)
+
+    gradient, told = jax.jit(lambda key: estimate(key, MEAN, noise_alone, pairs=16, sigma=0.1))(KEY)
+    assert told.std > 0.5  # pairs differ
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_agrees_with_evosax():
+    """Open-ES of evosax (Apache-2.0; tried with 0.3.2) minimises, and holds a population: with ours, it goes where we go."""
+    if "EVOSAX" in os.environ:  # a folder that has it
+        sys.path.append(os.environ["EVOSAX"])
+    algorithms = pytest.importorskip("evosax.algorithms", reason="evosax, for comparison alone, is not installed")
+    pairs, sigma, optimizer = 8, 0.1, optax.adam(0.05)
+    ours = evolution.evolution(optimizer, pairs=pairs, sigma=sigma)
+    state, x = ours.init(MEAN), jax.flatten_util.ravel_pytree(MEAN)[0]
+    theirs = algorithms.Open_ES(2 * pairs, MEAN, optimizer=optimizer, std_schedule=optax.constant_schedule(sigma))
+    their_state = theirs.init(KEY, MEAN, theirs.default_params)
+    noise, step = full_rank(MEAN), stepped(ours, quadratic)
+    for generation in range(5):
+        now = jax.random.fold_in(KEY, generation)
+        drawn = jnp.stack([noise.draw(evolution._keys(now, jnp.int32(i))[0]) for i in range(pairs)])
+        population = their_state.mean + sigma * jnp.concatenate([drawn, -drawn])
+        losses = jnp.stack([-quadratic(row) for row in population])
+        unraveled = jax.vmap(jax.flatten_util.ravel_pytree(MEAN)[1])(population)
+        their_state, _ = theirs.tell(KEY, unraveled, losses, their_state, theirs.default_params)
+        state, _ = step(state)
+        found = jax.flatten_util.ravel_pytree(state.mean)[0]
+        np.testing.assert_allclose(found, their_state.mean, rtol=0, atol=1e-6)
+    assert float(jnp.abs(found - x).max()) > 0.1
+
+
+# Shaping.
+
+SCORES = st.lists(st.tuples(*[st.integers(-20, 20)] * 2), min_size=6, max_size=6)
+SHAPED = {name: jax.jit(shaping) for name, shaping in SHAPINGS.items()}
+
+
+@given(SCORES, st.sampled_from(list(SHAPINGS)))
+@settings(max_examples=40, deadline=None)
+def test_shaped_differences_are_antisymmetric_and_deaf_to_a_constant(scores, shaping):
+    scores = jnp.array(scores, jnp.float32)
+    shaped = SHAPED[shaping](scores)
+    np.testing.assert_allclose(SHAPED[shaping](scores[:, ::-1]), -shaped, atol=1e-6)
+    np.testing.assert_allclose(SHAPED[shaping](scores + 8), shaped, atol=1e-5)
+    assert (shaped[scores[:, 0] == scores[:, 1]] == 0).all()  # ties share a rank
+
+
+@given(SCORES)
+@settings(max_examples=40, deadline=None)
+def test_ranks_see_order_alone_and_z_scores_no_scale(scores):
+    scores = jnp.array(scores, jnp.float32)
+    np.testing.assert_array_equal(SHAPED["rank"](scores), SHAPED["rank"](jnp.exp(scores / 4)))
+    np.testing.assert_allclose(SHAPED["z-score"](scores), SHAPED["z-score"](16 * scores), atol=1e-5)
+
+
+def test_shapings_by_hand():
+    scores = jnp.array([[3.0, 1.0], [2.0, 2.0], [0.0, 5.0]])  # ranks 4 1, 2.5 2.5, 0 5 of 0 to 5
+    np.testing.assert_allclose(SHAPED["rank"](scores), [0.6, 0, -1], atol=1e-6)
+    np.testing.assert_allclose(SHAPED["centred"](scores), [2, 0, -5])
+    std = np.std([3, 1, 2, 2, 0, 5])
+    np.testing.assert_allclose(SHAPED["z-score"](scores), np.array([2, 0, -5]) / std, rtol=1e-6)
+
+
+# What is broken.
+
+
+@pytest.mark.parametrize("shaping", SHAPINGS)
+def test_broken_members_rank_last_and_are_counted(shaping):
+    """Where half a space is broken, the estimate points away from it; where all is, nowhere. It is finite in any case."""
+
+    @jax.jit
+    def run(value, limit):
+        def fitness(params, key):
+            return jnp.where(params["b"][0] > limit, value, quadratic(params))
+
+        return estimate(KEY, MEAN, fitness, pairs=64, sigma=0.05, shaping=shaping)
+
+    for value in (math.nan, math.inf, -math.inf):
+        gradient, told = run(value, 0.3)
+        assert int(told.broken) == 64  # one of each pair
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+        assert float(gradient["b"][0]) < 0 and math.isfinite(float(told.mean)) and math.isfinite(float(told.std))
+        gradient, told = run(value, -100.0)
+        assert int(told.broken) == 128
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
+
+
+# Strategy.
+
+
+def stepped(strategy, fitness):
+    return jax.jit(lambda state: strategy.step(KEY, state, fitness))
+
+
+def test_decay_acts_on_the_mean_alone():
+    ours = evolution.evolution(optax.adam(0.1), pairs=2, sigma=0.1, decay=0.01)
+    step, state = stepped(ours, lambda params, key: jnp.float32(0)), ours.init(MEAN)
+    for _ in range(10):
+        state, _ = step(state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 0.99**10 * b, rtol=1e-5), state.mean, MEAN)
+
+
+def test_sigma_follows_its_schedule():
+    """Of a square around 0, which optimization at rate 0 does not leave, the fitness grows with sigma squared."""
+    schedule = optax.piecewise_constant_schedule(0.1, {1: 10.0})
+    ours = evolution.evolution(optax.sgd(0.0), pairs=32, sigma=schedule)
+    step = stepped(ours, lambda params, key: (params["w"] ** 2).sum())
+    state, first = step(ours.init(jax.tree.map(jnp.zeros_like, MEAN)))
+    state, _ = step(state)
+    _, third = step(state)
+    assert 50 < float(third.mean / first.mean) < 200
+
+
+@pytest.mark.parametrize("how", [{"pairs": 0}, {"pairs": 2, "chunk": 0}, {"pairs": 2, "shaping": "none"}])
+def test_what_makes_no_population_is_told(how):
+    with pytest.raises(ValueError, match="evolution needs pairs >= 1"):
+        estimate(KEY, MEAN, quadratic, sigma=0.1, **how)
+
+
+# Noise of low rank.
+
+FAMILIES = {
+    "mlp:hidden=6": (5,),
+    "conv4:width=6": (16, 16, 2),
+    "mobilenet:blocks=1": (8, 8, 3),
+    "vit:width=12,depth=1": (8, 8, 3),
+}
+
+
+def arrays_like(network, seed=0):
+    """Variables of a network's shapes, drawn without compiling its own way to begin."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(network.init, KEY)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, jnp.float32), shapes.params)
+    return Variables(params, jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes.stats))
+
+
+def case(name):
+    network = students.named(name, FAMILIES[name], 4)
+    inputs = jnp.asarray(np.random.default_rng(1).normal(size=(3, *FAMILIES[name])), jnp.float32)
+    return network, arrays_like(network), inputs
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_member_of_low_rank_is_the_network_at_its_matrices(name, monkeypatch):
+    network, variables, inputs = case(name)
+    noise = low_rank(variables.params, 1)
+    assert noise.size < full_rank(variables.params).size
+    drawn = noise.draw(KEY)
+    made = []
+    dense = lowrank.Factored.dense
+    monkeypatch.setattr(lowrank.Factored, "dense", lambda self: made.append(self.mean.shape) or dense(self))
+
+    def logits(params):
+        return network.apply(Variables(params, variables.stats), inputs, train=True)[0]
+
+    found = jax.jit(lambda drawn: noise.member(logits, drawn, jnp.float32(0.3)))(drawn)
+
+    @jax.jit
+    def moved(drawn):
+        added = noise.weigh(jnp.ones(1), drawn[None])
+        return logits(jax.tree.map(lambda x, e: x + 0.3 * e, variables.params, added))
+
+    np.testing.assert_allclose(found, moved(drawn), rtol=2e-3, atol=2e-3)
+    if name.split(":")[0] in ("mlp", "conv4"):
+        assert made == []  # products and convolutions stay those of the mean
+
+
+def test_members_of_low_rank_share_the_products_of_the_mean():
+    """Under vmap over members no product has a matrix per member but those of the factors."""
+    network, variables, inputs = case("mlp:hidden=6")
+    noise = low_rank(variables.params, 1)
+
+    def logits(params):
+        return network.apply(Variables(params, variables.stats), inputs, train=False)[0]
+
+    def population(drawn):
+        return jax.vmap(lambda row: noise.member(logits, row, jnp.float32(0.1)))(drawn)
+
+    text = str(jax.make_jaxpr(population)(jnp.zeros((9, noise.size))))
+    assert "9,5,6]" not in text and "9,6,4]" not in text
+
+
+def test_a_convolution_with_strides_padding_and_dilation():
+    x = jax.random.normal(KEY, (2, 9, 8, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 2, 3, 5))
+    left, right = jax.random.normal(jax.random.key(2), (18, 2)), jax.random.normal(jax.random.key(3), (5, 2))
+
+    def convolve(kernel):
+        axes = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (2, 1), [(1, 2), (0, 1)], rhs_dilation=(1, 2), dimension_numbers=axes
+        )
+
+    factored = lowrank.Factored(kernel, left, right)
+    np.testing.assert_allclose(lowrank.evaluate(convolve, [factored]), convolve(factored.dense()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "contract", [lambda x, w: x @ w, lambda x, w: x @ w.T.T, lambda x, w: jnp.einsum("bi,oi->bo", x, w.T)]
+)
+def test_a_product_in_other_guises(contract):
+    x, w = jax.random.normal(KEY, (4, 6)), jax.random.normal(jax.random.key(1), (6, 3))
+    left, right = jax.random.normal(jax.random.key(2), (6, 1)), jax.random.normal(jax.random.key(3), (3, 1))
+    factored = lowrank.Factored(w, left, right)
+    found = lowrank.evaluate(lambda w: contract(x, w), [factored])
+    np.testing.assert_allclose(found, contract(x, factored.dense()), rtol=1e-4, atol=1e-4)
+
+
+# Memory.
+
+
+def compiled(pairs, width=64, chunk=None):
+    network = students.named(f"mlp:hidden={width}", (32,), 8)
+    shapes = jax.eval_shape(network.init, KEY).params
+    inputs = jax.random.normal(KEY, (4, 32))
+
+    def fitness(params, key):
+        return network.apply(Variables(params, {}), inputs, train=False)[0].mean()
+
+    def run(key, params):
+        return estimate(key, params, fitness, pairs=pairs, sigma=0.1, chunk=chunk)
+
+    size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    return jax.jit(run).lower(KEY, shapes).compile(), size
+
+
+def test_a_member_takes_at_most_16_bytes():
+    few, many = 2048, 65536
+    temporary = [compiled(pairs)[0].memory_analysis().temp_size_in_bytes for pairs in (few // 2, many // 2)]
+    assert (temporary[1] - temporary[0]) / (many - few) <= 16
+    assert temporary[1] < 16 * many + 3 * evolution.CHUNK_BYTES
+
+
+def test_no_buffer_holds_the_noise_of_all():
+    program, size = compiled(1024, chunk=4)
+    shapes = re.findall(r"[fsu]\d+\[([\d,]+)\]", program.as_text())
+    largest = max(math.prod(int(n) for n in shape.split(",")) for shape in shapes)
+    assert largest <= 2 * 4 * size
+
+
+# The arm.
+
+N, F, K = 64, 4, 3
+
+
+def make_batch(seed):
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(size=(N, F))
+    labels = np.argmax(inputs @ np.random.default_rng(9).normal(size=(F, K)), -1)
+    blank = jnp.zeros((N, K))
+    return Batch(jnp.asarray(inputs, jnp.float32), jnp.asarray(labels, jnp.int32), blank, jnp.arange(N), jnp.ones(N))
+
+
+BATCH = make_batch(0)
+MLP = students.named("mlp:hidden=8", (F,), K)
+START = arrays_like(MLP)
+
+
+def draw(step):
+    return BATCH, jax.random.fold_in(KEY, step)
+
+
+@functools.cache
+def proposing(arm):
+    return jax.jit(lambda state, stretch: arm.propose(state, draw, stretch))
+
+
+def propose(arm, state, start, steps):
+    return proposing(arm)(state, Stretch(jnp.int32(start), jnp.int32(steps), jnp.float32(0), jnp.float32(0)))
+
+
+@functools.cache
+def an_arm(objective=objectives.accuracy, **how):
+    how = {"pairs": 6, "sigma": 0.1} | how
+    return evolution_arm("es", MLP.apply, objective, optax.adam(0.05), **how)
+
+
+OBJECTIVES = {
+    "accuracy": objectives.accuracy,
+    "worst class": goals.goal("worst_class_accuracy", 0).score,
+    "a scalar": lambda logits, batch: -jnp.square(logits - jax.nn.one_hot(batch.labels, K)).mean(),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_an_arm_improves_what_has_no_gradient(objective):
+    score = OBJECTIVES[objective]
+    arm = an_arm(score, pairs=24, sigma=0.2)
+    _, student = propose(arm, arm.init(START), 0, 16 * 60)
+    before, after = (
+        float(jnp.mean(score(MLP.apply(variables, BATCH.inputs, train=False)[0], BATCH)))
+        for variables in (START, student)
+    )
+    assert after > before + 0.1
+
+
+def test_a_trajectory_in_parts_is_the_whole():
+    """A generation of 6 pairs costs 4 steps; what is left of a stretch is spent in the next."""
+    arm = an_arm()
+    state, student = propose(arm, arm.init(START), 0, 22)
+    assert int(state.evolution.generation) == 5 and int(state.owed) == 2
+    in_parts = arm.init(START)
+    for start, steps in ((0, 3), (3, 0), (3, 9), (12, 10)):
+        in_parts, last = propose(arm, in_parts, start, steps)
+    assert int(in_parts.evolution.generation) == 5 and int(in_parts.owed) == 2
+    assert jax.tree.structure(last) == jax.tree.structure(student) == jax.tree.structure(START)
+
+
+def test_an_arm_that_rests_proposes_what_it_had():
+    arm = an_arm()
+    state, student = propose(arm, arm.init(START), 0, 0)
+    jax.tree.map(np.testing.assert_array_equal, (state, student), (arm.init(START), START))
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "moving"),
+    [
+        ("conv4:width=4", "norms", ["norms"]),
+        ("conv4:width=4", "head", ["head"]),
+        ("mlp:hidden=8", "biases", ["bias"]),
+        ("mlp:hidden=8", "head", ["[1]"]),
+        ("conv4:width=4", r"\['convs'\]\[0\]", ["['convs'][0]"]),
+    ],
+)
+def test_a_subspace_moves_alone(family, name, moving):
+    shape = (16, 16, 1) if "conv" in family else (F,)
+    params = jax.tree.map(np.asarray, arrays_like(students.named(family, shape, K)).params)
+    part = named(name)(params)
+    assert 0 < len(part.moving) < len(jax.tree.leaves(params))
+    assert all(any(word in path for word in moving) for path in part.moving)
+    joined = part.join(jax.tree.map(lambda leaf: leaf + 1, part.moving))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(joined):
+        before = dict(jax.tree_util.tree_leaves_with_path(params))[path]
+        expected = 1 if jax.tree_util.keystr(path) in part.moving else 0
+        np.testing.assert_array_equal(leaf, before + expected)
+
+
+def test_a_subspace_that_is_none_is_told():
+    with pytest.raises(InputError, match="no parameter is one of norms; the network has"):
+        an_arm(subspace=named("norms")).init(START)
+
+
+def test_an_arm_leaves_the_rest_of_the_student_alone():
+    arm = an_arm(subspace=named("head"))
+    _, student = propose(arm, arm.init(START), 0, 40)
+    layers = student.params["layers"], START.params["layers"]
+    np.testing.assert_array_equal(layers[0][0]["kernel"], layers[1][0]["kernel"])
+    assert float(jnp.abs(layers[0][1]["kernel"] - layers[1][1]["kernel"]).max()) > 0
+
+
+# Unrolled computations.
+
+
+def test_noise_reuse_is_unbiased_along_an_episode():
+    """x_t = 0.9 x_(t-1) + theta, loss x_t^2 / 2 over 8 steps: quadratic in theta, so smoothing changes no gradient."""
+    horizon, window, theta = 8, 2, {"theta": jnp.array([0.4, -0.2])}
+
+    def advance(params, x, t):
+        x = 0.9 * x + params["theta"]
+        return x, 0.5 * (x * x).sum()
+
+    def mean_loss(params):
+        x, total = jnp.ones(2), 0.0
+        for t in range(horizon):
+            x, loss = advance(params, x, t)
+            total += loss
+        return total / horizon
+
+    pairs = 4000
+    ours = noise_reuse(lambda key: jnp.ones(2), advance, pairs=pairs, sigma=0.1, horizon=horizon, window=window)
+    state = jax.jit(ours.init)(KEY, theta)
+    estimates = []
+    run = jax.jit(ours.estimate)
+    for _ in range(4):  # theta stays: the mean over a whole episode
+        gradient, state, _ = run(KEY, theta, state)
+        estimates.append(gradient["theta"])
+    assert sorted(np.unique(state.at)) == [0, 2, 4, 6] and (state.episode >= 1).all()
+    expected = jax.grad(mean_loss)(theta)["theta"]
+    np.testing.assert_allclose(np.mean(estimates, axis=0), expected, atol=0.1 * float(jnp.abs(expected).max()))
