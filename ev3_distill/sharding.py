@@ -7,8 +7,9 @@ a binary tree: a device adds up its own lanes, and the rest of the tree is climb
 (an all-to-all and an all-gather, which send what a ring's all-reduce sends).
 """
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -147,7 +148,6 @@ def start(
             cluster_detection_method=None if count is None else "deactivate",
             initialization_timeout=CONNECT_S,
             heartbeat_timeout_seconds=SILENCE_S,
-            shutdown_timeout_seconds=SILENCE_S,
         )
     except (ValueError, RuntimeError) as error:  # JAX's own errors are RuntimeErrors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
@@ -156,6 +156,26 @@ def start(
             "--process-id, all from one start"
         ) from None
     return jax.process_index(), jax.process_count()
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Within it, what processes compute together; the loss of one is told as such.
+
+    Raises:
+      InputError: another process has died or cannot be reached. The death of process 0 may end this one first, with JAX's own
+        message that another task died.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(
+            f"processes of one run work together to its end; one has died or is out of reach ({reason}): "
+            "start all anew, the run goes on from its checkpoint, with fewer of them if need be"
+        ) from None
 
 
 def _checked(processes: int | str, coordinator: str | None, process_id: int | None) -> int | None:

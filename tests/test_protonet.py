@@ -1,0 +1,106 @@
+"""Omniglot's split and episodes, prototypes by hand, and training that goes on where it was stopped."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SHARED
+
+import students
+from benchmarks import omniglot, protonet
+from ev3_distill.errors import InputError
+from ev3_distill.types import Variables
+
+
+def test_the_split_is_that_of_vinyals():
+    if not all((SHARED / name).is_file() for name in omniglot.ARCHIVES):
+        pytest.skip("Omniglot's archives are not there")
+    numbers, alphabets = _names_alone(SHARED)
+    train, validation, test = omniglot.parted(numbers, alphabets)
+    assert (len(train), len(validation), len(test)) == (1028, 172, 423)
+    assert list(alphabets[test][:5]) == ["Gurmukhi"] * 4 + ["Kannada"]
+    assert set(alphabets[validation]) == set(omniglot.VALIDATION)
+
+
+def _names_alone(folder):
+    """Characters' numbers in place of their drawings."""
+    import zipfile
+
+    names = []
+    for archive in omniglot.ARCHIVES:
+        with zipfile.ZipFile(folder / archive) as file:
+            names += sorted({path.rpartition("/")[0] for path in file.namelist() if path.endswith(".png")})
+    return np.arange(len(names)), np.array([name.split("/")[-2] for name in names])
+
+
+def test_without_omniglot_one_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("EV3_DISTILL_DATA", str(tmp_path))
+    monkeypatch.setenv("EV3_DISTILL_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=r"Omniglot is read from omniglot_images_background\.zip"):
+        omniglot.load()
+
+
+def marked(characters=3):
+    """Drawings whose first pixel names the character, whose second the drawing, and with nothing else."""
+    drawings = np.zeros((characters, 20, 28, 28), np.uint8)
+    drawings[..., 0, 0] = 1 + np.arange(characters)[:, None]
+    drawings[..., 0, 1] = 101 + np.arange(20)
+    return drawings
+
+
+def test_an_episode_has_distinct_classes_in_four_rotations_and_distinct_drawings():
+    seen = set()
+    for seed in range(20):
+        images = omniglot.episode(jax.random.key(seed), jnp.asarray(marked()), way=5, images=7)
+        assert images.shape == (5, 7, 28, 28, 1)
+        images = np.rint(255 * np.asarray(images[..., 0])).astype(int)
+        classes = []
+        for of_class in images:
+            (turned,) = {k for k in range(4) if (np.rot90(of_class, -k, axes=(1, 2))[:, 0, 1] > 100).all()}
+            upright = np.rot90(of_class, -turned, axes=(1, 2))
+            (character,) = set(upright[:, 0, 0])
+            assert len(set(upright[:, 0, 1])) == 7
+            classes.append((character, turned))
+        assert len(set(classes)) == 5
+        seen |= set(classes)
+    assert len(seen) == 12
+
+
+def test_a_query_belongs_to_the_nearest_prototype():
+    """Embeddings by hand, 2 classes of 2 supports and 1 query."""
+    embedded = jnp.array([[0.0, 0.0], [2.0, 0.0], [1.0, 1.0], [0.0, 4.0], [0.0, 6.0], [1.0, 2.0]])
+
+    def features(variables, images, *, train):
+        return (None, {"embedding": embedded}), variables
+
+    network = students.mlp((1,), 1)
+    object.__setattr__(network, "features", features)
+    found = protonet.likelihood(network, Variables({}, {}), jnp.zeros((2, 3, 28, 28, 1)), 2)
+    # prototypes (1, 0) and (0, 5): the first query is 1 and 17 away, squared, the second 4 and 10
+    expected = np.mean([-np.log1p(np.exp(-16.0)), -10 - np.log(np.exp(-4.0) + np.exp(-10.0))])
+    assert float(found[0]) == pytest.approx(expected, rel=1e-5)
+    assert float(found[1]) == 0.5
+
+
+@pytest.mark.parametrize("pairs", [4, None], ids=["evolution", "backprop"])
+def test_training_goes_on_where_it_was_stopped(monkeypatch, tmp_path, pairs):
+    recipe = protonet.Recipe(2, pairs, 6, 0.05, rank=1, way=2, shot=1, query=1)
+    network = students.named("conv4:width=2", protonet.SHAPE, 1)
+    drawings = np.random.default_rng(0).integers(0, 256, (4, 20, 28, 28), np.uint8)
+    characters = omniglot.Characters(drawings, drawings, drawings)
+    monkeypatch.setattr(protonet, "KEEP_S", 0)
+    keep, kept = protonet._keep, []
+
+    def stops(directory, state, log):
+        keep(directory, state, log)
+        kept.append(int(state.generation))
+        if kept == [1, 2, 3]:
+            raise KeyboardInterrupt
+
+    whole, _ = protonet.trained_state(recipe, 0, network, characters, tmp_path / "whole")
+    monkeypatch.setattr(protonet, "_keep", stops)
+    with pytest.raises(KeyboardInterrupt):
+        protonet.trained_state(recipe, 0, network, characters, tmp_path / "stopped")
+    resumed, log = protonet.trained_state(recipe, 0, network, characters, tmp_path / "stopped")
+    assert [row["generation"] for row in log] == [1, 2, 3, 4, 5, 6] == kept
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
