@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 KEY = ("seed", "question", "at")  # names a row
 PAIRS = {"full": 64, "smoke": 4}
-STUDENTS = {
+STUDENTS: dict[str, dict[str, tuple[int, ...]]] = {
     "full": {"mlp:hidden=64-64": (64,), "conv4:width=8": (28, 28, 1), "conv4:width=64": (28, 28, 1)},
     "smoke": {"mlp:hidden=16": (8,)},
 }

@@ -39,7 +39,7 @@ class Spread(NamedTuple):
         """Parts that one device has."""
         return 1 if self.lanes is None else self.lanes // self.devices
 
-    def index(self) -> jax.Array:
+    def place(self) -> jax.Array:
         """Of this device, int32."""
         return jnp.int32(0) if self.axis is None else jax.lax.axis_index(self.axis)
 

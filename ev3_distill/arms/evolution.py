@@ -90,7 +90,7 @@ def evolution(
 
     def step(key: jax.Array, state: EvolutionState, fitness: Fitness) -> tuple[EvolutionState, Report]:
         now = jax.random.fold_in(key, state.generation)
-        how = {"pairs": pairs, "shaping": shaping, "rank": rank, "chunk": chunk, "spread": spread}
+        how: dict[str, Any] = {"pairs": pairs, "shaping": shaping, "rank": rank, "chunk": chunk, "spread": spread}
         gradient, report = estimate(now, state.mean, fitness, sigma=schedule(state.generation), **how)
         descent = optax.tree.scale(-1, gradient)
         updates, opt_state = optimizer.update(descent, state.opt_state, state.mean)
@@ -135,7 +135,7 @@ def estimate(
     size = min(chunk or _fitting(mean, noise), math.ceil(pairs / blocks))
     chunks = math.ceil(pairs / (blocks * size))  # of each part; the last members of the last ones are one too many
     own = spread.parts * chunks * size
-    first = spread.index() * own
+    first = spread.place() * own
     at = first + size * jnp.arange(spread.parts * chunks, dtype=jnp.int32)
 
     def score(start: jax.Array) -> jax.Array:
@@ -270,8 +270,8 @@ def evolution_arm(
       length: of the trajectory, relative to the run's.
       pairs, sigma, shaping, rank, decay, chunk, spread: as of `evolution`.
     """
-    how = {"shaping": shaping, "rank": rank, "decay": decay, "chunk": chunk, "spread": spread}
-    strategy = evolution(optimizer, pairs=pairs, sigma=sigma, **how)  # type: ignore[arg-type]
+    how: dict[str, Any] = {"shaping": shaping, "rank": rank, "decay": decay, "chunk": chunk, "spread": spread}
+    strategy = evolution(optimizer, pairs=pairs, sigma=sigma, **how)
     cost = max(1, round(2 * pairs / FORWARD_PASSES))  # steps of a generation
 
     def init(student: Variables) -> ArmState:
