@@ -2,9 +2,10 @@
 
 Of n antithetic pairs mean ± sigma E_i with fitness f_i+ and f_i- (higher is better), the gradient of the smoothed objective
 E[f(mean + sigma E)] is estimated as g = 1 / (2 n sigma) sum_i (u_i+ - u_i-) E_i, where u is the fitness after shaping; any
-optax transformation makes a step of -g. Noise is never kept: `fold_in(key of the generation, pair)` draws it once to score its
-members and once more to add them up, chunk by chunk, on the device that the pair belongs to. Beside one mean and one optimizer
-state a generation holds a chunk's noise and less than 16 bytes per member (its fitness, and what ranks it).
+optax transformation makes a step of -g. Noise is not kept: `fold_in(key of the generation, pair)` draws it once to score its
+members and once more to add them up, chunk by chunk, on the device that the pair belongs to (a population whose noise fits
+HOLD_BYTES draws once). Beside one mean and one optimizer state a generation holds that, or a chunk's noise, and less than 16
+bytes per member (its fitness, and what ranks it).
 
 A step of a run is a training step, one gradient of one batch, which costs about three forward passes. A generation is 2 n of
 these, so an arm makes one in every 2 n / 3 steps: arms beside each other cost the same.
@@ -28,7 +29,9 @@ from ev3_distill.arms.subspace import Subspace, whole
 from ev3_distill.sharding import Spread
 from ev3_distill.types import Apply, Arm, Draw, Objective, PyTree, Stretch, Variables
 
-CHUNK_BYTES = 4 * 2**20  # of noise and members that are held at once, if nobody says how many pairs that is
+# Of noise and members at once, if nobody says how many pairs that is; on CPUs what caches hold.
+CHUNK_BYTES = {True: 2**20, False: 2**26}
+HOLD_BYTES = 32 * 2**20  # of noise that a small population may keep: drawing it is what costs most in a small network
 FORWARD_PASSES = 3  # that one training step costs
 
 Fitness = Callable[[PyTree, jax.Array], jax.Array]  # (parameters, key of the pair) -> scalar, higher is better
@@ -80,7 +83,7 @@ def evolution(
       shaping: of fitness, a name of SHAPINGS.
       rank: of the noise on matrices and kernels; None for full-rank noise.
       decay: share of the mean that each generation takes off it, decoupled from the gradient and its optimizer.
-      chunk: pairs scored at once; None for as many as CHUNK_BYTES hold.
+      chunk: pairs scored at once; None for as many as CHUNK_BYTES hold, or one of convolutions on CPUs.
       spread: over devices.
     """
     schedule = sigma if callable(sigma) else lambda generation: sigma
@@ -111,6 +114,7 @@ def estimate(
     shaping: str = "rank",
     rank: int | None = None,
     chunk: int | None = None,
+    hold: bool | None = None,
     spread: Spread = Spread(),  # noqa: B008  a tuple
 ) -> tuple[PyTree, Report]:
     """The gradient of the smoothed objective, to ascend, from one population; arguments as of `evolution`.
@@ -120,6 +124,7 @@ def estimate(
       mean: parameters, floats.
       fitness: of one member. Both members of a pair get the same key, to draw data from; a fitness that ignores it has all
         members see the same.
+      hold: whether noise is kept from scoring to adding up, in place of drawing it once more; None where it fits HOLD_BYTES.
 
     Returns:
       The estimate, of the mean's structure, and what the population told. Without shaping ("centred") it is unbiased but
@@ -133,58 +138,56 @@ def estimate(
     noise = full_rank(mean) if rank is None else low_rank(mean, rank)
     blocks = spread.devices * spread.parts
     size = min(chunk or _fitting(mean, noise), math.ceil(pairs / blocks))
-    chunks = math.ceil(pairs / (blocks * size))  # of each part; the last members of the last ones are one too many
+    chunks = math.ceil(pairs / (blocks * size))  # of each part
+    size = math.ceil(pairs / (blocks * chunks))  # as even as can be; the last pairs of the last chunks are too many
     own = spread.parts * chunks * size
     first = spread.place() * own
     at = first + size * jnp.arange(spread.parts * chunks, dtype=jnp.int32)
 
-    def score(start: jax.Array) -> jax.Array:
-        return _scored(key, noise, fitness, start + jnp.arange(size), sigma=sigma, batched=rank is not None)
+    held = 4 * noise.size * own <= HOLD_BYTES if hold is None else hold
 
-    scores = spread.gather(jax.lax.map(score, at).reshape(own, 2))[:pairs]
-    scores, report = _checked(scores)
+    def draw(start: jax.Array) -> jax.Array:
+        return jax.vmap(lambda pair: noise.draw(jax.random.fold_in(key, 2 * pair)))(start + jnp.arange(size))
+
+    def score(start: jax.Array) -> tuple[jax.Array, PyTree]:
+        drawn, keys = (
+            draw(start),
+            jax.vmap(lambda pair: jax.random.fold_in(key, 2 * pair + 1))(start + jnp.arange(size)),
+        )
+
+        def one(member: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            drawn, of_data, sign = member
+            return noise.member(lambda params: fitness(params, of_data), drawn, sign * sigma).astype(jnp.float32)
+
+        members = jnp.repeat(drawn, 2, axis=0), jnp.repeat(keys, 2, axis=0), jnp.tile(jnp.array([1.0, -1.0]), size)
+        apart = size == 1 and rank is None  # then one after the other, as nothing is shared
+        scores = jax.lax.map(one, members) if apart else jax.vmap(one)(members)
+        return scores.reshape(size, 2), drawn if held else ()
+
+    scores, kept = jax.lax.map(score, at)
+    scores, report = _checked(spread.gather(scores.reshape(own, 2))[:pairs])
     weights = SHAPINGS[shaping](scores) / (2 * pairs * sigma)
     weights = jnp.pad(weights, (0, blocks * chunks * size - pairs))
 
-    def add(total: PyTree, start: jax.Array) -> tuple[PyTree, None]:
-        drawn = jax.vmap(lambda pair: noise.draw(_keys(key, pair)[0]))(start + jnp.arange(size))
-        added = noise.weigh(jax.lax.dynamic_slice_in_dim(weights, start, size), drawn)
-        return jax.tree.map(jnp.add, total, added), None
+    def add(total: PyTree, given: tuple[jax.Array, PyTree]) -> tuple[PyTree, None]:
+        start, drawn = given
+        some = jax.lax.dynamic_slice_in_dim(weights, start, size)
+        return jax.tree.map(jnp.add, total, noise.weigh(some, drawn if held else draw(start))), None
 
-    def part(starts: jax.Array) -> PyTree:
-        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, mean), starts)[0]
+    def part(given: tuple[jax.Array, PyTree]) -> PyTree:
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, mean), given)[0]
 
-    return spread.total(jax.lax.map(part, at.reshape(spread.parts, chunks))), report
+    by_part = jax.tree.map(lambda leaf: leaf.reshape(spread.parts, chunks, *leaf.shape[1:]), (at, kept))
+    return spread.total(jax.lax.map(part, by_part)), report
 
 
 def _fitting(mean: PyTree, noise: Noise) -> int:
-    """Pairs whose noise and members fit CHUNK_BYTES."""
+    """Pairs whose noise and members fit; one where a CPU would convolve with kernels of many members, which it does slowly."""
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu and any(leaf.ndim > 2 for leaf in jax.tree.leaves(mean)):
+        return 1
     members = 2 * sum(leaf.size for leaf in jax.tree.leaves(mean))
-    return max(1, CHUNK_BYTES // (4 * (noise.size + members)))
-
-
-def _keys(key: jax.Array, pair: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of a pair: to draw its noise, and to draw its data."""
-    return jax.random.fold_in(key, 2 * pair), jax.random.fold_in(key, 2 * pair + 1)
-
-
-def _scored(
-    key: jax.Array, noise: Noise, fitness: Fitness, pairs: jax.Array, *, sigma: jax.typing.ArrayLike, batched: bool
-) -> jax.Array:
-    """Fitness [c, 2] of pairs [c]. A chunk of one pair of full rank is scored one member after the other."""
-
-    def both(pair: jax.Array) -> jax.Array:
-        of_noise, of_data = _keys(key, pair)
-        drawn = noise.draw(of_noise)
-
-        def one(sign: jax.Array) -> jax.Array:
-            score = noise.member(lambda params: fitness(params, of_data), drawn, sign * sigma)
-            return score.astype(jnp.float32)
-
-        signs = jnp.array([1.0, -1.0])
-        return jax.vmap(one)(signs) if batched or len(pairs) > 1 else jax.lax.map(one, signs)
-
-    return jax.vmap(both)(pairs) if len(pairs) > 1 else both(pairs[0])[None]
+    return max(1, CHUNK_BYTES[on_cpu] // (4 * (noise.size + members)))
 
 
 def _checked(scores: jax.Array) -> tuple[jax.Array, Report]:
