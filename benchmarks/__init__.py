@@ -16,7 +16,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import coverage, evolution, growth, guards, memory, portfolio, protonet, quality, safety, speed, throughput
+from benchmarks import (
+    coverage,
+    evolution,
+    growth,
+    guards,
+    memory,
+    portfolio,
+    protonet,
+    quality,
+    safety,
+    speed,
+    throughput,
+)
 from ev3_distill.errors import InputError
 from ev3_distill.ledger import Ledger
 
