@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ev3_distill.types import Batch, Loss
 
@@ -353,7 +354,9 @@ def taught_by(loss: Loss, feature: str, *, share: float = 1.0) -> Loss:
 
 
 def _check(name: str, value: Any, holds: Callable[[Any], Any], rule: str, way_out: str) -> None:
-    if not isinstance(value, jax.core.Tracer) and not holds(value):  # a traced value is not known yet
+    if isinstance(value, jax.core.Tracer):  # not known yet
+        return
+    if not holds(np.asarray(value)):  # to compare an array of JAX would be traced wherever something else is
         raise ValueError(f"{name} must be {rule}; got {value}: {way_out}")
 
 
