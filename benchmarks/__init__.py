@@ -21,13 +21,16 @@ from benchmarks import (
     evolution,
     growth,
     guards,
+    hypergrad,
     memory,
     portfolio,
     protonet,
     quality,
+    rotation,
     safety,
     speed,
     throughput,
+    tuning,
 )
 from ev3_distill.errors import InputError
 from ev3_distill.ledger import Ledger
@@ -39,13 +42,16 @@ SUITES: dict[str, ModuleType] = {
     "growth": growth,
     "evolution": evolution,
     "guards": guards,
+    "hypergrad": hypergrad,
     "memory": memory,
     "portfolio": portfolio,
     "protonet": protonet,
     "quality": quality,
+    "rotation": rotation,
     "safety": safety,
     "speed": speed,
     "throughput": throughput,
+    "tuning": tuning,
 }
 SIZES = ("full", "smoke")
 

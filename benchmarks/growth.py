@@ -58,7 +58,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     if source is None:
         raise InputError("bench growth needs mnist.npz; it is not there: name its folder by EV3_DISTILL_DATA")
     dataset, ladder = load_data(source), LADDER[size]
-    teach = portfolio.teacher(dataset, TEACHER_COST[size])
+    teach = portfolio.trained_teacher(dataset, TEACHER_COST[size])
     bench = _Bench(dataset.inputs.shape[1:], dataset.num_classes, ladder, COST[size])
     for seed in range(seeds):
         if all((seed, contender, hidden) in done for contender in CONTENDERS for hidden in ladder):

@@ -57,7 +57,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
             continue
         dataset = load_data(source)
         cost = COST[name] // (20 if size == "smoke" else 1)
-        teach = teacher(dataset, TEACHER_COST[name] // (10 if size == "smoke" else 1))
+        teach = trained_teacher(dataset, TEACHER_COST[name] // (10 if size == "smoke" else 1))
         student = students.named(STUDENT[name], dataset.inputs.shape[1:], dataset.num_classes)
         arms = arms_named(student.apply)
         contenders = {"portfolio": Distillation(student, arms)}
@@ -93,7 +93,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
                        "accuracy": float(scores.mean())}  # fmt: skip
 
 
-def teacher(dataset: Dataset, cost: int) -> Callable[[int], np.ndarray]:
+def trained_teacher(dataset: Dataset, cost: int) -> Callable[[int], np.ndarray]:
     """seed -> logits [N, K] of a teacher trained by labels alone on that seed's explore split."""
     blank = np.zeros((len(dataset.labels), dataset.num_classes), np.float32)
     network = students.named("mlp:hidden=256-256", dataset.inputs.shape[1:], dataset.num_classes)

@@ -239,7 +239,8 @@ def test_safety_table():
             "swiftness",
             1,
             "full",
-            "a suite is one of coverage, guards, memory, portfolio, quality, safety, speed, throughput; got 'swiftness'",
+            "a suite is one of coverage, guards, hypergrad, memory, portfolio, quality, rotation, safety, speed, throughput, "
+            "tuning; got 'swiftness'",
         ),
         ("throughput", 1, "huge", "a size is one of full, smoke; got 'huge'"),
         ("throughput", 0, "full", "at least 1; got 0"),
