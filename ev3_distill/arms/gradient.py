@@ -90,13 +90,7 @@ def gradient_arm(
             params, beside = part(optax.apply_updates(trained, updates))
             iterate = Variables(params, stats)
             age = state.age + 1
-            return GradientState(iterate, opt_state, _averaged(state.average, iterate, age), age, beside)
-
-        def _averaged(before: Variables | None, iterate: Variables, age: jax.Array) -> Variables | None:
-            if before is None or average is None:
-                return None
-            weight = (average + 1) / (age + average)
-            return jax.tree.map(lambda a, x: _mix(a, x, weight), before, iterate)
+            return GradientState(iterate, opt_state, averaged(state.average, iterate, age, average), age, beside)
 
         state = jax.lax.fori_loop(0, stretch.steps, advance, state)
         return state, state.iterate if state.average is None else state.average
@@ -129,6 +123,18 @@ def _carried(opt_state: PyTree, params: PyTree, growth: Growth) -> PyTree:
         return tuple(map(visit, node)) if isinstance(node, tuple) else node
 
     return visit(opt_state)
+
+
+def averaged(before: Variables | None, iterate: Variables, age: jax.Array, eta: float | None) -> Variables | None:
+    """The polynomial-decay average after step `age`, counted from 1; None where there is none.
+
+    References:
+      Shamir and Zhang, Stochastic gradient descent for non-smooth optimization, 2013.
+    """
+    if before is None or eta is None:
+        return None
+    weight = (eta + 1) / (age + eta)
+    return jax.tree.map(lambda a, x: _mix(a, x, weight), before, iterate)
 
 
 def _mix(average: jax.Array, iterate: jax.Array, weight: jax.Array) -> Any:

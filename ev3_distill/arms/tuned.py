@@ -1,0 +1,179 @@
+"""Gradient arms that tune their loss while they train: temperature, mix, a weight for each example, and the learning rate.
+
+Every few training steps an outer step follows the hypergradient of the loss on held-out examples, exact for the training step
+just made (`hypergrad.jvp`). The hyperparameters are a part of the arm's state: what is rejected leaves nothing of them behind.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ev3_distill import losses
+from ev3_distill.arms.gradient import GradientState, averaged
+from ev3_distill.errors import InputError
+from ev3_distill.hypergrad import hypergradient
+from ev3_distill.hyperparameters import (
+    FREE,
+    LOG,
+    POSITIVE,
+    SIMPLEX,
+    Tuned,
+    constrain,
+    distillation,
+    net_weights,
+    outer_step,
+    start,
+    student_losses,
+    weight_net,
+)
+from ev3_distill.types import Apply, Batch, Draw, Loss, PyTree, Stretch, Variables
+
+TUNABLE = ("temperature", "mix", "weights", "rate")
+
+
+class TunedState(NamedTuple):
+    """What a tuned trajectory needs to go on."""
+
+    trajectory: GradientState
+    tuned: Tuned
+
+
+class TunedArm(NamedTuple):
+    """An arm, as `types.Arm`, whose `propose` takes a draw of held-out batches, too."""
+
+    name: str
+    init: Any  # student -> TunedState
+    propose: Any  # (state, draw, stretch, held) -> (state, proposed student)
+    shows: Any  # state -> its hyperparameters by name, those of the weight net left out
+
+
+def tuned_arm(
+    name: str,
+    apply: Apply,
+    optimizer: optax.GradientTransformation,
+    *,
+    tune: Sequence[str] = ("temperature", "mix"),
+    temperature: float = 4.0,
+    mix: float = 0.9,
+    outer: optax.GradientTransformation | None = None,
+    val_loss: Loss | None = None,
+    every: int = 5,
+    method: str = "jvp",
+    average: float = 8.0,
+) -> TunedArm:
+    """An arm of the loss mix kd(T) + (1 - mix) ce, some of whose hyperparameters follow the held-out loss.
+
+    Args:
+      name: unique within a run.
+      apply: the student's forward pass.
+      optimizer: of the student.
+      tune: names of TUNABLE; "weights" is a net from `seen` of an example to its weights in both terms, "rate" a factor on
+        the optimizer's steps.
+      temperature: T, at the start.
+      mix: the teacher's share, at the start, in (0, 1).
+      outer: of the hyperparameters' free numbers; None is Adam at 0.05, which needs no scale.
+      val_loss: what outer steps lower; None is the labels' cross-entropy.
+      every: training steps to an outer step.
+      method: of `hypergrad.METHODS`, for one step of an optimizer.
+      average: eta of the proposal's polynomial-decay average, as of `gradient_arm`.
+
+    Raises:
+      InputError: nothing that can be tuned by that name.
+    """
+    for what in tune:
+        if what not in TUNABLE:
+            raise InputError(f"what can be tuned is {', '.join(TUNABLE)}; got '{what}': name some of these")
+    outer = optax.adam(0.05) if outer is None else outer
+    val_loss = losses.cross_entropy() if val_loss is None else val_loss
+    space = {"temperature": POSITIVE, "mix": SIMPLEX, "rate": LOG, "weights": FREE}
+    fixed = {"temperature": jnp.float32(temperature), "mix": jnp.array([mix, 1 - mix]), "rate": jnp.float32(1)}
+    begun = {what: fixed[what] for what in tune if what != "weights"}
+    if "weights" in tune:
+        begun["weights"] = weight_net(jax.random.key(0), inputs=2, outputs=2)
+        space["weights"] = jax.tree.map(lambda _: FREE, begun["weights"])
+    space = {what: space[what] for what in begun}
+
+    def loss(free: PyTree, logits: jax.Array, batch: Batch) -> jax.Array:
+        hyper = fixed | constrain(space, free)
+        if "weights" in tune:
+            hyper["weights"] = net_weights(hyper["weights"], seen(logits, batch))
+        return distillation(hyper)(logits, batch)
+
+    def init(variables: Variables) -> TunedState:
+        opt_state, age = optimizer.init(variables.params), jnp.int32(0)
+        return TunedState(GradientState(variables, opt_state, variables, age), start(space, begun, outer))
+
+    def propose(state: TunedState, draw: Draw, stretch: Stretch, held: Draw) -> tuple[TunedState, Variables]:
+        def advance(i: jax.Array, state: TunedState) -> TunedState:
+            before, tuned = state
+            batch, key = draw(stretch.start + i)
+
+            def objective(params: PyTree) -> tuple[jax.Array, PyTree]:
+                logits, after = apply(Variables(params, before.iterate.stats), batch.inputs, train=True, key=key)
+                return loss(tuned.free, logits, batch), after.stats
+
+            params = before.iterate.params
+            gradient, stats = jax.grad(objective, has_aux=True)(params)
+            updates, opt_state = optimizer.update(gradient, before.opt_state, params)
+            rate = jnp.exp(tuned.free["rate"]) if "rate" in tune else 1.0
+            iterate = Variables(optax.apply_updates(params, optax.tree.scale(rate, updates)), stats)
+            age = before.age + 1
+
+            def tuning(tuned: Tuned) -> Tuned:
+                held_out, _ = held(stretch.start + i)
+                of = student_losses(
+                    apply, before.iterate, batch, held_out, loss=loss, val_loss=val_loss, key=key
+                )  # fmt: skip
+                scaled = optax.chain(optimizer, optax.scale(rate))
+                at_step = {
+                    "optimizer": scaled,
+                    "opt_state": (before.opt_state, optax.ScaleState()),
+                    "gradient": gradient,
+                }
+                slope, info = hypergradient(key, params, tuned.free, *of, method=method, **at_step)
+                if "rate" in tune:
+                    slope["rate"] = info.log_rate
+                return outer_step(tuned, slope, outer, sound=info.finite)
+
+            if begun:
+                tuned = jax.lax.cond((age % every) == 0, tuning, lambda tuned: tuned, tuned)
+            average_now = averaged(before.average, iterate, age, average)
+            return TunedState(GradientState(iterate, opt_state, average_now, age), tuned)
+
+        state = jax.lax.fori_loop(0, stretch.steps, advance, state)
+        return state, state.trajectory.average or state.trajectory.iterate
+
+    def shows(state: TunedState) -> dict[str, jax.Array]:
+        return {what: x for what, x in constrain(space, state.tuned.average).items() if what != "weights"}
+
+    return TunedArm(name, init, propose, shows)
+
+
+def seen(logits: jax.Array, batch: Batch) -> jax.Array:
+    """What tells whether to believe an example's label and teacher: the losses of both by its label, [B, 2]; 0 without one."""
+
+    def by_label(logits: jax.Array) -> jax.Array:
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(batch.labels, 0)[:, None], -1)[:, 0]
+        return jnp.where(batch.labels >= 0, -picked, 0.0)
+
+    return jnp.stack([by_label(logits), by_label(batch.teacher_logits)], 1)
+
+
+def held_from(split: Batch, key: jax.Array, *, batch_size: int) -> Draw:
+    """Batches of a held-out split for outer steps, rows drawn with replacement by the global step alone.
+
+    Args:
+      split: assess. Neither decide nor test may be one, or what is promised of them would not hold.
+      key: the run's own; explore's batches and keys are not touched by these.
+      batch_size: B.
+    """
+
+    def held(step: jax.Array) -> tuple[Batch, jax.Array]:
+        own = jax.random.fold_in(jax.random.fold_in(key, step), 1)
+        rows = jax.random.randint(own, (batch_size,), 0, split.index.shape[0])
+        return jax.tree.map(lambda leaf: leaf[rows], split), own
+
+    return held

@@ -1,0 +1,130 @@
+"""Arms that tune their loss: without anything to tune they are plain ones; with it they leave bad starts; they resume."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ev3_distill import losses
+from ev3_distill.arms.gradient import gradient_arm
+from ev3_distill.arms.tuned import TUNABLE, held_from, seen, tuned_arm
+from ev3_distill.errors import InputError
+from ev3_distill.hyperparameters import net_weights
+from ev3_distill.types import Batch, Stretch, Variables
+
+N = 256
+
+
+def split(seed, *, wrong=1.0):
+    """Labels by a line that a teacher, in a share of the examples, sees the wrong way round."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(N, 4)).astype(np.float32)
+    y = (x[:, 0] > 0).astype(np.int32)
+    says = np.where(rng.random(N) < wrong, 1 - y, y)
+    return Batch(
+        jnp.asarray(x), jnp.asarray(y), jnp.asarray(6 * np.eye(2, dtype=np.float32)[says]), jnp.arange(N), jnp.ones(N)
+    )
+
+
+def apply(variables, inputs, *, train, key=None):
+    return jnp.tanh(inputs @ variables.params["w"]) @ variables.params["out"], variables
+
+
+def fresh():
+    first, second = jax.random.split(jax.random.key(3))
+    params = {"w": jax.random.normal(first, (4, 8)), "out": 0.1 * jax.random.normal(second, (8, 2))}
+    return Variables(params, {})
+
+
+def drawing(examples):
+    def draw(step):
+        rows = jax.random.randint(jax.random.key(step), (32,), 0, N)
+        return jax.tree.map(lambda leaf: leaf[rows], examples), jax.random.key(step)
+
+    return draw
+
+
+def stretch(start, steps):
+    return Stretch(jnp.int32(start), jnp.int32(steps), jnp.float32(0), jnp.float32(0))
+
+
+@functools.cache
+def rolled(*, wrong=1.0, steps=150, **options):
+    arm = tuned_arm("tuned", apply, optax.adam(1e-2), **options)
+    draw, held = drawing(split(0, wrong=wrong)), held_from(split(1, wrong=wrong), jax.random.key(1), batch_size=64)
+    propose = jax.jit(lambda state, where: arm.propose(state, draw, where, held))
+    return arm, propose, propose(arm.init(fresh()), stretch(0, steps))
+
+
+def accuracy(variables, examples):
+    return float((apply(variables, examples.inputs, train=False)[0].argmax(1) == examples.labels).mean())
+
+
+def test_with_nothing_to_tune_it_is_the_plain_arm():
+    _, _, (state, student) = rolled(tune=(), wrong=0.0)
+    loss = losses.mix((0.9, losses.kd(temperature=4.0)), (0.1, losses.cross_entropy()))
+    plain = gradient_arm("kd4", apply, loss, optax.adam(1e-2))
+    draw = drawing(split(0, wrong=0.0))
+    after, proposed = jax.jit(lambda state: plain.propose(state, draw, stretch(0, 150)))(plain.init(fresh()))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), student, proposed)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), state.trajectory, after)
+
+
+@pytest.mark.parametrize("method", ["jvp", "guided"])
+def test_it_leaves_a_teacher_that_is_wrong(method):
+    arm, _, (state, student) = rolled(tune=("temperature", "mix"), every=2, method=method)
+    shown = arm.shows(state)
+    assert set(shown) == {"temperature", "mix"} and state.tuned.steps == 75
+    assert shown["mix"][1] > 0.3 and shown["temperature"] > 0  # from .1
+    _, _, (_, untuned) = rolled(tune=())
+    test = split(2)
+    assert accuracy(untuned, test) < 0.2 < 0.5 < accuracy(student, test)
+
+
+def test_weights_find_where_the_teacher_is_wrong():
+    options = {"tune": ("weights",), "steps": 400, "every": 2, "wrong": 0.4}
+    _, _, (state, student) = rolled(**options)
+    examples = split(0, wrong=0.4)
+    weights = net_weights(state.tuned.free["weights"], seen(apply(student, examples.inputs, train=False)[0], examples))
+    wrong = examples.teacher_logits.argmax(1) != examples.labels
+    assert weights[wrong, 0].max() < weights[~wrong, 0].min()
+
+
+def test_a_rate_that_is_too_small_grows():
+    arm = tuned_arm("tuned", apply, optax.sgd(1e-4), tune=("rate",), every=1)
+    draw, held = drawing(split(0, wrong=0.0)), held_from(split(1, wrong=0.0), jax.random.key(1), batch_size=64)
+    state, _ = jax.jit(lambda state: arm.propose(state, draw, stretch(0, 100), held))(arm.init(fresh()))
+    assert arm.shows(state)["rate"] > 3
+
+
+def test_it_goes_on_where_it_was():
+    arm, propose, (whole, student) = rolled(tune=("temperature", "mix"))
+    half, _ = propose(arm.init(fresh()), stretch(0, 70))
+    rest, same = propose(half, stretch(70, 80))
+    jax.tree.map(np.testing.assert_array_equal, (rest, same), (whole, student))
+
+
+def test_zero_steps_change_nothing():
+    arm, propose, _ = rolled(tune=("temperature", "mix"))
+    begun = arm.init(fresh())
+    state, student = propose(begun, stretch(5, 0))
+    jax.tree.map(np.testing.assert_array_equal, (state, student), (begun, fresh()))
+
+
+def test_held_out_batches_follow_the_step_alone():
+    examples = split(1)
+    held = held_from(examples, jax.random.key(0), batch_size=16)
+    one, _ = held(jnp.int32(3))
+    again, _ = held(jnp.int32(3))
+    other, _ = held(jnp.int32(4))
+    assert (one.index == again.index).all() and not (one.index == other.index).all()
+    assert (one.inputs == examples.inputs[one.index]).all()
+
+
+def test_what_cannot_be_tuned():
+    assert TUNABLE == ("temperature", "mix", "weights", "rate")
+    with pytest.raises(InputError, match="temperature, mix, weights, rate; got 'depth'"):
+        tuned_arm("tuned", apply, optax.adam(1e-2), tune=("depth",))
