@@ -1,7 +1,9 @@
 """Gradient arms that tune their loss while they train: temperature, mix, a weight for each example, and the learning rate.
 
 Every few training steps an outer step follows the hypergradient of the loss on held-out examples, exact for the training step
-just made (`hypergrad.jvp`). The hyperparameters are a part of the arm's state: what is rejected leaves nothing of them behind.
+just made (`hypergrad.jvp`). The loss is that of the proposal, the average iterate: that of the iterate itself favours whatever
+calms its last steps, such as a high temperature, and led away from the best settings. The temperature moves in log space: by
+softplus it hardly left 20. The hyperparameters are a part of the arm's state: what is rejected leaves nothing of them behind.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,6 @@ from ev3_distill.hypergrad import hypergradient
 from ev3_distill.hyperparameters import (
     FREE,
     LOG,
-    POSITIVE,
     SIMPLEX,
     Tuned,
     constrain,
@@ -74,8 +75,8 @@ def tuned_arm(
         the optimizer's steps.
       temperature: T, at the start.
       mix: the teacher's share, at the start, in (0, 1).
-      outer: of the hyperparameters' free numbers; None is Adam at 0.05, which needs no scale.
-      val_loss: what outer steps lower; None is the labels' cross-entropy.
+      outer: of the hyperparameters' free numbers; None is Adam at 0.2, which needs no scale.
+      val_loss: what outer steps lower, for the student that is proposed; None is the labels' cross-entropy.
       every: training steps to an outer step.
       method: of `hypergrad.METHODS`, for one step of an optimizer.
       average: eta of the proposal's polynomial-decay average, as of `gradient_arm`.
@@ -86,9 +87,9 @@ def tuned_arm(
     for what in tune:
         if what not in TUNABLE:
             raise InputError(f"what can be tuned is {', '.join(TUNABLE)}; got '{what}': name some of these")
-    outer = optax.adam(0.05) if outer is None else outer
+    outer = optax.adam(0.2) if outer is None else outer
     val_loss = losses.cross_entropy() if val_loss is None else val_loss
-    space = {"temperature": POSITIVE, "mix": SIMPLEX, "rate": LOG, "weights": FREE}
+    space = {"temperature": LOG, "mix": SIMPLEX, "rate": LOG, "weights": FREE}
     fixed = {"temperature": jnp.float32(temperature), "mix": jnp.array([mix, 1 - mix]), "rate": jnp.float32(1)}
     begun = {what: fixed[what] for what in tune if what != "weights"}
     if "weights" in tune:
@@ -124,16 +125,21 @@ def tuned_arm(
 
             def tuning(tuned: Tuned) -> Tuned:
                 held_out, _ = held(stretch.start + i)
-                of = student_losses(
+                train_loss, of_student = student_losses(
                     apply, before.iterate, batch, held_out, loss=loss, val_loss=val_loss, key=key
-                )  # fmt: skip
-                scaled = optax.chain(optimizer, optax.scale(rate))
+                )
+
+                def of_proposal(params: PyTree) -> jax.Array:
+                    proposed = averaged(before.average, Variables(params, stats), age, average)
+                    return of_student(params if proposed is None else proposed.params)
+
+                factor = optax.scale(rate)
                 at_step = {
-                    "optimizer": scaled,
-                    "opt_state": (before.opt_state, optax.ScaleState()),
+                    "optimizer": optax.chain(optimizer, factor),
+                    "opt_state": (before.opt_state, factor.init(params)),
                     "gradient": gradient,
                 }
-                slope, info = hypergradient(key, params, tuned.free, *of, method=method, **at_step)
+                slope, info = hypergradient(key, params, tuned.free, train_loss, of_proposal, method=method, **at_step)
                 if "rate" in tune:
                     slope["rate"] = info.log_rate
                 return outer_step(tuned, slope, outer, sound=info.finite)
