@@ -53,6 +53,7 @@ def rows_of_costs():
             {
                 "question": "cosine", "contender": "10 steps", "seed": i,
                 "cosine": {"jvp": 1.0, "guided": 0.98, "evograd, K = 2": 0.01},
+                "weights": {"jvp": 1.0, "guided": 0.97, "evograd, K = 2": 0.001},
                 "ratio": {"jvp": 1.0, "guided": 1.1, "evograd, K = 2": 90.0},
             } for i in range(2)
         ),
