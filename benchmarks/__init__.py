@@ -39,8 +39,8 @@ __all__ = ["SIZES", "SUITES", "provenance", "run"]
 
 SUITES: dict[str, ModuleType] = {
     "coverage": coverage,
-    "growth": growth,
     "evolution": evolution,
+    "growth": growth,
     "guards": guards,
     "hypergrad": hypergrad,
     "memory": memory,

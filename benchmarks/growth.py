@@ -3,7 +3,7 @@
 MNIST, a teacher by labels alone, and a ladder of MLPs. A step costs as many multiplications as the student has parameters, or
 twice that, so costs are in steps of the final size. For each seed:
 
-- `grown`: from the smallest, each size until it is stuck, the last until the total is 1.2 times COST; growth in between;
+- `grown`: from the smallest, each size until it is stuck or for a quarter of COST, the last until the total is 1.2 times COST;
 - `from scratch`: every size by a run of its own, COST steps of that size;
 - `separately`: every size by a run of its own, all as many steps, together as dear as `grown`;
 - `synergy`: as `separately`, taught by the mean of the teacher and the grown student of the final size, so after as much again;
@@ -40,6 +40,7 @@ FIRST_SEED = 3000  # patience and the ladder were chosen on seeds below 3000
 LADDER = {"full": (4, 8, 16, 32), "smoke": (2, 4)}
 COST = {"full": 8000, "smoke": 300}  # steps of a run from scratch
 TEACHER_COST = {"full": 3000, "smoke": 200}
+QUARTER = 4  # of a run from scratch is the most that a size on the way may take
 MORE = 1.2  # times as much may growth cost in all as the final size from scratch
 WITHIN = 0.5  # points
 PATIENCE = 2.0
@@ -154,7 +155,7 @@ class _Bench:
                 state = distillation.grown(pools, state, map_)
             began, final = int(state.cost), hidden == self.ladder[-1]
             afford = int(left // self.params[hidden])
-            limit = began + (afford if final else min(self.cost, afford))
+            limit = began + (afford if final else min(self.cost // QUARTER, afford))
             state = _to_the_end(distillation, pools, state, limit, again=final)
             steps = int(state.cost) - began
             left -= steps * self.params[hidden]

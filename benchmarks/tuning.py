@@ -21,11 +21,11 @@ from benchmarks.portfolio import FRACTIONS, TEACHER_COST, source_of, trained_tea
 from ev3_distill import pool
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.arms.optimizers import adamw
-from ev3_distill.arms.tuned import held_from, tuned_arm
+from ev3_distill.arms.tuned import tuned_arm
 from ev3_distill.compiling import jit
 from ev3_distill.config import EV3
 from ev3_distill.core.assess import logits_of
-from ev3_distill.core.explore import draw_from
+from ev3_distill.core.explore import draw_from, held_from
 from ev3_distill.hyperparameters import distillation
 from ev3_distill.sources import load_data
 from ev3_distill.types import Batch, Network, Pools, Stretch, Variables
@@ -133,7 +133,7 @@ def _tuned(network: Network, temperature: float, mix: float) -> Callable[..., tu
         begun, key, draw, whole = _whole(pools, seed, steps, network)
         held = held_from(pools.assess, key, batch_size=EV3().batch_size)
         state, proposed = arm.propose(arm.init(begun), draw, whole, held)
-        return proposed, arm.shows(state)
+        return proposed, arm.shows(state) if arm.shows else {}
 
     return run
 

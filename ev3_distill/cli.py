@@ -89,7 +89,8 @@ class BenchCommand:
     """Measure the tool itself: rows, a Markdown table, and how to reproduce them."""
 
     suite: tyro.conf.Positional[str]
-    """coverage, growth, guards, memory, portfolio, quality, safety, speed or throughput."""
+    """coverage, evolution, growth, guards, hypergrad, memory, portfolio, protonet, quality, rotation, safety, speed, throughput
+    or tuning."""
     seeds: int = 10
     """Repetitions."""
     size: str = "full"

@@ -12,7 +12,7 @@ import numpy as np
 
 import students
 from ev3_distill import certificate, claims, config, opening, report, run
-from ev3_distill.arms import arms_named, default_names, features_asked, name_for_labels
+from ev3_distill.arms import BY_PEERS, arms_named, default_names, features_asked, name_for_labels
 from ev3_distill.certifying import known_of, measured, metrics_asked
 from ev3_distill.cli import read_config
 from ev3_distill.counter import Counter
@@ -247,6 +247,11 @@ def _task(
     if chosen.control:
         _check_labelled(dataset, "a control that learns by labels alone")
     names = chosen.arms or default_names(task.network.spec, labels=labelled, goals=[guard.metric for guard in guards])
+    if by_peers := [name for name in names if name in BY_PEERS]:
+        raise InputError(f"only a search has peers to learn from; got the arm '{by_peers[0]}': leave it out")
+    if chosen.tune:
+        _check_labelled(dataset, "an arm that tunes its loss")
+        names = (*names, f"tuned-{'-'.join(chosen.tune)}")
     arms = arms_named(task.network.apply, names, network=task.network, teacher_features=shapes)
     asked = {name: shapes[name] for name in features_asked(names)}
     return dataclasses.replace(task, teacher_features=asked, guards=guards, costs=costs), [arm.name for arm in arms]

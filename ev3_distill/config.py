@@ -180,6 +180,9 @@ class Compress:
     """Cost allowed: training steps summed over all arms (2000), epochs of the explore split (10e), or wall time (2m)."""
     arms: tuple[str, ...] = ()
     """Arms to use, by name; the default portfolio if none is named."""
+    tune: tuple[str, ...] = ()
+    """Adds an arm whose loss follows that on assess while it trains, by hypergradients: temperature, mix (of teacher and
+    labels), weights (of examples) or rate, any of them."""
     seed: int = 0
     """Of the splits, the initial parameters, the batches and all keys."""
     confidence: float = 0.95

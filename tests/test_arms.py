@@ -53,7 +53,7 @@ def sample(examples, step):
     return jax.tree.map(lambda leaf: leaf[rows(step)], examples)
 
 
-EXPLORE = make_split(0)
+EXPLORE = make_split(0)._replace(teacher_features={"peer": make_split(3).teacher_logits})
 POOLS = Pools(EXPLORE, make_split(1), make_split(2))
 DRAW = draw_from(EXPLORE, sample, jax.random.key(0))
 MLP = mlp((F,), K, hidden=(5,))
@@ -327,6 +327,14 @@ def test_labels_alone_always_compete(family):
     arms = arms_named(linear_apply, default_names({"family": family}))
     assert [arm.name for arm in arms if arm.name.startswith("ce")]
     assert [arm.name for arm in arms if not arm.races] == ([] if family == "mlp" else ["ce-muon-challenger"])
+
+
+def test_arms_that_tune():
+    (arm,) = arms_named(MLP.apply, ["tuned-temperature-mix"])
+    assert arm.held
+    assert set(arm.shows(arm.init(START))) == {"temperature", "mix"}
+    with pytest.raises(InputError, match=r"what can be tuned is temperature, mix, weights, rate; got 'depth'"):
+        arms_named(MLP.apply, ["tuned-depth"])
 
 
 def test_an_annealed_arm_stops_where_the_budget_ends():

@@ -123,7 +123,7 @@ def test_training_moves_parameters_and_follows_the_seed(field):
 
 def test_problem_has_the_sizes_it_names():
     pools = throughput.problem(0)
-    assert [len(split.labels) for split in (pools.explore.examples, *pools[1:])] == [1024, 512, 1024]
+    assert [len(split.labels) for split in (pools.explore.examples, *pools[1:3])] == [1024, 512, 1024]
     assert (
         len(set(np.asarray(pools.explore.examples.index)) | set(np.asarray(pools.assess.index))) == 1536
     )  # none twice
@@ -167,7 +167,7 @@ def _teacher_of_labels(dataset, cost):
 def test_portfolio_smoke(monkeypatch):
     monkeypatch.setattr(ev3_distill.arms, "DEFAULT", ("ce",))
     monkeypatch.setattr(portfolio, "COST", {"digits": 2000})
-    monkeypatch.setattr(portfolio, "_teacher", _teacher_of_labels)  # one less to compile
+    monkeypatch.setattr(portfolio, "trained_teacher", _teacher_of_labels)  # one less to compile
     found = list(portfolio.collect(seeds=1, size="smoke"))
     assert [row["contender"] for row in found] == ["portfolio", "EV3, ce alone", "bare ce"]
     assert len({tuple(row[field] for field in portfolio.KEY) for row in found}) == 3
@@ -239,7 +239,8 @@ def test_safety_table():
             "swiftness",
             1,
             "full",
-            "a suite is one of coverage, guards, hypergrad, memory, portfolio, quality, rotation, safety, speed, throughput, "
+            "a suite is one of coverage, evolution, growth, guards, hypergrad, memory, portfolio, protonet, "
+            "quality, rotation, safety, speed, throughput, "
             "tuning; got 'swiftness'",
         ),
         ("throughput", 1, "huge", "a size is one of full, smoke; got 'huge'"),

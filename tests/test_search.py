@@ -180,6 +180,7 @@ def test_a_ladder(cli, here):
         (("--start", "tiny", "--teacher-in-step"), "a search for a size caches what its teacher says"),
         (("--start", "tiny", "--budget", "90s"), "a search for a size has a budget in steps or epochs; got '90s'"),
         (("--sizes", "mlp:hidden=4", "mlp:hidden=2"), "the sizes of a search come smallest first"),
+        (("--arms", "ce", "kd4-peer"), "only a search has peers to learn from; got the arm 'kd4-peer': leave it out"),
         (("--start", "tiny", "--passes", "0"), "passes must be at least 1"),
     ],
 )

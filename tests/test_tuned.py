@@ -10,7 +10,8 @@ import pytest
 
 from ev3_distill import losses
 from ev3_distill.arms.gradient import gradient_arm
-from ev3_distill.arms.tuned import TUNABLE, held_from, seen, tuned_arm
+from ev3_distill.arms.tuned import TUNABLE, seen, tuned_arm
+from ev3_distill.core.explore import held_from
 from ev3_distill.errors import InputError
 from ev3_distill.hyperparameters import net_weights
 from ev3_distill.types import Batch, Stretch, Variables

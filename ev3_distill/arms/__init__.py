@@ -11,6 +11,7 @@ from ev3_distill import goals, losses, objectives
 from ev3_distill.arms.evolution import evolution_arm
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.arms.optimizers import adamw, muon
+from ev3_distill.arms.tuned import tuned_arm
 from ev3_distill.errors import InputError
 from ev3_distill.features import FEATURE_LOSSES, with_features
 from ev3_distill.network import features_of
@@ -130,7 +131,8 @@ def arms_named(
       names: of the zoo, or weighted mixes of losses by their names in `losses.LOSSES`, such as `0.7*kd+0.3*ce`, with a
         learning rate of their own after an @ if wanted: `0.5*dkd+1*ce@0.003`. Or kd4's loss with one on features, by its
         name in `features.FEATURE_LOSSES`: `at:stage3=layer3` draws the student's `stage3` to the teacher's `layer3`; its
-        own weight after a * and rate after an @ if wanted, `at:stage3=layer3*500@0.003`.
+        own weight after a * and rate after an @ if wanted, `at:stage3=layer3*500@0.003`. Or kd4's loss with what follows the
+        loss on assess while it trains, of `tuned.TUNABLE`: `tuned-temperature-mix`.
       network: the student, for losses on features; its spec must tell its `input_shape`.
       teacher_features: shapes [...] of what the teacher shows of one example.
 
@@ -141,12 +143,15 @@ def arms_named(
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"arms need distinct names; got '{name}' twice: name it once")
-    return tuple(
-        _featured(name, network, teacher_features or {})
-        if ":" in name
-        else (ARMS[name] if name in ARMS else _mixed(name))(name, apply)
-        for name in names
-    )
+
+    def named(name: str) -> Arm:
+        if ":" in name:
+            return _featured(name, network, teacher_features or {})
+        if name.startswith("tuned-"):
+            return _tuned(name, apply)
+        return (ARMS[name] if name in ARMS else _mixed(name))(name, apply)
+
+    return tuple(map(named, names))
 
 
 def features_asked(names: Sequence[str]) -> tuple[str, ...]:
@@ -194,6 +199,11 @@ def _number_off(text: str, sign: str) -> tuple[str, str]:
     except ValueError:
         return text, ""
     return (head, tail) if head else (text, "")
+
+
+def _tuned(name: str, apply: Apply) -> Arm:
+    """The arm of a name such as `tuned-temperature-mix`."""
+    return tuned_arm(name, apply, adamw(RATE), tune=name.split("-")[1:])
 
 
 def _featured(name: str, network: Network | None, teacher: Shapes) -> Arm:

@@ -7,7 +7,7 @@ softplus it hardly left 20. The hyperparameters are a part of the arm's state: w
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from ev3_distill.hyperparameters import (
     student_losses,
     weight_net,
 )
-from ev3_distill.types import Apply, Batch, Draw, Loss, PyTree, Stretch, Variables
+from ev3_distill.types import Apply, Arm, Batch, Draw, Loss, PyTree, Stretch, Variables
 
 TUNABLE = ("temperature", "mix", "weights", "rate")
 
@@ -40,15 +40,6 @@ class TunedState(NamedTuple):
 
     trajectory: GradientState
     tuned: Tuned
-
-
-class TunedArm(NamedTuple):
-    """An arm, as `types.Arm`, whose `propose` takes a draw of held-out batches, too."""
-
-    name: str
-    init: Any  # student -> TunedState
-    propose: Any  # (state, draw, stretch, held) -> (state, proposed student)
-    shows: Any  # state -> its hyperparameters by name, those of the weight net left out
 
 
 def tuned_arm(
@@ -64,7 +55,7 @@ def tuned_arm(
     every: int = 5,
     method: str = "jvp",
     average: float = 8.0,
-) -> TunedArm:
+) -> Arm:
     """An arm of the loss mix kd(T) + (1 - mix) ce, some of whose hyperparameters follow the held-out loss.
 
     Args:
@@ -155,7 +146,7 @@ def tuned_arm(
     def shows(state: TunedState) -> dict[str, jax.Array]:
         return {what: x for what, x in constrain(space, state.tuned.average).items() if what != "weights"}
 
-    return TunedArm(name, init, propose, shows)
+    return Arm(name, init, propose, held=True, shows=shows)
 
 
 def seen(logits: jax.Array, batch: Batch) -> jax.Array:
@@ -166,20 +157,3 @@ def seen(logits: jax.Array, batch: Batch) -> jax.Array:
         return jnp.where(batch.labels >= 0, -picked, 0.0)
 
     return jnp.stack([by_label(logits), by_label(batch.teacher_logits)], 1)
-
-
-def held_from(split: Batch, key: jax.Array, *, batch_size: int) -> Draw:
-    """Batches of a held-out split for outer steps, rows drawn with replacement by the global step alone.
-
-    Args:
-      split: assess. Neither decide nor test may be one, or what is promised of them would not hold.
-      key: the run's own; explore's batches and keys are not touched by these.
-      batch_size: B.
-    """
-
-    def held(step: jax.Array) -> tuple[Batch, jax.Array]:
-        own = jax.random.fold_in(jax.random.fold_in(key, step), 1)
-        rows = jax.random.randint(own, (batch_size,), 0, split.index.shape[0])
-        return jax.tree.map(lambda leaf: leaf[rows], split), own
-
-    return held
