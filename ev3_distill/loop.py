@@ -243,8 +243,7 @@ class Distillation:
                 arm_states, students = self._program(
                     "roll",
                     self._parts.roll,
-                    pool,
-                    pools.assess,
+                    (pool, pools.assess),
                     state,
                     arm_states,
                     plan,

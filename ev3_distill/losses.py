@@ -312,14 +312,16 @@ LOSSES: dict[str, Callable[..., Loss]] = {
 }
 
 
-def balanced(loss: Loss) -> Loss:
+def balanced(loss: Loss, *, power: float = 1.0) -> Loss:
     """The loss with every class of the batch weighed alike: an example's weight is divided by that of its class in the batch.
 
     In expectation that is re-weighting by the inverse of the classes' shares, with no need to know them. Examples without a
-    label keep their weight.
+    label keep their weight. Less than all of it leaves more to the common classes, and to calibration, which suffers where
+    rare ones are foretold too often.
 
     Args:
       loss: any of these.
+      power: of the class's weight; 1 balances wholly, 1/2 half way, 0 not.
 
     Returns:
       The loss.
@@ -331,7 +333,7 @@ def balanced(loss: Loss) -> Loss:
     def by_class(logits: jax.Array, batch: Batch) -> jax.Array:
         same = (batch.labels[:, None] == batch.labels) & (batch.labels >= 0)
         of_class = (same * batch.weight).sum(-1)
-        share = jnp.where(of_class > 0, batch.weight / jnp.where(of_class > 0, of_class, 1.0), 0.0)
+        share = jnp.where(of_class > 0, batch.weight / jnp.where(of_class > 0, of_class, 1.0) ** power, 0.0)
         return loss(logits, batch._replace(weight=jnp.where(batch.labels >= 0, share, batch.weight)))
 
     return by_class

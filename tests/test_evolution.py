@@ -2,9 +2,7 @@
 
 import functools
 import math
-import os
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -99,8 +97,6 @@ def test_members_of_a_pair_share_their_data():
 
 def test_agrees_with_evosax():
     """Open-ES of evosax (Apache-2.0; tried with 0.3.2) minimises, and holds a population: with ours, it goes where we go."""
-    if "EVOSAX" in os.environ:  # a folder that has it
-        sys.path.append(os.environ["EVOSAX"])
     algorithms = pytest.importorskip("evosax.algorithms", reason="evosax, for comparison alone, is not installed")
     pairs, sigma, optimizer = 8, 0.1, optax.adam(0.05)
     ours = evolution.evolution(optimizer, pairs=pairs, sigma=sigma)

@@ -532,3 +532,28 @@ def test_mix_refuses_nothing_and_negative_weights():
         mix()
     with pytest.raises(ValueError, match=r"weight 1 of mix must be .*; got -2.0"):
         mix((1.0, losses.kd()), (-2.0, losses.kd()))
+
+
+# Losses made of others.
+
+
+@pytest.mark.parametrize(
+    ("power", "shares"),
+    [(1.0, [0.25, 0.25, 0.25, 0.25, 1, 1, 0]), (0.5, [0.5, 0.5, 0.5, 0.5, 1, 1, 0]), (0.0, [1, 1, 1, 1, 1, 1, 0])],
+)
+def test_balanced_by_hand(power, shares):
+    """Four of a class, one of another, one without a label, one that does not count."""
+    batch = make_batch(np.zeros((7, 3)), [0, 0, 0, 0, 1, -1, 2], [1, 1, 1, 1, 1, 1, 0])
+    weighed = losses.balanced(lambda logits, batch: batch.weight, power=power)
+    np.testing.assert_allclose(weighed(batch.teacher_logits, batch), shares)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_taught_by_another(share):
+    student, teacher, labels, weight = draw()
+    peer = np.random.default_rng(1).normal(size=(B, K)).astype(np.float32)
+    batch = make_batch(teacher, labels, weight)
+    other = losses.taught_by(losses.kd(temperature=2.0), "peer", share=share)
+    both = make_batch((1 - share) * teacher + share * peer, labels, weight)
+    value = other(student, batch._replace(teacher_features={"peer": jnp.asarray(peer)}))
+    np.testing.assert_allclose(value, losses.kd(temperature=2.0)(student, both), rtol=1e-6)

@@ -19,7 +19,7 @@ def test_split_carries_examples_by_index():
     examples = pools.explore.examples
     assert examples.teacher_logits.shape == (1, len(rows["explore"]), 10)
     examples = examples._replace(teacher_logits=examples.teacher_logits[0])
-    for name, batch in zip(SPLITS, (examples, *pools[1:], test), strict=True):
+    for name, batch in zip(SPLITS, (examples, pools.assess, pools.decide, test), strict=True):
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch))
         assert (batch.labels.dtype, batch.index.dtype, batch.weight.dtype) == (jnp.int32, jnp.int32, jnp.float32)
         np.testing.assert_array_equal(batch.index, rows[name])

@@ -328,7 +328,7 @@ def test_write_html_leaves_only_the_page(tmp_path, report, rows, html, monkeypat
 
 def test_template_is_package_data():
     source = importlib.resources.files("ev3_distill").joinpath("report.html.j2").read_text(encoding="utf-8")
-    assert source.count("|safe") + source.count("| safe") == 4  # three plots and a constant
+    assert source.count("|safe") + source.count("| safe") == 6  # four plots and two constants
     assert "report.html.j2" in jinja2.PackageLoader("ev3_distill", ".").list_templates()
 
 

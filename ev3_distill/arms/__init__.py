@@ -50,8 +50,8 @@ def _by_peer(share: float) -> Callable[[], Loss]:
     return lambda: losses.taught_by(_with_labels(losses.kd(temperature=4.0)), PEER, share=share)
 
 
-def _balanced(loss: Callable[[], Loss]) -> Callable[[], Loss]:
-    return lambda: losses.balanced(loss())
+def _balanced(loss: Callable[[], Loss], power: float = 1.0) -> Callable[[], Loss]:
+    return lambda: losses.balanced(loss(), power=power)
 
 
 ARMS: dict[str, Callable[[str, Apply], Arm]] = {
@@ -74,6 +74,7 @@ ARMS: dict[str, Callable[[str, Apply], Arm]] = {
     "kd4-muon": _muon(lambda: _with_labels(losses.kd(temperature=4.0))),
     "dist-muon": _muon(losses.dist),
     "ce-balanced": _adamw(_balanced(losses.cross_entropy)),
+    "ce-half-balanced": _adamw(_balanced(losses.cross_entropy, 0.5)),
     "kd2-balanced": _adamw(_balanced(lambda: _with_labels(losses.kd(temperature=2.0)))),
     "kd4-balanced": _adamw(_balanced(lambda: _with_labels(losses.kd(temperature=4.0)))),
     "kd4-peer": _adamw(_by_peer(1.0)),
@@ -105,7 +106,7 @@ def default_names(spec: Mapping[str, Any], *, labels: bool = True, goals: Sequen
     convolutional = spec.get("family") in CONVOLUTIONAL_FAMILIES
     names: tuple[str, ...] = CONVOLUTIONAL if convolutional else DEFAULT
     if any(metric in BALANCING for metric in goals):
-        names += ("kd4-muon-balanced",) if convolutional else ("ce-balanced", "kd2-balanced")
+        names += ("kd4-muon-balanced",) if convolutional else ("ce-balanced", "ce-half-balanced")
     return tuple(name for name in names if labels or not name.startswith("ce"))
 
 
