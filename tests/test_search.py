@@ -69,6 +69,7 @@ def test_the_smallest_that_meets_the_guard_is_delivered(searched):
     }
     page = (run / "report.html").read_text()
     assert "<h2>Sizes</h2>" in page
+    assert f"Delivered: no. {delivered['number']} of the sizes below, the smallest of which decide proved" in page
     assert delivered["network"] in page
 
 
