@@ -80,6 +80,8 @@ def sizes(report: dict[str, Any], size: tuple[float, float]) -> str:
             lw=1.4,
         )
         axes.set_xscale("log")
+        delivered = next(one["params"] for one in entries if one["number"] == report["search"]["delivered"])
+        axes.set_xticks(sorted({delivered, *(pick(one["params"] for one in entries) for pick in (min, max))}))
         axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.4g} %")
 
     return _svg("Accuracy against parameters", size, draw, about="parameters") if entries else ""
