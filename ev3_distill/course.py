@@ -97,7 +97,7 @@ def course_of(
     lessons: Lessons | Recorded,
     *,
     in_step: tuple[Network, Variables] | None = None,
-    stops: bool = False,
+    stops: float = 0.0,
 ) -> Course:
     """The course of a task under a teacher.
 
@@ -107,7 +107,7 @@ def course_of(
       arm_names: of the arms.
       lessons: what the teacher says.
       in_step: a JAX teacher that runs inside the training step.
-      stops: whether it ends once decide proves every goal.
+      stops: share of the certificate's level at which decide must prove every goal for the run to end early; 0: never.
     """
     assess, decide = (_held(task, task.rows[name], lessons, name) for name in ("assess", "decide"))
     seen = None
@@ -123,7 +123,7 @@ def course_of(
         config=dataclasses.replace(chosen.ev3, eval_batch_size=at_once),
         sample=sample,
         goals=goals,
-        stop_level=(1 - chosen.confidence) / len(goals) if stops and goals else None,
+        stop_level=stops * (1 - chosen.confidence) / len(goals) if stops and goals else None,
     )
     return Course(distillation, pools, tuple(arm_names), supply)
 

@@ -44,6 +44,9 @@ from students.grow import growth, moves
 from teachers.flax import forward
 
 TRIALS = "trials.json"
+SURE = (
+    0.02  # of the certificate's level: so clearly must decide prove the guards that the sealed split may well do it too
+)
 PATIENCE = 2.0  # of a search, where none is named
 TRIAL = 0.1  # share of the steps so far that each proposal's trial has
 TAKEOVER = 1.0  # standard errors on assess
@@ -337,7 +340,7 @@ class _Search:
         self, network: Network, *, task: Task | None = None, names: Sequence[str] = (), lessons: Any = None
     ) -> Course:
         task = dataclasses.replace(task or self.task, network=network)
-        return course_of(self.chosen, task, names or self.arm_names, lessons or self.lessons, stops=True)
+        return course_of(self.chosen, task, names or self.arm_names, lessons or self.lessons, stops=SURE)
 
     def _folder(self, number: int) -> Path:
         return self.directory / "sizes" / f"{number:02d}"

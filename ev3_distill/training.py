@@ -59,7 +59,7 @@ def train(
       teacher: facts for the report; None where labels alone teach.
       in_step: a JAX teacher that runs inside the training step.
     """
-    stops = getattr(chosen, "stop_when_met", False)
+    stops = float(getattr(chosen, "stop_when_met", False))
     course = course_of(chosen, task, arm_names, lessons, in_step=in_step, stops=stops)
     distillation, seconds = course.distillation, config.Budget.parse(chosen.budget).seconds
     title = "teacher" if teacher is None else "student"

@@ -10,8 +10,8 @@ import time
 import pytest
 from conftest import SMALL, assert_same_run, rows_without_times, variables_of
 
-KILLS = 12
-PIECES = 4
+KILLS = 9
+PIECES = 3
 LONGEST = 300  # seconds; a process that lives longer hangs
 
 
