@@ -91,7 +91,8 @@ DEFAULT = ("ce", "kd2", "kd4", "dist")
 CONVOLUTIONAL = ("kd4-muon", "ce-muon-challenger")
 PEER = "peer"  # the feature in which a search's lessons bring what another student says
 BALANCING = ("worst_class_accuracy", "balanced_accuracy", "macro_f1")  # goals for which rare classes must count
-BY_PEERS = ("kd4-peer", "kd4-ensemble", "kd4-muon-peer", "kd4-muon-ensemble")
+PEERS, CONVOLUTIONAL_PEERS = ("kd4-peer", "kd4-ensemble"), ("kd4-muon-peer", "kd4-muon-ensemble")
+BY_PEERS = PEERS + CONVOLUTIONAL_PEERS
 CONVOLUTIONAL_FAMILIES = ("resnet", "mobilenet", "conv4", "convnet1d")
 
 
@@ -112,9 +113,7 @@ def default_names(spec: Mapping[str, Any], *, labels: bool = True, goals: Sequen
 
 def names_for_peers(spec: Mapping[str, Any]) -> tuple[str, ...]:
     """The arms that learn from another student: from it alone, and from its mean with the teacher."""
-    if spec.get("family") in CONVOLUTIONAL_FAMILIES:
-        return ("kd4-muon-peer", "kd4-muon-ensemble")
-    return ("kd4-peer", "kd4-ensemble")
+    return CONVOLUTIONAL_PEERS if spec.get("family") in CONVOLUTIONAL_FAMILIES else PEERS
 
 
 def name_for_labels(spec: Mapping[str, Any]) -> str:
