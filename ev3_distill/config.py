@@ -246,6 +246,8 @@ class Compress:
                "leave it out, or --start")  # fmt: skip
         _check(not (searches and self.teacher_in_step), "a search for a size caches what its teacher says",
                "--teacher-in-step", "leave it out")  # fmt: skip
+        _check(not (searches and self.deliver == "champion"), "a search delivers the student that decide proved",
+               "--deliver champion", "leave it out")  # fmt: skip
         _check(not searches or Budget.parse(self.budget).seconds is None,
                "a search for a size has a budget in steps or epochs", f"'{self.budget}'", "try 20000")  # fmt: skip
         _check(self.views >= 1, "views must be at least 1", self.views, "try 4")

@@ -176,6 +176,10 @@ def test_a_ladder(cli, here):
     [
         (("--start", "tiny", "--sizes", "mlp:hidden=2"), "a search has a start or sizes; got both: leave out one"),
         (("--max-params", "10"), "max_params and passes are of a search for a size; got (10, 1): give --start tiny"),
+        (
+            ("--start", "tiny", "--deliver", "champion"),
+            "a search delivers the student that decide proved; got --deliver",
+        ),
         (("--start", "tiny", "--control"), "a search for a size has no control"),
         (("--start", "tiny", "--teacher-in-step"), "a search for a size caches what its teacher says"),
         (("--start", "tiny", "--budget", "90s"), "a search for a size has a budget in steps or epochs; got '90s'"),
