@@ -20,6 +20,7 @@ from ev3_distill.run import read_json, write_json
 from ev3_distill.types import Variables
 
 FILE = "archive.json"
+RIGHT = 0.5  # a score above this
 PICKED_BY = ("params", "accuracy", "bound")  # what a pick may ask of an entry
 
 
@@ -29,6 +30,11 @@ class Measured(NamedTuple):
     right: np.ndarray  # [N] promise scores, 0 or 1
     goals_met: int
     least_risk: float  # see `Distillation.rank`
+
+    @property
+    def rank(self) -> tuple[int, float, float]:
+        """Which of two is better, whatever their sizes."""
+        return self.goals_met, self.least_risk, float((self.right > RIGHT).mean())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +85,13 @@ class Archive:
         spec: dict[str, Any],
         how: str,
         cost: int,
-        met: bool,
+        meets: Callable[[Measured], bool],
     ) -> Entry:
-        """Measures a student and keeps what that gave; a rung that has an entry keeps it."""
+        """Measures a student and keeps what that gave, and whether it met all goals; a rung that has an entry keeps it."""
         if kept := [entry for entry in self.entries if entry.number == number]:
             return kept[0]
         measured = measure(variables)
-        n, right = len(measured.right), int((measured.right > 0.5).sum())
+        n, right = len(measured.right), int((measured.right > RIGHT).sum())
         entry = Entry(
             number=number,
             network=network,
@@ -99,7 +105,7 @@ class Archive:
             bound=clopper_pearson_lower(right, n, confidence=self._confidence),
             goals_met=measured.goals_met,
             least_risk=measured.least_risk,
-            met=met,
+            met=meets(measured),
         )
         self.entries.append(entry)
         write_json(self._path, {"entries": [dataclasses.asdict(entry) for entry in self.entries]})

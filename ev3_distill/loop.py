@@ -12,7 +12,7 @@ import numpy as np
 from ev3_distill import objectives
 from ev3_distill.compiling import jit
 from ev3_distill.config import EV3
-from ev3_distill.core import initial_state, make_parts, make_step, prioritise
+from ev3_distill.core import adapt, initial_state, make_parts, make_step, prioritise
 from ev3_distill.core.assess import Measures, logits_of, score
 from ev3_distill.core.packing import Packed, Packing
 from ev3_distill.core.trial import on_seen
@@ -136,7 +136,7 @@ class Distillation:
         )
         progress = state.progress
         if isinstance(progress, Progress):
-            progress = Progress(state.current_evidence, self._seen(current, pools), state.position, jnp.bool_(False))
+            progress = adapt.from_here(state.current_evidence, self._seen(current, pools), state.position)
         return state._replace(
             current=current,
             champion=champion,
@@ -150,11 +150,11 @@ class Distillation:
         )
 
     def again(self, pools: Pools, state: State) -> State:
-        """The state of a run that was stuck, to go on from at the same size for as long again."""
+        """The state of a run that was stuck or met its goals, to go on from at the same size for as long again."""
         if not isinstance(state.progress, Progress):
             return state
-        progress = Progress(state.current_evidence, self._seen(state.current, pools), state.position, jnp.bool_(False))
-        return state._replace(progress=progress, closed=jnp.bool_(False))
+        progress = adapt.from_here(state.current_evidence, self._seen(state.current, pools), state.position)
+        return state._replace(progress=progress, met=jnp.bool_(False), closed=jnp.bool_(False))
 
     def run(
         self,

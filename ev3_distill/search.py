@@ -1,13 +1,14 @@
 """Search: the smallest student that meets its guards. It begins small and grows; where that met them, it comes back down.
 
 Up. A rung is one size on its way, an EV3 run of its own in sizes/NN that ends when decide proves all guards, when the student
-is stuck, or with the budget. A stuck student grows into a larger one that computes the same, and goes on from there with what
-is left of the error budget. Into which is a question with several answers (wider, deeper, or the same for longer): each gets a
-short trial, assess compares them, and a larger one takes the place of a smaller where it leads by TAKEOVER standard errors.
-With a ladder of sizes the next one is the answer.
+is stuck, or with its share of the budget: a part of what is left as long as there is a larger size to try. Then the student
+grows into a larger one that computes the same, and goes on from there with what is left of the error budget. Into which is a
+question with several answers (wider, deeper, or the same for longer): each gets a short trial, assess compares them, and a
+larger one takes the place of a smaller where it leads by TAKEOVER standard errors. With a ladder of sizes the next one is it.
 
 Down. The student that met the guards is a peer from whom smaller ones learn beside the teacher, from a fresh start, next
-smaller first, as long as each meets the guards in its turn.
+smaller first, as long as each meets the guards in its turn. The one that is found goes on for as long as it gets anywhere: it
+had stopped as soon as decide was sure, and the more it is beyond its guards the surer the sealed split will prove them.
 
 Further passes do the same for every size that there is an entry of (EV3, arXiv 2310.18893, section 4: synergy).
 
@@ -16,6 +17,7 @@ so a search that was killed goes on bit by bit, wherever it was.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ import students
 from ev3_distill import archive
 from ev3_distill.archive import Archive, Entry, Measured
 from ev3_distill.arms import PEER, names_for_peers
-from ev3_distill.core import prioritise
+from ev3_distill.core import adapt, prioritise
 from ev3_distill.core.assess import paired
 from ev3_distill.course import CHUNK, Course, Task, course_of, evaluated_at_once
 from ev3_distill.errors import InputError, warn
@@ -40,6 +42,7 @@ from ev3_distill.progress import Progress
 from ev3_distill.run import read_json, write_json, write_lines
 from ev3_distill.training import Final, concluded, iterated
 from ev3_distill.types import Evidence, Network, State, Variables
+from ev3_distill.types import Progress as Progressed
 from students.grow import growth, moves
 from teachers.flax import forward
 
@@ -50,6 +53,7 @@ SURE = (
 PATIENCE = 2.0  # of a search, where none is named
 TRIAL = 0.1  # share of the steps so far that each proposal's trial has
 TAKEOVER = 1.0  # standard errors on assess
+SHARE = 4  # of the budget that is left, the part that a size on the way up may take
 
 
 @dataclasses.dataclass(eq=False)
@@ -63,6 +67,12 @@ class Rung:
     how: str
     start: Callable[[], State]
     state: State | None = None  # the last that is known
+
+    def known(self) -> State:
+        """That state, of a rung that was trained."""
+        if self.state is None:
+            raise RuntimeError("a search goes on from a rung that was trained")
+        return self.state
 
 
 def search(
@@ -90,11 +100,10 @@ def search(
         made = _Search(directory, chosen, task, arm_names, lessons, progress=progress)
         made.up()
         made.down()
+        made.polish()
         for number in range(2, chosen.passes + 1):
             made.again(number)
     entry, rung = made.deliver()
-    if rung.state is None:
-        raise RuntimeError("a search delivers from a rung that was trained")
     variables = students.load(rung.folder, factory=made.factory)[1]
     of_rungs = [list(rows(one.folder / "ledger.jsonl")) for one in made.rungs]
     history, wall_s = [row for told in of_rungs for row in told], sum(told[-1]["wall_s"] for told in of_rungs if told)
@@ -122,7 +131,7 @@ def search(
         rung.network,
         variables,
         f"sizes/{entry.number:02d}",
-        rung.state,
+        rung.known(),
         rung.course.arms,
         compile_s,
         name=entry.network,
@@ -172,6 +181,7 @@ class _Search:
         kept = directory / TRIALS
         self.trials: list[dict[str, Any]] = read_json(kept)["trials"] if kept.exists() else []
         self.lost = 0  # steps of trials that led nowhere
+        self._asked: dict[str, dict[str, dict[str, Any]]] = {}  # what networks may become, by name
         self.total = (task.steps or 0) // chosen.passes
         ladder = [students.named(text, *self._shape()) for text in chosen.sizes]
         self.ladder = [dict(network.spec) for network in ladder]
@@ -185,7 +195,8 @@ class _Search:
     def up(self) -> None:
         """From the start until the guards are met, nothing larger is allowed or the budget is spent."""
         seed, first = self.chosen.seed, self._course(self.task.network)
-        rung = self._rung(self.task.network, first, "begun", lambda: first.distillation.begin(first.pools, seed))
+        begin = functools.partial(first.distillation.begin, first.pools, seed)
+        rung = self._rung(self.task.network, first, "begun", begin, shares=True)
         while True:
             state = self._trained(rung)
             if bool(state.met) or int(state.cost) >= self._limit():
@@ -239,6 +250,12 @@ class _Search:
 
     def _larger(self, spec: Any) -> dict[str, dict[str, Any]]:
         """What a network may become within the limits, by name."""
+        text = students.text_of(spec)
+        if text not in self._asked:
+            self._asked[text] = self._allowed(spec)
+        return self._asked[text]
+
+    def _allowed(self, spec: Any) -> dict[str, dict[str, Any]]:
         proposals: dict[str, dict[str, Any]] = {}
         if self.ladder:
             following = self.ladder[self.ladder.index(dict(spec)) + 1 :]
@@ -274,14 +291,14 @@ class _Search:
             grown = course.distillation.grown(course.pools, state, map_)
             return grown._replace(tested_cost=jnp.maximum(grown.tested_cost, grown.cost))
 
-        return self._rung(network, course, f"{name}, from {rung.number}", start)
+        return self._rung(network, course, f"{name}, from {rung.number}", start, shares=True)
 
     def _longer_rung(self, rung: Rung, state: State) -> Rung:
         def start() -> State:
             again = rung.course.distillation.again(rung.course.pools, state)
             return again._replace(tested_cost=jnp.maximum(again.tested_cost, again.cost))
 
-        return self._rung(rung.network, rung.course, f"longer, from {rung.number}", start)
+        return self._rung(rung.network, rung.course, f"longer, from {rung.number}", start, shares=True)
 
     # Down, and again.
 
@@ -296,6 +313,22 @@ class _Search:
             if not entry.met:
                 return
             found = entry
+
+    def polish(self) -> None:
+        """The student that met the guards goes on, and takes its own place where decide ranks it higher."""
+        found = archive.chosen(self.entries)
+        if not found.met or self._spent() + self.chosen.ev3.length > self._limit():
+            return
+        rung = next(one for one in self.rungs if one.number == found.number)
+        distillation, spent = rung.course.distillation, self.last
+
+        def start() -> State:
+            state = distillation.again(rung.course.pools, rung.known())
+            state = state._replace(met_cost=jnp.int32(adapt.NO_END))  # decide has said so
+            return state._replace(cost=spent.cost, budget=spent.budget, tested_cost=spent.cost)
+
+        longer = self._rung(rung.network, rung.course, f"longer, from {found.number}", start)
+        self._enter(longer, self._trained(longer), above=found)
 
     def again(self, number: int) -> None:
         """A further pass: every size starts again, smallest first, and the best student so far is its peer."""
@@ -345,11 +378,22 @@ class _Search:
     def _folder(self, number: int) -> Path:
         return self.directory / "sizes" / f"{number:02d}"
 
-    def _rung(self, network: Network, course: Course, how: str, start: Callable[[], State]) -> Rung:
+    def _rung(
+        self, network: Network, course: Course, how: str, start: Callable[[], State], *, shares: bool = False
+    ) -> Rung:
         number = len(self.rungs) + 1
         folder = self._folder(number)
         folder.mkdir(parents=True, exist_ok=True)
-        rung = Rung(number, folder, network, course, how, lambda: _of_rung(start(), number))
+        shares = shares and bool(self._larger(network.spec))
+
+        def begin() -> State:
+            state = _of_rung(start(), number)
+            if not shares or not isinstance(state.progress, Progressed):
+                return state
+            until = int(state.cost) + (self._limit() - int(state.cost)) // SHARE
+            return state._replace(progress=state.progress._replace(until=jnp.int32(until)))
+
+        rung = Rung(number, folder, network, course, how, begin)
         self.rungs.append(rung)
         return rung
 
@@ -377,8 +421,8 @@ class _Search:
         rung.state = state
         return state
 
-    def _enter(self, rung: Rung, state: State) -> Entry:
-        """The rung's student, saved and in the archive."""
+    def _enter(self, rung: Rung, state: State, *, above: Entry | None = None) -> Entry:
+        """The rung's student, saved and in the archive; met, too, where decide ranks it above an entry that was."""
         distillation, pools = rung.course.distillation, rung.course.pools
         _, variables = distillation.delivered(pools, state)
 
@@ -386,6 +430,9 @@ class _Search:
             evidence = distillation.evaluate(variables, pools.decide)
             met, risk, _ = distillation.rank(evidence)
             return Measured(np.asarray(evidence.promise), met, risk)
+
+        def meets(measured: Measured) -> bool:
+            return bool(state.met) or (above is not None and measured.rank > above.rank)
 
         if not any(entry.number == rung.number for entry in self.archive.entries):
             students.save(rung.folder / "student", rung.network, variables)
@@ -397,7 +444,7 @@ class _Search:
             spec=dict(rung.network.spec),
             how=rung.how,
             cost=int(state.cost) + self.lost,
-            met=bool(state.met),
+            meets=meets,
         )
         self.entries.append(entry)
         self.last = state

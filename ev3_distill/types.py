@@ -189,7 +189,8 @@ class Progress(NamedTuple):
     assess: Evidence  # leaves [N]
     seen: jax.Array  # [N'] promise scores on `Pools.seen`
     position: jax.Array  # int32
-    stuck: jax.Array  # bool, whether it has got nowhere since for as long as the run's patience
+    until: jax.Array  # int32, the cost at which its share of a search's budget is spent
+    stuck: jax.Array  # bool, whether it has got nowhere since for as long as the run's patience, or that share is spent
 
 
 class State(NamedTuple):

@@ -60,7 +60,14 @@ def test_every_entry_has_its_own_score(tmp_path, made):
             archive = Archive(tmp_path, confidence=0.95)
         else:
             archive.enter(
-                current, measure, number=number, network="net", spec={}, how="trained", cost=number, met=False
+                current,
+                measure,
+                number=number,
+                network="net",
+                spec={},
+                how="trained",
+                cost=number,
+                meets=lambda _: False,
             )
             entered[number] = current
     again = Archive(tmp_path, confidence=0.95)
@@ -83,7 +90,7 @@ def test_every_entry_has_its_own_score(tmp_path, made):
 
 def test_a_rung_that_was_entered_stays_as_it_was(tmp_path):
     """A resume enters it again."""
-    facts = {"number": 3, "network": "net", "spec": {}, "how": "begun", "met": False}
+    facts = {"number": 3, "network": "net", "spec": {}, "how": "begun", "meets": lambda _: False}
     first = Archive(tmp_path, confidence=0.9).enter(student(2, 0.5), measure, cost=10, **facts)
     archive = Archive(tmp_path, confidence=0.9)
     assert archive.enter(student(2, 0.7), measure, cost=20, **facts) == first

@@ -15,7 +15,7 @@ from ev3_distill.core import adapt
 from ev3_distill.loop import Distillation
 from ev3_distill.pool import held_out
 from ev3_distill.sources import load_data
-from ev3_distill.types import Evidence, Progress
+from ev3_distill.types import Evidence
 from students.grow import growth
 
 N = 400
@@ -26,12 +26,13 @@ def right(count):
     return jnp.where(jnp.arange(N) < count, 1.0, 0.0)
 
 
-def before(assess=200, seen=200, position=100, stuck=False):
+def before(assess=200, seen=200, position=100, until=adapt.NO_END, stuck=False):
     scores = right(assess)
-    return Progress(Evidence(scores, scores), right(seen), jnp.int32(position), jnp.bool_(stuck))
+    begun = adapt.from_here(Evidence(scores, scores), right(seen), jnp.int32(position))
+    return begun._replace(until=jnp.int32(until), stuck=jnp.bool_(stuck))
 
 
-def after(progress, *, assess, seen=200, position, promoted=False, patience=50):
+def after(progress, *, assess, seen=200, position, cost=400, promoted=False, patience=50):
     scores = right(assess)
     return adapt.progressed(
         progress,
@@ -39,6 +40,7 @@ def after(progress, *, assess, seen=200, position, promoted=False, patience=50):
         lambda: right(seen),
         ruling=jnp.int32(-1),
         position=jnp.int32(position),
+        cost=jnp.int32(cost),
         promoted=jnp.bool_(promoted),
         patience=jnp.float32(patience),
     )
@@ -74,6 +76,16 @@ def test_what_training_shows_does_not_move_the_mark_on_assess():
     made = after(before(), assess=203, seen=230, position=151)
     assert int(made.assess.promise.sum()) == 200
     assert int(made.seen.sum()) == 230
+
+
+def test_a_share_of_the_budget_ends():
+    """Whatever assess shows; but not in an iteration with a promotion."""
+    progress = before(until=401)
+    assert not bool(after(progress, assess=300, position=110).stuck)
+    assert bool(after(progress, assess=300, position=110, cost=401).stuck)
+    made = after(progress, assess=300, position=110, cost=401, promoted=True)
+    assert not bool(made.stuck)
+    assert bool(after(made, assess=300, position=120, cost=410).stuck)
 
 
 def test_stuck_stays():

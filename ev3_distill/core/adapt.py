@@ -181,6 +181,14 @@ def worth_testing(p_assess: jax.Array, alpha: jax.Array, closing: jax.Array) -> 
 RISES = 2.0  # standard errors by which a score must rise for the student to have got anywhere
 
 
+NO_END = 2**30  # a cost that no run reaches
+
+
+def from_here(evidence: Evidence, seen: jax.Array, position: jax.Array) -> Progress:
+    """Progress is counted from this student on, in a run that may take as long as it gets anywhere."""
+    return Progress(evidence, seen, position, jnp.int32(NO_END), jnp.bool_(False))
+
+
 def progressed(
     progress: Progress,
     shown: Evidence,
@@ -188,6 +196,7 @@ def progressed(
     *,
     ruling: jax.Array,
     position: jax.Array,
+    cost: jax.Array,
     promoted: jax.Array,
     patience: jax.Array,
 ) -> Progress:
@@ -195,7 +204,8 @@ def progressed(
 
     It does where it was promoted, or where assess shows clearly more than when it last did, in the objective that rules. Where
     neither has happened for as long as `patience`, the examples that it trains on are asked. Does it get these right more often
-    than then, training is what is short, and it has as much time again. Does it not, its size is: it is stuck.
+    than then, training is what is short, and it has as much time again. Does it not, its size is: it is stuck. So is one whose
+    share of the budget is spent, in the first iteration after that without a promotion.
 
     Args:
       progress: before.
@@ -203,6 +213,7 @@ def progressed(
       seen: gives the current student's promise scores on some of explore, [N'].
       ruling: the goal that rules, or PROMISE.
       position: global step after this iteration.
+      cost: of the run after this iteration.
       promoted: whether decide proved it better in this iteration.
       patience: global steps.
     """
@@ -215,7 +226,8 @@ def progressed(
         assess=jax.tree.map(lambda new, old: jnp.where(gets_on, new, old), shown, progress.assess),
         seen=jnp.where(gets_on | learns, asked, progress.seen),
         position=jnp.where(gets_on | learns, position, progress.position),
-        stuck=progress.stuck | (overdue & ~learns),
+        until=progress.until,
+        stuck=progress.stuck | (overdue & ~learns) | ((cost >= progress.until) & ~promoted),
     )
 
 

@@ -65,9 +65,8 @@ def initial_state(
     on_decide = logits_of(pools.decide)
     progress: Progress | tuple[()] = ()
     if config.patience:
-        progress = Progress(
-            evidence, trial.on_seen(apply, variables, pools, promise, config=config), zero, jnp.bool_(False)
-        )
+        seen = trial.on_seen(apply, variables, pools, promise, config=config)
+        progress = adapt.from_here(evidence, seen, zero)
     a = len(arms)
     return State(
         key=key,
@@ -205,6 +204,7 @@ def make_parts(
                 functools.partial(trial.on_seen, apply, state.current, pools, promise, config=config),
                 ruling=ruling,
                 position=state.position,
+                cost=state.cost,
                 promoted=made.promoted,
                 patience=config.patience * jnp.maximum(state.length, SHORT * config.length),
             )
