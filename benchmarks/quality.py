@@ -27,10 +27,11 @@ from scipy import stats
 import students
 from benchmarks import rows as statistics
 from benchmarks import torch_kd
-from benchmarks.speed import teacher_file
+from benchmarks.speed import NORMALISED, teacher_file
 from ev3_distill.errors import InputError
 from ev3_distill.sources import Dataset, load_data
 from ev3_distill.splits import split_rows
+from teachers import Teacher, load_teacher
 from teachers.flax import forward
 
 KEY = ("seed", "contender")  # names a row
@@ -51,15 +52,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
       size: full, or smoke: a fiftieth of an epoch, which proves nothing.
       done: keys of rows to leave out.
     """
-    archive = (
-        Path(os.environ.get("EV3_DISTILL_DATA", Path(__file__).parents[2] / "shared" / "data")) / "cifar10_jpeg.zip"
-    )
-    onnx = teacher_file()
-    if onnx is None or not archive.exists():
-        raise InputError(
-            f"bench quality needs {archive} and the teacher beside that folder; they are not there: name the folder by "
-            "EV3_DISTILL_DATA"
-        )
+    archive, onnx = _files()
     dataset = load_data(f"folder:{archive}")
     for seed in range(seeds):
         for contender in CONTENDERS:
@@ -73,6 +66,33 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
                 "seconds": round(time.perf_counter() - began, 1),
                 "right": base64.b64encode(np.packbits(right).tobytes()).decode(),
             }  # fmt: skip
+
+
+def _files() -> tuple[Path, Path]:
+    """The images and the pretrained teacher."""
+    archive = (
+        Path(os.environ.get("EV3_DISTILL_DATA", Path(__file__).parents[2] / "shared" / "data")) / "cifar10_jpeg.zip"
+    )
+    onnx = teacher_file()
+    if onnx is None or not archive.exists():
+        raise InputError(
+            f"CIFAR-10 needs {archive} and the teacher beside that folder; they are not there: name the folder by "
+            "EV3_DISTILL_DATA"
+        )
+    return archive, onnx
+
+
+def pretrained() -> tuple[Dataset, Teacher]:
+    """The images and the pretrained teacher, loaded."""
+    archive, onnx = _files()
+    dataset = load_data(f"folder:{archive}")
+    return dataset, load_teacher(
+        f"onnx:{onnx}",
+        preprocessing=NORMALISED,
+        input_shape=dataset.inputs.shape[1:],
+        num_classes=dataset.num_classes,
+        class_names=dataset.class_names,
+    )
 
 
 def _ours(dataset: Dataset, archive: Path, onnx: Path, seed: int, epochs: float) -> tuple[np.ndarray, int]:
