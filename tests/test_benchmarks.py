@@ -13,7 +13,7 @@ from scipy import stats
 
 import benchmarks
 import ev3_distill.arms
-from benchmarks import portfolio, readme, rows, safety, throughput
+from benchmarks import portfolio, readme, rows, safety, search, throughput
 from ev3_distill import cli
 from ev3_distill.core import adapt
 from ev3_distill.errors import InputError
@@ -232,6 +232,27 @@ def test_safety_table():
     assert "upper limit of 6.5 %: missed" in safety.table([*rows, row("false", "equal", "ev3, always asking", 30, 100)])
 
 
+def test_what_a_search_came_to():
+    """Each against the runs alone of its own seed; the last accuracy is beyond them."""
+
+    def alone(seed, params, bound):
+        return {"data": "d", "seed": seed, "run": f"alone {params}", "params": params, "bound": bound, "steps": 100}
+
+    def searched(seed, aim, params, bound):
+        told = {"params": params, "bound": bound, "exit": 0 if bound >= aim else 3, "steps": 100, "sizes": []}
+        return {"data": "d", "seed": seed, "run": f"search {aim}", **told}
+
+    bounds = {0: {10: 0.6, 20: 0.8, 40: 0.9}, 1: {10: 0.75, 20: 0.7, 40: 0.9}}
+    rows = [alone(seed, params, bound) for seed, of_seed in bounds.items() for params, bound in of_seed.items()]
+    rows += [searched(0, 0.7, 10, 0.72), searched(1, 0.7, 20, 0.8), searched(0, 0.85, 40, 0.86)]
+    rows += [searched(1, 0.85, 40, 0.8), searched(0, 0.99, 40, 0.9), searched(1, 0.99, 40, 0.91)]
+    text = search.table(rows)
+    assert "| d | 0.7 | 20, 10 | 10, 20 | 0 | 1 | 1 | 0 | 100 | 300 |" in text
+    assert "| d | 0.85 | 40, 40 | 40, none, 80.0% | 1 | 0 | 0 | 1 | 100 | 300 |" in text
+    assert "| d | 0.99 | none, none | none, 90.0%, none, 91.0% | 2 | 0 | 0 | 0 | 100 | 300 |" in text
+    assert "4 of 6 searches" in text
+
+
 @pytest.mark.parametrize(
     ("suite", "seeds", "size", "told"),
     [
@@ -240,7 +261,7 @@ def test_safety_table():
             1,
             "full",
             "a suite is one of coverage, evolution, growth, guards, hypergrad, memory, portfolio, protonet, "
-            "quality, rotation, safety, speed, throughput, "
+            "quality, rotation, safety, search, speed, throughput, "
             "tuning; got 'swiftness'",
         ),
         ("throughput", 1, "huge", "a size is one of full, smoke; got 'huge'"),

@@ -1,0 +1,171 @@
+"""Does a search end with the smallest size that can certify the guard?
+
+For each data set and seed a teacher is trained by `ev3-distill teach`; then
+
+- `alone`: every size of the ladder by a `compress` of its own, which has the whole budget; what its certificate proves says
+  which sizes can certify an accuracy;
+- `search`: `compress --start tiny --moves wider --guard "accuracy >= X"`, whose budget is for all sizes together. It may go up
+  to the last size of the ladder, and knows nothing of the runs alone.
+
+These are the commands as a user gives them, each in a process of its own. Which of two neighbouring sizes certifies is to
+some extent a matter of chance, of initial parameters and of the sealed split, hence the column of near misses. The last
+accuracy is beyond the ladder: there a search has to say so.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import portfolio
+from benchmarks import rows as statistics
+from ev3_distill.errors import InputError
+
+KEY = ("data", "seed", "run")  # names a row
+FIRST_SEED = 4000  # how a search decides was chosen on seeds below 4000
+LADDER = (2, 3, 4, 6, 8, 12, 16, 24)  # units; tiny, and what `wider` makes of it
+SIZES = {"full": LADDER, "smoke": LADDER[:3]}
+BUDGET = {"full": 20000, "smoke": 2000}
+TEACHER_BUDGET = {"full": 3000, "smoke": 300}
+AIMS = {"digits": (0.75, 0.85, 0.99), "mnist": (0.75, 0.9, 0.99)}  # accuracies; the last is beyond the ladder
+HOW = ("the same", "smaller", "larger", "not certified")
+
+
+def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
+    """One row per data set, seed and run.
+
+    Args:
+      seeds: counted from FIRST_SEED, each with splits, a teacher and initial parameters of its own.
+      size: full, or smoke: digits alone, three sizes, short runs.
+      done: keys of rows to leave out.
+    """
+    names = ("digits",) if size == "smoke" else ("digits", "mnist")
+    ladder, aims = SIZES[size], AIMS if size == "full" else {"digits": AIMS["digits"][:1]}
+    for name in names:
+        if (source := portfolio.source_of(name)) is None:
+            raise InputError("bench search needs mnist.npz; it is not there: name its folder by EV3_DISTILL_DATA")
+        for seed in range(seeds):
+            runs: dict[str, tuple[str, ...]] = {
+                f"alone {hidden}": ("--student", f"mlp:hidden={hidden}") for hidden in ladder
+            }
+            most = str(_params(source, ladder[-1]))
+            for aim in aims[name]:
+                guard = ("--guard", f"accuracy >= {aim}", "--max-params", most)
+                runs[f"search {aim:g}"] = ("--start", "tiny", "--student", "mlp:hidden=2", "--moves", "wider", *guard)
+            if missing := {run: options for run, options in runs.items() if (name, seed, run) not in done}:
+                with tempfile.TemporaryDirectory() as directory:
+                    bench = _Bench(Path(directory), source, FIRST_SEED + seed, size)
+                    for run, options in missing.items():
+                        yield {"data": name, "seed": seed, "run": run, **bench.row(run, options)}
+
+
+def _params(source: str, hidden: int) -> int:
+    import jax
+
+    import students
+    from ev3_distill.network import count_params
+    from ev3_distill.sources import load_data
+
+    dataset = load_data(source)
+    network = students.named(f"mlp:hidden={hidden}", dataset.inputs.shape[1:], dataset.num_classes)
+    return count_params(jax.eval_shape(network.init, jax.random.key(0)))
+
+
+class _Bench:
+    """The commands of one data set and seed, in a folder of their own."""
+
+    def __init__(self, directory: Path, source: str, seed: int, size: str):
+        self.directory, self.budget = directory, BUDGET[size]
+        cache = Path(tempfile.gettempdir()) / "ev3-distill-bench-search"  # compiled programs, of all seeds
+        self.environment = {
+            **os.environ,
+            "EV3_DISTILL_CACHE": str(directory / "cache"),
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        self.common = ("--data", source, "--seed", str(seed))
+        self._command("teach", "--budget", str(TEACHER_BUDGET[size]), "--out", "teacher")
+
+    def row(self, run: str, options: Sequence[str]) -> dict[str, Any]:
+        """What one run came to."""
+        out = run.replace(" ", "-")
+        told = ("--teacher", "flax:teacher", "--budget", str(self.budget), "--out", out, *options)
+        code = self._command("compress", *told)
+        report = json.loads((self.directory / out / "report.json").read_text())
+        bound = next(claim for claim in report["certificate"]["claims"] if claim["metric"] == "accuracy")["lower_bound"]
+        facts = {
+            "params": report["student"]["params"],
+            "network": report["student"]["network"],
+            "accuracy": report["student"]["accuracy"],
+            "bound": bound,
+            "steps": report["cost"]["steps"],
+            "exit": code,
+        }
+        if "search" in report:
+            sizes = report["search"]["sizes"]
+            facts["sizes"] = [
+                {key: one[key] for key in ("number", "params", "how", "cost", "accuracy", "met")} for one in sizes
+            ]
+        return facts
+
+    def _command(self, name: str, *options: str) -> int:
+        """Its exit code."""
+        command = [sys.executable, "-m", "ev3_distill", name, *self.common, *options]
+        done = subprocess.run(command, cwd=self.directory, env=self.environment, stdout=sys.stderr, check=False)
+        if done.returncode not in (0, 3):
+            raise RuntimeError(f"{name} ended with {done.returncode}: see above")
+        return done.returncode
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """For each data set and accuracy: what could certify it, and what the search ended with."""
+    lines, found = [], []
+    for name in dict.fromkeys(row["data"] for row in rows):
+        own = [row for row in rows if row["data"] == name]
+        for run in dict.fromkeys(row["run"] for row in own if "sizes" in row):
+            ended = {row["seed"]: row for row in own if row["run"] == run}
+            alone = {seed: [row for row in own if row["seed"] == seed and "sizes" not in row] for seed in ended}
+            outcomes = [_outcome(row, alone[seed], float(run.split()[1])) for seed, row in ended.items()]
+            found += [outcome.how for outcome in outcomes]
+            lines.append([
+                name,
+                run.removeprefix("search "),
+                ", ".join(str(outcome.could or "none") for outcome in outcomes),
+                ", ".join(str(outcome.came_to or f"none, {outcome.bound:.1%}") for outcome in outcomes),
+                *(str(sum(outcome.how == how for outcome in outcomes)) for how in HOW),
+                statistics.number(sum(row["steps"] for row in ended.values()) / len(ended), 0),
+                statistics.number(sum(row["steps"] for each in alone.values() for row in each) / len(ended), 0),
+            ])  # fmt: skip
+    heads = ["data", "accuracy", "alone, the smallest", "search", *HOW, "steps", "steps alone"]
+    good = sum(how in HOW[:2] for how in found)
+    return (
+        statistics.markdown(heads, lines)
+        + "\n\nParameters of the smallest student whose certificate proves the accuracy, by seed, or none; of a search that "
+        f"ended with exit code 3 the best bound. As small as any that certifies alone, or none where none does: {good} of "
+        f"{len(found)} searches."
+    )
+
+
+class _Outcome(NamedTuple):
+    """Of one search."""
+
+    could: int | None  # parameters of the smallest that certified alone
+    came_to: int | None  # of what the search certified
+    bound: float
+    how: str
+
+
+def _outcome(row: dict[str, Any], alone: Sequence[dict[str, Any]], aim: float) -> _Outcome:
+    could = min((one["params"] for one in alone if one["bound"] >= aim), default=None)
+    came_to = row["params"] if row["exit"] == 0 else None
+    if came_to is None:
+        how = HOW[0] if could is None else HOW[3]
+    elif could is None or came_to < could:
+        how = HOW[1]
+    else:
+        how = HOW[0] if came_to == could else HOW[2]
+    return _Outcome(could, came_to, row["bound"], how)
