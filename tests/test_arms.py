@@ -314,7 +314,7 @@ def test_default_names_follow_the_family_and_the_labels():
     of_mlp, of_resnet = ({"family": family} for family in ("mlp", "resnet"))
     assert default_names(of_mlp) == DEFAULT
     assert default_names({"factory": "mine:make"}) == DEFAULT
-    assert default_names(of_mlp, labels=False) == tuple(name for name in DEFAULT if name != "ce")
+    assert default_names(of_mlp, labels=False) == tuple(name for name in DEFAULT if name != "ce-challenger")
     assert default_names(of_resnet) == CONVOLUTIONAL
     assert default_names(of_resnet, labels=False) == CONVOLUTIONAL[:1]
     assert set(CONVOLUTIONAL) | {name_for_labels(of_resnet), name_for_labels(of_mlp)} <= set(ARMS)
@@ -323,10 +323,16 @@ def test_default_names_follow_the_family_and_the_labels():
 
 @pytest.mark.parametrize("family", ["mlp", "resnet"])
 def test_labels_alone_always_compete(family):
-    """In the default portfolio, and so that they do not lead a convolutional student's first race."""
+    """In the default portfolio, and so that they do not lead from the start, which they would by a first short race."""
     arms = arms_named(linear_apply, default_names({"family": family}))
     assert [arm.name for arm in arms if arm.name.startswith("ce")]
-    assert [arm.name for arm in arms if not arm.races] == ([] if family == "mlp" else ["ce-muon-challenger"])
+    assert [arm.name for arm in arms if arm.races] == ["kd4" if family == "mlp" else "kd4-muon"]
+
+
+def test_where_rare_classes_must_count_arms_race_that_serve_them():
+    arms = arms_named(linear_apply, default_names({"family": "mlp"}, goals=["accuracy", "worst_class_accuracy"]))
+    assert all(arm.races for arm in arms)
+    assert {"ce-balanced", "ce-half-balanced"} <= {arm.name for arm in arms}
 
 
 def test_arms_that_tune():

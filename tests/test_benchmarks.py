@@ -166,6 +166,7 @@ def _teacher_of_labels(dataset, cost):
 
 def test_portfolio_smoke(monkeypatch):
     monkeypatch.setattr(ev3_distill.arms, "DEFAULT", ("ce",))
+    monkeypatch.setattr(portfolio, "SINGLES", ("ce",))
     monkeypatch.setattr(portfolio, "COST", {"digits": 2000})
     monkeypatch.setattr(portfolio, "trained_teacher", _teacher_of_labels)  # one less to compile
     found = list(portfolio.collect(seeds=1, size="smoke"))

@@ -56,14 +56,17 @@ def _balanced(loss: Callable[[], Loss], power: float = 1.0) -> Callable[[], Loss
 
 ARMS: dict[str, Callable[[str, Apply], Arm]] = {
     "ce": _adamw(losses.cross_entropy),
+    "ce-challenger": _challenger(_adamw(losses.cross_entropy)),
     "ce-slow": _adamw(losses.cross_entropy, 1e-3),
     "kd2": _adamw(lambda: _with_labels(losses.kd(temperature=2.0))),
+    "kd2-challenger": _challenger(_adamw(lambda: _with_labels(losses.kd(temperature=2.0)))),
     "kd2-slow": _adamw(lambda: _with_labels(losses.kd(temperature=2.0)), 1e-3),
     "kd4": _adamw(lambda: _with_labels(losses.kd(temperature=4.0))),
     "kd4-fast": _adamw(lambda: _with_labels(losses.kd(temperature=4.0)), 3e-2),
     "mse": _adamw(losses.logit_mse),
     "dkd": _adamw(losses.dkd),
     "dist": _adamw(losses.dist),
+    "dist-challenger": _challenger(_adamw(losses.dist)),
     "nkd": _adamw(losses.nkd),
     "standardized": _adamw(lambda: _with_labels(losses.standardized_kd())),
     "reverse-kl": _adamw(losses.reverse_kl),
@@ -85,10 +88,18 @@ ARMS: dict[str, Callable[[str, Apply], Arm]] = {
     "es-accuracy": _evolving(lambda: objectives.accuracy),
     "es-worst-class": _evolving(lambda: goals.goal("worst_class_accuracy", 0).score),
 }
-DEFAULT = ("ce", "kd2", "kd4", "dist")
-# One races: in some 50 steps losses win that start fast (ce, then kd2), and all of a run pays for it. See README. That labels
-# alone would do better now is asked now and then.
+# One leads from the start: a race of some 50 steps each is won by losses that start fast (ce, then kd2), and all of the run
+# would pay for it. See README. Whether another would do better now, labels alone among them, is asked now and then.
+DEFAULT = ("kd4", "ce-challenger", "kd2-challenger", "dist-challenger")
 CONVOLUTIONAL = ("kd4-muon", "ce-muon-challenger")
+GUARDED = (
+    "ce",
+    "kd2",
+    "kd4",
+    "dist",
+    "ce-balanced",
+    "ce-half-balanced",
+)  # where rare classes must count: these do race
 PEER = "peer"  # the feature in which a search's lessons bring what another student says
 BALANCING = ("worst_class_accuracy", "balanced_accuracy", "macro_f1")  # goals for which rare classes must count
 PEERS, CONVOLUTIONAL_PEERS = ("kd4-peer", "kd4-ensemble"), ("kd4-muon-peer", "kd4-muon-ensemble")
@@ -107,7 +118,7 @@ def default_names(spec: Mapping[str, Any], *, labels: bool = True, goals: Sequen
     convolutional = spec.get("family") in CONVOLUTIONAL_FAMILIES
     names: tuple[str, ...] = CONVOLUTIONAL if convolutional else DEFAULT
     if any(metric in BALANCING for metric in goals):
-        names += ("kd4-muon-balanced",) if convolutional else ("ce-balanced", "ce-half-balanced")
+        names = (*CONVOLUTIONAL, "kd4-muon-balanced") if convolutional else GUARDED
     return tuple(name for name in names if labels or not name.startswith("ce"))
 
 
