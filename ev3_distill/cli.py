@@ -277,9 +277,9 @@ def _execute(name: str, where: _Where, chosen: config.Compress | config.Teach) -
 
 
 def _evaluate(command: EvaluateCommand) -> None:
-    from ev3_distill import commands, report
+    from ev3_distill import evaluation, report
 
-    certificate, guards = commands.evaluate(
+    certificate, guards = evaluation.evaluate(
         command.run,
         command.data,
         command.confidence,

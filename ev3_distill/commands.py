@@ -5,39 +5,27 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 import students
-from ev3_distill import certificate, claims, config, opening, report, run
+from ev3_distill import claims, config, run
 from ev3_distill.arms import BY_PEERS, arms_named, default_names, features_asked, name_for_labels
-from ev3_distill.certifying import known_of, measured, metrics_asked
-from ev3_distill.cli import read_config
-from ev3_distill.counter import Counter
-from ev3_distill.course import (
-    CHUNK,
-    Task,
-    bytes_of_example,
-    checked,
-    evaluated_at_once,
-    give_back,
-    limit_of,
-    share_of,
-)
+from ev3_distill.course import Task, bytes_of_example, checked, evaluated_at_once, give_back
+from ev3_distill.demands import check_labelled, guards_of
 from ev3_distill.errors import InputError, warn
-from ev3_distill.guards import FORMS, KNOWN, TOP_K, Guard, form_of, judge, parse
-from ev3_distill.lessons import BATCH, Labels, Lessons, Recorded, chunked
+from ev3_distill.finished import config_of, data_of, report_in
+from ev3_distill.lessons import BATCH, Labels, Lessons, Recorded
 from ev3_distill.network import count_params, features_of
 from ev3_distill.search import search
-from ev3_distill.sources import Dataset, load_data
+from ev3_distill.sources import Dataset
 from ev3_distill.splits import shared, split_rows
 from ev3_distill.training import train
-from ev3_distill.types import Network, Variables
+from ev3_distill.types import Network
 from teachers import Teacher, load_logits, load_teacher, save_logits
 from teachers.diagnosis import diagnose
-from teachers.flax import forward
 
 SHOWN = 4096  # held-out examples that show whether a teacher is any good, at most,
 SHOWN_SHARE = 32  # and this share of the memory limit
@@ -56,7 +44,7 @@ def compress(directory: Path, chosen: config.Compress, *, resume: bool) -> dict[
 
 def _compress(directory: Path, chosen: config.Compress, *, resume: bool) -> dict[str, Any]:
     give_back(chosen.memory)
-    dataset = _data(chosen)
+    dataset = data_of(chosen)
     given: dict[str, Any] = {"fingerprint": dataset.fingerprint, "teacher": None}
     if resume:
         given = run.given_to(directory, dataset.fingerprint)
@@ -81,7 +69,7 @@ def _with_own_teacher(
 ) -> dict[str, Any]:
     """The run in which a teacher is trained first."""
     recipe = _recipe(chosen, chosen.teacher_network, chosen.teacher_budget)
-    _check_labelled(dataset, "a teacher that is trained here")
+    check_labelled(dataset, "a teacher that is trained here")
     of_teacher = checked(recipe, recipe.network, dataset, dataset.num_classes)
     task, arms = _task(chosen, dataset, dataset.num_classes, features_of(of_teacher.network))
     with _begun(directory, chosen, given, resume=resume) as finished:
@@ -189,8 +177,8 @@ def teach(directory: Path, chosen: config.Teach, *, resume: bool) -> dict[str, A
     if not resume:
         run.refuse_occupied(directory)
     give_back(chosen.memory)
-    dataset = _data(chosen)
-    _check_labelled(dataset, "teach")
+    dataset = data_of(chosen)
+    check_labelled(dataset, "teach")
     task = checked(chosen, chosen.network, dataset, dataset.num_classes)
     _warn_of_duplicates(task)
     if resume:
@@ -214,23 +202,7 @@ def _begun(directory: Path, chosen: Any, given: dict[str, Any], *, resume: bool)
     with run.held(directory, make=not resume):
         if not resume:
             run.create(directory, chosen, given)
-        yield _finished(directory)
-
-
-def _data(chosen: config.Compress | config.Teach, source: str = "") -> Dataset:
-    with Counter("images", things="images") as counter:
-        return load_data(
-            source or chosen.data,
-            memory=share_of(limit_of(chosen.memory)),
-            skip_corrupt=chosen.skip_corrupt,
-            warn=warn,
-            tell=counter.tell,
-        )
-
-
-def _check_labelled(dataset: Dataset, who: str) -> None:
-    if not (dataset.labels >= 0).any():
-        raise InputError(f"{who} needs labels; {dataset.source} has none: name a --teacher, or data with labels")
+        yield report_in(directory)
 
 
 def _task(
@@ -242,15 +214,15 @@ def _task(
         task = dataclasses.replace(task, network=_smallest(chosen, task.network.spec))
     _warn_of_duplicates(task)
     costs = claims.read_costs(path, num_classes) if (path := chosen.costs) else None
-    guards = _guards(chosen.guards, dataset, task.network, costs=costs)
+    guards = guards_of(chosen.guards, dataset, task.network, costs=costs)
     labelled = bool((dataset.labels >= 0).any())
     if chosen.control:
-        _check_labelled(dataset, "a control that learns by labels alone")
+        check_labelled(dataset, "a control that learns by labels alone")
     names = chosen.arms or default_names(task.network.spec, labels=labelled, goals=[guard.metric for guard in guards])
     if by_peers := [name for name in names if name in BY_PEERS]:
         raise InputError(f"only a search has peers to learn from; got the arm '{by_peers[0]}': leave it out")
     if chosen.tune:
-        _check_labelled(dataset, "an arm that tunes its loss")
+        check_labelled(dataset, "an arm that tunes its loss")
         names = (*names, f"tuned-{'-'.join(chosen.tune)}")
     arms = arms_named(task.network.apply, names, network=task.network, teacher_features=shapes)
     asked = {name: shapes[name] for name in features_asked(names)}
@@ -281,43 +253,6 @@ def _warn_of_duplicates(task: Task) -> None:
             f"{count} of the {len(task.rows[later])} examples of {later} have the very inputs of one in {earlier}: {then}; "
             "leave duplicates out of the data"
         )
-
-
-def _guards(
-    texts: Sequence[str], dataset: Dataset, network: Network, *, costs: np.ndarray | None, teacher: bool = True
-) -> list[Guard]:
-    """The guards, parsed, once it is clear that none is beyond what can be known, or reached."""
-    parsed = [parse(text) for text in texts]
-    for guard in parsed:
-        _check_known(guard, dataset, network.spec["num_classes"], costs=costs is not None, teacher=teacher)
-    known = known_of(jax.eval_shape(network.init, jax.random.key(0)))
-    for guard in parsed:
-        if guard.metric in KNOWN and known[guard.metric] > guard.threshold:
-            has = f"{known[guard.metric]:,} {'parameters' if guard.metric == 'params' else 'bytes'}"
-            raise InputError(
-                f"a guard must be within reach; got '{guard}' and a student of {has}: name a smaller --student"
-            )
-    return parsed
-
-
-def _check_known(guard: Guard, dataset: Dataset, num_classes: int, *, costs: bool, teacher: bool) -> None:
-    """Whether a guard's metric can be known of a student on these data."""
-    needs, told = guard.about.needs, f"a guard on {guard.metric} needs"
-    if "labels" in needs and not (dataset.labels >= 0).any():
-        raise InputError(f"{told} labels; {dataset.source} has none: guard agreement")
-    if "teacher" in needs and not teacher:
-        raise InputError(f"{told} the teacher; evaluate has the student alone: guard accuracy")
-    if "groups" in needs and dataset.groups is None:
-        raise InputError(f"{told} groups; {dataset.source} has none: guard worst_class_accuracy")
-    if "costs" in needs and not costs:
-        raise InputError(f"{told} costs; got none: give a CSV file of them by --costs")
-    top = TOP_K.search(guard.metric) if form_of(guard.metric) in FORMS else None
-    if top and int(top[1]) >= num_classes:
-        raise InputError(
-            f"{told} more classes; {dataset.source} has {num_classes}, and any answer is right: guard accuracy"
-        )
-    if form_of(guard.metric) == "MODULE:FUNCTION":
-        claims.function_named(guard.metric)
 
 
 def _teacher(chosen: config.Compress, dataset: Dataset) -> tuple[Teacher, int]:
@@ -377,145 +312,6 @@ def _check_good(teacher: Teacher, chosen: config.Compress, task: Task) -> None:
         )
 
 
-def evaluate(
-    directory: Path,
-    source: str,
-    confidence: float | None,
-    student: str = "",
-    guards: Sequence[str] = (),
-    *,
-    costs: str = "",
-    reopen: bool = False,
-) -> tuple[certificate.Certificate, list[dict[str, Any]]]:
-    """Accuracy of a finished run's student, and what guards ask for, on a source as a whole or on the run's own sealed split.
-
-    On the sealed split this is the run's own certificate again, claim by claim; what that does not claim needs `reopen`.
-
-    Args:
-      directory: of the run.
-      source: of examples; the run's own sealed split where none is named.
-      confidence: of all claims together; by default 0.95, or the run's own on its own split.
-      student: the MODULE:FACTORY that made the student, where it is of the user's own.
-      guards: what must hold of the student on these examples.
-      costs: CSV file, for a guard on cost.
-      reopen: the sealed split for other claims.
-
-    Returns:
-      The certificate, and for each guard whether it is certified, see `guards.judge`.
-    """
-    finished = _finished(directory)
-    if finished is None:
-        raise InputError(f"evaluate needs a finished run; {directory} has no report.json: finish it by --resume")
-    network, variables = students.load(directory, factory=students.factory_of(student))
-    chosen = _config_of(directory, finished)
-    dataset, classes = _data(chosen, source), finished["data"]["classes"]
-    _check_fits(dataset, finished["data"])
-    rows = np.arange(len(dataset.labels))
-    if not source:
-        run.given_to(directory, dataset.fingerprint)
-        rows = split_rows(dataset.labels, dataset.test_rows, seed=chosen.seed, fractions=chosen.splits)["test"]
-    elif dataset.fingerprint == finished["data"]["fingerprint"]:
-        warn(
-            f"{source} are the data of the run, and trained the student: on the whole of them its accuracy proves nothing"
-        )
-    table = claims.read_costs(costs, len(classes)) if costs else None
-    asked = _guards(guards, dataset, network, costs=table, teacher=False)
-    metrics = metrics_asked(asked, labelled=True, teacher=False)
-    level = _level(
-        *(directory, finished, variables, metrics),
-        confidence=confidence,
-        costs=table,
-        sealed=not source,
-        reopen=reopen,
-    )
-    logits = forward(network, variables)
-    at_once = evaluated_at_once(dataset, limit_of(chosen.memory), CHUNK)
-    parts = [logits(dataset.inputs[part]) for part in chunked(rows, at_once)]
-    groups = None if dataset.groups is None else dataset.groups[rows]
-    outputs = certificate.Outputs(
-        np.concatenate(parts), dataset.labels[rows], groups=groups, num_groups=len(dataset.group_names)
-    )
-    found = measured(metrics, network, variables, dataset)
-    found |= certificate.claims_of([metric for metric in metrics if metric not in found], outputs, costs=table)
-    made = certificate.certify(
-        {metric: found[metric] for metric in metrics}, confidence=level.confidence, shares=level.shares
-    )
-    made = dataclasses.replace(made, reopened=level.reopened)
-    if level.reopened:
-        run.write_certificate(directory, made, opening.digest_of(variables))
-    return made, judge(asked, made.claims, known=known_of(variables))
-
-
-class _Level(NamedTuple):
-    confidence: float
-    shares: dict[str, float]  # of the error probability, by claim
-    reopened: int
-
-
-def _level(
-    directory: Path,
-    finished: dict[str, Any],
-    variables: Variables,
-    metrics: Sequence[str],
-    *,
-    confidence: float | None,
-    costs: np.ndarray | None,
-    sealed: bool,
-    reopen: bool,
-) -> _Level:
-    """At which level `evaluate` may claim these metrics; opens the sealed split again where that is due."""
-    if confidence is not None and not 0 < confidence < 1:
-        raise InputError(f"confidence is a probability above 0 and below 1; got {confidence}: try 0.95")
-    if not sealed:
-        return _Level(0.95 if confidence is None else confidence, certificate.shares_of(metrics), 0)
-    own = finished["certificate"]["confidence"]
-    student, digest = opening.digest_of(variables), claims.digest_of_costs(costs)
-    if not opening.openings(directory):  # a run from before they were kept
-        claimed = [claim["metric"] for claim in finished["certificate"]["claims"]]
-        opening.open_split(directory, student, claimed, confidence=own)
-    first, *_ = opening.openings(directory)
-    same = (
-        first["student"] == student
-        and confidence in (None, own)
-        and ("cost" not in metrics or first["costs"] == digest)
-    )
-    if same and set(metrics) <= set(first["claims"]):
-        return _Level(own, certificate.shares_of(first["claims"]), 0)
-    if confidence not in (None, own):
-        raise InputError(
-            f"a sealed split keeps the confidence that it was opened at; that of {directory} is {own:.10g}, got "
-            f"{confidence:.10g}: leave out --confidence, or score other data by --data"
-        )
-    with run.held(directory):
-        reopened = opening.open_split(directory, student, metrics, confidence=own, costs=digest, reopen=reopen)
-    return _Level(own, certificate.shares_when_reopened(metrics, reopened), reopened)
-
-
-def _check_fits(dataset: Dataset, expected: dict[str, Any]) -> None:
-    """Whether a student of these data can be scored on that data set."""
-    _check_labelled(dataset, "evaluate")
-    if list(dataset.inputs.shape[1:]) != expected["input_shape"] or dataset.num_classes > len(expected["classes"]):
-        raise InputError(
-            f"the student takes inputs of shape {expected['input_shape']} and knows {len(expected['classes'])} classes; "
-            f"{dataset.source} has {list(dataset.inputs.shape[1:])} and {dataset.num_classes}: name data like its own"
-        )
-
-
-def _config_of(directory: Path, finished: dict[str, Any]) -> config.Compress | config.Teach:
-    is_teacher = finished["teacher"]["source"] == "labels"
-    return read_config(config.Teach if is_teacher else config.Compress, directory / "config.toml")
-
-
-def _finished(directory: Path) -> dict[str, Any] | None:
-    """The report of a run that has one; its page is rendered where a kill came between the two."""
-    if not (directory / "report.json").exists():
-        return None
-    finished = run.read_json(directory / "report.json")
-    if not (directory / "report.html").exists():
-        report.write_html(directory)
-    return finished
-
-
 def _seen(place: Path, dataset: Dataset, test: np.ndarray) -> int:
     """How many test examples the run that made a teacher did not seal, where it was made on this very data set."""
     for directory in (place, place.absolute().parent):
@@ -524,7 +320,7 @@ def _seen(place: Path, dataset: Dataset, test: np.ndarray) -> int:
         finished = run.read_json(directory / "report.json")
         if finished["data"]["fingerprint"] != dataset.fingerprint:
             return 0
-        theirs = _config_of(directory, finished)
+        theirs = config_of(directory, finished)
         sealed = split_rows(dataset.labels, dataset.test_rows, seed=theirs.seed, fractions=theirs.splits)["test"]
         return len(np.setdiff1d(test, sealed))
     return 0

@@ -118,7 +118,7 @@ def test_the_core_knows_no_arm_loss_or_network(module):
 HELPERS = members(*(f"ev3_distill.{room}" for room in (
     "arms", "losses", "features", "objectives", "hypergrad", "hyperparameters", "sources", "splits", "order", "augment", "pool",
     "supply", "files", "counter", "ledger", "checkpoint", "certificate", "claims", "bounds", "latency", "guards", "goals",
-    "charts", "sharding",
+    "charts", "sharding", "formats",
 )))  # fmt: skip
 
 
@@ -142,6 +142,8 @@ COMPOSERS = (
     "ev3_distill",
     "ev3_distill.cli",
     "ev3_distill.commands",
+    "ev3_distill.evaluation",
+    "ev3_distill.export",
     "ev3_distill.lessons",
     "ev3_distill.training",
     "ev3_distill.course",

@@ -148,12 +148,12 @@ def newest(run):
 
 
 def test_interrupt_before_anything_is_written(monkeypatch, cli, here):
-    from ev3_distill import commands
+    from ev3_distill import finished as room
 
     def load(source, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "load_data", load)
+    monkeypatch.setattr(room, "load_data", load)
     answer = cli("compress", "--out", "run")
     assert (answer.code, answer.err) == (130, "ev3-distill: interrupted; nothing was written\n")
     assert not list(here.iterdir())
