@@ -73,15 +73,27 @@ class ReportCommand:
 
 @dataclasses.dataclass(frozen=True)
 class ExportCommand:
-    """Copy a student out of a finished run: the one it delivered, or another of those that a search tried."""
+    """Hand out a student of a finished run: the one it delivered, or another of those that a search tried."""
 
     run: tyro.conf.Positional[Path]
     """A run directory."""
     out: Path
-    """New folder for the student: its spec and its variables, as --teacher flax:DIR takes them."""
+    """New folder for the student, with evidence.json and MODEL_CARD.md."""
+    format: str = "flax"
+    """flax: its spec and its variables, as --teacher flax:DIR takes them; onnx or stablehlo: a file that others run."""
     pick: str = ""
     """Conditions on params, accuracy or bound such as 'params<=20000': of the students that meet them, the one with the
     highest bound on decide."""
+    layout: str = "nhwc"
+    """Where the file wants an example's last axis: nhwc, as the data have it, or nchw."""
+    softmax: bool = False
+    """Let the file give probabilities in the place of logits."""
+    int8: bool = False
+    """Weights and activations of an ONNX file in int8, fitted to examples of the explore split."""
+    teacher_licence: str = "unknown"
+    """Told in the file and its model card."""
+    student: str = ""
+    """The MODULE:FACTORY that made the student, as --student of evaluate."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,9 +329,18 @@ def _report(directory: Path) -> None:
 
 
 def _export(command: ExportCommand) -> None:
-    from ev3_distill.export import export
+    from ev3_distill.export import Wanted, export
 
-    for line in export(command.run, command.out, command.pick):
+    wanted = Wanted(
+        command.format,
+        pick=command.pick,
+        layout=command.layout,
+        softmax=command.softmax,
+        int8=command.int8,
+        licence=command.teacher_licence,
+        student=command.student,
+    )
+    for line in export(command.run, command.out, wanted):
         print(line)
 
 

@@ -159,6 +159,7 @@ def concluded(
             "fingerprint": dataset.fingerprint,
             "classes": classes,
             "input_shape": list(dataset.inputs.shape[1:]),
+            "dtype": dataset.inputs.dtype.name,
             "augmentation": "none" if task.augmentation is None else task.augmentation.describe(),
         },
         "command": f"ev3-distill {'teach' if teacher is None else 'compress'} --config config.toml",
