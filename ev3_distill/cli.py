@@ -45,12 +45,12 @@ class TeachCommand(_Where):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateCommand:
-    """Score the student of a finished run on other data, with exact bounds; on its own sealed split where none is named."""
+    """Score the student of a finished run, or an exported file as it is, with exact bounds."""
 
     run: tyro.conf.Positional[Path]
-    """A run directory."""
+    """A run directory; or a file that export wrote, or its folder."""
     data: str = ""
-    """Source of examples, scored as a whole, as --data of compress."""
+    """Source of examples, scored as a whole, as --data of compress; the run's own sealed split where none is named."""
     confidence: float | None = None
     """Of all bounds together; by default 0.95, or the run's own on its own sealed split."""
     student: str = ""
@@ -61,6 +61,10 @@ class EvaluateCommand:
     """CSV file of costs, as --costs of compress."""
     reopen: bool = False
     """Open the run's sealed split again for other claims than its certificate's; their bounds are corrected for it."""
+    of: Path | None = None
+    """The run that a file is of: its answers are compared with the student's, example by example."""
+    threads: int = 0
+    """That a file may compute with; 0 for as many as there are processors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,16 +294,24 @@ def _execute(name: str, where: _Where, chosen: config.Compress | config.Teach) -
 
 def _evaluate(command: EvaluateCommand) -> None:
     from ev3_distill import evaluation, report
+    from ev3_distill.formats.deployed import file_in
 
-    certificate, guards = evaluation.evaluate(
-        command.run,
-        command.data,
-        command.confidence,
-        command.student,
-        guards=command.guard,
-        costs=command.costs,
-        reopen=command.reopen,
-    )
+    asked: dict[str, Any] = {
+        "student": command.student,
+        "guards": command.guard,
+        "costs": command.costs,
+        "reopen": command.reopen,
+    }
+    if path := file_in(command.run):
+        of_file = evaluation.evaluate_file(
+            path, command.data, of=command.of, threads=command.threads, confidence=command.confidence, **asked
+        )
+        certificate, guards = of_file.certificate, of_file.guards
+        print("\n".join(of_file.lines))
+    elif command.of or command.threads:
+        raise InputError(f"--of and --threads are about an exported file; got {command.run}: leave them out")
+    else:
+        certificate, guards = evaluation.evaluate(command.run, command.data, command.confidence, **asked)
     told = certificate.as_dict()
     for claim in told["claims"]:
         print(report.claim_line(claim, told["confidence"]))

@@ -13,6 +13,7 @@ import numpy as np
 import students
 from ev3_distill import claims, config, run
 from ev3_distill.arms import BY_PEERS, arms_named, default_names, features_asked, name_for_labels
+from ev3_distill.certifying import known_of
 from ev3_distill.course import Task, bytes_of_example, checked, evaluated_at_once, give_back
 from ev3_distill.demands import check_labelled, guards_of
 from ev3_distill.errors import InputError, warn
@@ -214,7 +215,8 @@ def _task(
         task = dataclasses.replace(task, network=_smallest(chosen, task.network.spec))
     _warn_of_duplicates(task)
     costs = claims.read_costs(path, num_classes) if (path := chosen.costs) else None
-    guards = guards_of(chosen.guards, dataset, task.network, costs=costs)
+    known = known_of(jax.eval_shape(task.network.init, jax.random.key(0)))
+    guards = guards_of(chosen.guards, dataset, num_classes=num_classes, known=known, costs=costs)
     labelled = bool((dataset.labels >= 0).any())
     if chosen.control:
         check_labelled(dataset, "a control that learns by labels alone")

@@ -1,16 +1,13 @@
 """Demands: what a user asks to hold of a student, once it is clear that these data and this student can answer it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import jax
 import numpy as np
 
 from ev3_distill import claims
-from ev3_distill.certifying import known_of
 from ev3_distill.errors import InputError
 from ev3_distill.guards import FORMS, KNOWN, TOP_K, Guard, form_of, parse
 from ev3_distill.sources import Dataset
-from ev3_distill.types import Network
 
 
 def check_labelled(dataset: Dataset, who: str) -> None:
@@ -20,13 +17,27 @@ def check_labelled(dataset: Dataset, who: str) -> None:
 
 
 def guards_of(
-    texts: Sequence[str], dataset: Dataset, network: Network, *, costs: np.ndarray | None, teacher: bool = True
+    texts: Sequence[str],
+    dataset: Dataset,
+    *,
+    num_classes: int,
+    known: Mapping[str, int],
+    costs: np.ndarray | None,
+    teacher: bool = True,
 ) -> list[Guard]:
-    """The guards, parsed, once it is clear that none is beyond what can be known, or reached."""
+    """The guards, parsed, once it is clear that none is beyond what can be known, or reached.
+
+    Args:
+      texts: of the guards.
+      dataset: that the student will be scored on.
+      num_classes: that it tells apart.
+      known: of it, see `guards.KNOWN`.
+      costs: of its mistakes, where there are any.
+      teacher: whether what its teacher says will be known.
+    """
     parsed = [parse(text) for text in texts]
     for guard in parsed:
-        _check_known(guard, dataset, network.spec["num_classes"], costs=costs is not None, teacher=teacher)
-    known = known_of(jax.eval_shape(network.init, jax.random.key(0)))
+        _check_known(guard, dataset, num_classes, costs=costs is not None, teacher=teacher)
     for guard in parsed:
         if guard.metric in KNOWN and known[guard.metric] > guard.threshold:
             has = f"{known[guard.metric]:,} {'parameters' if guard.metric == 'params' else 'bytes'}"

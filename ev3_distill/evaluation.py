@@ -1,25 +1,31 @@
 """Evaluation: a student that is there already, scored anew."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import students
-from ev3_distill import certificate, claims, opening, run
+from ev3_distill import certificate, claims, config, opening, run
 from ev3_distill.certifying import known_of, measured, metrics_asked
 from ev3_distill.course import CHUNK, evaluated_at_once, limit_of
 from ev3_distill.demands import check_labelled, guards_of
 from ev3_distill.errors import InputError, warn
 from ev3_distill.finished import config_of, data_of, report_in
+from ev3_distill.formats.about import About
+from ev3_distill.formats.deployed import Deployed, deployed
 from ev3_distill.guards import judge
+from ev3_distill.latency import PASSES
 from ev3_distill.lessons import chunked
 from ev3_distill.sources import Dataset
 from ev3_distill.splits import split_rows
-from ev3_distill.types import Variables
+from ev3_distill.types import Network, Variables
 from teachers.flax import forward
+
+BATCHES = (1, 64)  # that a file is timed at
+AT_ONCE = 256  # examples of one pass of a file, at most
 
 
 def evaluate(
@@ -48,47 +54,202 @@ def evaluate(
     Returns:
       The certificate, and for each guard whether it is certified, see `guards.judge`.
     """
-    finished = report_in(directory)
-    if finished is None:
-        raise InputError(f"evaluate needs a finished run; {directory} has no report.json: finish it by --resume")
+    finished = _report_of(directory)
     network, variables = students.load(directory, factory=students.factory_of(student))
     chosen = config_of(directory, finished)
     dataset, classes = data_of(chosen, source), finished["data"]["classes"]
     _check_fits(dataset, finished["data"])
-    rows = np.arange(len(dataset.labels))
-    if not source:
-        run.given_to(directory, dataset.fingerprint)
-        rows = split_rows(dataset.labels, dataset.test_rows, seed=chosen.seed, fractions=chosen.splits)["test"]
-    elif dataset.fingerprint == finished["data"]["fingerprint"]:
+    rows = _rows(directory, chosen, dataset, source, finished["data"]["fingerprint"])
+    table = claims.read_costs(costs, len(classes)) if costs else None
+    known = known_of(variables)
+    asked = guards_of(guards, dataset, num_classes=len(classes), known=known, costs=table, teacher=False)
+    metrics = metrics_asked(asked, labelled=True, teacher=False)
+    sealed = None if source else directory
+    level = _level(sealed, variables, metrics, confidence=confidence, costs=table, reopen=reopen)
+    at_once = evaluated_at_once(dataset, limit_of(chosen.memory), CHUNK)
+    outputs = _outputs(forward(network, variables), dataset, rows, at_once=at_once)
+    found = measured(metrics, network, variables, dataset)
+    made = _certified(metrics, outputs, found, level, costs=table)
+    if level.reopened:
+        run.write_certificate(directory, made, opening.digest_of(variables))
+    return made, judge(asked, made.claims, known=known)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfFile:
+    """What became of an exported file that was run."""
+
+    lines: list[str]  # what it is, how it agrees with the student, and how long it takes
+    certificate: certificate.Certificate
+    guards: list[dict[str, Any]]
+
+
+def evaluate_file(
+    path: Path,
+    source: str,
+    *,
+    of: Path | None = None,
+    confidence: float | None = None,
+    student: str = "",
+    guards: Sequence[str] = (),
+    costs: str = "",
+    reopen: bool = False,
+    threads: int = 0,
+) -> OfFile:
+    """Runs an exported file itself, in a process of its own, and says what `evaluate` says of a run's student.
+
+    On the sealed split of the run `of` it does so where the file computes the same as the student and gives its answer to
+    every example: the certificate is about both. An int8 file is another student, and is scored on other data.
+
+    Args:
+      path: of the file, .onnx or .stablehlo.
+      source: of examples; the sealed split of `of` where none is named.
+      of: the run that the file is of, to compare them example by example.
+      confidence: as `evaluate`.
+      student: as `evaluate`.
+      guards: what must hold of the file; `bytes` is its size.
+      costs: as `evaluate`.
+      reopen: as `evaluate`.
+      threads: that the file may compute with; 0 for all.
+    """
+    if not source and of is None:
+        raise InputError(
+            "a file is scored on examples; got none: name them by --data, or the run that it is of by --of RUN"
+        )
+    with deployed(path, threads=threads) as file:
+        about = file.about
+        chosen = config.Compress() if of is None else config_of(of, _report_of(of))
+        dataset = data_of(chosen, source)
+        _check_takes(about, dataset)
+        rows = _rows(of, chosen, dataset, source, about.data["fingerprint"])
+        table = claims.read_costs(costs, len(about.classes)) if costs else None
+        known = {"params": about.params, "bytes": path.stat().st_size}
+        asked = guards_of(guards, dataset, num_classes=len(about.classes), known=known, costs=table, teacher=False)
+        metrics = metrics_asked(asked, labelled=True, teacher=False)
+        outputs = _outputs(
+            file.logits, dataset, rows, at_once=evaluated_at_once(dataset, limit_of(chosen.memory), AT_ONCE)
+        )
+        lines = [f"{path}: {about.network}, {about.precision}, {known['bytes']:,} bytes, run by {file.by}"]
+        sealed: Path | None = None
+        variables: Variables = Variables({}, {})
+        if of is not None:
+            network, variables = _student_of(of, about.student, students.factory_of(student))
+            theirs = _outputs(forward(network, variables), dataset, rows, at_once=AT_ONCE)
+            same = _agreement(outputs.logits, theirs.logits, about.output)
+            lines.append(f"the student of {of}: {same.told}")
+            if not source and (same.others or about.precision != "float32"):
+                raise InputError(
+                    f"a sealed split certifies one student, and files that compute the same; {path} is of {about.precision} "
+                    f"weights and gives {same.told}: score data that are new to it by --data"
+                )
+            sealed = None if source else of
+        level = _level(sealed, variables, metrics, confidence=confidence, costs=table, reopen=reopen)
+        passes = {size: _passes(file, dataset, size) for size in BATCHES}
+        lines += [latency_line(size, times, threads=file.threads) for size, times in passes.items()]
+        found = {"latency_ms": claims.latency(passes[1])} if "latency_ms" in metrics else {}
+        made = _certified(metrics, outputs, found, level, costs=table)
+        if level.reopened and sealed is not None:
+            run.write_certificate(sealed, made, about.student)
+        return OfFile(lines, made, judge(asked, made.claims, known=known))
+
+
+def _report_of(directory: Path) -> dict[str, Any]:
+    """The report of a run that must have one."""
+    finished = report_in(directory)
+    if finished is None:
+        raise InputError(f"evaluate needs a finished run; {directory} has no report.json: finish it by --resume")
+    return finished
+
+
+def _check_takes(about: About, dataset: Dataset) -> None:
+    """Whether a file can be scored on that data set."""
+    _check_fits(dataset, {"input_shape": about.input_shape, "classes": about.classes})
+    if dataset.inputs.dtype.name != about.dtype:
+        raise InputError(
+            f"a file takes inputs of the type that its run had, {about.dtype}; {dataset.source} has "
+            f"{dataset.inputs.dtype.name}: convert the data"
+        )
+
+
+def _rows(
+    of: Path | None, chosen: config.Compress | config.Teach, dataset: Dataset, source: str, fingerprint: str
+) -> np.ndarray:
+    """Of the examples to be scored: all of a source that is named, or those of the run's own sealed split."""
+    if of is not None and not source:
+        run.given_to(of, dataset.fingerprint)
+        return split_rows(dataset.labels, dataset.test_rows, seed=chosen.seed, fractions=chosen.splits)["test"]
+    if dataset.fingerprint == fingerprint:
         warn(
             f"{source} are the data of the run, and trained the student: on the whole of them its accuracy proves nothing"
         )
-    table = claims.read_costs(costs, len(classes)) if costs else None
-    asked = guards_of(guards, dataset, network, costs=table, teacher=False)
-    metrics = metrics_asked(asked, labelled=True, teacher=False)
-    level = _level(
-        *(directory, finished, variables, metrics),
-        confidence=confidence,
-        costs=table,
-        sealed=not source,
-        reopen=reopen,
+    return np.arange(len(dataset.labels))
+
+
+def latency_line(size: int, passes_ms: np.ndarray, *, threads: int) -> str:
+    """What passes on batches of this size took."""
+    median, rare = np.quantile(passes_ms, (0.5, 0.99))
+    told = f"{threads} thread{'s' if threads > 1 else ''}"
+    return f"latency at batch {size}: {median:.3g} ms p50, {rare:.3g} ms p99, {told}, {len(passes_ms)} passes"
+
+
+class _Agreement(NamedTuple):
+    others: int  # examples that are given another class
+    told: str
+
+
+def _agreement(said: np.ndarray, expected: np.ndarray, output: str) -> _Agreement:
+    """How a file's answers [N, K] compare with the student's."""
+    if output == "probabilities":  # the file's logits are such up to a constant for each example
+        said, expected = (claims.probabilities(logits) for logits in (said, expected))
+    others = int((claims.said(said) != claims.said(expected)).sum())
+    difference, n = np.abs(said - expected).max(), len(said)
+    return _Agreement(
+        others, f"the same class on {n - others:,} of {n:,} examples, {output} differ by {difference:.1g} at most"
     )
-    logits = forward(network, variables)
-    at_once = evaluated_at_once(dataset, limit_of(chosen.memory), CHUNK)
+
+
+def _student_of(directory: Path, digest: str, factory: Callable[..., Any] | None) -> tuple[Network, Variables]:
+    """The student of that digest: the one that a run delivered, or one that a search tried."""
+    for folder in (directory, *sorted((directory / "sizes").glob("*/student"))):
+        network, variables = students.load(folder, factory=factory)
+        if opening.digest_of(variables) == digest:
+            return network, variables
+    raise InputError(
+        f"--of names the run that a file is of; {directory} has no student {digest[:12]}: name its run, or leave out --of"
+    )
+
+
+def _passes(file: Deployed, dataset: Dataset, size: int) -> np.ndarray:
+    """Times of passes on a batch of examples, again and again the same where there are too few."""
+    rows = np.resize(np.arange(min(size, len(dataset.labels))), size)
+    return file.passes_ms(np.asarray(dataset.inputs[np.unique(rows)])[rows], PASSES if size == 1 else PASSES // 3)
+
+
+def _outputs(
+    logits: Callable[[np.ndarray], np.ndarray], dataset: Dataset, rows: np.ndarray, *, at_once: int
+) -> certificate.Outputs:
+    """What is said of some examples of a data set."""
     parts = [logits(dataset.inputs[part]) for part in chunked(rows, at_once)]
     groups = None if dataset.groups is None else dataset.groups[rows]
-    outputs = certificate.Outputs(
+    return certificate.Outputs(
         np.concatenate(parts), dataset.labels[rows], groups=groups, num_groups=len(dataset.group_names)
     )
-    found = measured(metrics, network, variables, dataset)
-    found |= certificate.claims_of([metric for metric in metrics if metric not in found], outputs, costs=table)
+
+
+def _certified(
+    metrics: Sequence[str],
+    outputs: certificate.Outputs,
+    found: Mapping[str, claims.Bound],
+    level: "_Level",
+    *,
+    costs: np.ndarray | None,
+) -> certificate.Certificate:
+    """The certificate at that level; some claims may be found already."""
+    all_of = {**found, **certificate.claims_of([name for name in metrics if name not in found], outputs, costs=costs)}
     made = certificate.certify(
-        {metric: found[metric] for metric in metrics}, confidence=level.confidence, shares=level.shares
+        {metric: all_of[metric] for metric in metrics}, confidence=level.confidence, shares=level.shares
     )
-    made = dataclasses.replace(made, reopened=level.reopened)
-    if level.reopened:
-        run.write_certificate(directory, made, opening.digest_of(variables))
-    return made, judge(asked, made.claims, known=known_of(variables))
+    return dataclasses.replace(made, reopened=level.reopened)
 
 
 class _Level(NamedTuple):
@@ -98,21 +259,29 @@ class _Level(NamedTuple):
 
 
 def _level(
-    directory: Path,
-    finished: dict[str, Any],
+    directory: Path | None,
     variables: Variables,
     metrics: Sequence[str],
     *,
     confidence: float | None,
     costs: np.ndarray | None,
-    sealed: bool,
     reopen: bool,
 ) -> _Level:
-    """At which level `evaluate` may claim these metrics; opens the sealed split again where that is due."""
+    """At which level these metrics may be claimed; opens the sealed split of a run again where that is due.
+
+    Args:
+      directory: of the run whose sealed split is scored; None for other data.
+      variables: the student's.
+      metrics: to be claimed.
+      confidence: asked for.
+      costs: [K, K], for a claim on them.
+      reopen: the split for other claims.
+    """
     if confidence is not None and not 0 < confidence < 1:
         raise InputError(f"confidence is a probability above 0 and below 1; got {confidence}: try 0.95")
-    if not sealed:
+    if directory is None:
         return _Level(0.95 if confidence is None else confidence, certificate.shares_of(metrics), 0)
+    finished = _report_of(directory)
     own = finished["certificate"]["confidence"]
     student, digest = opening.digest_of(variables), claims.digest_of_costs(costs)
     if not opening.openings(directory):  # a run from before they were kept

@@ -20,6 +20,7 @@ import students
 from ev3_distill import card, report
 from ev3_distill.archive import FILE, Archive, pick
 from ev3_distill.errors import InputError
+from ev3_distill.files import sha256_of
 from ev3_distill.finished import config_of, data_of
 from ev3_distill.formats import int8, onnx, stablehlo
 from ev3_distill.formats.about import BESIDE, About
@@ -162,7 +163,7 @@ def _write(
         path.write_bytes(stablehlo.program_of(says, example, **facts))
     else:
         path.write_bytes(onnx.model_of(says, example, output=about.output, about=about.as_texts(), **facts))
-    write_json(folder / BESIDE, about.as_dict())
+    write_json(folder / BESIDE, {**about.as_dict(), "sha256": sha256_of(path)})
     student, inputs = forward(network, variables), _inputs(about, data, "explore", EXAMPLES)
     checked = {
         "format": wanted.format,
@@ -183,7 +184,6 @@ def _write(
     evidence = {**source.evidence, "export": checked}
     if wanted.int8:
         evidence, lines = _quantised(path, evidence, about, data, student)
-        write_json(folder / BESIDE, _as_int8(about).as_dict())
     lines.append(
         f"File: {path.name}, {path.stat().st_size:,} bytes, {about.dtype} {list(example.shape)} to {about.output}."
     )
@@ -322,6 +322,7 @@ def _quantised(
         int8.quantised(model, np.ascontiguousarray(inputs), path.with_suffix(".tmp"), about=_as_int8(about).as_texts())
     )
     path.with_suffix(".tmp").unlink(missing_ok=True)
+    write_json(path.with_name(BESIDE), {**_as_int8(about).as_dict(), "sha256": sha256_of(path)})
     rows = data.rows["decide"]
     inputs, labels = np.asarray(data.dataset.inputs[rows]), data.dataset.labels[rows]
     found = {"format": "onnx", "precision": "int8", "data": "decide", **_compared(path, student, inputs, about.output)}

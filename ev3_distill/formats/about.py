@@ -1,4 +1,7 @@
-"""What an exported file says of itself, in the file or beside it, so that it can be used and judged without the run."""
+"""What an exported file says of itself, in the file or beside it, so that it can be used and judged without the run.
+
+model.json, beside it, has the file's SHA-256 too.
+"""
 
 import dataclasses
 import json

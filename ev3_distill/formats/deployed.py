@@ -13,6 +13,7 @@ from typing import IO, Any, cast
 import numpy as np
 
 from ev3_distill.errors import InputError
+from ev3_distill.files import sha256_of
 from ev3_distill.formats.about import BESIDE, About, from_dict, from_texts
 
 FILES = ("model.onnx", "model.stablehlo")  # as an exported folder has one of them
@@ -91,6 +92,23 @@ class Deployed:
         return f"exit code {code}, {lines[-1] if lines else 'without a word'}"
 
 
+def _check_whole(path: Path) -> None:
+    """Whether a file in an export's folder is the one that was written there."""
+    beside = path.with_name(BESIDE)
+    if path.name not in FILES or not beside.is_file():
+        return
+    try:
+        noted = json.loads(beside.read_text())["sha256"]
+    except (ValueError, KeyError) as error:
+        raise InputError(
+            f"an export's {BESIDE} tells of its file; {beside} is damaged ({error}): export it again"
+        ) from None
+    if noted != sha256_of(path):
+        raise InputError(
+            f"an exported file stays as it was written; {path} has changed since, or is damaged: export it again"
+        )
+
+
 @contextlib.contextmanager
 def deployed(path: Path, *, threads: int = 0) -> Iterator[Deployed]:
     """Opens an exported file for a while.
@@ -104,6 +122,7 @@ def deployed(path: Path, *, threads: int = 0) -> Iterator[Deployed]:
     """
     if not path.is_file():
         raise InputError(f"an exported file is there; got {path}, which is none: name an export's folder or its file")
+    _check_whole(path)
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(threads, there) if threads else there
     with tempfile.TemporaryFile() as errors:

@@ -31,6 +31,6 @@ def program_of(forward: Callable[[jax.Array], jax.Array], example: jax.ShapeDtyp
     except Exception as error:  # of the network's own code too, where it asks for the batch's size
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InputError(
-            f"a StableHLO file has a free batch axis; the network {name} cannot ({type(error).__name__}: {reason}): export it "
-            "by --format flax, which can"
+            f"a StableHLO file has a free batch axis; the network {name} cannot ({type(error).__name__}: {reason}): ask for "
+            "x.shape[0] where it asks for len(x), or export it by --format flax, which can"
         ) from None
