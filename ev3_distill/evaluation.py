@@ -65,7 +65,7 @@ def evaluate(
     asked = guards_of(guards, dataset, num_classes=len(classes), known=known, costs=table, teacher=False)
     metrics = metrics_asked(asked, labelled=True, teacher=False)
     sealed = None if source else directory
-    level = _level(sealed, variables, metrics, confidence=confidence, costs=table, reopen=reopen)
+    level = _level(sealed, opening.digest_of(variables), metrics, confidence=confidence, costs=table, reopen=reopen)
     at_once = evaluated_at_once(dataset, limit_of(chosen.memory), CHUNK)
     outputs = _outputs(forward(network, variables), dataset, rows, at_once=at_once)
     found = measured(metrics, network, variables, dataset)
@@ -130,8 +130,7 @@ def evaluate_file(
             file.logits, dataset, rows, at_once=evaluated_at_once(dataset, limit_of(chosen.memory), AT_ONCE)
         )
         lines = [f"{path}: {about.network}, {about.precision}, {known['bytes']:,} bytes, run by {file.by}"]
-        sealed: Path | None = None
-        variables: Variables = Variables({}, {})
+        sealed = None if source else of
         if of is not None:
             network, variables = _student_of(of, about.student, students.factory_of(student))
             theirs = _outputs(forward(network, variables), dataset, rows, at_once=AT_ONCE)
@@ -142,8 +141,7 @@ def evaluate_file(
                     f"a sealed split certifies one student, and files that compute the same; {path} is of {about.precision} "
                     f"weights and gives {same.told}: score data that are new to it by --data"
                 )
-            sealed = None if source else of
-        level = _level(sealed, variables, metrics, confidence=confidence, costs=table, reopen=reopen)
+        level = _level(sealed, about.student, metrics, confidence=confidence, costs=table, reopen=reopen)
         passes = {size: _passes(file, dataset, size) for size in BATCHES}
         lines += [latency_line(size, times, threads=file.threads) for size, times in passes.items()]
         found = {"latency_ms": claims.latency(passes[1])} if "latency_ms" in metrics else {}
@@ -156,6 +154,11 @@ def evaluate_file(
 def _report_of(directory: Path) -> dict[str, Any]:
     """The report of a run that must have one."""
     finished = report_in(directory)
+    if finished is None and (directory / "evidence.json").exists():
+        raise InputError(
+            f"evaluate runs a student of a run, or a file; {directory} is one exported as flax, without its run: evaluate the "
+            "run, or export it by --format onnx or stablehlo"
+        )
     if finished is None:
         raise InputError(f"evaluate needs a finished run; {directory} has no report.json: finish it by --resume")
     return finished
@@ -260,7 +263,7 @@ class _Level(NamedTuple):
 
 def _level(
     directory: Path | None,
-    variables: Variables,
+    student: str,
     metrics: Sequence[str],
     *,
     confidence: float | None,
@@ -271,7 +274,7 @@ def _level(
 
     Args:
       directory: of the run whose sealed split is scored; None for other data.
-      variables: the student's.
+      student: its digest.
       metrics: to be claimed.
       confidence: asked for.
       costs: [K, K], for a claim on them.
@@ -283,7 +286,7 @@ def _level(
         return _Level(0.95 if confidence is None else confidence, certificate.shares_of(metrics), 0)
     finished = _report_of(directory)
     own = finished["certificate"]["confidence"]
-    student, digest = opening.digest_of(variables), claims.digest_of_costs(costs)
+    digest = claims.digest_of_costs(costs)
     if not opening.openings(directory):  # a run from before they were kept
         claimed = [claim["metric"] for claim in finished["certificate"]["claims"]]
         opening.open_split(directory, student, claimed, confidence=own)

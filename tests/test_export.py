@@ -1,5 +1,6 @@
 """What is certified is what leaves: exported folders, the files in them run as others would, and the same judged again."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from conftest import once
 
 import students
 from ev3_distill import export as room
+from ev3_distill.archive import Entry
 from ev3_distill.cli import main
 from ev3_distill.formats.deployed import deployed
 from ev3_distill.formats.onnx import model_of
@@ -281,6 +283,7 @@ def test_evaluations_that_cannot_be(of_images, finished, cli, here):
     assert "has no student" in told(cli("evaluate", file, *data, "--of", finished))
     assert "the student takes inputs of shape [16, 16, 2]" in told(cli("evaluate", file, "--data", "digits"))
     assert "--of and --threads are about an exported file" in told(cli("evaluate", finished, "--threads", 1))
+    assert "is one exported as flax, without its run" in told(cli("evaluate", of_images / "flax", *data))
     assert "try 0.95" in told(cli("evaluate", file, *data, "--confidence", 2))
     np.savez(here / "real.npz", inputs=np.zeros((9, 16, 16, 2), np.float32), labels=np.arange(9) % 3)
     assert "inputs of the type that its run had, uint8" in told(cli("evaluate", file, "--data", "npz:real.npz"))
@@ -330,3 +333,41 @@ def test_a_network_of_ones_own_needs_its_factory(finished, cli, here):
     assert "the network mine:make asks for the primitive cumsum, which has none" in told(answer)
     assert "export it by --format stablehlo or flax, which can" in answer.err
     assert cli("export", "run", "--format", "stablehlo", "--student", "mine:make", "--out", "x").code == 0
+
+
+def test_a_picked_student_has_no_certificate(of_images, cli, here):
+    """Neither its file nor its card shows the one of the student that its search delivered."""
+    run, network = here / "run", students.named("mlp:hidden=2", (16, 16, 2), 3)
+    shutil.copytree(of_images / "run", run)
+    variables = jax.jit(network.init)(jax.random.key(0))
+    students.save(run / "sizes/02/student", network, variables)
+    entry = Entry(2, "mlp:hidden=2", dict(network.spec), 1035, "", "begun", 9, 50, 0.5, 0.4, 0, 0.0, False)
+    (run / "archive.json").write_text(json.dumps({"entries": [dataclasses.asdict(entry)]}))
+    report = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps(report | {"search": {"delivered": 1}}))
+    answer = cli("export", run, "--format", "onnx", "--pick", "params<=2000", "--out", "out")
+    assert answer.code == 0, answer.err
+    assert "student 2, mlp:hidden=2, 1,035 parameters: 50.0% on decide" in answer.out
+    evidence = json.loads((here / "out/evidence.json").read_text())
+    assert list(evidence) == ["decide", "export"]
+    card = (here / "out/MODEL_CARD.md").read_text()
+    assert "No certificate is about this student" in card
+    assert "On decide: 50.0 % of 50 examples right" in card
+    assert "Parameters: 1,035\n" in card
+    assert "at least" not in card
+    assert "model-index" not in card
+    with deployed(here / "out/model.onnx") as file:
+        assert (file.about.params, file.about.certificate) == (1035, {})
+        assert file.about.promise == "No certificate is about this student"
+    scored = cli("evaluate", "out", "--of", run, "--data", f"npz:{of_images / 'data.npz'}")
+    assert scored.code == 0, scored.err
+    assert f"the student of {run}: the same class on 200 of 200 examples" in scored.out
+    refused = cli("evaluate", "out", "--of", run)
+    assert "a sealed split certifies one student" in told(refused)
+
+
+def test_a_taught_network_leaves_too(finished, cli, here):
+    assert cli("export", finished / "teacher", "--format", "stablehlo", "--out", "out").code == 0
+    card = (here / "out/MODEL_CARD.md").read_text()
+    assert "its teacher is labels" in card
+    assert "library_name: jax" in card
