@@ -138,6 +138,7 @@ class Distillation:
         if isinstance(progress, Progress):
             progress = adapt.from_here(state.current_evidence, self._seen(current, pools), state.position)
         return state._replace(
+            begun=state.cost,
             current=current,
             champion=champion,
             safest=growth.variables(state.safest) if isinstance(state.safest, Variables) else (),

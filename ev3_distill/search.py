@@ -365,7 +365,7 @@ class _Search:
         """A fresh student, in a run that goes on: cost, position and error budget are those of before."""
         state = course.distillation.begin(course.pools, self.chosen.seed + len(self.rungs))
         begun = course.distillation.again(course.pools, state._replace(position=before.position))
-        return begun._replace(cost=before.cost, budget=before.budget)
+        return begun._replace(cost=before.cost, begun=before.cost, budget=before.budget)
 
     # Rungs.
 

@@ -199,6 +199,7 @@ class State(NamedTuple):
     key: jax.Array  # the data of the run's PRNG key, uint32
     iteration: jax.Array  # int32
     cost: jax.Array  # int32, steps of all arms
+    begun: jax.Array  # int32, that cost when the student began, or last grew
     position: jax.Array  # int32, the next global step: names batches and keys, common to all arms
     current: Variables  # where exploration stands
     current_evidence: Evidence  # its scores on assess, leaves [N]

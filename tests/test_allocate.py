@@ -22,7 +22,9 @@ CONFIG = EV3(length=20, max_length=400)
 
 def active_arms(key, iteration, value, leader, racers=None, exploration=0.5):
     racers = tuple(racers or [True] * len(value))
-    return _active_arms(key, iteration, value, leader, racers=racers, spent=0.0, exploration=exploration)
+    return _active_arms(
+        key, iteration, value, leader, racers=racers, spent=0.0, spent_here=0.0, exploration=exploration
+    )
 
 
 _active_arms = jax.jit(allocate.active_arms, static_argnames="racers")
@@ -122,7 +124,8 @@ def test_the_leader_races_whatever_its_standing(leader):
 
 
 def how_often(iteration, value, racers, spent=0.0):
-    draw = functools.partial(allocate.active_arms, racers=racers, spent=spent, exploration=0.4)
+    rest = {"spent": 0.25, "spent_here": spent, "exploration": 0.4}
+    draw = functools.partial(allocate.active_arms, racers=racers, **rest)
     each = jax.jit(jax.vmap(lambda key: draw(key, iteration, value, jnp.int32(0))))
     return np.asarray(each(jax.random.split(jax.random.key(0), 20_000))).mean(0)
 
@@ -153,7 +156,7 @@ def test_where_no_arm_would_race_all_do():
 
 def test_challengers_come_as_often_as_asked_and_the_better_more_often():
     value = np.float32([0, -0.5, -9, -1])
-    often = how_often(9, value, racers=(True,) * 4, spent=0.25)
+    often = how_often(9, value, racers=(True,) * 4)
     assert often[0] == 1
     assert often[1:].sum() == pytest.approx(0.3, abs=0.015)
     assert often[1] > often[3] > often[2]

@@ -15,7 +15,9 @@ from ev3_distill.core.assess import paired
 from ev3_distill.types import Arm, State
 
 SOFT = 2.0
-LATE = 0.25  # share of the budget from which arms challenge that do not race: by then trajectories look far ahead
+LATE = (
+    0.25  # share of a student's budget from which arms challenge that do not race: by then trajectories look far ahead
+)
 REST = (
     0.85  # what is left of a resting arm's distance from level: what the start of a run showed says little of its end
 )
@@ -60,6 +62,7 @@ def active_arms(
     *,
     racers: Sequence[bool],
     spent: float | jax.Array,
+    spent_here: float | jax.Array,
     exploration: float,
 ) -> jax.Array:
     """Which arms train now, [A] bool; the leader always does.
@@ -71,6 +74,7 @@ def active_arms(
       leader: int32.
       racers: [A], which arms race; the others only challenge, and late.
       spent: share of the run's budget before this iteration.
+      spent_here: the same since the student began or grew: soon after that those win that start fast.
       exploration: probability of one challenger after the race; it falls with the budget left, for a better arm pays off less.
     """
     arms = value.shape[0]
@@ -81,7 +85,7 @@ def active_arms(
     rank = jnp.argsort(jnp.argsort(jnp.where(is_leader, jnp.inf, of_racers), descending=True))
     racing = jnp.ceil(sum(racers) / 2.0 ** jnp.minimum(iteration, 30)).astype(jnp.int32)
     coin, draw = jax.random.split(key)
-    may = ~is_leader & (jnp.array(racers) | (spent >= LATE))
+    may = ~is_leader & (jnp.array(racers) | (spent_here >= LATE))
     challenger = jax.random.categorical(draw, jnp.where(may, value / SOFT, -jnp.inf))
     asked = jax.random.bernoulli(coin, exploration * (1 - spent))
     challenged = asked & may & (jnp.arange(arms) == challenger)

@@ -72,6 +72,7 @@ def initial_state(
         key=key,
         iteration=zero,
         cost=zero,
+        begun=zero,
         position=zero,
         current=variables,
         current_evidence=evidence,
@@ -145,6 +146,7 @@ def make_parts(
             state.leader,
             racers=racers,
             spent=spent,
+            spent_here=(state.cost - state.begun) / jnp.maximum(limit - state.begun, 1),
             exploration=config.exploration,
         )
         steps = allocate.steps_of(active, state.leader, lengths, state.length, remaining)
