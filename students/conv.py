@@ -275,11 +275,17 @@ def _shape(function: Callable[..., jax.Array], *arrays: Any, **how: Any) -> jax.
 def _batch(
     primitive: Primitive, args: Sequence[jax.Array], axes: Sequence[int | None], **how: Any
 ) -> tuple[jax.Array, int]:
-    """vmap: over inputs alone a larger batch; over kernels one member after the other, 13x faster than by groups."""
+    """vmap: over inputs alone a larger batch, over a convolution's kernels alone more filters; over both one member after the
+    other, 13x faster than by groups.
+    """
     one, other = (arg if axis is None else jnp.moveaxis(arg, axis, 0) for arg, axis in zip(args, axes, strict=True))
     if axes[1] is None and primitive is not _conv_kernel:
         out = primitive.bind(one.reshape(-1, *one.shape[2:]), other, **how)
         return out.reshape(*one.shape[:2], *out.shape[1:]), 0
+    if axes[0] is None and primitive is _conv:
+        kernels = jnp.moveaxis(other, 0, 3)  # [kh, kw, C, members, O]
+        out = primitive.bind(one, kernels.reshape(*kernels.shape[:3], -1), **how)
+        return out.reshape(*out.shape[:3], *kernels.shape[3:]), 3
     if axes[0] is None:
         return jax.lax.map(lambda other: primitive.bind(one, other, **how), other), 0
     if axes[1] is None:

@@ -16,6 +16,7 @@ import students
 from ev3_distill import goals, objectives
 from ev3_distill.arms import evolution, lowrank
 from ev3_distill.arms.evolution import SHAPINGS, estimate, evolution_arm
+from ev3_distill.arms.layerwise import Part, estimate_by_parts
 from ev3_distill.arms.noise import full_rank, low_rank
 from ev3_distill.arms.subspace import named
 from ev3_distill.arms.unrolls import noise_reuse
@@ -115,6 +116,45 @@ def test_agrees_with_evosax():
         found = jax.flatten_util.ravel_pytree(state.mean)[0]
         np.testing.assert_allclose(found, their_state.mean, rtol=0, atol=1e-6)
     assert float(jnp.abs(found - x).max()) > 0.1
+
+
+# Part by part.
+
+
+def test_an_estimate_by_parts_is_each_parts_own():
+    """Both parts at once, with a parameter in neither: linear, so that the mean over many pairs is the gradient itself."""
+    mean = {**MEAN, "left out": jnp.ones(3)}
+    parts = [Part(named("w"), 300), Part(named("b"), 200, 8)]
+
+    def linear(params, key):
+        broken = jnp.where(params["b"][0] > 0.55, jnp.nan, 0.0)
+        return 2 * params["w"].sum() - 3 * params["b"].sum() + params["left out"].sum() + broken
+
+    run = jax.jit(lambda key: estimate_by_parts(key, mean, linear, parts, sigma=0.1, shaping="centred"))
+    gradient, told = run(KEY)
+    np.testing.assert_allclose(gradient["w"], 2, atol=1.0)
+    assert (gradient["b"] < -1).all() and (gradient["left out"] == 0).all()
+    assert 0 < int(told.broken) < 40 and float(told.mean) == pytest.approx(float(linear(mean, KEY)), abs=0.1)
+    assert float(told.best) > float(told.mean) + float(told.std)
+    how = {"pairs": 300, "sigma": 0.1, "shaping": "centred"}
+    own = jax.jit(lambda key: estimate(key, {"w": MEAN["w"]}, lambda w, k: linear(mean | w, k), **how)[0])
+    alone = own(jax.random.fold_in(KEY, 0))
+    np.testing.assert_allclose(gradient["w"], alone["w"], rtol=1e-4, atol=1e-4)
+
+
+def test_members_of_a_part_share_the_layers_before_it():
+    network, variables, inputs = case("conv4:width=6")
+    part = Part(named(r"\['convs'\]\[2\]"), 8, 4)
+
+    def fitness(params, key):
+        return network.apply(Variables(params, variables.stats), inputs, train=True)[0].mean()
+
+    def run(key):
+        return estimate_by_parts(key, variables.params, fitness, [part], sigma=0.1)
+
+    convolutions = re.findall(r"f32\[([\d,]+)\] = students_conv", str(jax.make_jaxpr(run)(KEY)))
+    # 3 images; 4 pairs at once have 48 filters in the third layer, and are 24 images in the last
+    assert convolutions == ["3,16,16,6", "3,8,8,6", "3,4,4,48", "24,2,2,6"]
 
 
 # Shaping.
