@@ -33,6 +33,7 @@ from benchmarks import (
     throughput,
     tuning,
 )
+from ev3_distill import sharding
 from ev3_distill.errors import InputError
 from ev3_distill.ledger import Ledger
 
@@ -62,7 +63,7 @@ _SAME = ("suite", "size", "machine", "versions", "code")  # of rows that may sha
 
 
 def run(suite: str, *, seeds: int, size: str, out: Path | None = None) -> None:
-    """Collects a suite's rows and prints their table.
+    """Collects a suite's rows and prints their table; where processes share the work, process 0 alone writes and prints.
 
     Args:
       suite: a name of SUITES.
@@ -81,12 +82,14 @@ def run(suite: str, *, seeds: int, size: str, out: Path | None = None) -> None:
     if seeds < 1:
         raise InputError(f"seeds counts repetitions, at least 1; got {seeds}: try 10")
     basis = provenance(suite, seeds=seeds, size=size)
-    old = [] if out is None else _reopen(out, basis)
-    rows = [*old]
+    old = _at_hand(out, basis)
+    rows, writes = [*old], sharding.first()
     for row in _shown(suite, _collect(SUITES[suite], old, seeds=seeds, size=size), len(old)):
         rows.append(row)
-        if out is not None:
+        if out is not None and writes:
             Ledger(out / "rows.jsonl").append([row])
+    if not writes:
+        return
     table = f"{SUITES[suite].table(rows)}\n\n{_told(basis)}\n"
     if out is not None:
         (out / "table.md").write_text(table)
@@ -136,6 +139,21 @@ def _code() -> str:
         for path in sorted((root / package).rglob("*.py")):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def _at_hand(out: Path | None, basis: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that `out` holds where process 0 runs: all processes must leave out the same ones, or stop together."""
+    told: dict[str, Any] = {"rows": []}
+    if out is not None and sharding.first():
+        try:
+            told = {"rows": _reopen(out, basis)}
+        except InputError as error:
+            told = {"error": str(error)}
+    told = json.loads(sharding.as_first(json.dumps(told).encode()))
+    if "error" in told:
+        raise InputError(told["error"])
+    rows: list[dict[str, Any]] = told["rows"]
+    return rows
 
 
 def _reopen(out: Path, basis: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 Speed: a generation of 64 antithetic pairs, all contenders in turns within one process, in another order each time; evaluations
 of members per second, compilation excluded.
 
-- `full rank` and `rank 1`: `ev3_distill.arms.evolution.estimate`, as it comes, noise held where it fits;
+- `full rank` and `rank 1`: `ev3_distill.arms.evolution.estimate`, as it comes, noise held where it fits, spread over all
+  devices of all processes, while the others have one;
 - `ask, vmap, tell`: the usual way, written here: all noise and all members at once, [N, P] each, `vmap` over members;
 - `evosax`: Open-ES of that library, where it is installed (it is no dependency), the same way;
 - `no noise`: forward passes of the mean on as many examples as the members see, in as large batches as `rank 1` takes.
@@ -35,6 +36,7 @@ import optax
 
 import students
 from benchmarks import rows as statistics
+from ev3_distill import sharding
 from ev3_distill.arms.evolution import Fitness, estimate
 from ev3_distill.compiling import jit
 from ev3_distill.types import Network, PyTree, Variables
@@ -83,7 +85,8 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
                 began = time.perf_counter()
                 jax.block_until_ready(field[contender](jax.random.key(seed)))
                 speed[contender] = round(2 * PAIRS[size] / (time.perf_counter() - began), 2)
-            yield {"seed": seed, "question": "speed", "at": name, "per_s": {name: speed[name] for name in field}}
+            speed = {contender: speed[contender] for contender in field}
+            yield {"seed": seed, "question": "speed", "at": name, "per_s": speed, "devices": jax.device_count()}
 
 
 def contenders(name: str, shape: Sequence[int], pairs: int) -> dict[str, Callable[[jax.Array], PyTree]]:
@@ -94,8 +97,16 @@ def contenders(name: str, shape: Sequence[int], pairs: int) -> dict[str, Callabl
     fitness, params = problem.fitness, variables.params
 
     def ours(rank: int | None) -> Callable[[jax.Array], PyTree]:
-        run = jit(lambda key, params: estimate(key, params, fitness, pairs=pairs, sigma=SIGMA, rank=rank)[0])
-        return lambda key: run(key, params)
+        mesh = sharding.mesh_of()
+        spread = sharding.spread_over(mesh) if mesh.size > 1 else sharding.Spread()
+
+        def generation(key: jax.Array, params: PyTree) -> PyTree:
+            now = jax.random.wrap_key_data(key)
+            return estimate(now, params, fitness, pairs=pairs, sigma=SIGMA, rank=rank, spread=spread)[0]
+
+        run = jit(generation if mesh.size == 1 else sharding.everywhere(generation, mesh))
+        given = params if mesh.size == 1 else sharding.replicate(params, mesh)
+        return lambda key: run(np.asarray(jax.random.key_data(key)), given)
 
     field = {"full rank": ours(None), "rank 1": ours(1), "ask, vmap, tell": _usual(fitness, params, pairs)}
     if (evosax := _evosax(fitness, params, pairs)) is not None:
@@ -323,11 +334,15 @@ def _speeds(rows: Sequence[dict[str, Any]]) -> str:
             )
     return "\n\n".join(
         [
-            "Evaluations of members per second (medians over turns):",
+            f"Evaluations of members per second (medians over turns){_spread(rows[0]['devices'])}:",
             statistics.markdown(["student", *rows[0]["per_s"]], body),
             "; ".join(verdicts) + ".",
         ]
     )
+
+
+def _spread(devices: int) -> str:
+    return "" if devices == 1 else f", full rank and rank 1 on {devices} devices, the others on one"
 
 
 def _populations(rows: Sequence[dict[str, Any]]) -> str:

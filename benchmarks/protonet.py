@@ -21,6 +21,7 @@ References:
 import dataclasses
 import hashlib
 import inspect
+import io
 import json
 import sys
 import time
@@ -38,14 +39,15 @@ import students
 from benchmarks import omniglot
 from benchmarks import rows as statistics
 from ev3_distill import sharding
-from ev3_distill.arms import evolution, lowrank, noise
-from ev3_distill.arms.subspace import named
+from ev3_distill.arms import evolution, layerwise, lowrank, noise
+from ev3_distill.arms.subspace import named, whole
 from ev3_distill.compiling import compiler_options
 from ev3_distill.files import cache_root, written_whole
 from ev3_distill.types import Network, PyTree, Variables
 from students import conv
 
 KEY = ("seed", "contender")  # names a row
+LAYERS = 4
 SHAPE = (omniglot.SIDE, omniglot.SIDE, 1)
 TESTS = ((5, 5), (5, 1), (20, 5), (20, 1))  # way, shot
 TEST_QUERY = 15
@@ -60,7 +62,7 @@ class Recipe:
     """How an embedding is trained."""
 
     width: int
-    pairs: int | None  # of the population; None for backpropagation
+    pairs: tuple[int, ...] | None  # of a population of the whole network, or of one per layer; None for backpropagation
     generations: int  # or steps
     rate: float  # of Adam, falling to zero along half a cosine
     sigma: float = 0.05  # at first; it falls to a fifth along with the rate
@@ -69,7 +71,7 @@ class Recipe:
     shot: int = 5
     query: int = 5
     episodes: int = 1  # that a generation's members see
-    chunk: int | None = None  # pairs at once
+    chunks: tuple[int | None, ...] = (None, None, None, None)  # of each population, pairs at once
 
     @property
     def contender(self) -> str:
@@ -77,15 +79,16 @@ class Recipe:
         return f"{'backprop' if self.pairs is None else 'evolution'}, width {self.width}"
 
 
+LARGER = (1, 8, 16, 64)  # pairs at once: a layer deeper, a quarter of the pixels
 RECIPES = {
-    "smoke": (Recipe(4, 8, 20, 0.02, rank=1), Recipe(4, None, 20, 0.01)),
+    "smoke": (Recipe(4, (2, 2, 4, 8), 20, 0.02), Recipe(4, None, 20, 0.01)),
     "full": (
-        Recipe(8, 64, 6000, 0.02),
+        Recipe(8, (16, 48, 128, 256), 12000, 0.02, way=20, shot=2, query=1, chunks=LARGER),
         Recipe(8, None, 4000, 0.005, way=20),
-        Recipe(16, 64, 6000, 0.02),
+        Recipe(16, (16, 64, 192, 384), 6000, 0.02, way=20, shot=2, query=1, chunks=LARGER),
         Recipe(16, None, 4000, 0.005, way=20),
     ),
-    "accelerator": (Recipe(64, 2048, 20000, 0.01, rank=1), Recipe(64, None, 20000, 0.001, way=60)),
+    "accelerator": (Recipe(64, (2048,), 20000, 0.01, rank=1), Recipe(64, None, 20000, 0.001, way=60)),
 }
 
 
@@ -151,8 +154,9 @@ def trained_state(
     advance = _advance(recipe, network, mesh)
     state = jax.tree.map(np.asarray, begun(recipe, network, jax.random.key(seed)))
     log: list[dict[str, float]] = []
-    if (directory / "state.npz").exists():
-        state, log = _restored(directory / "state.npz", state)
+    path = directory / "state.npz"
+    if kept := sharding.as_first(path.read_bytes() if sharding.first() and path.exists() else b""):
+        state, log = _restored(kept, state)
     every = max(1, recipe.generations // 100)
     fixed = sharding.replicate((np.asarray(jax.random.key_data(jax.random.key(seed))), characters.train), mesh)
     state, kept_at, spent = sharding.replicate(state, mesh), time.monotonic(), log[-1]["seconds"] if log else 0.0
@@ -166,7 +170,8 @@ def trained_state(
         if last or time.monotonic() - kept_at > KEEP_S:
             _keep(directory, state, log)
             kept_at = time.monotonic()
-            print(f"bench protonet: {recipe.contender}, {log[-1]}", file=sys.stderr, flush=True)
+            if sharding.first():
+                print(f"bench protonet: {recipe.contender}, {log[-1]}", file=sys.stderr, flush=True)
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), state), log
 
 
@@ -214,8 +219,8 @@ def _advance(recipe: Recipe, network: Network, mesh: jax.sharding.Mesh) -> Calla
             seen, gradient = jax.value_and_grad(fitness)(state.params, now)
         else:
             sigma = recipe.sigma * (0.2 + 0.8 * _annealed(recipe)(state.generation))
-            how: dict[str, Any] = {"pairs": recipe.pairs, "rank": recipe.rank, "chunk": recipe.chunk, "spread": spread}
-            gradient, report = evolution.estimate(of_noise, state.params, fitness, sigma=sigma, **how)
+            how: dict[str, Any] = {"sigma": sigma, "rank": recipe.rank, "spread": spread}
+            gradient, report = layerwise.estimate_by_parts(of_noise, state.params, fitness, _parts(recipe), **how)
             seen = report.mean
         updates, opt_state = optimizer.update(optax.tree.scale(-1, gradient), state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -230,6 +235,14 @@ def _advance(recipe: Recipe, network: Network, mesh: jax.sharding.Mesh) -> Calla
         return moved
 
     return jax.jit(sharding.everywhere(advance, mesh), compiler_options=compiler_options())
+
+
+def _parts(recipe: Recipe) -> list[layerwise.Part]:
+    """Populations: of the network, or of its layers, each a convolution with its BatchNorm."""
+    assert recipe.pairs is not None
+    subspaces = [whole] if len(recipe.pairs) == 1 else [named(rf"\[{i}\]") for i in range(LAYERS)]
+    populations = zip(subspaces, recipe.pairs, recipe.chunks[: len(subspaces)], strict=True)
+    return [layerwise.Part(*population) for population in populations]
 
 
 def likelihood(
@@ -271,14 +284,14 @@ def tested(
 
 def _digest(recipe: Recipe, seed: int) -> str:
     """Of all that a training follows from."""
-    rooms: list[ModuleType] = [omniglot, evolution, noise, lowrank, sharding, conv]
+    rooms: list[ModuleType] = [omniglot, evolution, layerwise, noise, lowrank, sharding, conv]
     rooms += [sys.modules[name] for name in (__name__, "students.conv4")]
     text = "".join(inspect.getsource(room) for room in rooms) + f"{recipe} {seed} {jax.__version__}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _keep(directory: Path, state: Training, log: list[dict[str, float]]) -> None:
-    if jax.process_index():
+    if not sharding.first():
         return
     directory.mkdir(parents=True, exist_ok=True)
     leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
@@ -286,9 +299,9 @@ def _keep(directory: Path, state: Training, log: list[dict[str, float]]) -> None
         np.savez(file, log=json.dumps(log), **leaves)  # type: ignore[arg-type]  # as numpy's stub has it
 
 
-def _restored(path: Path, like: Training) -> tuple[Training, list[dict[str, float]]]:
+def _restored(kept: bytes, like: Training) -> tuple[Training, list[dict[str, float]]]:
     leaves, treedef = jax.tree.flatten(like)
-    with np.load(path) as saved:
+    with np.load(io.BytesIO(kept)) as saved:
         return jax.tree.unflatten(treedef, [saved[f"leaf{i}"] for i in range(len(leaves))]), json.loads(
             str(saved["log"])
         )

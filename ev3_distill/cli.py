@@ -16,6 +16,8 @@ import tyro
 from ev3_distill import config
 from ev3_distill.errors import InputError
 
+SPREAD_SUITES = ("evolution", "protonet")
+
 C = TypeVar("C", bound=config.Compress | config.Teach)
 
 
@@ -113,6 +115,13 @@ class BenchCommand:
     """full, or smoke for a quick look that proves nothing."""
     out: Path | None = None
     """Directory for rows and table; printed only where none is named."""
+    processes: str = "1"
+    """That work together, each started by this command: a number, or auto where the cluster tells it (SLURM, Kubernetes, Cloud
+    TPU, MPI). For evolution and protonet."""
+    coordinator: str | None = None
+    """HOST:PORT where process 0 listens and that all of them reach."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -357,6 +366,17 @@ def _export(command: ExportCommand) -> None:
 
 
 def _bench(command: BenchCommand) -> None:
+    from ev3_distill import sharding
+
+    group = command.processes, command.coordinator, command.process_id
+    if group != ("1", None, None):
+        if command.suite not in SPREAD_SUITES:
+            raise InputError(
+                f"suites whose work several processes share are {', '.join(SPREAD_SUITES)}; got '{command.suite}': run it "
+                "in one"
+            )
+        sharding.start(*group)  # before anything asks JAX for its devices
     import benchmarks
 
-    benchmarks.run(command.suite, seeds=command.seeds, size=command.size, out=command.out)
+    with sharding.joined():
+        benchmarks.run(command.suite, seeds=command.seeds, size=command.size, out=command.out)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -127,7 +128,8 @@ def start(
     A process that dies takes the others with it: they stop with an error that names it, within SILENCE_S and a few seconds.
 
     Args:
-      processes: how many there are; None or 1 starts nothing, "auto" asks the cluster (SLURM, Kubernetes, Cloud TPU, MPI).
+      processes: how many there are, as a number or its digits; None or 1 starts nothing, "auto" asks the cluster (SLURM,
+        Kubernetes, Cloud TPU, MPI).
       coordinator: HOST:PORT where process 0 listens, that all of them reach; the cluster may know it.
       process_id: which of them this is, from 0; the cluster may know it.
 
@@ -137,7 +139,14 @@ def start(
     Raises:
       InputError: what was given does not make a group of processes, or they did not meet within CONNECT_S.
     """
+    if isinstance(processes, str) and processes.isdigit():
+        processes = int(processes)
     if processes is None or processes == 1:
+        if coordinator is not None or process_id is not None:
+            raise InputError(
+                f"a coordinator and a process's number are for several processes; got {coordinator or process_id} and "
+                f"{processes or 'no number'} of them: say how many by --processes"
+            )
         return 0, 1
     count = _checked(processes, coordinator, process_id)
     try:
@@ -156,6 +165,20 @@ def start(
             "--process-id, all from one start"
         ) from None
     return jax.process_index(), jax.process_count()
+
+
+def first() -> bool:
+    """Whether this is the process that writes: one of a run does."""
+    return bool(jax.process_index() == 0)
+
+
+def as_first(content: bytes) -> bytes:
+    """What process 0 brings, in all processes: their disks need not be shared."""
+    if jax.process_count() == 1:
+        return content
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    own = np.frombuffer(content if first() else bytes(size), np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(own)).astype(np.uint8).tobytes()
 
 
 @contextlib.contextmanager

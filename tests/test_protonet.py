@@ -82,7 +82,7 @@ def test_a_query_belongs_to_the_nearest_prototype():
     assert float(found[1]) == 0.5
 
 
-@pytest.mark.parametrize("pairs", [4, None], ids=["evolution", "backprop"])
+@pytest.mark.parametrize("pairs", [(4,), None], ids=["evolution", "backprop"])
 def test_training_goes_on_where_it_was_stopped(monkeypatch, tmp_path, pairs):
     recipe = protonet.Recipe(2, pairs, 6, 0.05, rank=1, way=2, shot=1, query=1)
     network = students.named("conv4:width=2", protonet.SHAPE, 1)

@@ -1,0 +1,112 @@
+"""Several processes on one command: what they are told, and a training that outlives the death of one of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from test_sharding import ROOT, free_port
+
+import students
+from benchmarks import omniglot, protonet
+
+RECIPE = protonet.Recipe(2, (3,), 60, 0.05, way=2, shot=1, query=1)
+DRAWINGS = np.random.default_rng(0).integers(0, 256, (4, 20, 28, 28), np.uint8)
+CHARACTERS = omniglot.Characters(DRAWINGS, DRAWINGS, DRAWINGS)
+
+# What a process runs: `ev3-distill` on a tiny problem, in no hurry, so that there is time to kill it.
+WORK = f"""
+import sys, time
+from ev3_distill import cli, sharding
+start, sharding.SILENCE_S = sharding.start, 4
+
+def started(*group):  # only then may the rest be imported
+    start(*group)
+    sys.path.insert(0, {str(ROOT / "tests")!r})
+    import test_processes as ours
+    from benchmarks import omniglot, protonet
+    protonet.RECIPES, protonet.KEEP_S, omniglot.load = {{"smoke": (ours.RECIPE,)}}, 0, lambda: ours.CHARACTERS
+    keep = protonet._keep
+    protonet._keep = lambda *given: (keep(*given), time.sleep(0.2))
+
+sharding.start = started
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (
+            ["safety", "--processes", "2"],
+            "suites whose work several processes share are evolution, protonet; got 'safety'",
+        ),
+        (["protonet", "--processes", "many"], "processes are a number of at least 1, or auto; got 'many'"),
+        (["protonet", "--processes", "0"], "processes are a number of at least 1, or auto; got '0'"),
+        (["protonet", "--processes", "2"], "2 processes need a coordinator HOST:PORT"),
+        (["protonet", "--processes", "2", "--coordinator", "a:1"], "needs its own number, 0 to 1; got None"),
+        (
+            ["protonet", "--coordinator", "a:1"],
+            "a coordinator and a process's number are for several processes; got a:1",
+        ),
+        (["evolution", "--process-id", "0"], "a coordinator and a process's number are for several processes; got 0"),
+    ],
+)
+def test_what_makes_no_group_is_told(cli, monkeypatch, argv, told):
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    answer = cli("bench", *argv)
+    assert answer.code == 2
+    assert told in answer.err and answer.err.count("\n") == 1
+
+
+def test_a_training_outlives_the_death_of_a_process(tmp_path):
+    """Two processes train; one is killed; the other stops and says why; one process goes on where they were, as if alone."""
+    network = students.named("conv4:width=2", protonet.SHAPE, 1)
+    whole, _ = protonet.trained_state(RECIPE, 0, network, CHARACTERS, tmp_path / "alone")
+    coordinator = f"127.0.0.1:{free_port()}"
+    begun = [_begin(tmp_path, coordinator, i) for i in (0, 1)]
+    try:
+        kept = _kept(tmp_path / "0", begun)
+        begun[1].send_signal(signal.SIGKILL)
+        died = time.monotonic()
+        _, err = begun[0].communicate(timeout=60)
+    finally:
+        for process in begun:
+            process.kill()
+            process.communicate()
+    assert begun[0].returncode != 0 and time.monotonic() - died < 60
+    assert "start all anew" in err or "another task died" in err, err[-3000:]
+    with np.load(kept) as saved:
+        log = json.loads(str(saved["log"]))
+    assert 0 < log[-1]["generation"] < RECIPE.generations
+    assert not (tmp_path / "1" / "protonet").exists()  # process 0 alone writes
+    resumed, log = protonet.trained_state(RECIPE, 0, network, CHARACTERS, kept.parent)
+    assert [row["generation"] for row in log] == list(range(1, RECIPE.generations + 1))
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+
+def _begin(tmp_path, coordinator, i):
+    """A process, with a cache of its own as on a machine of its own."""
+    alone = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"}
+    environment = {**os.environ, **alone, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment["EV3_DISTILL_CACHE"] = str(tmp_path / str(i))
+    group = ["--processes", "2", "--coordinator", coordinator, "--process-id", str(i)]
+    argv = [sys.executable, "-c", WORK, "bench", "protonet", "--seeds", "1", "--size", "smoke", *group]
+    return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _kept(cache, begun):
+    """The path of what process 0 keeps, once it is there."""
+    until = time.monotonic() + 120
+    while not (found := list(cache.glob("protonet/*/state.npz"))):
+        if any(process.poll() is not None for process in begun) or time.monotonic() > until:
+            for process in begun:
+                process.kill()
+            raise AssertionError(begun[0].communicate()[1][-3000:])
+        time.sleep(0.05)
+    return found[0]
