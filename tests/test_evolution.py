@@ -228,6 +228,30 @@ def test_decay_acts_on_the_mean_alone():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 0.99**10 * b, rtol=1e-5), state.mean, MEAN)
 
 
+@pytest.mark.parametrize("rank", [None, 1])
+def test_with_elitism_the_best_member_stays_where_it_beats_the_mean(rank):
+    """At rate 0 the mean climbs by its best members alone, never down, and past broken ones; at a good rate it outruns them."""
+
+    def fitness(params, key):
+        score = quadratic(params)
+        return jnp.where(params["b"][0] < 0.2, jnp.nan, score)
+
+    ours = evolution.evolution(optax.sgd(0.0), pairs=3, sigma=0.1, rank=rank, elitism=True)
+    step, state = stepped(ours, fitness), ours.init(MEAN)
+    score = float(quadratic(MEAN))
+    for _ in range(6):
+        state, told = step(state)
+        now = float(quadratic(state.mean))
+        assert now == pytest.approx(max(score, float(told.best)), rel=1e-5)
+        score = now
+    assert score > float(quadratic(MEAN)) + 0.1
+    means = []
+    for elitism in (False, True):
+        ours = evolution.evolution(optax.sgd(0.1), pairs=64, sigma=1e-3, shaping="centred", rank=rank, elitism=elitism)
+        means.append(stepped(ours, quadratic)(ours.init(MEAN))[0].mean)
+    jax.tree.map(np.testing.assert_array_equal, *means)
+
+
 def test_sigma_follows_its_schedule():
     """Of a square around 0, which optimization at rate 0 does not leave, the fitness grows with sigma squared."""
     schedule = optax.piecewise_constant_schedule(0.1, {1: 10.0})

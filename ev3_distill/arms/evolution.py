@@ -71,6 +71,7 @@ def evolution(
     shaping: str = "rank",
     rank: int | None = None,
     decay: float = 0.0,
+    elitism: bool = False,
     chunk: int | None = None,
     spread: Spread = Spread(),  # noqa: B008  a tuple
 ) -> Evolution:
@@ -83,6 +84,8 @@ def evolution(
       shaping: of fitness, a name of SHAPINGS.
       rank: of the noise on matrices and kernels; None for full-rank noise.
       decay: share of the mean that each generation takes off it, decoupled from the gradient and its optimizer.
+      elitism: whether the generation's best member becomes the mean where it scores higher than the mean that was moved, on the
+        member's own data, which costs one evaluation more. For fitness without noise: of noisy ones the best is a lucky one.
       chunk: pairs scored at once; None for as many as CHUNK_BYTES hold, or one of convolutions on CPUs.
       spread: over devices.
     """
@@ -94,12 +97,19 @@ def evolution(
     def step(key: jax.Array, state: EvolutionState, fitness: Fitness) -> tuple[EvolutionState, Report]:
         now = jax.random.fold_in(key, state.generation)
         how: dict[str, Any] = {"pairs": pairs, "shaping": shaping, "rank": rank, "chunk": chunk, "spread": spread}
-        gradient, report = estimate(now, state.mean, fitness, sigma=schedule(state.generation), **how)
+        width = schedule(state.generation)
+        gradient, report, scores = _estimated(now, state.mean, fitness, sigma=width, **how)
         descent = optax.tree.scale(-1, gradient)
         updates, opt_state = optimizer.update(descent, state.opt_state, state.mean)
         if decay:
             updates = jax.tree.map(lambda update, x: update - decay * x, updates, state.mean)
-        return EvolutionState(optax.apply_updates(state.mean, updates), opt_state, state.generation + 1), report
+        mean = optax.apply_updates(state.mean, updates)
+        if elitism:
+            elite, of_data = _best(now, state.mean, scores, sigma=width, rank=rank)
+            own = fitness(mean, of_data)
+            wins = report.best > jnp.where(jnp.isfinite(own), own, -jnp.inf)
+            mean = jax.tree.map(lambda ours, theirs: jnp.where(wins, ours, theirs), elite, mean)
+        return EvolutionState(mean, opt_state, state.generation + 1), report
 
     return Evolution(init, step)
 
@@ -130,12 +140,30 @@ def estimate(
       The estimate, of the mean's structure, and what the population told. Without shaping ("centred") it is unbiased but
       for members that are broken: these count as the worst of all others.
     """
+    how: dict[str, Any] = {"shaping": shaping, "rank": rank, "chunk": chunk, "hold": hold, "spread": spread}
+    return _estimated(key, mean, fitness, pairs=pairs, sigma=sigma, **how)[:2]
+
+
+def _estimated(
+    key: jax.Array,
+    mean: PyTree,
+    fitness: Fitness,
+    *,
+    pairs: int,
+    sigma: jax.typing.ArrayLike,
+    shaping: str,
+    rank: int | None,
+    chunk: int | None,
+    spread: Spread,
+    hold: bool | None = None,
+) -> tuple[PyTree, Report, jax.Array]:
+    """As `estimate`, and the members' fitness [n, 2], -inf for what is broken."""
     if pairs < 1 or shaping not in SHAPINGS or (chunk is not None and chunk < 1):
         raise ValueError(
             f"evolution needs pairs >= 1, chunk >= 1 if given, and a shaping of {', '.join(SHAPINGS)}; got {pairs}, {chunk}, "
             f"'{shaping}': mend these"
         )
-    noise = full_rank(mean) if rank is None else low_rank(mean, rank)
+    noise = _noise(mean, rank)
     blocks = spread.devices * spread.parts
     size = min(chunk or _fitting(mean, noise), math.ceil(pairs / blocks))
     chunks = math.ceil(pairs / (blocks * size))  # of each part
@@ -178,7 +206,23 @@ def estimate(
         return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, mean), given)[0]
 
     by_part = jax.tree.map(lambda leaf: leaf.reshape(spread.parts, chunks, *leaf.shape[1:]), (at, kept))
-    return spread.total(jax.lax.map(part, by_part)), report
+    return spread.total(jax.lax.map(part, by_part)), report, scores
+
+
+def _noise(mean: PyTree, rank: int | None) -> Noise:
+    return full_rank(mean) if rank is None else low_rank(mean, rank)
+
+
+def _best(
+    key: jax.Array, mean: PyTree, scores: jax.Array, *, sigma: jax.typing.ArrayLike, rank: int | None
+) -> tuple[PyTree, jax.Array]:
+    """The member with the highest fitness, the first of several, and the key of its data."""
+    at = jnp.argmax(scores)
+    pair, sign = at // 2, 1.0 - 2.0 * (at % 2)
+    noise = _noise(mean, rank)
+    drawn = noise.draw(jax.random.fold_in(key, 2 * pair))
+    step = noise.weigh(sign[None] * sigma, drawn[None])
+    return jax.tree.map(jnp.add, mean, step), jax.random.fold_in(key, 2 * pair + 1)
 
 
 def _fitting(mean: PyTree, noise: Noise) -> int:
@@ -253,6 +297,7 @@ def evolution_arm(
     shaping: str = "rank",
     rank: int | None = None,
     decay: float = 0.0,
+    elitism: bool = False,
     subspace: Callable[[PyTree], Subspace] = whole,
     chunk: int | None = None,
     spread: Spread = Spread(),  # noqa: B008  a tuple
@@ -271,10 +316,10 @@ def evolution_arm(
       optimizer: any optax transformation; it sees the parameters that move.
       subspace: which these are, see `subspace.py`.
       length: of the trajectory, relative to the run's.
-      pairs, sigma, shaping, rank, decay, chunk, spread: as of `evolution`.
+      pairs, sigma, shaping, rank, decay, elitism, chunk, spread: as of `evolution`.
     """
-    how: dict[str, Any] = {"shaping": shaping, "rank": rank, "decay": decay, "chunk": chunk, "spread": spread}
-    strategy = evolution(optimizer, pairs=pairs, sigma=sigma, **how)
+    how: dict[str, Any] = {"shaping": shaping, "rank": rank, "decay": decay, "elitism": elitism}
+    strategy = evolution(optimizer, pairs=pairs, sigma=sigma, chunk=chunk, spread=spread, **how)
     cost = max(1, round(2 * pairs / FORWARD_PASSES))  # steps of a generation
 
     def init(student: Variables) -> ArmState:
