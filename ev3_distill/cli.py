@@ -107,8 +107,8 @@ class BenchCommand:
     """Measure the tool itself: rows, a Markdown table, and how to reproduce them."""
 
     suite: tyro.conf.Positional[str]
-    """coverage, evolution, growth, guards, hypergrad, memory, portfolio, protonet, quality, rotation, safety, speed, throughput
-    or tuning."""
+    """coverage, evolution, growth, guards, hypergrad, memory, portfolio, protonet, quality, rescue, rotation, safety, speed,
+    throughput or tuning."""
     seeds: int = 10
     """Repetitions."""
     size: str = "full"

@@ -5,6 +5,10 @@ parameters' size is added up; nothing else is sent. Addition of floats is not as
 bit the same on 1, 2, 4 or 8 devices is one of `lanes` partial sums, whose number does not depend on that of the devices, along
 a binary tree: a device adds up its own lanes, and the rest of the tree is climbed for one part of the vector on each device
 (an all-to-all and an all-gather, which send what a ring's all-reduce sends).
+
+That is the sum alone: a member's own fitness must come out the same, too, and XLA rounds by what it fuses. It did for
+networks of products, and of convolutions, whose noise is on all layers; where it is on one (`arms/layerwise.py`) and several
+members are evaluated at once, parameters of a Conv4 on 1, 2 and 8 devices differed after 5 generations by 1e-7 of the largest.
 """
 
 import contextlib

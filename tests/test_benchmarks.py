@@ -262,7 +262,7 @@ def test_what_a_search_came_to():
             1,
             "full",
             "a suite is one of coverage, evolution, growth, guards, hypergrad, memory, portfolio, protonet, "
-            "quality, rotation, safety, search, speed, throughput, "
+            "quality, rescue, rotation, safety, search, speed, throughput, "
             "tuning; got 'swiftness'",
         ),
         ("throughput", 1, "huge", "a size is one of full, smoke; got 'huge'"),
