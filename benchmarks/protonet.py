@@ -5,10 +5,13 @@ Euclidean distance. Trained on episodes of characters in four rotations, sampled
 characters that training never saw, with 15 queries a class and BatchNorm by running statistics, as the reference does it
 (non-transductive). The split is Vinyals' (see `omniglot.py`).
 
-Evolution and its twin share all of this file but the line that makes a gradient: `estimate`, or `jax.grad`. A generation's
-members all see the same episodes; the running statistics follow the mean's. Training is kept on disk and goes on where it was
-stopped, so `ev3-distill bench protonet --out DIR` can be given again until it is done. Its speed is of the machine, and its
-log and weights follow from seed and recipe: sums are in fixed order.
+Evolution and its twin share all of this file but the line that makes a gradient: `estimate_by_parts`, or `jax.grad`. A
+generation's members all see the same episodes; the running statistics follow the mean's. On CPUs each layer has a population
+of its own, larger for deeper ones, which cost less; and episodes are of 20 classes and few drawings, which tell more than 5
+classes of many do (found on validation characters: 94.3 % in place of 91.5 % after 1,200 generations, width 8).
+
+Training is kept on disk and goes on where it was stopped, so `ev3-distill bench protonet --out DIR` can be given again until it
+is done. Its speed is of the machine, and its log and weights follow from seed and recipe: sums are in fixed order.
 
 Width 64 is trained where an accelerator is at hand, and is unproven elsewhere.
 
