@@ -6,9 +6,9 @@ from it at equal cost, by its bare trajectory without EV3:
 
 - gradient arms of the zoo on explore, in batches of 128, and the balanced ones on explore and assess together;
 - an evolution strategy on worst-class accuracy itself, which has no gradient, over the last layer's biases or over the last
-  layer, on batches of 2,048 of assess: on explore, which the student has learned by heart, its worst class shows nothing, as
-  a population there confirms. Three forward passes count as one step of training, so that a generation costs as many steps of
-  128 as its members' examples make.
+  layer, on batches of 2,048 of assess; and over the biases on explore, which the student has learned by heart, so that its
+  worst class shows less there. Three forward passes count as one step of training, so that a generation costs as many steps
+  of 128 as its members' examples make.
 
 The same is asked of the student in integers (matrices of 8 bits, one scale each, symmetric): evolution, over the last layer, on
 the accuracy of the student as it will be quantised, beside gradient arms that know nothing of that.
