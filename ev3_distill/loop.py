@@ -12,7 +12,7 @@ import numpy as np
 from ev3_distill import objectives
 from ev3_distill.compiling import jit
 from ev3_distill.config import EV3
-from ev3_distill.core import adapt, initial_state, make_parts, make_step, prioritise
+from ev3_distill.core import adapt, allocate, initial_state, make_parts, make_step, prioritise
 from ev3_distill.core.assess import Measures, logits_of, score
 from ev3_distill.core.packing import Packed, Packing
 from ev3_distill.core.trial import on_seen
@@ -110,6 +110,7 @@ class Distillation:
             return on_seen(student.apply, variables, pools, promise, config=config)
 
         self._begin, self._seen, self._arms, self._length = begin, seen, tuple(arms), config.length
+        self._first = allocate.racers_of(arms).index(True)  # who leads a fresh student's first race
         self.evaluate = evaluate  # (variables, split) -> scores, leaves [N]
         self.agreement = agreement  # (variables, split) -> [N] whether student and teacher agree
 
@@ -126,7 +127,8 @@ class Distillation:
         """The state of a run with a smaller student, to go on from with this one, which computes the same.
 
         What was proven stays so, and what is left of the error budget; arms of the same names go on from what they had, on
-        short trajectories again.
+        short trajectories again. The arm that leads is the first again, and where several race they race anew: who won for the
+        smaller student may be the wrong one for the larger.
         """
         current, champion = growth.variables(state.current), growth.variables(state.champion)
         begun = (arm.init(current) for arm in self._arms)
@@ -145,6 +147,9 @@ class Distillation:
             arm_states=arm_states,
             length=jnp.float32(self._length),
             stale=jnp.int32(0),
+            leader=jnp.int32(self._first),
+            round=jnp.int32(0),
+            arm_value=jnp.zeros_like(state.arm_value),
             progress=progress,
             met=jnp.bool_(False),
             closed=jnp.bool_(False),

@@ -9,6 +9,10 @@ Wider: features are copied, and what reads them is divided among the copies, eve
 little more for one copy that the others have less. So their gradients differ in direction: gradients that differ in length
 alone would be the same to Adam, which normalises, and the copies would stay alike.
 
+Units of a ReLU that nothing normalises are not copied but drawn, and read with zeros at first: a unit that the ReLU has shut
+for all inputs would be copied as one that learns nothing either, and a part of the larger network with it. Behind another ReLU
+their weights have the sign with which they sum to no less than 0, for there one in ten would be shut from the start.
+
 Deeper: a new layer is the identity of what a ReLU made, or a new residual branch ends in zeros; zeros get a gradient at once,
 and what is before them as soon as they move.
 
@@ -44,7 +48,7 @@ import numpy as np
 from ev3_distill.errors import InputError
 from ev3_distill.types import Network, PyTree, Variables
 from students import build, layout_of
-from students.layout import Axis, Layout, Path
+from students.layout import Axis, Layer, Layout, Path
 from students.spreading import Leaf, copies_of, leaves_of, path_of, standing_of
 
 Factory = Callable[..., Any]
@@ -168,9 +172,14 @@ def growth(
     _check(spec, network.spec, old, new, standing)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     copies = copies_of(rng, old, new, standing)
-    fresh = _fresh(key, network, [layer.path for name, layer in new.layers.items() if name not in old.layers])
+    drawn = [layer.path for name, layer in new.layers.items() if name not in old.layers or _writes_drawn(layer, new)]
+    fresh = _fresh(key, network, drawn)
     params = leaves_of(rng, old, new, copies, fresh.params, trained=True)
     return Growth(network, params, leaves_of(rng, old, new, copies, fresh.stats, trained=False))
+
+
+def _writes_drawn(layer: Layer, new: Layout) -> bool:
+    return any(axis and not axis.reads and new.spaces[axis.space].drawn for axis in layer.axes)
 
 
 def _fresh(key: jax.Array, network: Network, paths: Sequence[Path]) -> Variables:

@@ -3,6 +3,7 @@
 A *space* is a set of features that grow together: the units of a hidden layer, the channels of a residual stage, the heads of
 an attention. An axis of an array *writes* a space where it makes these features, and *reads* it where the network sums over
 them. Copying features copies what writes them and divides what reads them (Chen et al., Net2Net, ICLR 2016; arXiv:1511.05641).
+Features that are drawn are written as a new network writes them, and read with zeros at first.
 """
 
 import itertools
@@ -19,6 +20,7 @@ class Space(NamedTuple):
     size: int
     even: bool = False  # whether all are copied equally often: a LayerNorm takes mean and variance over them
     holds: tuple[str, int] | None = None  # a space that is added to these from an index on: a padded shortcut
+    drawn: bool = False  # whether what is added is drawn and not copied: copies of units that a ReLU has shut stay shut
 
 
 class Axis(NamedTuple):

@@ -57,4 +57,5 @@ def grow(input_shape: Sequence[int], num_classes: int, *, hidden: Sequence[int] 
     }
     layers["head"] = Layer(("layers", len(hidden)), (ends[-1] if ends else None, None))
     moves = {"wider": {"hidden": [next_size(n) for n in hidden]}, "deeper": {"hidden": [*hidden, *hidden[-1:]]}}
-    return Layout(dict(zip(names, map(Space, hidden), strict=True)), layers, moves if hidden else {})
+    spaces = {name: Space(size, drawn=True) for name, size in zip(names, hidden, strict=True)}
+    return Layout(spaces, layers, moves if hidden else {})

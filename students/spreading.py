@@ -22,6 +22,14 @@ class Copies(NamedTuple):
 
     size: int  # of the old space
     indices: np.ndarray  # int [new size]
+    drawn: bool = False  # whether the second and later of one old feature are drawn instead; moments still copy its own
+
+    @property
+    def added(self) -> np.ndarray:
+        """Which features are drawn, bool [new size]."""
+        later = np.ones(len(self.indices), bool)
+        later[np.unique(self.indices, return_index=True)[1]] = False
+        return later & self.drawn
 
 
 class Leaf(NamedTuple):
@@ -52,7 +60,8 @@ class Leaf(NamedTuple):
             return np.full(self.new.shape, old.mean(), old.dtype)
         if self.value is None or self.gradient is None:
             return self._grown(old, None)
-        return self._grown(old, (self.gradient / self.value) ** 2)
+        ones = np.ones(np.broadcast_shapes(self.gradient.shape, self.value.shape), np.float32)
+        return self._grown(old, np.divide(self.gradient, self.value, out=ones, where=self.value != 0) ** 2)
 
     def _grown(self, old: np.ndarray, factor: np.ndarray | None) -> np.ndarray:
         for dimension, source in self.copies:
@@ -78,7 +87,7 @@ def copies_of(rng: np.random.Generator, old: Layout, new: Layout, standing: Stan
             continue
         before = old.spaces[standing[name]]
         if space.holds is None or before.holds is None:
-            found[name] = Copies(before.size, _copied(rng, before.size, space.size))
+            found[name] = Copies(before.size, _copied(rng, before.size, space.size), space.drawn)
             continue
         (held, at), (_, old_at) = space.holds, before.holds
         within = found[held].indices + old_at
@@ -123,11 +132,11 @@ def leaves_of(
             like = new.layers[like].like or ""
         source = (*old.layers[like].path, *path[len(layer.path) :])
         if owner in old.layers:
-            leaves[path] = _spread(rng, source, array.shape, _axes(layer, path, array.shape, new), copies)
+            leaves[path] = _spread(rng, source, array, _axes(layer, path, array.shape, new), copies)
         elif trained and layer.start == "zero":
             leaves[path] = _begun(source, np.zeros(array.shape, array.dtype))
         elif trained and layer.start == "identity":
-            spread = _spread(rng, source, array.shape, _axes(layer, path, array.shape, new), copies)
+            spread = _spread(rng, source, array, _axes(layer, path, array.shape, new), copies)
             first = np.eye(*spread.shape) if len(spread.shape) == 2 else np.zeros(spread.shape)
             leaves[path] = _begun(source, spread.of_parameter(first.astype(array.dtype)))
         else:
@@ -161,23 +170,32 @@ def _axes(layer: Layer, path: Path, shape: Sequence[int], new: Layout) -> dict[i
 def _spread(
     rng: np.random.Generator,
     source: Path,
-    shape: Sequence[int],
+    fresh: Any,
     axes: Mapping[int, Axis],
     copies: Mapping[str, Copies],
 ) -> Leaf:
-    """An array of this shape as copies of an old one, axis after axis, with the factors that come of it."""
+    """An array as copies of an old one, axis after axis, with the factors that come of it.
+
+    Where a feature is drawn what writes it is as in `fresh`, which may be a shape alone where none is, and what reads it zero.
+    """
+    shape: tuple[int, ...] = fresh.shape
     before, indices = list(shape), {}
+    written, read = np.zeros(shape, bool), np.zeros(shape, bool)
     for dimension, axis in axes.items():
-        size, index = copies[axis.space]
+        size, index, _ = copies[axis.space]
         before[dimension] = axis.times * size
         if not np.array_equal(index, np.arange(size)):
             indices[dimension] = (size * np.arange(axis.times)[:, None] + index).ravel()
+            added = np.expand_dims(np.tile(copies[axis.space].added, axis.times), _others(shape, dimension))
+            written, read = (written, read | added) if axis.reads else (written | added, read)
     if not indices:
         return Leaf(source, tuple(before))
     value, offset, gradient = np.ones(before), np.zeros(before), np.ones([1] * len(shape))
     noise = _NOISE / np.sqrt(math.prod(before[:-1]))
     for dimension, index in sorted(indices.items(), key=lambda item: axes[item[0]].reads):
         value, offset = value.take(index, dimension), offset.take(index, dimension)
+        if copies[axes[dimension].space].drawn:
+            continue
         if axes[dimension].reads:
             gain = (shape[dimension] / before[dimension]) ** axes[dimension].power
             shares, cancelling = _split(rng, value.shape, dimension, index)
@@ -189,6 +207,13 @@ def _spread(
         else:
             part = 1 / np.bincount(index)[index]
             gradient = gradient * np.expand_dims(part, _others(shape, dimension))
+    if (new := written | read).any():
+        value, offset, gradient = np.where(new, 0, value), np.where(new, 0, offset), np.where(new, 0, gradient)
+        if written.any():
+            drawn = np.asarray(fresh)
+            if any(axis.reads for axis in axes.values()):  # what ReLUs made: not one that is shut for all of it
+                drawn = drawn * np.where(drawn.sum(tuple(range(drawn.ndim - 1))) < 0, -1, 1)
+            offset = np.where(written, drawn, offset)
     factors = (factor.astype(np.float32) for factor in (value, offset, gradient))
     return Leaf(source, tuple(before), tuple(indices.items()), *factors)
 
