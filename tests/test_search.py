@@ -79,6 +79,8 @@ def test_it_went_up_by_growth_down_by_peers_and_again(searched):
     assert any(one.startswith("wider, from ") for one in how)
     assert any(one.startswith("taught by ") for one in how)
     assert any(one.startswith("pass 2, taught by ") for one in how)
+    taught = max(i for i, one in enumerate(how) if one.startswith("taught by "))
+    assert how[taught + 1].startswith("longer, from ")  # what was found goes on with what is left
 
 
 def state_of(run):
