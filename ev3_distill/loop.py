@@ -38,6 +38,8 @@ Supply = Callable[[int, int], Iterator[tuple[PyTree, int, int]]]
 # (first, last) -> (explore pool, first, last) of consecutive parts of the global steps [first, last)
 
 UNLIMITED = 2**30  # steps, where wall time is the budget
+DRAWS = 8  # of initial parameters, at most,
+DRAWING = 20  # as long as they cost no more than this part of the budget
 AT_ONCE = 64  # iterations that one dispatch may hold,
 IDLE_S = 0.1  # as long as it ends within about this: a checkpoint, a row and Ctrl-C wait for it
 
@@ -84,8 +86,9 @@ class Distillation:
         self.compile_s = 0.0
 
         @jit
-        def begin(pools: Pools, seed: jax.Array) -> State:
+        def begin(pools: Pools, seed: jax.Array, draw: jax.Array) -> State:
             init_key, run_key = jax.random.split(jax.random.key(seed))
+            init_key = jnp.where(draw > 0, jax.random.fold_in(init_key, draw), init_key)
             return initial_state(
                 jax.random.key_data(run_key),
                 student.init(init_key),
@@ -114,13 +117,55 @@ class Distillation:
         self.evaluate = evaluate  # (variables, split) -> scores, leaves [N]
         self.agreement = agreement  # (variables, split) -> [N] whether student and teacher agree
 
-    def begin(self, pools: Pools, seed: int) -> State:
-        """The state before the first iteration."""
-        return self._timed(lambda: jax.block_until_ready(self._begin(pools, np.int32(seed))))
+    def begin(self, pools: Pools, seed: int, *, draw: int = 0) -> State:
+        """The state before the first iteration; with other initial parameters for each draw, and all else the same."""
+        return self._timed(lambda: jax.block_until_ready(self._begin(pools, np.int32(seed), np.int32(draw))))
+
+    def drawn(
+        self,
+        pools: Pools,
+        seed: int,
+        *,
+        budget: int = UNLIMITED,
+        seconds: float | None = None,
+        supply: Supply | None = None,
+    ) -> State:
+        """The state before the first iteration, with the best of several draws of initial parameters.
+
+        Small networks of ReLUs depend on luck: a unit that its first steps shut for all inputs gets no gradient any more, and
+        of three units one or two often are (README has figures). So every draw trains for one iteration; the one that has
+        then the most promise on assess begins, from its initial parameters, and what all cost is part of the run's cost.
+        A network that normalises, one that has statistics of its inputs, has no such luck and is drawn once.
+
+        Args:
+          pools: the data.
+          seed: of parameters, batches and keys.
+          budget: of the run, of which draws take a twentieth at most; with less than two draws there is nothing to compare.
+          seconds: of the run, where wall time is its budget.
+          supply: as in `stream`.
+        """
+        best = self.begin(pools, seed)
+        most, began = budget // DRAWING, time.perf_counter()
+        if jax.tree.leaves(best.current.stats) or most < 2 * self._length:
+            return best
+        compiled, cost, highest = self.compile_s, 0, (-np.inf, -np.inf)
+        for draw in range(DRAWS):
+            begun = self.begin(pools, seed, draw=draw)
+            *_, (packed, decisions) = self.stream(pools, begun, budget=budget, supply=supply, pause=1, at_once=1)
+            evidence = self.unpack(packed).current_evidence
+            score = float(evidence.promise.mean()), float(evidence.select.mean())
+            if score > highest:
+                best, highest = begun, score
+            one = int(decisions[-1].cost)
+            cost += one
+            late = seconds is not None and time.perf_counter() - began - (self.compile_s - compiled) > seconds / DRAWING
+            if cost + one > most or late:
+                break
+        return best._replace(cost=jnp.int32(cost), begun=jnp.int32(cost))
 
     def shapes(self, pools: Pools) -> State:
         """A state's shapes and types; compiles nothing."""
-        shapes: State = jax.eval_shape(self._begin, pools, np.int32(0))
+        shapes: State = jax.eval_shape(self._begin, pools, np.int32(0), np.int32(0))
         return shapes
 
     def grown(self, pools: Pools, state: State, growth: Growth) -> State:
@@ -321,7 +366,7 @@ class Distillation:
 
     def complete(self, pools: Pools, seed: int, *, budget: int) -> State:
         """The final state of a whole run from a fresh start, where nobody looks at its decisions."""
-        *_, (packed, _) = self.stream(pools, self.begin(pools, seed), budget=budget)
+        *_, (packed, _) = self.stream(pools, self.drawn(pools, seed, budget=budget), budget=budget)
         return self.unpack(packed)
 
     def delivered(self, pools: Pools, state: State, policy: str = "best") -> tuple[str, Variables]:
@@ -409,4 +454,4 @@ def distill(
       the decision that led to it.
     """
     run = Distillation(student, arms, config=config, select=select, promise=promise, goals=goals)
-    yield from run.run(pools, run.begin(pools, seed) if state is None else state, budget=budget)
+    yield from run.run(pools, run.drawn(pools, seed, budget=budget) if state is None else state, budget=budget)

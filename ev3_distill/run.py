@@ -225,16 +225,20 @@ def iterate(
     """
     with contextlib.closing(Checkpoints(directory / "checkpoints")) as checkpoints:
         ledger = Ledger(directory / "ledger.jsonl")
+        began = saved = time.perf_counter()
+        compiled = distillation.compile_s
         if (found := checkpoints.restore(distillation.shapes(pools))) is not None:
             _, state, warnings = found
             for line in warnings:
                 warn(line)
         else:
-            state = distillation.begin(pools, seed) if start is None else start()
+            if start is None:
+                start = functools.partial(
+                    distillation.drawn, pools, seed, budget=budget or UNLIMITED, seconds=seconds, supply=supply
+                )
+            state = start()
         ledger.resume(int(state.iteration))
         past = max((row["wall_s"] for row in rows(directory / "ledger.jsonl")), default=0.0)
-        began = saved = time.perf_counter()
-        compiled = distillation.compile_s
         reached: Packed | None = None  # the state of the ledger's last row, once there is one from here
 
         def written() -> State:
@@ -244,7 +248,8 @@ def iterate(
             ledger.sync()
             checkpoints.save(int(written().iteration), written())
 
-        left = None if seconds is None else seconds - past
+        begun = time.perf_counter() - began - (distillation.compile_s - compiled)
+        left = None if seconds is None else seconds - past - begun
         try:
             for following, decisions in distillation.stream(
                 pools, state, budget=budget or UNLIMITED, seconds=left, supply=supply, pause=pause
@@ -348,6 +353,7 @@ def report_of(
             "wall_s": round(history[-1]["wall_s"] + compile_s, 3),
             "compile_s": round(compile_s, 3),
             "steps": cost,
+            "drawing": cost - int(state.arm_cost.sum()),
             "examples": cost * config.batch_size,
         },
         "iterations": int(state.iteration),

@@ -7,8 +7,9 @@ question with several answers (wider, deeper, or the same for longer): each gets
 larger one takes the place of a smaller where it leads by TAKEOVER standard errors. With a ladder of sizes the next one is it.
 
 Down. The student that met the guards is a peer from whom smaller ones learn beside the teacher, from a fresh start, next
-smaller first, as long as each meets the guards in its turn. The one that is found goes on for as long as it gets anywhere: it
-had stopped as soon as decide was sure, and the more it is beyond its guards the surer the sealed split will prove them.
+smaller first, as long as each meets the guards in its turn, with half of what is left at most. The one that is found goes on
+with the rest for as long as it gets anywhere: it had stopped as soon as decide was sure, and the more it is beyond its guards
+the surer the sealed split will prove them.
 
 Further passes do the same for every size that there is an entry of (EV3, arXiv 2310.18893, section 4: synergy).
 
@@ -54,6 +55,7 @@ PATIENCE = 2.0  # of a search, where none is named
 TRIAL = 0.1  # share of the steps so far that each proposal's trial has
 TAKEOVER = 1.0  # standard errors on assess
 SHARE = 4  # of the budget that is left, the part that a size on the way up may take
+DESCENT = 2  # and on the way down: what is found goes on with the rest
 
 
 @dataclasses.dataclass(eq=False)
@@ -111,13 +113,14 @@ def search(
     write_lines(directory / "ledger.jsonl", [row for row in history if row["size"] in entered])
     courses = {id(one.course): one.course for one in made.rungs}.values()
     compile_s = sum(course.distillation.compile_s for course in courses)
-    steps = sum(sum(row["steps"].values()) for row in history)
+    steps = int(made.last.cost) + made.lost
     best = archive.front(made.archive.entries)
     facts = {
         "cost": {
             "wall_s": round(wall_s + compile_s, 3),
             "compile_s": round(compile_s, 3),
             "steps": steps,
+            "drawing": steps - sum(sum(row["steps"].values()) for row in history),
             "examples": steps * chosen.ev3.batch_size,
         },
         "arms": _arms_in(history),
@@ -195,7 +198,7 @@ class _Search:
     def up(self) -> None:
         """From the start until the guards are met, nothing larger is allowed or the budget is spent."""
         seed, first = self.chosen.seed, self._course(self.task.network)
-        begin = functools.partial(first.distillation.begin, first.pools, seed)
+        begin = functools.partial(first.distillation.drawn, first.pools, seed, budget=self.total, supply=first.supply)
         rung = self._rung(self.task.network, first, "begun", begin, shares=True)
         while True:
             state = self._trained(rung)
@@ -309,7 +312,8 @@ class _Search:
             smaller = [entry for entry in self._by_size() if entry.params < found.params]
             if not smaller or self._spent() >= self._limit():
                 return
-            entry = self._taught(smaller[-1], found, f"taught by {found.number}", self._limit())
+            limit = self._spent() + (self._limit() - self._spent()) // DESCENT
+            entry = self._taught(smaller[-1], found, f"taught by {found.number}", limit)
             if not entry.met:
                 return
             found = entry
@@ -363,9 +367,12 @@ class _Search:
 
     def _fresh(self, course: Course, before: State) -> State:
         """A fresh student, in a run that goes on: cost, position and error budget are those of before."""
-        state = course.distillation.begin(course.pools, self.chosen.seed + len(self.rungs))
+        left = self._limit() - int(before.cost)
+        seed = self.chosen.seed + len(self.rungs)
+        state = course.distillation.drawn(course.pools, seed, budget=left, supply=course.supply)
         begun = course.distillation.again(course.pools, state._replace(position=before.position))
-        return begun._replace(cost=before.cost, begun=before.cost, budget=before.budget)
+        cost = before.cost + state.cost
+        return begun._replace(cost=cost, begun=cost, budget=before.budget)
 
     # Rungs.
 

@@ -12,12 +12,14 @@ from flax import nnx
 
 import ev3_distill as ev3
 from ev3_distill import objectives
+from ev3_distill.arms import arms_named
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.loop import Distillation, distill
 from ev3_distill.order import order
 from ev3_distill.pool import Resident
 from ev3_distill.types import PROMOTE, Batch, Pools
 from students.mlp import mlp
+from students.resnet import resnet
 
 F, K, N = 6, 3, 80
 CONFIG = ev3.EV3(batch_size=8, length=4, max_length=16)
@@ -125,6 +127,33 @@ def test_another_process_would_make_the_same_run():
     state, rest = outcome[2][0], outcome[3:]
     again = list(distill(STUDENT, POOLS, ARMS, budget=200, config=CONFIG, state=state))
     assert_same(again, rest)
+
+
+def test_the_draw_that_learns_fastest_begins():
+    """Of as many as a twentieth of the budget pays for; their cost counts, and all but the parameters is as without them."""
+    begun, scores = [RUN.begin(POOLS, 1, draw=draw) for draw in range(5)], []
+    for state in begun:
+        after, decision = next(RUN.run(POOLS, state, budget=660))
+        scores.append((float(after.current_evidence.promise.mean()), float(after.current_evidence.select.mean())))
+    one = int(decision.cost)
+    assert one == 6 and len(set(scores)) == 5  # mse 4 steps, ce 2
+    best = begun[scores.index(max(scores))]
+    drawn = RUN.drawn(POOLS, 1, budget=660)
+    assert int(drawn.cost) == int(drawn.begun) == 5 * one <= 660 // 20 < 6 * one
+    assert_same(drawn._replace(cost=best.cost, begun=best.begun), best)
+    assert_same(RUN.drawn(POOLS, 1, budget=2 * 20 * CONFIG.length - 1), RUN.begin(POOLS, 1))  # none to compare with
+    assert int(RUN.drawn(POOLS, 1, budget=10**6).cost) == 8 * one
+    last, _ = list(RUN.run(POOLS, drawn, budget=660))[-1]
+    assert int(last.cost) == 660 == int(last.arm_cost.sum()) + 5 * one
+
+
+def test_a_network_that_normalises_is_drawn_once():
+    network = resnet((8, 8, 1), K, depth=8, width=2)
+    inputs = jnp.zeros((N, 8, 8, 1))
+    explore, assess, decide = (split._replace(inputs=inputs) for split in (views(make_split(0, N)), *POOLS[1:3]))
+    run = Distillation(network, arms_named(network.apply, ("ce",)), config=CONFIG)
+    pools = Pools(Resident(explore, order(N, 0)), assess, decide)
+    assert int(run.drawn(pools, 0, budget=10**4).cost) == 0
 
 
 def test_seeds_make_runs():
