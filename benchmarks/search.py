@@ -4,8 +4,8 @@ For each data set and seed a teacher is trained by `ev3-distill teach`; then
 
 - `alone`: every size of the ladder by a `compress` of its own, which has the whole budget; what its certificate proves says
   which sizes can certify an accuracy;
-- `search`: `compress --start tiny --moves wider --guard "accuracy >= X"`, whose budget is for all sizes together. It may go up
-  to the last size of the ladder, and knows nothing of the runs alone.
+- `search`: `compress --start tiny --moves wider --guard "accuracy >= X"`, with three times that for all sizes together. It
+  may go up to the last size of the ladder, and knows nothing of the runs alone.
 
 These are the commands as a user gives them, each in a process of its own. Which of two neighbouring sizes certifies is to
 some extent a matter of chance, of initial parameters and of the sealed split, hence the column of near misses. The last
@@ -29,7 +29,8 @@ KEY = ("data", "seed", "run")  # names a row
 FIRST_SEED = 4000  # how a search decides was chosen on seeds below 4000
 LADDER = (2, 3, 4, 6, 8, 12, 16, 24)  # units; tiny, and what `wider` makes of it
 SIZES = {"full": LADDER, "smoke": LADDER[:3]}
-BUDGET = {"full": 20000, "smoke": 2000}
+BUDGET = {"full": 20000, "smoke": 2000}  # of each size alone,
+TIMES = 3  # and of a search, which has several sizes to pay
 TEACHER_BUDGET = {"full": 3000, "smoke": 300}
 AIMS = {"digits": (0.75, 0.85, 0.99), "mnist": (0.75, 0.9, 0.99)}  # accuracies; the last is beyond the ladder
 HOW = ("the same", "smaller", "larger", "not certified")
@@ -93,7 +94,8 @@ class _Bench:
     def row(self, run: str, options: Sequence[str]) -> dict[str, Any]:
         """What one run came to."""
         out = run.replace(" ", "-")
-        told = ("--teacher", "flax:teacher", "--budget", str(self.budget), "--out", out, *options)
+        budget = self.budget * (TIMES if "--start" in options else 1)
+        told = ("--teacher", "flax:teacher", "--budget", str(budget), "--out", out, *options)
         code = self._command("compress", *told)
         report = json.loads((self.directory / out / "report.json").read_text())
         bound = next(claim for claim in report["certificate"]["claims"] if claim["metric"] == "accuracy")["lower_bound"]

@@ -1,10 +1,11 @@
 """Search: the smallest student that meets its guards. It begins small and grows; where that met them, it comes back down.
 
 Up. A rung is one size on its way, an EV3 run of its own in sizes/NN that ends when decide proves all guards, when the student
-is stuck, or with its share of the budget: a part of what is left as long as there is a larger size to try. Then the student
-grows into a larger one that computes the same, and goes on from there with what is left of the error budget. Into which is a
-question with several answers (wider, deeper, or the same for longer): each gets a short trial, assess compares them, and a
-larger one takes the place of a smaller where it leads by TAKEOVER standard errors. With a ladder of sizes the next one is it.
+is stuck, with its share of the budget (a part of what is left as long as there is a larger size to try), or as soon as its
+guards are clearly out of its reach. Then the student grows into a larger one that computes the same, and goes on from there
+with what is left of the error budget. Into which is a question with several answers (wider, deeper, or the same for longer):
+each gets a short trial, assess compares them, and a larger one takes the place of a smaller where it leads by TAKEOVER
+standard errors. With a ladder of sizes the next one is it.
 
 Down. The student that met the guards is a peer from whom smaller ones learn beside the teacher, from a fresh start, next
 smaller first, as long as each meets the guards in its turn, with half of what is left at most. The one that is found goes on
@@ -19,6 +20,7 @@ so a search that was killed goes on bit by bit, wherever it was.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,8 @@ SURE = (
 PATIENCE = 2.0  # of a search, where none is named
 TRIAL = 0.1  # share of the steps so far that each proposal's trial has
 TAKEOVER = 1.0  # standard errors on assess
+STAGE = 10  # first trajectories, after which a size on the way up is first asked whether it will get there,
+BEHIND = 2.0  # standard errors on assess by which it will not
 SHARE = 4  # of the budget that is left, the part that a size on the way up may take
 DESCENT = 2  # and on the way down: what is found goes on with the rest
 
@@ -197,11 +201,11 @@ class _Search:
 
     def up(self) -> None:
         """From the start until the guards are met, nothing larger is allowed or the budget is spent."""
-        seed, first = self.chosen.seed, self._course(self.task.network)
+        seed, first, position = self.chosen.seed, self._course(self.task.network), 0
         begin = functools.partial(first.distillation.drawn, first.pools, seed, budget=self.total, supply=first.supply)
         rung = self._rung(self.task.network, first, "begun", begin, shares=True)
         while True:
-            state = self._trained(rung)
+            state = self._risen(rung, position)
             if bool(state.met) or int(state.cost) >= self._limit():
                 self._enter(rung, state)
                 return
@@ -209,21 +213,33 @@ class _Search:
             self._enter(rung, state)
             if following is None:
                 return
-            rung = following
+            rung, position = following, int(state.position)
+
+    def _risen(self, rung: Rung, position: int) -> State:
+        """Trains a size from that global step on, and leaves it early where it is not on the way to its guards."""
+        steps = STAGE * self.chosen.ev3.length
+        while self.task.guards and self._larger(rung.network.spec):
+            state = self._trained(rung, pause=position + steps)
+            told = list(rows(rung.folder / "ledger.jsonl"))
+            if bool(state.closed) or _falls_behind(told, position, steps, until=_until(state)):
+                return state
+            steps *= 2
+        return self._trained(rung)
 
     def _grown(self, rung: Rung, state: State) -> Rung | None:
         """The rung that a stuck one goes on as."""
         proposals = self._larger(rung.network.spec)
         if not proposals:
             return None
-        if self.ladder:
-            return self._larger_rung(rung, state, proposals["the next size"], "the next size")
+        if len(proposals) == 1 and (self.ladder or not bool(state.closed)):
+            ((name, spec),) = proposals.items()
+            return self._larger_rung(rung, state, spec, name)
         count = 1 + len(proposals)
         each = (self._limit() - int(state.cost)) // count
         steps = min(max(2 * self.chosen.ev3.length, round(TRIAL * int(state.cost))), each)
         if steps < self.chosen.ev3.length:
             return None
-        tried = [self._longer_rung(rung, state)]
+        tried = [self._longer_rung(rung, state)] if bool(state.closed) else []
         tried += [self._larger_rung(rung, state, spec, name) for name, spec in proposals.items()]
         if not (decided := [trial for trial in self.trials if trial["after"] == rung.number]):
             decided = [self._tried(rung, state, tried, steps=steps, limit=int(state.cost) + each)]
@@ -236,7 +252,8 @@ class _Search:
         """A trial of what a stuck rung may go on as, plain data; kept, for the winner goes on and is another one then."""
         ended = [self._trained(one, pause=int(state.position) + steps, limit=limit) for one in tried]
         order = sorted(range(len(tried)), key=lambda i: count_params(ended[i].current))
-        if self.task.guards and not _leads(ended[0].current_evidence, state.current_evidence, tried[0].course):
+        longer = ended[0].current_evidence
+        if self.task.guards and bool(state.closed) and not _leads(longer, state.current_evidence, tried[0].course):
             order.remove(0)  # guards ask for more, and more of the same brought nothing
         best = order[0]
         for i in order[1:]:
@@ -467,6 +484,31 @@ def _of_rung(state: State, number: int) -> State:
     """A state to begin a rung with: it counts its own iterations, and draws keys of its own."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), number)
     return state._replace(iteration=jnp.int32(0), key=jax.random.key_data(key))
+
+
+def _until(state: State) -> int:
+    """The cost that a size on its way up may reach."""
+    return int(state.progress.until) if isinstance(state.progress, Progressed) else adapt.NO_END
+
+
+def _falls_behind(told: Sequence[dict[str, Any]], position: int, steps: int, *, until: int) -> bool:
+    """Whether a size will clearly miss its guards even if it goes on to rise as it did when its steps last doubled.
+
+    What rises is how far it lies above the goal that is nearest, or below it, in standard errors on assess. Learning curves
+    rise less with each doubling, so what follows from the last one is more than there will be.
+
+    Args:
+      told: its rows of the ledger.
+      position: global step at which it began.
+      steps: that it has trained for since; what came later does not count.
+      until: cost that it may reach.
+    """
+    then, now = (next((row for row in told if row["position"] >= position + n), None) for n in (steps // 2, steps))
+    if then is None or now is None or None in (*then["risks"].values(), *now["risks"].values()) or not now["risks"]:
+        return False
+    before, risk = min(then["risks"].values()), min(now["risks"].values())
+    doublings = math.log2(1 + max(until - now["cost"], 0) / (now["position"] - position))
+    return bool(risk + max(risk - before, 0.0) * doublings < -BEHIND)
 
 
 def _leads(one: Evidence, other: Evidence, course: Course) -> bool:

@@ -14,6 +14,7 @@ from conftest import once, rows_without_times, variables_of
 
 import students
 from ev3_distill.cli import main
+from ev3_distill.search import _falls_behind
 
 SEARCH = (
     *("--data", "npz:data.npz", "--teacher", "logits:logits.npz", "--start", "mlp:hidden=3", "--moves", "wider"),
@@ -195,3 +196,34 @@ def test_bad_searches(cli, here, argv, says):
     assert answer.code == 2
     assert says in " ".join(answer.err.split())
     assert not list(here.iterdir())
+
+
+def told(*risks, every=250):
+    """Ledger rows of a size that began at global step 1000 and cost 1200, with what it lay above its goals."""
+    return [
+        {"position": 1000 + every * i, "cost": 1200 + every * i, "risks": {"accuracy": risk, "worst": 9.0}}
+        for i, risk in enumerate(risks, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("risks", "steps", "until", "behind"),
+    [
+        ((-12.0, -8.0), 500, 1200 + 500 * 4, False),  # 4 more with each of two doublings: level
+        ((-12.0, -8.0), 500, 1200 + 500 * 2, True),  # with one: 4 below
+        ((-12.0, -8.0), 500, 1200 + 1414, False),  # with one and a half: 2 below, which may be chance
+        ((-3.0, -3.5), 500, 10**6, True),  # it does not rise
+        ((-1.0, -1.5), 500, 10**6, False),  # but is near
+        ((-12.0,), 500, 1300, False),  # too early to tell
+        ((-12.0, -8.0, -1.0, 3.0), 500, 1200 + 500 * 2, True),  # what came later does not count
+        ((-12.0, -8.0, -7.0, -6.0), 1000, 1200 + 1000 * 4, True),
+        ((None, -8.0), 500, 1300, False),
+    ],
+)
+def test_a_size_that_will_miss_its_guards_is_left(risks, steps, until, behind):
+    assert _falls_behind(told(*risks), 1000, steps, until=until) is behind
+
+
+def test_without_goals_no_size_is_left():
+    rows = [{**row, "risks": {}} for row in told(-9.0, -9.0)]
+    assert not _falls_behind(rows, 1000, 500, until=1300)
