@@ -211,12 +211,12 @@ def told(*risks, every=250):
     [
         ((-12.0, -8.0), 500, 1200 + 500 * 4, False),  # 4 more with each of two doublings: level
         ((-12.0, -8.0), 500, 1200 + 500 * 2, True),  # with one: 4 below
-        ((-12.0, -8.0), 500, 1200 + 1414, False),  # with one and a half: 2 below, which may be chance
+        ((-12.0, -8.0), 500, 1200 + 1420, False),  # with one and a half: 2 below, which may be chance
         ((-3.0, -3.5), 500, 10**6, True),  # it does not rise
         ((-1.0, -1.5), 500, 10**6, False),  # but is near
         ((-12.0,), 500, 1300, False),  # too early to tell
         ((-12.0, -8.0, -1.0, 3.0), 500, 1200 + 500 * 2, True),  # what came later does not count
-        ((-12.0, -8.0, -7.0, -6.0), 1000, 1200 + 1000 * 4, True),
+        ((-12.0, -8.0, -7.0, -6.0), 1000, 1200 + 1000 * 3, True),
         ((None, -8.0), 500, 1300, False),
     ],
 )
