@@ -213,6 +213,7 @@ def _task(
     task = checked(chosen, chosen.student, dataset, num_classes)
     if chosen.start or chosen.sizes:
         task = dataclasses.replace(task, network=_smallest(chosen, task.network.spec))
+    task = dataclasses.replace(task, network=students.deployed(task.network, chosen.deploy))
     _warn_of_duplicates(task)
     costs = claims.read_costs(path, num_classes) if (path := chosen.costs) else None
     known = known_of(jax.eval_shape(task.network.init, jax.random.key(0)))

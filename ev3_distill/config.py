@@ -37,7 +37,7 @@ class EV3:
     """Level of the paired test on assess that sends a student, worse than the champion, back to it."""
     patience: float = 0.0
     """Trajectories without progress, neither on assess nor on what explore holds, after which the student is stuck at its
-    size: it may grow then, or the run ends. 0: never stuck, the whole budget is spent. A search for a size takes 2."""
+    size: it may grow then, or the run ends. 0: never stuck, the whole budget is spent. A search for a size takes 6."""
     eval_batch_size: int = 1024
     """Examples of one forward pass in assess and decide; bounds memory, changes no result."""
 
@@ -209,6 +209,9 @@ class Compress:
     ece, brier, cost, params, bytes, latency_ms."""
     costs: str = ""
     """CSV file for a guard on cost: what it costs to say a class (column) of an example of a class (row)."""
+    deploy: str = "float32"
+    """What the student is scored as, all along, and certified: float32, or int8, as the ONNX file that export then writes;
+    its weights train rounded."""
     control: bool = False
     """Train the same student by labels alone too, at the same cost again: the report then tells by how much distillation
     helped, and where decide prefers that student, it is the one delivered."""
@@ -250,6 +253,11 @@ class Compress:
                "--deliver champion", "leave it out")  # fmt: skip
         _check(not searches or Budget.parse(self.budget).seconds is None,
                "a search for a size has a budget in steps or epochs", f"'{self.budget}'", "try 20000")  # fmt: skip
+        _check(self.deploy in ("float32", "int8"), "deploy is float32 or int8", f"'{self.deploy}'", "try int8")
+        _check(self.deploy == "float32" or not searches, "a student that is scored in int8 has one size",
+               f"--deploy {self.deploy} with a search", "search first, then train what it found in int8")  # fmt: skip
+        _check(self.deploy == "float32" or not self.control, "a control is scored as it trains, in float32",
+               f"--control with --deploy {self.deploy}", "leave out one")  # fmt: skip
         _check(self.views >= 1, "views must be at least 1", self.views, "try 4")
         _check(bool(self.guards) or not self.stop_when_met, "stop_when_met needs a guard", "none",
                "give --guard 'accuracy >= 0.9'")  # fmt: skip

@@ -39,6 +39,8 @@ FORMATS = ("flax", "onnx", "stablehlo")
 TOLERANCE = (
     1e-4  # of what a file says against the student, relative to the student's greatest logit where that is above 1
 )
+ROUNDED = 0.1  # the same of one in int8, where a sum that is written otherwise may be rounded to another whole number,
+AGREES = 0.99  # and the share of examples of which it must say the same class
 EXAMPLES = 1000  # that a file is run on again
 CALIBRATION = 512  # examples of explore that int8 is fitted to
 CHUNK = 64  # examples of one pass
@@ -159,6 +161,8 @@ def _write(
     example = jax.ShapeDtypeStruct(_laid(about.input_shape, wanted.layout), np.dtype(about.dtype))
     says, path = _says(network, variables, wanted), folder / f"model.{wanted.format}"
     facts = {"name": source.network or students.text_of(network.spec)}
+    if wanted.int8 and about.precision == "int8":
+        raise InputError(f"--int8 is for students in float32; {source.told} is in int8, as it trained: leave it out")
     if wanted.format == "stablehlo":
         path.write_bytes(stablehlo.program_of(says, example, **facts))
     else:
@@ -167,15 +171,16 @@ def _write(
     student, inputs = forward(network, variables), _inputs(about, data, "explore", EXAMPLES)
     checked = {
         "format": wanted.format,
-        "precision": "float32",
+        "precision": about.precision,
         "data": "explore" if data else "random",
         **_compared(path, student, inputs, about.output),
     }
-    if checked["difference"] > TOLERANCE:
+    allowed, agrees = (ROUNDED, AGREES if data else 0.0) if about.precision == "int8" else (TOLERANCE, 0.0)
+    if checked["difference"] > allowed or checked["agreement"] < agrees:
         raise InputError(
             f"an exported file says what the student says; this {wanted.format} file differs by {checked['difference']:.2g} of "
-            f"the greatest logit on {checked['examples']} examples, {TOLERANCE:g} is allowed: it was deleted; try another "
-            "--format, and tell the project"
+            f"the greatest logit on {checked['examples']} examples, {allowed:g} is allowed, and agrees on the class of "
+            f"{checked['agreement']:.1%}: it was deleted; try another --format, and tell the project"
         )
     lines = [
         f"The file and the student differ by {checked['difference']:.1g} at most on {checked['examples']} examples, and agree "
@@ -199,7 +204,7 @@ def _about(
     versions = {name: metadata.version(name) for name in ("jax", "flax", "onnx") if _installed(name)}
     return About(
         format=wanted.format,
-        precision="float32",
+        precision=str(network.spec.get("deploy", "float32")),
         classes=finished["data"]["classes"],
         input_shape=finished["data"]["input_shape"],
         dtype=dtype,

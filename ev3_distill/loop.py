@@ -16,6 +16,7 @@ from ev3_distill.core import adapt, allocate, initial_state, make_parts, make_st
 from ev3_distill.core.assess import Measures, logits_of, score
 from ev3_distill.core.packing import Packed, Packing
 from ev3_distill.core.trial import on_seen
+from ev3_distill.int8 import normalises
 from ev3_distill.pool import sampler
 from ev3_distill.types import (
     Arm,
@@ -146,7 +147,7 @@ class Distillation:
         """
         best = self.begin(pools, seed)
         most, began = budget // DRAWING, time.perf_counter()
-        if jax.tree.leaves(best.current.stats) or most < 2 * self._length:
+        if normalises(best.current) or most < 2 * self._length:
             return best
         compiled, cost, highest = self.compile_s, 0, (-np.inf, -np.inf)
         for draw in range(DRAWS):

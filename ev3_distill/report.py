@@ -142,7 +142,10 @@ def promise(report: dict[str, Any]) -> str:
         return "Nothing is promised of this student"
     confidence = exact_percent(report["certificate"]["confidence"])
     told = " and ".join([", ".join(claims[:-1]), claims[-1]] if len(claims) > 1 else claims)
-    return f"This student has {told}, with {confidence} confidence"
+    precision = report["student"].get("deploy", "float32")
+    return (
+        f"This student{'' if precision == 'float32' else f', in {precision},'} has {told}, with {confidence} confidence"
+    )
 
 
 def claim_line(claim: dict[str, Any], confidence: float) -> str:

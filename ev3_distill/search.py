@@ -53,7 +53,7 @@ TRIALS = "trials.json"
 SURE = (
     0.02  # of the certificate's level: so clearly must decide prove the guards that the sealed split may well do it too
 )
-PATIENCE = 2.0  # of a search, where none is named
+PATIENCE = 6.0  # of a search, where none is named: what growth has added, or another arm, takes its time
 TRIAL = 0.1  # share of the steps so far that each proposal's trial has
 TAKEOVER = 1.0  # standard errors on assess
 STAGE = 10  # first trajectories, after which a size on the way up is first asked whether it will get there,

@@ -144,6 +144,7 @@ def concluded(
         "student": {
             "network": final.name or (chosen.network if teacher is None else chosen.student),
             "params": count_params(variables),
+            "deploy": final.network.spec.get("deploy", "float32"),
             "accuracy": points.get("accuracy"),
             "agreement": points.get("agreement"),
             "delivered": final.which,

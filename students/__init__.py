@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from ev3_distill.errors import InputError
+from ev3_distill.int8 import RANGES, as_int8
 from ev3_distill.network import from_nnx, load_variables, save_variables
 from ev3_distill.types import Network, Variables
+from students.conv import standard
 from students.conv4 import conv4
 from students.conv4 import grow as grow_conv4
 from students.convnet1d import convnet1d
@@ -37,6 +39,7 @@ from students.vit import vit
 __all__ = [
     "FAMILIES",
     "build",
+    "deployed",
     "factory_of",
     "layout_of",
     "load",
@@ -184,7 +187,7 @@ def build(spec: Mapping[str, Any], *, factory: Callable[..., Any] | None = None)
         make = functools.partial(from_nnx, lambda rngs: of_user(**rest, rngs=rngs), spec)
     name = spec.get("factory") or spec["family"]
     try:
-        network = make()
+        network = _deployed(make(), spec)
         got = _outputs(network, rest["input_shape"])
     except InputError:
         raise
@@ -241,7 +244,30 @@ def layout_of(spec: Mapping[str, Any], *, factory: Callable[..., Any] | None = N
 
 def _options(spec: Mapping[str, Any]) -> dict[str, Any]:
     """What a spec gives to its family or factory."""
-    return {name: value for name, value in spec.items() if name not in ("family", "factory")}
+    return {name: value for name, value in spec.items() if name not in ("family", "factory", "deploy")}
+
+
+def deployed(network: Network, precision: str) -> Network:
+    """A network that trains for, and is scored as what is deployed: float32, itself, or int8.
+
+    Raises:
+      InputError: nothing in it can be in int8.
+    """
+    return network if precision == "float32" else _deployed(network, {"deploy": precision})
+
+
+def _deployed(network: Network, spec: Mapping[str, Any]) -> Network:
+    if "deploy" not in spec:
+        return network
+    if spec["deploy"] != "int8":
+        raise InputError(f"a network is deployed in int8 or float32; got {spec['deploy']!r}: name one of these")
+    made = as_int8(network, tracing=standard)
+    ranges = jax.eval_shape(made.init, jax.random.key(0)).stats[RANGES]
+    if not ranges["low"].size:
+        raise InputError(
+            f"int8 is for networks that multiply by weights; {text_of(network.spec)} has no such product: leave out --deploy"
+        )
+    return made
 
 
 def _family(spec: Mapping[str, Any]) -> Family:

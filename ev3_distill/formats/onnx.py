@@ -10,19 +10,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr
 
 from ev3_distill.errors import InputError
 from ev3_distill.formats.graph import BATCH, Graph, Node, Value, pruned, sizes_of
 from ev3_distill.formats.operators import OPERATORS, Call, Unsupported
+from ev3_distill.formats.whole import whole_numbers
+from ev3_distill.programs import INLINED, closed, is_variable
 
 INPUTS = "inputs"
 OPSET, IR = 18, 9  # onnxruntime 1.15 and later
 BATCHES = (2, 3)  # that programs are traced at
-INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr",
-           "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr", "remat": "jaxpr", "remat2": "jaxpr",
-           "checkpoint": "jaxpr"}  # fmt: skip
-
 Environment = dict[Any, Value]
 
 
@@ -76,7 +73,7 @@ def model_of(
         ) from None
     graph.nodes.append(Node("Identity", (graph.plain(result),), output, {}))
     shape = [BATCH, *result.shape[1:]]
-    return _written(onnx, pruned(graph, output), example, shape, output=output, about=about)
+    return _written(onnx, whole_numbers(pruned(graph, output)), example, shape, output=output, about=about)
 
 
 def _inlined(graph: Graph, one: Any, other: Any, arguments: Sequence[Value]) -> list[Value]:
@@ -87,12 +84,12 @@ def _inlined(graph: Graph, one: Any, other: Any, arguments: Sequence[Value]) -> 
     known.update(zip(one.jaxpr.invars, arguments, strict=True))
     if [e.primitive.name for e in one.jaxpr.eqns] != [e.primitive.name for e in other.jaxpr.eqns]:
         raise Unsupported("a program that is another one for another batch")
-    wanted = {variable for variable in one.jaxpr.outvars if _is_variable(variable)}
+    wanted = {variable for variable in one.jaxpr.outvars if is_variable(variable)}
     live = []
     for pair in reversed(list(zip(one.jaxpr.eqns, other.jaxpr.eqns, strict=True))):
         if wanted.intersection(pair[0].outvars):
             live.append(pair)
-            wanted.update(variable for variable in pair[0].invars if _is_variable(variable))
+            wanted.update(variable for variable in pair[0].invars if is_variable(variable))
     for equation, twin in reversed(live):
         values = [_read(known, variable) for variable in equation.invars]
         known.update(zip(equation.outvars, _applied(graph, equation, twin, values), strict=True))
@@ -102,7 +99,7 @@ def _inlined(graph: Graph, one: Any, other: Any, arguments: Sequence[Value]) -> 
 def _applied(graph: Graph, equation: Any, twin: Any, values: Sequence[Value]) -> list[Value]:
     name = equation.primitive.name
     if name in INLINED:
-        inner, other = (_closed(e.params[INLINED[name]]) for e in (equation, twin))
+        inner, other = (closed(e.params[INLINED[name]]) for e in (equation, twin))
         return _inlined(graph, inner, other, values)
     shapes = [sizes_of(a.aval.shape, b.aval.shape) for a, b in zip(equation.outvars, twin.outvars, strict=True)]
     if all(value.known for value in values):
@@ -138,12 +135,8 @@ def _split(graph: Graph, equation: Any, value: Value, shapes: Sequence[tuple[int
     return parts
 
 
-def _is_variable(variable: Any) -> bool:
-    return not hasattr(variable, "val")  # a literal has one
-
-
 def _read(known: Environment, variable: Any) -> Value:
-    return known[variable] if _is_variable(variable) else _constant(variable.val)
+    return known[variable] if is_variable(variable) else _constant(variable.val)
 
 
 def _constant(array: Any) -> Value:
@@ -155,11 +148,6 @@ def _tensor(graph: Graph, value: Value) -> Value:
     """A constant as a tensor of the file."""
     assert value.constant is not None
     return Value(value.shape, graph.constant(value.constant), tuple(range(len(value.shape))), value.thin)
-
-
-def _closed(program: Any) -> Any:
-    """A closed program; one without constants may come open."""
-    return program if hasattr(program, "consts") else ClosedJaxpr(program, ())
 
 
 def _written(

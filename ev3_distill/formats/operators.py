@@ -308,6 +308,19 @@ def _pool(operator: str) -> Operator:
     return emit
 
 
+def _quantise(call: Call, value: Value, scale: Value, zero: Value) -> Value:
+    """To bytes and back; what a runtime does between them in whole numbers is its own affair."""
+    if scale.constant is None or zero.constant is None:
+        raise Unsupported("quantise by a scale that is no constant")
+    how = (
+        call.graph.constant(np.asarray(scale.constant, np.float32)),
+        call.graph.constant(np.asarray(zero.constant, np.uint8)),
+    )
+    given = value.tensor or call.graph.constant(np.asarray(value.constant))
+    tensor = call.graph.node("DequantizeLinear", call.graph.node("QuantizeLinear", given, *how), *how)
+    return Value(call.shape, tensor, value.order or tuple(range(len(call.shape))), value.thin)
+
+
 OPERATORS: dict[str, Operator] = {
     **{name: _elementwise(operator) for name, operator in {
         "add": "Add", "mul": "Mul", "div": "Div", "min": "Min", "pow": "Pow", "neg": "Neg",
@@ -337,6 +350,7 @@ OPERATORS: dict[str, Operator] = {
     "reduce_sum": _reduce("ReduceSum"),
     "reduce_max": _reduce("ReduceMax"),
     "reduce_min": _reduce("ReduceMin"),
+    "quantise": _quantise,
     "pad": _pad,
     "slice": _slice,
     "concatenate": _concatenate,

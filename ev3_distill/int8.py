@@ -1,0 +1,254 @@
+"""A network in int8: what it computes as deployed, and how it trains for that.
+
+In evaluation every product with weights, of matrices or a convolution, is of whole numbers: weights have 7 bits and a scale per
+output channel (with 8, sums of two products overflow 16 bits on x86 processors without VNNI), what they meet has 8 bits, one
+scale and one zero. What they make is rounded too, behind its BatchNorm or bias and ReLU, so that a runtime may keep all of it
+in int8; the last one's outputs, the logits, are not. Here this is simulated in float32: each array is the nearest one that is a
+scale times a whole number. `formats` writes the same as a file whose operators do compute in int8.
+
+In training weights are rounded and the gradient passes straight through (Jacob et al., Quantization and training of neural
+networks for efficient integer-arithmetic-only inference, CVPR 2018; arXiv:1712.05877). Activations are not: their ranges are
+watched, a moving average of the least and the greatest of each batch, part of the student's statistics. So gradients are biased
+on purpose, and what assess and decide score is not: it is the student as deployed.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from ev3_distill.programs import Program, Step, flat
+from ev3_distill.types import Network, Variables
+
+WHOLE, RANGES = "network", "ranges"  # in the statistics: the network's own, and those of activations
+LARGEST = 64  # of a weight, as a whole number
+LEVELS = 255  # of an activation
+MOMENTUM = 0.9  # of ranges, as of BatchNorm
+PRODUCTS = ("conv_general_dilated", "dot_general")
+LAYOUT = ("reshape", "transpose", "squeeze", "copy", "stop_gradient")  # what leaves the entries as they are
+AFFINE = ("add", "sub", "mul", "div")
+
+Tracing = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+class _Plan(NamedTuple):
+    """What of a program is rounded."""
+
+    program: Program
+    sites: dict[int, int]  # number of an array -> its place among the ranges
+    weights: dict[
+        int, tuple[int, tuple[int, ...]]
+    ]  # step -> which of its inputs is the weights, and axes of its outputs
+    leaves: dict[int, tuple[int, ...]]  # place among the parameters -> axes of its outputs, of weights as they are
+
+
+def as_int8(network: Network, *, tracing: Tracing = contextlib.nullcontext) -> Network:
+    """The network in int8, with the ranges of its activations among its statistics.
+
+    Args:
+      network: in float32, of a spec that tells its `input_shape`.
+      tracing: inside which its forward pass is traced, for families that have more than one form of it.
+    """
+
+    def plan_of(variables: Variables, inputs: Any) -> _Plan:
+        with tracing():
+            traced = jax.make_jaxpr(lambda variables, inputs: network.apply(variables, inputs, train=False)[0])(
+                variables, inputs
+            )
+        return _planned(flat(traced), len(jax.tree.leaves(variables.params)), len(jax.tree.leaves(variables)))
+
+    def init(key: jax.Array) -> Variables:
+        variables = network.init(key)
+        inputs = jax.ShapeDtypeStruct((2, *network.spec["input_shape"]), jnp.float32)
+        count = len(plan_of(jax.eval_shape(network.init, key), inputs).sites)
+        ranges = {"low": jnp.zeros(count), "high": jnp.zeros(count)}
+        return Variables(variables.params, {WHOLE: variables.stats, RANGES: ranges})
+
+    def forward(variables: Variables, inputs: jax.Array, at_site: Callable[[int, jax.Array], jax.Array]) -> jax.Array:
+        plan = plan_of(variables, inputs)
+        return _run(plan, [*jax.tree.leaves(variables), inputs], at_site)
+
+    def straight(variables: Variables, inputs: jax.Array) -> Variables:
+        """With weights that are rounded, and gradients that pass through."""
+        leaves, tree = jax.tree.flatten(variables.params)
+        for place, axes in plan_of(variables, inputs).leaves.items():
+            leaves[place] += jax.lax.stop_gradient(rounded(leaves[place], axes) - leaves[place])
+        return Variables(jax.tree.unflatten(tree, leaves), variables.stats)
+
+    def watched(ranges: Any, variables: Variables, inputs: jax.Array) -> Any:
+        """The ranges, moved by those of a batch."""
+        found: dict[int, tuple[jax.Array, jax.Array]] = {}
+
+        def watch(site: int, array: jax.Array) -> jax.Array:
+            found[site] = array.min(), array.max()
+            return array
+
+        forward(jax.lax.stop_gradient(variables), inputs, watch)
+        if not found:
+            return ranges
+        low, high = (jnp.stack([found[site][i] for site in range(len(found))]) for i in (0, 1))
+        new = ranges["high"] == ranges["low"]
+        return {
+            "low": jnp.where(new, low, MOMENTUM * ranges["low"] + (1 - MOMENTUM) * low),
+            "high": jnp.where(new, high, MOMENTUM * ranges["high"] + (1 - MOMENTUM) * high),
+        }
+
+    def trained(call: Callable[..., Any], variables: Variables, inputs: jax.Array, key: Any) -> tuple[Any, Variables]:
+        whole = Variables(variables.params, variables.stats[WHOLE])
+        outputs, after = call(straight(whole, inputs), inputs, train=True, key=key)
+        ranges = watched(variables.stats[RANGES], Variables(variables.params, after.stats), inputs)
+        return outputs, Variables(variables.params, {WHOLE: after.stats, RANGES: ranges})
+
+    def apply(
+        variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Variables]:
+        if train:
+            return trained(network.apply, variables, inputs, key)
+        ranges = variables.stats[RANGES]
+        steps = functools.partial(_at_site, ranges["low"], ranges["high"])
+        return forward(Variables(variables.params, variables.stats[WHOLE]), inputs, steps), variables
+
+    show = network.features
+    features = None
+    if show is not None:
+
+        def features(variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None) -> Any:
+            if train:
+                return trained(show, variables, inputs, key)
+            whole = straight(Variables(variables.params, variables.stats[WHOLE]), inputs)
+            return show(whole, inputs, train=False)[0], variables
+
+    return Network(init, apply, {**network.spec, "deploy": "int8"}, features)
+
+
+def normalises(variables: Variables) -> bool:
+    """Whether a network has statistics of its own."""
+    stats = variables.stats[WHOLE] if is_int8(variables) else variables.stats
+    return bool(jax.tree.leaves(stats))
+
+
+def is_int8(variables: Variables) -> bool:
+    """Whether variables are those of a network in int8."""
+    return isinstance(variables.stats, dict) and RANGES in variables.stats
+
+
+def rounded(weights: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Weights as the nearest whole numbers up to LARGEST, times a scale for each entry of these axes."""
+    others = tuple(axis for axis in range(weights.ndim) if axis not in axes)
+    scale = jnp.abs(weights).max(others, keepdims=True) / LARGEST
+    scale = jnp.where(scale > 0, scale, 1.0)
+    return jnp.clip(jnp.round(weights / scale), -LARGEST, LARGEST) * scale
+
+
+def _at_site(low_S: jax.Array, high_S: jax.Array, site: int, array: jax.Array) -> jax.Array:
+    """An activation, rounded; zero is among its levels."""
+    low, high = jnp.minimum(low_S[site], 0.0), jnp.maximum(high_S[site], 0.0)
+    scale = (high - low) / LEVELS
+    scale = jnp.where(scale > 0, scale, 1.0)
+    zero = jnp.clip(jnp.round(-low / scale), 0, LEVELS)
+    out: jax.Array = _quantise.bind(array, scale, zero)
+    return out
+
+
+def _nearest(array: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
+    """ONNX's QuantizeLinear to bytes and DequantizeLinear: halves are rounded to even."""
+    return (jnp.clip(jnp.round(array / scale) + zero, 0, LEVELS) - zero) * scale
+
+
+def _planned(program: Program, params: int, variables: int) -> _Plan:
+    """What of a program is rounded, the first `variables` inputs of which are variables, parameters first."""
+    makers = {number: step for step in program.steps for number in step.outputs}
+    users: dict[int, list[Step]] = {}
+    for step in program.steps:
+        for number in step.inputs:
+            users.setdefault(number, []).append(step)
+    fixed = {*program.inputs[:variables], *program.constants}
+    for step in program.steps:
+        if all(number in fixed for number in step.inputs):
+            fixed.update(step.outputs)
+    marked, weights, leaves = set[int](), dict[int, tuple[int, tuple[int, ...]]](), dict[int, tuple[int, ...]]()
+    for i, step in enumerate(program.steps):
+        held = [number in fixed for number in step.inputs]
+        if step.name not in PRODUCTS or sum(held) != 1 or program.avals[step.outputs[0]].dtype != jnp.float32:
+            continue
+        which = held.index(True)
+        weights[i] = which, _outputs_of(step, which, program.avals[step.inputs[which]].ndim)
+        if step.inputs[which] in program.inputs[:params]:
+            leaves[program.inputs.index(step.inputs[which])] = weights[i][1]
+        source = step.inputs[1 - which]
+        while source in makers and makers[source].name in LAYOUT:
+            source = makers[source].inputs[0]
+        marked.add(source)
+        if (made := _settled(step.outputs[0], users, fixed)) not in program.outputs:
+            marked.add(made)
+    order = [number for number in (*program.inputs, *makers) if number in marked]
+    return _Plan(program, {number: site for site, number in enumerate(order)}, weights, leaves)
+
+
+def _outputs_of(step: Step, which: int, rank: int) -> tuple[int, ...]:
+    """The axes of a product's weights that are axes of what it makes."""
+    numbers = step.params["dimension_numbers"]
+    if step.name == "conv_general_dilated":
+        return (numbers.rhs_spec[0],)
+    return tuple(sorted({*range(rank)} - {*numbers[0][which]}))
+
+
+def _settled(number: int, users: dict[int, list[Step]], fixed: set[int]) -> int:
+    """What a product makes, behind all that a runtime takes into it: scales, shifts and a ReLU."""
+    while len(using := users.get(number, [])) == 1:
+        (step,) = using
+        others = [other for other in step.inputs if other != number]
+        if step.name not in (*LAYOUT, *AFFINE, "max") or any(other not in fixed for other in others):
+            break
+        number = step.outputs[0]
+        if step.name == "max":
+            break
+    return number
+
+
+def _run(plan: _Plan, inputs: Sequence[Any], at_site: Callable[[int, jax.Array], jax.Array]) -> jax.Array:
+    """The program's output with rounded weights, and with each activation at a site as `at_site` makes it."""
+    program = plan.program
+
+    def settled(number: int, array: Any) -> Any:
+        return at_site(plan.sites[number], array) if number in plan.sites else array
+
+    arrays = dict(program.constants)
+    arrays.update((number, settled(number, array)) for number, array in zip(program.inputs, inputs, strict=True))
+    for i, step in enumerate(program.steps):
+        taken = [arrays[number] for number in step.inputs]
+        if i in plan.weights:
+            which, axes = plan.weights[i]
+            taken[which] = rounded(taken[which], axes)
+        made = zip(step.outputs, step.apply(taken), strict=True)
+        arrays.update((number, settled(number, array)) for number, array in made)
+    out: jax.Array = arrays[program.outputs[0]]
+    return out
+
+
+def _quantise_jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[jax.Array, Any]:
+    """Straight through, where the range does not cut the entry off."""
+    array, scale, zero = primals
+    out = _quantise.bind(array, scale, zero)
+    tangent = tangents[0]
+    if type(tangent) is ad.Zero:
+        return out, ad.Zero(jax.typeof(out).to_tangent_aval())
+    level = array / scale + zero
+    return out, jnp.where((level >= 0) & (level <= LEVELS), tangent, 0.0)
+
+
+def _quantise_batch(args: Sequence[Any], axes: Sequence[int | None]) -> tuple[jax.Array, int]:
+    return jax.vmap(_nearest, in_axes=tuple(axes))(*args), 0
+
+
+_quantise = Primitive("quantise")
+_quantise.def_impl(_nearest)
+_quantise.def_abstract_eval(lambda array, scale, zero: jax.core.ShapedArray(array.shape, array.dtype))
+mlir.register_lowering(_quantise, mlir.lower_fun(_nearest, multiple_results=False))
+batching.primitive_batchers[_quantise] = _quantise_batch
+ad.primitive_jvps[_quantise] = _quantise_jvp
