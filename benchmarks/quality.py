@@ -52,7 +52,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
       size: full, or smoke: a fiftieth of an epoch, which proves nothing.
       done: keys of rows to leave out.
     """
-    archive, onnx = _files()
+    archive, onnx = files()
     dataset = load_data(f"folder:{archive}")
     for seed in range(seeds):
         for contender in CONTENDERS:
@@ -68,7 +68,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
             }  # fmt: skip
 
 
-def _files() -> tuple[Path, Path]:
+def files() -> tuple[Path, Path]:
     """The images and the pretrained teacher."""
     archive = (
         Path(os.environ.get("EV3_DISTILL_DATA", Path(__file__).parents[2] / "shared" / "data")) / "cifar10_jpeg.zip"
@@ -84,7 +84,7 @@ def _files() -> tuple[Path, Path]:
 
 def pretrained() -> tuple[Dataset, Teacher]:
     """The images and the pretrained teacher, loaded."""
-    archive, onnx = _files()
+    archive, onnx = files()
     dataset = load_data(f"folder:{archive}")
     return dataset, load_teacher(
         f"onnx:{onnx}",

@@ -132,7 +132,13 @@ def test_the_rooms_beside_the_core_do_not_know_it(module):
 @pytest.mark.parametrize("module", members("teachers", "students"))
 def test_teachers_and_students_know_a_few_rooms_alone(module):
     own = module.split(".")[0]
-    rooms = ["types", "errors", "network", *(["config", "compiling", "files", "npz"] if own == "teachers" else [])]
+    rooms = [
+        "types",
+        "errors",
+        "network",
+        "int8",
+        *(["config", "compiling", "files", "npz"] if own == "teachers" else []),
+    ]
     may = [own, *(f"ev3_distill.{room}" for room in rooms)]
     ours = [name for name in imports(module) if any(inside(name, package) for package in PACKAGES)]
     assert [name for name in ours if not allowed(name, may)] == []

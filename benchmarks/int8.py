@@ -1,0 +1,138 @@
+"""What does int8 cost: quantised after training, or trained for it?
+
+The pretrained ResNet-56 is distilled into a ResNet-8 on the CIFAR-10 image folder. For each seed, the file that would be
+deployed, an ONNX file run by onnxruntime in a process of its own:
+
+- `float32`: `compress --student resnet8 --budget 10e`, then `export --format onnx`;
+- `after training`: the same student, `export --format onnx --int8`, onnxruntime's quantiser on explore images;
+- `in the loop`: `compress ... --deploy int8`, as many steps, then `export --format onnx`.
+
+The last has a guard on accuracy, and `evaluate` judges its file by it. Accuracy is on the folder's 10,000 test images, which
+chose nothing, and differences are paired image by image.
+"""
+
+import base64
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import quality
+from benchmarks import rows as statistics
+from ev3_distill.formats.deployed import deployed
+from ev3_distill.sources import Dataset, load_data
+
+KEY = ("seed", "contender")  # names a row
+FIRST_SEED = 0
+EPOCHS = {"full": 10, "smoke": 0.02}
+GUARD = {"full": "accuracy >= 0.75", "smoke": "accuracy >= 0.05"}
+CONTENDERS = ("float32", "after training", "in the loop")
+RUNS = {"float32": (), "in the loop": ("--deploy", "int8")}
+TARGET = -0.5  # points against the student in float32
+AT_ONCE = 1000
+
+
+def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
+    """One row per seed and contender.
+
+    Args:
+      seeds: of splits, initial parameters and batches, from FIRST_SEED.
+      size: full, or smoke: a fiftieth of an epoch, which proves nothing.
+      done: keys of rows to leave out; a run of which any is missing is made again.
+    """
+    archive, onnx = quality.files()
+    dataset = load_data(f"folder:{archive}")
+    for seed in range(seeds):
+        for run, options in RUNS.items():
+            files = {run: ()} if options else {run: (), "after training": ("--int8",)}
+            if all((seed, contender) in done for contender in files):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                yield from _rows(
+                    Path(folder), dataset, archive, onnx, seed=seed, size=size, options=options, files=files
+                )
+
+
+def _rows(
+    folder: Path, dataset: Dataset, archive: Path, onnx: Path, *, seed: int, size: str, options: Any, files: Any
+) -> Iterator[dict[str, Any]]:
+    """Of one run and the files that come of it."""
+    run = folder / "run"
+    _command(
+        *("compress", "--teacher", f"onnx:{onnx}", *quality.TEACHER, "--data", f"folder:{archive}"),
+        *("--student", "resnet8", "--budget", f"{EPOCHS[size]:g}e", "--guard", GUARD[size]),
+        *("--seed", str(FIRST_SEED + seed), "--out", str(run), *options),
+    )
+    report = json.loads((run / "report.json").read_text())
+    assert dataset.test_rows is not None
+    inputs, labels = dataset.inputs[dataset.test_rows], dataset.labels[dataset.test_rows]
+    for contender, how in files.items():
+        out = folder / contender.replace(" ", "-")
+        _command("export", str(run), "--format", "onnx", "--out", str(out), *how)
+        with deployed(out / "model.onnx") as file:
+            starts = range(0, len(inputs), AT_ONCE)
+            said = np.concatenate([file.outputs(inputs[i : i + AT_ONCE]) for i in starts]).argmax(axis=1)
+            p50 = {size: float(np.median(file.passes_ms(inputs[:size], 50))) for size in (1, 64)}
+        passes = None if how else _command("evaluate", str(out), "--of", str(run), "--guard", GUARD[size]) == 0
+        yield {
+            "seed": seed, "contender": contender, "steps": report["cost"]["steps"],
+            "seconds": report["cost"]["wall_s"] - report["cost"]["compile_s"],
+            "bytes": (out / "model.onnx").stat().st_size, "accuracy": float((said == labels).mean()),
+            "p50_ms": p50[1], "p50_ms_of_64": p50[64], "passes": passes,
+            "right": base64.b64encode(np.packbits(said == labels).tobytes()).decode(),
+        }  # fmt: skip
+
+
+def _command(*options: str) -> int:
+    """The exit code of a command of ours: 0, or 3 where a guard is not met."""
+    done = subprocess.run([sys.executable, "-m", "ev3_distill", *options], stdout=sys.stderr, check=False)
+    if done.returncode not in (0, 3):
+        raise RuntimeError(f"{options[0]} ended with {done.returncode}: see above")
+    return done.returncode
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Accuracy, size and latency of each file, and what int8 costs against float32, paired."""
+    by = {contender: [row for row in rows if row["contender"] == contender] for contender in CONTENDERS}
+    lines = []
+    for contender, own in by.items():
+        if not own:
+            continue
+        judged = [row["passes"] for row in own if row["passes"] is not None]
+        lines.append([
+            contender,
+            statistics.plus_minus(statistics.mean([100 * row["accuracy"] for row in own]), 2),
+            statistics.number(own[0]["bytes"], 0),
+            statistics.number(float(np.median([row["p50_ms"] for row in own])), 2),
+            statistics.number(float(np.median([row["p50_ms_of_64"] for row in own])), 1),
+            statistics.number(float(np.median([row["seconds"] for row in own])), 0),
+            f"{sum(judged)} of {len(judged)}" if judged else "",
+        ])  # fmt: skip
+    heads = ["file", "accuracy, %", "bytes", "p50 ms", "p50 ms, 64 at once", "training s", "guard certified"]
+    told = [_against(contender, by) for contender in CONTENDERS[1:] if by[contender] and by["float32"]]
+    return statistics.markdown(heads, lines) + "\n\n" + "; ".join(told) + f". Guard: {GUARD['full']}."
+
+
+def _against(contender: str, by: dict[str, list[dict[str, Any]]]) -> str:
+    """Points of accuracy against float32: over seeds, and per seed over images."""
+    floats = {row["seed"]: row for row in by["float32"]}
+    pairs = [(row, floats[row["seed"]]) for row in by[contender] if row["seed"] in floats]
+    each = []
+    for one, other in pairs:
+        right, reference = (
+            np.unpackbits(np.frombuffer(base64.b64decode(row["right"]), np.uint8)).astype(float) for row in (one, other)
+        )
+        gain = statistics.paired(list(100 * right), list(100 * reference))
+        each.append(f"seed {one['seed']} {statistics.spread(gain, 2)}")
+    told = f"{contender} less float32, points, image by image: {', '.join(each)}"
+    if len(pairs) > 1:
+        gain = statistics.paired(
+            [100 * one["accuracy"] for one, _ in pairs], [100 * other["accuracy"] for _, other in pairs]
+        )
+        told += f"; over seeds {statistics.spread(gain, 2)}, target ≥ {TARGET:g}: {statistics.verdict(gain, TARGET)}"
+    return told

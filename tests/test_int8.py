@@ -1,0 +1,161 @@
+"""int8: what is rounded and how, gradients that pass, and a file that computes what was scored."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import students
+from ev3_distill.cli import main
+from ev3_distill.formats import onnx as onnx_format
+from ev3_distill.int8 import RANGES, WHOLE, normalises, rounded
+from ev3_distill.types import Variables
+from students import conv
+
+FAMILIES = {
+    "mlp:hidden=8-8": (6,),
+    "resnet:depth=8,width=2": (8, 8, 1),
+    "convnet1d:filters=4-4": (16, 2),
+    "vit:width=8,depth=1,heads=2": (8, 8, 1),
+}
+
+
+def test_weights_are_rounded_by_channel():
+    """Two outputs whose greatest are 6.4 and 0.64: steps of 0.1 and 0.01."""
+    weights = jnp.array([[6.4, 0.123], [-3.14, -0.64], [0.0, 0.006]])
+    wanted = [[6.4, 0.12], [-3.1, -0.64], [0.0, 0.01]]
+    np.testing.assert_allclose(rounded(weights, (1,)), wanted, atol=1e-6)
+    np.testing.assert_array_equal(rounded(jnp.zeros((3, 2)), (1,)), np.zeros((3, 2)))
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, 2, 5))
+    steps = rounded(kernel, (3,)) / (jnp.abs(kernel).max((0, 1, 2)) / 64)
+    np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)
+    np.testing.assert_allclose(jnp.abs(steps).max((0, 1, 2)), 64, atol=1e-4)
+
+
+def test_a_linear_classifier_by_hand():
+    """One product: inputs in steps of range / 255 with a zero among them, weights in steps of 1 / 64, logits as they come."""
+    network = students.deployed(students.named("mlp:hidden=2", (2,), 2), "int8")
+    linear = students.build({"family": "mlp", "hidden": [], "input_shape": [2], "num_classes": 2, "deploy": "int8"})
+    assert network.spec["deploy"] == linear.spec["deploy"] == "int8"
+    variables = linear.init(jax.random.key(0))
+    kernel, bias = np.array([[1.0, 0.5], [0.26, -0.5]]), np.array([0.1, 0.2])
+    params = {"layers": {0: {"kernel": jnp.array(kernel, jnp.float32), "bias": jnp.array(bias, jnp.float32)}}}
+    assert jax.tree.structure(params) == jax.tree.structure(variables.params)
+    ranges = {"low": jnp.array([-1.0]), "high": jnp.array([4.1])}  # steps of 0.02, zero is level 50
+    inputs = jnp.array([[0.313, 1.0], [9.0, -7.0]])
+    logits, _ = linear.apply(Variables(params, {WHOLE: variables.stats[WHOLE], RANGES: ranges}), inputs, train=False)
+    steps = np.array([[1, 0.5], [17 / 64, -0.5]])  # 0.26 is 16.64 steps
+    np.testing.assert_allclose(logits, np.array([[0.32, 1.0], [4.1, -1.0]]) @ steps + bias, atol=1e-6)
+
+
+def trained(network, inputs, steps=6):
+    """After some training passes, without a step of any optimizer: statistics and ranges have moved."""
+    variables = network.init(jax.random.key(1))
+    watch = jax.jit(lambda variables, inputs, key: network.apply(variables, inputs, train=True, key=key)[1])
+    for i in range(steps):
+        variables = watch(variables, inputs[32 * i : 32 * (i + 1)], jax.random.key(i))
+    return variables
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_file_computes_what_was_scored(name):
+    ort = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    network = students.deployed(students.named(name, FAMILIES[name], 5), "int8")
+    inputs = np.random.default_rng(0).normal(size=(200, *FAMILIES[name])).astype(np.float32)
+    variables = trained(network, inputs)
+    logits = np.asarray(jax.jit(lambda v, x: network.apply(v, x, train=False)[0])(variables, inputs))
+
+    def says(inputs):
+        with conv.standard():
+            return network.apply(variables, inputs, train=False)[0]
+
+    example = jax.ShapeDtypeStruct(FAMILIES[name], np.float32)
+    made = onnx_format.model_of(says, example, name=name, output="logits", about={})
+    (said,) = ort.InferenceSession(made).run(None, {"inputs": inputs})
+    near = np.sort(logits, axis=1)
+    clear = near[:, -1] - near[:, -2] > 0.02 * np.abs(logits).max()
+    assert clear.mean() > 0.5
+    assert (said.argmax(axis=1) == logits.argmax(axis=1))[clear].all()
+    assert np.median(np.abs(said - logits)) < 0.01 * np.abs(logits).max()  # where no sum fell to another whole number
+    stored = {onnx.TensorProto.DataType.Name(one.data_type) for one in onnx.load_from_string(made).graph.initializer}
+    large = [one for one in onnx.load_from_string(made).graph.initializer if len(one.dims) > 1]
+    products = [n for n in onnx.load_from_string(made).graph.node if n.op_type in ("Conv", "MatMul")]
+    assert "INT8" in stored and products
+    assert sum(one.data_type == onnx.TensorProto.INT8 for one in large) == sum(
+        any(source.op_type == "DequantizeLinear" and source.output[0] == n.input[1] for source in
+            onnx.load_from_string(made).graph.node) for n in products
+    )  # fmt: skip
+
+
+def test_gradients_pass_through_the_rounding():
+    """They are those at the rounded weights, and none is lost."""
+    base = students.named("mlp:hidden=4", (6,), 3)
+    network = students.deployed(base, "int8")
+    variables = network.init(jax.random.key(0))
+    inputs = jax.random.normal(jax.random.key(1), (16, 6))
+
+    def loss(apply, params, stats):
+        return jnp.square(apply(Variables(params, stats), inputs, train=True)[0]).sum()
+
+    got = jax.grad(lambda params: loss(network.apply, params, variables.stats))(variables.params)
+    kernels = jax.tree.map(lambda leaf: rounded(leaf, (1,)) if leaf.ndim > 1 else leaf, variables.params)
+    wanted = jax.grad(lambda params: loss(base.apply, params, variables.stats[WHOLE]))(kernels)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, wanted)
+    after = network.apply(variables, inputs, train=True)[1]
+    jax.tree.map(np.testing.assert_array_equal, after.params, variables.params)  # the weights stay as fine as they are
+
+
+def test_ranges_follow_the_batches():
+    network = students.deployed(students.named("mlp:hidden=4", (6,), 3), "int8")
+    variables = network.init(jax.random.key(0))
+    np.testing.assert_array_equal(variables.stats[RANGES]["high"], [0, 0])  # the inputs, and what the ReLU makes
+    first, second = jax.random.normal(jax.random.key(1), (2, 16, 6))
+    once = network.apply(variables, first, train=True)[1]
+    assert float(once.stats[RANGES]["high"][0]) == pytest.approx(float(first.max()))
+    assert float(once.stats[RANGES]["low"][1]) == 0.0
+    twice = network.apply(once, second, train=True)[1]
+    moved = 0.9 * float(first.min()) + 0.1 * float(second.min())
+    assert float(twice.stats[RANGES]["low"][0]) == pytest.approx(moved)
+    assert not normalises(twice)
+
+
+def test_a_run_in_int8(tmp_path, monkeypatch, capsys):
+    """Trained, certified, exported and judged as the file that it becomes."""
+    pytest.importorskip("onnx")
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(2000, 6)).astype(np.float32)
+    labels = (inputs @ rng.normal(size=(6, 3))).argmax(axis=1)
+    np.savez("data.npz", inputs=inputs, labels=labels)
+    np.savez("logits.npz", logits=(4 * np.eye(3)[labels]).astype(np.float32))
+    common = ("--data", "npz:data.npz", "--teacher", "logits:logits.npz", "--student", "mlp:hidden=8", "--arms", "ce")
+    main(["compress", *common, "--budget", "400", "--deploy", "int8", "--guard", "accuracy >= 0.8", "--out", "run"])
+    assert "This student, in int8, has at least" in " ".join(capsys.readouterr().out.split())
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["student"]["deploy"] == "int8"
+    network, variables = students.load(tmp_path / "run")
+    assert network.spec["deploy"] == "int8" and set(variables.stats) == {WHOLE, RANGES}
+    main(["export", "run", "--format", "onnx", "--out", "file"])
+    told = json.loads((tmp_path / "file/model.json").read_text())
+    assert told["precision"] == "int8" and told["certificate"]["claims"]
+    main(
+        ["evaluate", "file", "--of", "run", "--guard", "accuracy >= 0.8"]
+    )  # on the sealed split: it is the same student
+    shown = capsys.readouterr().out
+    assert "int8" in shown and "certified" in shown
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "run", "--format", "onnx", "--int8", "--out", "other"])
+    assert ended.value.code == 2 and not (tmp_path / "other").exists()
+    assert "in int8, as it trained" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("--start", "tiny"), ("--control",), ("--deploy", "int4")])
+def test_what_int8_does_not_go_with(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["compress", "--deploy", "int8", *options, "--out", "run"])
+    assert ended.value.code == 2 and not (tmp_path / "run").exists()
+    assert "deploy" in capsys.readouterr().err
