@@ -28,11 +28,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import stats
 
 import students
 from ev3_distill import archive
 from ev3_distill.archive import Archive, Entry, Measured
 from ev3_distill.arms import PEER, names_for_peers
+from ev3_distill.certifying import metrics_asked
 from ev3_distill.core import adapt, prioritise
 from ev3_distill.core.assess import paired
 from ev3_distill.course import CHUNK, Course, Task, course_of, evaluated_at_once
@@ -50,9 +52,7 @@ from students.grow import growth, moves
 from teachers.flax import forward
 
 TRIALS = "trials.json"
-SURE = (
-    0.02  # of the certificate's level: so clearly must decide prove the guards that the sealed split may well do it too
-)
+LIKELY = 0.9  # so probable must decide make it that the sealed split will prove the guards
 PATIENCE = 6.0  # of a search, where none is named: what growth has added, or another arm, takes its time
 TRIAL = 0.1  # share of the steps so far that each proposal's trial has
 TAKEOVER = 1.0  # standard errors on assess
@@ -188,6 +188,10 @@ class _Search:
         kept = directory / TRIALS
         self.trials: list[dict[str, Any]] = read_json(kept)["trials"] if kept.exists() else []
         self.lost = 0  # steps of trials that led nowhere
+        claims = metrics_asked(task.guards, labelled=task.labelled, teacher=True)
+        level = (1 - chosen.confidence) / len(claims)
+        decide, test = len(task.rows["decide"]), len(task.rows["test"])
+        self.sure = _level_of(level, decide / test, LIKELY) / (1 - chosen.confidence)
         self._asked: dict[str, dict[str, dict[str, Any]]] = {}  # what networks may become, by name
         self.total = (task.steps or 0) // chosen.passes
         ladder = [students.named(text, *self._shape()) for text in chosen.sizes]
@@ -397,7 +401,7 @@ class _Search:
         self, network: Network, *, task: Task | None = None, names: Sequence[str] = (), lessons: Any = None
     ) -> Course:
         task = dataclasses.replace(task or self.task, network=network)
-        return course_of(self.chosen, task, names or self.arm_names, lessons or self.lessons, stops=SURE)
+        return course_of(self.chosen, task, names or self.arm_names, lessons or self.lessons, stops=self.sure)
 
     def _folder(self, number: int) -> Path:
         return self.directory / "sizes" / f"{number:02d}"
@@ -484,6 +488,21 @@ def _of_rung(state: State, number: int) -> State:
     """A state to begin a rung with: it counts its own iterations, and draws keys of its own."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), number)
     return state._replace(iteration=jnp.int32(0), key=jax.random.key_data(key))
+
+
+def _level_of(level: float, ratio: float, likely: float) -> float:
+    """The level at which one split must prove a guard for another one to prove it, too, with that probability.
+
+    By the normal approximation, with s the standard error on the second split and r s on the first, r^2 = 1 / ratio: the second
+    proves what lies z s above the threshold on it, and its score differs from the first's by chance, with s sqrt(1 + r^2).
+
+    Args:
+      level: of the second split's claim.
+      ratio: examples of the first split for each of the second.
+      likely: the probability.
+    """
+    above = stats.norm.isf(level) * ratio**0.5 + stats.norm.ppf(likely) * (1 + ratio) ** 0.5
+    return float(stats.norm.sf(above))
 
 
 def _until(state: State) -> int:

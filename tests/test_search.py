@@ -11,10 +11,11 @@ import time
 import numpy as np
 import pytest
 from conftest import once, rows_without_times, variables_of
+from scipy import stats
 
 import students
 from ev3_distill.cli import main
-from ev3_distill.search import _falls_behind
+from ev3_distill.search import _falls_behind, _level_of
 
 SEARCH = (
     *("--data", "npz:data.npz", "--teacher", "logits:logits.npz", "--start", "mlp:hidden=3", "--moves", "wider"),
@@ -222,6 +223,17 @@ def told(*risks, every=250):
 )
 def test_a_size_that_will_miss_its_guards_is_left(risks, steps, until, behind):
     assert _falls_behind(told(*risks), 1000, steps, until=until) is behind
+
+
+def test_decide_promises_what_the_sealed_split_will_prove():
+    """Over many pairs of splits: of students that stand just where decide proves the guard, as many are certified as asked."""
+    rng, n, more, least = np.random.default_rng(0), 400, 900, 0.8
+    level = _level_of(0.025, n / more, 0.9)
+    margin = stats.norm.isf(level) * (least * (1 - least) / n) ** 0.5
+    true = least + margin + rng.normal(size=20000) * (least * (1 - least) / n) ** 0.5  # as decide leaves it open
+    right = rng.binomial(more, true)
+    proven = right / more - stats.norm.isf(0.025) * (least * (1 - least) / more) ** 0.5 >= least
+    assert proven.mean() == pytest.approx(0.9, abs=0.02)
 
 
 def test_without_goals_no_size_is_left():
