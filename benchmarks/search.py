@@ -29,7 +29,7 @@ KEY = ("data", "seed", "run")  # names a row
 FIRST_SEED = 4000  # how a search decides was chosen on seeds below 4000
 LADDER = (2, 3, 4, 6, 8, 12, 16, 24)  # units; tiny, and what `wider` makes of it
 SIZES = {"full": LADDER, "smoke": LADDER[:3]}
-BUDGET = {"full": 20000, "smoke": 2000}  # of each size alone,
+BUDGET = {"full": {"digits": 20000, "mnist": 10000}, "smoke": {"digits": 2000}}  # of each size alone,
 TIMES = 3  # and of a search, which has several sizes to pay
 TEACHER_BUDGET = {"full": 3000, "smoke": 300}
 AIMS = {"digits": (0.75, 0.85, 0.99), "mnist": (0.75, 0.9, 0.99)}  # accuracies; the last is beyond the ladder
@@ -59,7 +59,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
                 runs[f"search {aim:g}"] = ("--start", "tiny", "--student", "mlp:hidden=2", "--moves", "wider", *guard)
             if missing := {run: options for run, options in runs.items() if (name, seed, run) not in done}:
                 with tempfile.TemporaryDirectory() as directory:
-                    bench = _Bench(Path(directory), source, FIRST_SEED + seed, size)
+                    bench = _Bench(Path(directory), source, FIRST_SEED + seed, size, budget=BUDGET[size][name])
                     for run, options in missing.items():
                         yield {"data": name, "seed": seed, "run": run, **bench.row(run, options)}
 
@@ -79,8 +79,8 @@ def _params(source: str, hidden: int) -> int:
 class _Bench:
     """The commands of one data set and seed, in a folder of their own."""
 
-    def __init__(self, directory: Path, source: str, seed: int, size: str):
-        self.directory, self.budget = directory, BUDGET[size]
+    def __init__(self, directory: Path, source: str, seed: int, size: str, *, budget: int):
+        self.directory, self.budget = directory, budget
         cache = Path(tempfile.gettempdir()) / "ev3-distill-bench-search"  # compiled programs, of all seeds
         self.environment = {
             **os.environ,

@@ -104,7 +104,7 @@ class Stretch(NamedTuple):
 
     start: jax.Array  # int32, its first global step
     steps: jax.Array  # int32
-    spent: jax.Array  # float32, the share of the run's budget that was spent before it, in [0, 1]
+    spent: jax.Array  # float32, the share that was spent before it of the budget since the student began or grew
     each: jax.Array  # float32, the share that one of its steps adds, those of arms beside it included
 
 

@@ -2,7 +2,7 @@
 
 EV3 does not know which trajectory will be its last, so what is proposed is a polynomial-decay average of the iterates (Shamir
 and Zhang 2013, arXiv 1212.1824, section 4): it anneals at any time, its window being a fixed fraction of the trajectory.
-An arm may also anneal its updates by the share of the run's budget that is spent.
+An arm may also anneal its updates by the share that is spent of the budget since the student began or grew.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def gradient_arm(
         from its features to the teacher's. Like the optimizer's state they go on with the arm and start afresh with it.
       average: eta of the polynomial-decay average; the proposal is then the average with weights
         (eta + 1) / (t + eta) for step t, a window of about t / (eta + 1) steps. None proposes the last iterate.
-      anneal: (share of the run's budget spent, in [0, 1]) -> factor on every update, such as `linear_to_zero`.
+      anneal: (share of the budget spent since the student began or grew) -> factor on every update, such as `linear_to_zero`.
       length: of the trajectory, relative to the run's.
 
     Returns:

@@ -102,10 +102,10 @@ def initial_state(
 
 
 class Plan(NamedTuple):
-    """Which arms train in an iteration, how far, and where in the run's budget that is."""
+    """Which arms train in an iteration, how far, and where in the budget of the student at its size that is."""
 
     steps: jax.Array  # [A] int32
-    spent: jax.Array  # float32, share of the budget before the iteration
+    spent: jax.Array  # float32, before the iteration: the share of what the student may cost since it began or grew
     each: jax.Array  # [A] float32, share that one step of each arm adds, those of the arms beside it included
     remaining: jax.Array  # int32, steps left of the budget
 
@@ -150,8 +150,10 @@ def make_parts(
             exploration=config.exploration,
         )
         steps = allocate.steps_of(active, state.leader, lengths, state.length, remaining)
-        each = steps.sum() / jnp.maximum(steps, 1) / limit
-        return Plan(steps, spent, each, remaining)
+        end = jnp.minimum(limit, state.progress.until) if isinstance(state.progress, Progress) else limit
+        share = jnp.maximum(end - state.begun, 1)
+        each = steps.sum() / jnp.maximum(steps, 1) / share
+        return Plan(steps, (state.cost - state.begun) / share, each, remaining)
 
     def roll(
         data: tuple[PyTree, Batch],
