@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KEY = ("data", "seed", "contender", "width")  # names a row
-FIRST_SEED = 3000  # patience and the ladder were chosen on seeds below 3000
+FIRST_SEED = 3100  # how a student grows was chosen on seeds below 3000, and mended once for what 3000 to 3004 had shown
 
 
 class Subject(NamedTuple):
@@ -186,12 +186,13 @@ class _Bench:
         left, state, before = self.total, None, self.ladder[0]
         for width in self.ladder:
             distillation = self.patient[width]
+            began = int(state.cost) if state is not None else 0
             if state is None:
-                state = distillation.begin(pools, seed)
+                state = distillation.drawn(pools, seed, budget=self.cost // QUARTER)
             else:
                 map_ = growth(jax.random.key(seed), self.networks[before].spec, self.networks[width].spec)
                 state = distillation.grown(pools, state, map_)
-            began, final = int(state.cost), width == self.ladder[-1]
+            final = width == self.ladder[-1]
             afford = int(left // self.params[width])
             limit = began + (afford if final else min(self.cost // QUARTER, afford))
             state = _to_the_end(distillation, pools, state, limit, again=final)

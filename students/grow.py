@@ -11,7 +11,8 @@ alone would be the same to Adam, which normalises, and the copies would stay ali
 
 Units of a ReLU that nothing normalises are not copied but drawn, and read with zeros at first: a unit that the ReLU has shut
 for all inputs would be copied as one that learns nothing either, and a part of the larger network with it. Behind another ReLU
-their weights have the sign with which they sum to no less than 0, for there one in ten would be shut from the start.
+their weights have the sign with which they sum to no less than 0, for there one in ten would be shut from the start. So are the
+channels inside a ResNet's blocks: an optimizer that makes updates orthogonal keeps copies alike.
 
 Deeper: a new layer is the identity of what a ReLU made, or a new residual branch ends in zeros; zeros get a gradient at once,
 and what is before them as soon as they move.

@@ -95,7 +95,8 @@ def resnet(input_shape: Sequence[int], num_classes: int, *, depth: int = 8, widt
 def grow(input_shape: Sequence[int], num_classes: int, *, depth: int = 8, width: int = 16) -> Layout:
     """How a ResNet grows: wider, or by blocks at the end of each stage whose last BatchNorm starts at zero.
 
-    What a padded shortcut adds to a stage keeps its place: the channels of a stage are those of the stage before, copied as
+    The channels inside a block are drawn where it grows, those of the stages copied: copies are alike for long, and half of the
+    larger network with them (README has figures). What a padded shortcut adds to a stage keeps its place: the channels of a stage are those of the stage before, copied as
     there, between channels of its own.
     """
     spaces = {
@@ -109,7 +110,7 @@ def grow(input_shape: Sequence[int], num_classes: int, *, depth: int = 8, width:
         for j in range((depth - 2) // 6):
             stage, name, path = f"stage{i + 1}", f"stage{i + 1}.{j}", ("stages", i, j)
             inner = f"{name}.inner"
-            spaces[inner] = Space(spaces[stage].size)
+            spaces[inner] = Space(spaces[stage].size, drawn=True)
             parts: dict[str, tuple[Axis, ...]] = {
                 "conv1": (reads(before), writes(inner)),
                 "norm1": (writes(inner),),
