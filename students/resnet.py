@@ -96,8 +96,8 @@ def grow(input_shape: Sequence[int], num_classes: int, *, depth: int = 8, width:
     """How a ResNet grows: wider, or by blocks at the end of each stage whose last BatchNorm starts at zero.
 
     The channels inside a block are drawn where it grows, those of the stages copied: copies are alike for long, and half of the
-    larger network with them (README has figures). What a padded shortcut adds to a stage keeps its place: the channels of a stage are those of the stage before, copied as
-    there, between channels of its own.
+    larger network with them (README has figures). What a padded shortcut adds to a stage keeps its place: the channels of a
+    stage are those of the stage before, copied as there, between channels of its own.
     """
     spaces = {
         "stage1": Space(width),
