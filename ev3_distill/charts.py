@@ -3,6 +3,7 @@
 No text of the user's is drawn: names stand in the page, where they are escaped and the reader's fonts know their letters.
 """
 
+import html
 import io
 import math
 import re
@@ -127,10 +128,11 @@ def _svg(title: str, size: tuple[float, float], draw: Any, *, about: str = "cost
         else:
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-        return _inline(figure, title)
+        return inline(figure, title)
 
 
-def _inline(figure: "Figure", title: str) -> str:
+def inline(figure: "Figure", title: str) -> str:
+    """A figure as an <svg> element that scales with the page and is called by its title."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
@@ -139,4 +141,4 @@ def _inline(figure: "Figure", title: str) -> str:
     view_box = re.search(r'viewBox="[^"]*"', root)
     assert view_box is not None
     body = re.sub(r'<g id="[^"]*"', "<g", body).replace("xlink:href", "href")
-    return f'<svg role="img" aria-label="{title}" {view_box[0]}>{body}'
+    return f'<svg role="img" aria-label="{html.escape(title)}" {view_box[0]}>{body}'

@@ -12,7 +12,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ev3_distill import charts
+from ev3_distill import charts, pages
 from ev3_distill.errors import InputError
 from ev3_distill.guards import DROP, KNOWN, TOP_K, metric_named
 
@@ -66,15 +66,7 @@ def render(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:
       report: the content of report.json.
       rows: the ledger, one row per iteration, in order; may be empty.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ev3_distill", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = pages.environment()
     shares = (percent, floor_percent, exact_percent, points, floor_points)
     filters = (*shares, count, ratio, duration, scientific, unbroken)
     environment.filters.update({function.__name__: function for function in filters})

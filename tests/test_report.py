@@ -329,7 +329,7 @@ def test_write_html_leaves_only_the_page(tmp_path, report, rows, html, monkeypat
 def test_template_is_package_data():
     source = importlib.resources.files("ev3_distill").joinpath("report.html.j2").read_text(encoding="utf-8")
     assert source.count("|safe") + source.count("| safe") == 6  # four plots and two constants
-    assert "report.html.j2" in jinja2.PackageLoader("ev3_distill", ".").list_templates()
+    assert {"report.html.j2", "page.css"} <= {*jinja2.PackageLoader("ev3_distill", ".").list_templates()}
 
 
 def test_summary_fits_a_terminal(report):
