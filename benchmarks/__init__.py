@@ -1,7 +1,9 @@
-"""Benchmarks of the tool itself: suites of rows, and what to print of them.
+"""Benchmarks of the tool itself: suites of rows, what to print of them, and what changed since.
 
 A suite is a module with `collect(*, seeds, size) -> Iterator[row]`, `KEY`, the fields that name a row, and `table(rows) ->
-str`, Markdown. Where `collect` also takes `done`, keys of rows to leave out, it saves their cost when rows are resumed.
+str`, Markdown. Where `collect` also takes `done`, keys of rows to leave out, it saves their cost when rows are resumed. It may
+have `plot(rows)`, a figure; and what a comparison goes by: `REPEATS`, the fields of KEY that number repetitions, where they are
+not `seed` alone; `TIMED`, fields that follow the machine; and `measures(row)`, where a row's numbers are not what it measured.
 """
 
 import hashlib
@@ -9,21 +11,25 @@ import inspect
 import json
 import os
 import platform
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from benchmarks import (
+    compare,
     coverage,
     evolution,
+    folder,
     growth,
     guards,
     hypergrad,
     int8,
     memory,
+    page,
     portfolio,
     protonet,
     quality,
@@ -37,9 +43,10 @@ from benchmarks import (
 )
 from ev3_distill import sharding
 from ev3_distill.errors import InputError
+from ev3_distill.files import written_whole
 from ev3_distill.ledger import Ledger
 
-__all__ = ["SIZES", "SUITES", "provenance", "run"]
+__all__ = ["SIZES", "SUITES", "changes", "provenance", "render", "run"]
 
 SUITES: dict[str, ModuleType] = {
     "coverage": coverage,
@@ -73,8 +80,8 @@ def run(suite: str, *, seeds: int, size: str, out: Path | None = None) -> None:
       suite: a name of SUITES.
       seeds: repetitions, with the seeds from 0.
       size: full, or smoke, which proves nothing.
-      out: directory for `rows.jsonl` (what the rows stand on, then each row as it comes), `table.md`, and `plot.svg` of
-        a suite that draws one. Rows that are there already are kept, not measured again.
+      out: directory for `rows.jsonl` (what the rows stand on, then each row as it comes), `table.md`, `report.html`, and
+        `plot.svg` of a suite that draws one. Rows that are there already are kept, not measured again.
 
     Raises:
       InputError: no such suite or size, no seed, or rows in `out` that stand on something else.
@@ -94,20 +101,46 @@ def run(suite: str, *, seeds: int, size: str, out: Path | None = None) -> None:
             Ledger(out / "rows.jsonl").append([row])
     if not writes:
         return
-    table = f"{SUITES[suite].table(rows)}\n\n{_told(basis)}\n"
+    results = folder.Results(SUITES[suite], basis, rows)
+    print(folder.told(results) if out is None else folder.write(out, results), end="")
+
+
+def render(directories: Sequence[Path]) -> None:
+    """Writes anew what follows from the rows of folders, without measuring, and prints their tables.
+
+    Raises:
+      InputError: a folder without sound rows.
+    """
+    found = [(directory, folder.read(directory, SUITES)) for directory in directories]
+    for directory, results in found:
+        with folder.understood(directory):
+            print(folder.write(directory, results))
+
+
+def changes(before: Path, after: Path, *, out: Path | None = None) -> None:
+    """Prints what changed beyond noise between two folders of one suite.
+
+    Args:
+      before: a folder that `run` wrote.
+      after: another.
+      out: an HTML page to write.
+
+    Raises:
+      InputError: a folder without sound rows, or of another suite or size; or a page that cannot be written.
+    """
+    sides = folder.read(before, SUITES), folder.read(after, SUITES)
+    with folder.understood(before, after):
+        told = compare.table(*sides, (str(before), str(after)))
+    print(told)
     if out is not None:
-        (out / "table.md").write_text(table)
-        if hasattr(SUITES[suite], "plot"):
-            _draw(SUITES[suite].plot(rows), out / "plot.svg")
-    print(table, end="")
-
-
-def _draw(figure: Any, path: Path) -> None:
-    """Writes a figure that is the same for the same rows."""
-    import matplotlib as mpl
-
-    with mpl.rc_context({"svg.hashsalt": path.name}):
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        command = shlex.join(["ev3-distill", "bench", "--compare", str(before), str(after)])
+        try:
+            with written_whole(out) as file:
+                file.write(page.of_comparison(sides[0].basis["suite"], told, command).encode())
+        except OSError as error:
+            raise InputError(
+                f"--out is a file to write the page to; got {out} ({error.strerror}): name another"
+            ) from None
 
 
 def provenance(suite: str, *, seeds: int, size: str) -> dict[str, Any]:
@@ -213,13 +246,3 @@ def _shown(suite: str, rows: Iterator[dict[str, Any]], count: int) -> Iterator[d
 
 def _named(row: dict[str, Any], key: tuple[str, ...]) -> str:
     return ", ".join(f"{field} {row[field]}" for field in key)
-
-
-def _told(basis: dict[str, Any]) -> str:
-    machine, versions = basis["machine"], basis["versions"]
-    on = f"{machine['cpu']}, {machine['cores']} cores" + (
-        f", {machine['accelerator']}" if machine["accelerator"] else ""
-    )
-    seeds = "seed 0" if basis["seeds"] == 1 else f"seeds 0 to {basis['seeds'] - 1}"
-    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"`{basis['command']}`, {seeds}; {on}; {packages}."

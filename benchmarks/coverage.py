@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KEY = ("seed", "run")  # names a row
+REPEATS = KEY  # every run deals anew
 RUNS = {"full": 50, "smoke": 3}  # of a seed: ten seeds, as by default, are 500 runs
 DEALT = {
     "full": {"explore": 1000, "assess": 500, "decide": 500, "sealed": 500},
@@ -275,6 +276,11 @@ def plot(rows: Sequence[dict[str, Any]]) -> "Figure":
     axes.set(xlabel="promised accuracy less the true one, points (shaded: false)", ylabel="share of runs", ylim=(0, 1))
     axes.legend(fontsize="small", frameon=False, loc="lower right")
     return figure
+
+
+def measures(row: Mapping[str, Any]) -> dict[str, float]:
+    """By how much each promise of a row goes beyond the truth."""
+    return {f"{claim['metric']}, beyond the truth": beyond(claim) for claim in (*row["claims"], *row["instead"])}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

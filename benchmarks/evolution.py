@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KEY = ("seed", "question", "at")  # names a row
+TIMED = ("per_s",)  # follow the machine
 PAIRS = {"full": 64, "smoke": 4}
 STUDENTS: dict[str, dict[str, tuple[int, ...]]] = {
     "full": {"mlp:hidden=64-64": (64,), "conv4:width=8": (28, 28, 1), "conv4:width=64": (28, 28, 1)},

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KEY = ("question", "contender", "seed")  # names a row
+TIMED = ("seconds",)  # follow the machine
 AGES = {"full": (10, 100), "smoke": (2,)}  # training steps before the cosine is taken
 COPIES = {"full": (2, 8, 32, 128), "smoke": (2, 4)}
 COSINES = {"jvp": 0.999, "guided": 0.99}

@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks import rows as statistics
 
 KEY = ("seed",)  # names a row
+TIMED = ("seconds",)  # follow the machine
 LIMIT = {"full": 2**30, "smoke": 2**30}  # bytes
 TIMES = {"full": 4.0, "smoke": 0.3}  # data over limit
 SIDE = 128  # pixels

@@ -28,7 +28,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -50,6 +50,7 @@ from ev3_distill.types import Network, PyTree, Variables
 from students import conv
 
 KEY = ("seed", "contender")  # names a row
+TIMED = ("seconds",)  # follow the machine
 LAYERS = 4
 SHAPE = (omniglot.SIDE, omniglot.SIDE, 1)
 TESTS = ((5, 5), (5, 1), (20, 5), (20, 1))  # way, shot
@@ -311,6 +312,11 @@ def _restored(kept: bytes, like: Training) -> tuple[Training, list[dict[str, flo
 
 
 # What is told.
+
+
+def measures(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row's accuracies, and the seconds that it trained."""
+    return {**{test: accuracy for test, (accuracy, _) in row["accuracy"].items()}, "seconds": row["log"][-1]["seconds"]}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -35,6 +35,7 @@ from teachers import Teacher, load_teacher
 from teachers.flax import forward
 
 KEY = ("seed", "contender")  # names a row
+TIMED = ("seconds",)  # follow the machine
 EPOCHS = {"full": 10, "smoke": 0.02}
 CONTENDERS = ("ev3-distill", "torch KD")
 TARGET = 0.0  # points that ours is to be ahead

@@ -38,6 +38,27 @@ def paired(values: Sequence[float], others: Sequence[float], *, confidence: floa
     return mean(list(x - y), confidence=confidence)
 
 
+def welch(values: Sequence[float], others: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval:
+    """The mean of values less that of others, which are no pairs, with the t interval of Welch (1947); at least two of each."""
+    x, y = _checked(values), _checked(others)
+    center, n = float(x.mean() - y.mean()), len(x) + len(y)
+    if not x.var() and not y.var():
+        return Interval(center, center, center, n, confidence)
+    found = stats.ttest_ind(x, y, equal_var=False).confidence_interval(confidence)
+    return Interval(center, float(found.low), float(found.high), n, confidence)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values: what is at most alpha is rejected where at most alpha of all families have a false rejection.
+
+    The k-th smallest of m is multiplied by m - k + 1, and is no smaller than the one before (Holm 1979).
+    """
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = adjusted[i] = max(least, min(1.0, (len(p_values) - rank) * p_values[i]))
+    return adjusted
+
+
 def median(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval:
     """The median, between two order statistics, whatever the distribution.
 
@@ -101,7 +122,12 @@ def number(x: float, digits: int) -> str:
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A Markdown table, its first column to the left and the others to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """A text that does not end its cell: it may hold a name of the user's."""
+    return " ".join(text.split("\n")).replace("|", "\\|")
 
 
 def _checked(values: Sequence[float]) -> np.ndarray:

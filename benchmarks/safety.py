@@ -20,7 +20,7 @@ Power: candidates 2 points better that differ on 6 % (4 % won, 2 % lost), indepe
 
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -237,6 +237,11 @@ def _found(rule: str) -> Callable[[jax.Array], jax.Array]:
         return _judged(judge, rule, candidate, run, cost=jnp.int32(100), closing=jnp.bool_(False))[1]
 
     return jit(lambda keys: jax.lax.map(one, keys, batch_size=500))
+
+
+def measures(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row's share of runs or of tests; of a wait, iterations up to a promotion."""
+    return {"iterations" if row["question"] == "wait" else "share": row["count"] / row["of"]}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

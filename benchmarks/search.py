@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,6 +121,14 @@ class _Bench:
         if done.returncode not in (0, 3):
             raise RuntimeError(f"{name} ended with {done.returncode}: see above")
         return done.returncode
+
+
+def measures(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row's numbers; of its exit code, whether it certified."""
+    return {
+        **{field: row[field] for field in ("params", "accuracy", "bound", "steps")},
+        "certified": float(row["exit"] == 0),
+    }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

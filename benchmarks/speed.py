@@ -45,6 +45,7 @@ from ev3_distill.types import Network, Pools, PyTree, Stretch
 from teachers import load_teacher
 
 KEY = ("seed",)  # names a row
+TIMED = ("ms_per_step",)  # follow the machine
 BATCH = 128
 DEPTHS = (8, 20)
 STEPS = {"full": 40, "smoke": 2}  # of a turn, for `step` and `iteration`

@@ -44,6 +44,7 @@ from ev3_distill.sources import load_data
 from ev3_distill.types import Apply, Batch, Network, Pools, PyTree, Variables
 
 KEY = ("seed",)  # names a row
+TIMED = ("steps_per_s",)  # follow the machine
 STEPS = {"full": (6000, 500), "smoke": (200, 100)}  # of a turn; the second is the reference way's, which is slow
 TARGETS = {"ev3 / bare": 0.9, "ev3 / reference way": 20.0}
 LEAST_TURNS = 7

@@ -104,17 +104,21 @@ class ExportCommand:
 
 @dataclasses.dataclass(frozen=True)
 class BenchCommand:
-    """Measure the tool itself: rows, a Markdown table, and how to reproduce them."""
+    """Measure the tool itself: rows, a table, a page, how to reproduce them, and what changed since."""
 
-    suite: tyro.conf.Positional[str]
-    """coverage, evolution, growth, guards, hypergrad, memory, portfolio, protonet, quality, rescue, rotation, safety, speed,
-    throughput or tuning."""
+    suite: tyro.conf.Positional[str] = ""
+    """coverage, evolution, growth, guards, hypergrad, memory, portfolio, protonet, quality, rescue, rotation, safety, search,
+    speed, throughput or tuning."""
     seeds: int = 10
     """Repetitions."""
     size: str = "full"
     """full, or smoke for a quick look that proves nothing."""
     out: Path | None = None
-    """Directory for rows and table; printed only where none is named."""
+    """Directory for rows, table and page; printed only where none is named. Of --compare: an HTML file."""
+    compare: tuple[Path, Path] | None = None
+    """Measure nothing; tell what changed beyond noise from one such directory to another."""
+    render: tuple[Path, ...] = ()
+    """Measure nothing; write the tables, plots and pages of such directories anew."""
     processes: str = "1"
     """That work together, each started by this command: a number, or auto where the cluster tells it (SLURM, Kubernetes, Cloud
     TPU, MPI). For evolution and protonet."""
@@ -366,6 +370,13 @@ def _export(command: ExportCommand) -> None:
 
 
 def _bench(command: BenchCommand) -> None:
+    if command.compare or command.render:
+        _tell(command)
+        return
+    if not command.suite:
+        raise InputError(
+            "bench measures a suite, or takes --compare or --render; got none: name one, as in bench speed"
+        )
     from ev3_distill import sharding
 
     group = command.processes, command.coordinator, command.process_id
@@ -380,3 +391,16 @@ def _bench(command: BenchCommand) -> None:
 
     with sharding.joined():
         benchmarks.run(command.suite, seeds=command.seeds, size=command.size, out=command.out)
+
+
+def _tell(command: BenchCommand) -> None:
+    """What rows that are there say."""
+    out = command.out if command.compare else None
+    if command != BenchCommand(compare=command.compare, out=out) and command != BenchCommand(render=command.render):
+        raise InputError("--compare takes --out alone beside it, and --render nothing; got more: leave the rest out")
+    import benchmarks
+
+    if command.compare:
+        benchmarks.changes(*command.compare, out=command.out)
+    else:
+        benchmarks.render(command.render)
