@@ -261,7 +261,7 @@ def test_what_a_search_came_to():
             "swiftness",
             1,
             "full",
-            "a suite is one of coverage, evolution, growth, guards, hypergrad, memory, portfolio, protonet, "
+            "a suite is one of coverage, evolution, growth, guards, hypergrad, int8, memory, portfolio, protonet, "
             "quality, rescue, rotation, safety, search, speed, throughput, "
             "tuning; got 'swiftness'",
         ),
