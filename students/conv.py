@@ -116,9 +116,21 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1), groups: in
         parts = zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
         return jnp.concatenate([convolve(*part, strides) for part in parts], -1)
     if kernel.shape[:2] == (1, 1):
-        return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]  # its kernel's gradient is 3x faster than by the rule
+        return every(x, strides) @ kernel[0, 0]  # its kernel's gradient is 3x faster than by the rule
     out: jax.Array = _conv.bind(x, kernel, strides=strides)
     return out
+
+
+def every(x: jax.Array, strides: Pair, *, first: Pair = (0, 0), end: Pair | None = None) -> jax.Array:
+    """Pixels first:end:strides of H and W, [B, H, W, C]: a slice, also in exported programs, whose batch is free.
+
+    There indexing becomes a gather, with which a ResNet-8 takes 27 ms for 24 (XLA:CPU, 64 images of 32x32).
+    """
+    end = end or (x.shape[1], x.shape[2])
+    if (strides, first, end) == ((1, 1), (0, 0), x.shape[1:3]):
+        return x
+    batch, *_, channels = x.shape
+    return jax.lax.slice(x, (0, *first, 0), (batch, *end, channels), (1, *strides, 1))
 
 
 def _depthwise(x: jax.Array, kernel: jax.Array, strides: Pair) -> jax.Array:

@@ -17,7 +17,7 @@ from flax import nnx
 from ev3_distill.errors import InputError
 from ev3_distill.network import from_nnx
 from ev3_distill.types import Network
-from students.conv import BatchNorm, Conv
+from students.conv import BatchNorm, Conv, every
 from students.layout import Layer, Layout, Space, next_size, reads, writes
 
 _BLOCKS = 4
@@ -29,7 +29,7 @@ def max_pool(x_BxHxWxC: jax.Array) -> jax.Array:
     As a maximum of four slices it has a gradient that is 8x faster on CPU than that of a windowed reduction.
     """
     height, width = (size // 2 * 2 for size in x_BxHxWxC.shape[1:3])
-    corners = [x_BxHxWxC[:, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)]
+    corners = [every(x_BxHxWxC, (2, 2), first=(i, j), end=(height, width)) for i in (0, 1) for j in (0, 1)]
     return functools.reduce(jnp.maximum, corners)
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from ev3_distill.errors import InputError
 from ev3_distill.network import from_nnx
 from ev3_distill.types import Network
-from students.conv import BatchNorm, Conv
+from students.conv import BatchNorm, Conv, every
 from students.layout import Axis, Layer, Layout, Space, Start, next_size, reads, writes
 
 DEPTHS = (8, 14, 20, 32, 44, 56)
@@ -31,7 +31,7 @@ class Block(nnx.Module):
         """[B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), O]."""
         y = nnx.relu(self.norm1(self.conv1(x)))
         y = self.norm2(self.conv2(y))
-        shortcut = x[:, :: self.strides, :: self.strides]
+        shortcut = every(x, (self.strides, self.strides))
         if self.more:
             shortcut = jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (self.more // 2, self.more - self.more // 2)))
         return nnx.relu(y + shortcut)
