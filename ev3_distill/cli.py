@@ -86,7 +86,8 @@ class ExportCommand:
     out: Path
     """New folder for the student, with evidence.json and MODEL_CARD.md."""
     format: str = "flax"
-    """flax: its spec and its variables, as --teacher flax:DIR takes them; onnx or stablehlo: a file that others run."""
+    """flax: its variables as safetensors, the program that applies them, and what --teacher flax:DIR takes; onnx or
+    stablehlo: a file that others run."""
     pick: str = ""
     """Conditions on params, accuracy or bound such as 'params<=20000': of the students that meet them, the one with the
     highest bound on decide."""
@@ -100,6 +101,8 @@ class ExportCommand:
     """Told in the file and its model card."""
     student: str = ""
     """The MODULE:FACTORY that made the student, as --student of evaluate."""
+    latency: bool = False
+    """Time the file, and the run's teacher where it can run, on this machine as it is now, for the model card."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,6 +367,7 @@ def _export(command: ExportCommand) -> None:
         int8=command.int8,
         licence=command.teacher_licence,
         student=command.student,
+        latency=command.latency,
     )
     for line in export(command.run, command.out, wanted):
         print(line)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import students
-from ev3_distill import certificate, claims, config, opening, run
+from ev3_distill import certificate, claims, config, opening, run, stopwatch
 from ev3_distill.certifying import known_of, measured, metrics_asked
 from ev3_distill.course import CHUNK, evaluated_at_once, limit_of
 from ev3_distill.demands import check_labelled, guards_of
@@ -17,7 +17,7 @@ from ev3_distill.finished import config_of, data_of, report_in
 from ev3_distill.formats.about import About
 from ev3_distill.formats.deployed import Deployed, deployed
 from ev3_distill.guards import judge
-from ev3_distill.latency import PASSES
+from ev3_distill.latency import PASSES, summary
 from ev3_distill.lessons import chunked
 from ev3_distill.sources import Dataset
 from ev3_distill.splits import split_rows
@@ -104,7 +104,7 @@ def evaluate_file(
     student, and is scored on other data.
 
     Args:
-      path: of the file, .onnx or .stablehlo.
+      path: of the file, .onnx, .stablehlo or .safetensors.
       source: of examples; the sealed split of `of` where none is named.
       of: the run that the file is of, to compare them example by example.
       confidence: as `evaluate`.
@@ -147,9 +147,9 @@ def evaluate_file(
                     f"weights and gives {same.told}: score data that are new to it by --data"
                 )
         level = _level(sealed, about.student, metrics, confidence=confidence, costs=table, reopen=reopen)
-        passes = {size: _passes(file, dataset, size) for size in BATCHES}
-        lines += [latency_line(size, times, threads=file.threads) for size, times in passes.items()]
-        found = {"latency_ms": claims.latency(passes[1])} if "latency_ms" in metrics else {}
+        own, of_teacher = times_of(file, dataset, of)
+        lines += _latency_lines(own, of_teacher, threads=file.threads)
+        found = {"latency_ms": claims.latency(own[1])} if "latency_ms" in metrics else {}
         made = _certified(metrics, outputs, found, level, costs=table)
         if level.reopened and sealed is not None:
             run.write_certificate(sealed, made, about.student)
@@ -161,8 +161,8 @@ def _report_of(directory: Path) -> dict[str, Any]:
     finished = report_in(directory)
     if finished is None and (directory / "evidence.json").exists():
         raise InputError(
-            f"evaluate runs a student of a run, or a file; {directory} is one exported as flax, without its run: evaluate the "
-            "run, or export it by --format onnx or stablehlo"
+            f"evaluate runs a student of a run, or a file; {directory} is one exported without a file, by an older version: "
+            "evaluate the run, or export it again"
         )
     if finished is None:
         raise InputError(f"evaluate needs a finished run; {directory} has no report.json: finish it by --resume")
@@ -193,11 +193,39 @@ def _rows(
     return np.arange(len(dataset.labels))
 
 
-def latency_line(size: int, passes_ms: np.ndarray, *, threads: int) -> str:
-    """What passes on batches of this size took."""
-    median, rare = np.quantile(passes_ms, (0.5, 0.99))
-    told = f"{threads} thread{'s' if threads > 1 else ''}"
-    return f"latency at batch {size}: {median:.3g} ms p50, {rare:.3g} ms p99, {told}, {len(passes_ms)} passes"
+def latency_line(whose: str, size: int, told: Mapping[str, float], *, threads: int) -> str:
+    """What passes on batches of this size took, see `latency.summary`."""
+    count = f"{threads} thread{'s' if threads > 1 else ''}"
+    return (
+        f"latency{whose} at batch {size}: {told['p50']:.3g} ms p50, {told['p99']:.3g} ms p99, {count}, "
+        f"{told['passes']} passes"
+    )
+
+
+def times_of(
+    file: Deployed, dataset: Dataset, of: Path | None
+) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray] | str]:
+    """Times of passes of a file, and of the teacher of the run that it is of, each by the size of its batches.
+
+    The teacher has as many processors as the file. A string says why it has no times; it is empty where no run is named.
+    """
+    examples = np.asarray(dataset.inputs[np.arange(min(max(BATCHES), len(dataset.labels)))])
+    own = {}
+    for size in BATCHES:
+        batch = examples[np.resize(np.arange(len(examples)), size)]
+        own[size] = file.passes_ms(batch, PASSES if size == 1 else PASSES // 3)
+    theirs: dict[int, np.ndarray] | str = ""
+    if of is not None:
+        theirs = stopwatch.teacher_times(of, dataset, examples, sizes=BATCHES, threads=file.threads)
+    return own, theirs
+
+
+def _latency_lines(own: dict[int, np.ndarray], theirs: dict[int, np.ndarray] | str, *, threads: int) -> list[str]:
+    lines = [latency_line("", size, summary(times), threads=threads) for size, times in own.items()]
+    if isinstance(theirs, str):
+        return [*lines, f"latency of the teacher: {theirs}"] if theirs else lines
+    whose = " of the teacher"
+    return lines + [latency_line(whose, size, summary(times), threads=threads) for size, times in theirs.items()]
 
 
 class _Agreement(NamedTuple):
@@ -225,12 +253,6 @@ def _student_of(directory: Path, digest: str, factory: Callable[..., Any] | None
     raise InputError(
         f"--of names the run that a file is of; {directory} has no student {digest[:12]}: name its run, or leave out --of"
     )
-
-
-def _passes(file: Deployed, dataset: Dataset, size: int) -> np.ndarray:
-    """Times of passes on a batch of examples, again and again the same where there are too few."""
-    rows = np.resize(np.arange(min(size, len(dataset.labels))), size)
-    return file.passes_ms(np.asarray(dataset.inputs[np.unique(rows)])[rows], PASSES if size == 1 else PASSES // 3)
 
 
 def _outputs(

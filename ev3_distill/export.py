@@ -1,10 +1,11 @@
 """Export: a student out of a finished run, in a folder of its own with the evidence that speaks for it.
 
-The folder holds the student alone, as a file that others run or as its variables, evidence.json, and MODEL_CARD.md. It appears
+The folder holds the student alone, as a file that others run, evidence.json, and MODEL_CARD.md. It appears
 whole or not at all, and not before the file was run again and said what the student says.
 """
 
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -17,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import students
-from ev3_distill import card, report
+from ev3_distill import card, latency, report
 from ev3_distill.archive import FILE, Archive, pick
 from ev3_distill.errors import InputError
+from ev3_distill.evaluation import times_of
 from ev3_distill.files import sha256_of
 from ev3_distill.finished import config_of, data_of
 from ev3_distill.formats import int8, onnx, stablehlo
+from ev3_distill.formats import variables as of_flax
 from ev3_distill.formats.about import BESIDE, About
 from ev3_distill.formats.deployed import deployed
 from ev3_distill.network import count_params
@@ -57,6 +60,7 @@ class Wanted:
     int8: bool = False
     licence: str = "unknown"  # the teacher's
     student: str = ""  # MODULE:FACTORY, where the network is of the user's own
+    latency: bool = False  # of the file and of the teacher, measured now
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -95,8 +99,8 @@ def export(run: Path, out: Path, wanted: Wanted | None = None) -> list[str]:
 
     Args:
       run: directory of a finished run.
-      out: the folder. As flax: spec.json and variables/. Else model.onnx or model.stablehlo, and what the file says of itself,
-        model.json.
+      out: the folder, with model.onnx, model.stablehlo or model.safetensors, and what the file says of itself, model.json. As
+        flax also apply.stablehlo, the program of the variables, and spec.json and variables/ as a run has them.
       wanted: how; by default the delivered student as flax.
 
     Returns:
@@ -116,12 +120,8 @@ def export(run: Path, out: Path, wanted: Wanted | None = None) -> list[str]:
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if wanted.format == "flax":
-            shutil.copytree(source.folder, temporary)
-            evidence, lines = source.evidence, list[str]()
-        else:
-            temporary.mkdir()
-            evidence, lines = _write(temporary, run, finished, source, wanted)
+        temporary.mkdir()
+        evidence, lines = _write(temporary, run, finished, source, wanted)
         write_json(temporary / EVIDENCE, evidence)
         (temporary / card.NAME).write_text(
             card.render(finished, evidence, wanted, network=source.network), encoding="utf-8"
@@ -158,16 +158,9 @@ def _write(
     network, variables = students.load(source.folder, factory=students.factory_of(wanted.student))
     data = _data(run, finished)
     about = _about(finished, source, wanted, (network, variables), dtype=_dtype(finished, data))
-    example = jax.ShapeDtypeStruct(_laid(about.input_shape, wanted.layout), np.dtype(about.dtype))
-    says, path = _says(network, variables, wanted), folder / f"model.{wanted.format}"
-    facts = {"name": source.network or students.text_of(network.spec)}
     if wanted.int8 and about.precision == "int8":
         raise InputError(f"--int8 is for students in float32; {source.told} is in int8, as it trained: leave it out")
-    if wanted.format == "stablehlo":
-        path.write_bytes(stablehlo.program_of(says, example, **facts))
-    else:
-        path.write_bytes(onnx.model_of(says, example, output=about.output, about=about.as_texts(), **facts))
-    write_json(folder / BESIDE, {**about.as_dict(), "sha256": sha256_of(path)})
+    path = _saved(folder, source, wanted, (network, variables), about)
     student, inputs = forward(network, variables), _inputs(about, data, "explore", EXAMPLES)
     checked = {
         "format": wanted.format,
@@ -189,10 +182,33 @@ def _write(
     evidence = {**source.evidence, "export": checked}
     if wanted.int8:
         evidence, lines = _quantised(path, evidence, about, data, student)
-    lines.append(
-        f"File: {path.name}, {path.stat().st_size:,} bytes, {about.dtype} {list(example.shape)} to {about.output}."
-    )
+    if wanted.latency:
+        evidence = {**evidence, "latency": _latency(path, run, about, data)}
+    shape = list(_laid(about.input_shape, wanted.layout))
+    lines.append(f"File: {path.name}, {path.stat().st_size:,} bytes, {about.dtype} {shape} to {about.output}.")
     return evidence, lines
+
+
+def _saved(folder: Path, source: _Source, wanted: Wanted, student: tuple[Network, Variables], about: About) -> Path:
+    """The file that is run, with what it says of itself, and as flax what else belongs to it."""
+    network, variables = student
+    example = jax.ShapeDtypeStruct(_laid(about.input_shape, wanted.layout), np.dtype(about.dtype))
+    says, name, beside = _says(network, wanted), about.network, dict[str, str]()
+    whole = functools.partial(says, variables)
+    if wanted.format == "flax":
+        path, program = folder / of_flax.FILE, folder / of_flax.PROGRAM
+        shutil.copytree(source.folder, folder, dirs_exist_ok=True)
+        path.write_bytes(of_flax.file_of(variables, about.as_texts()))
+        program.write_bytes(of_flax.program_of(says, variables, example, name=name))
+        beside["sha256_program"] = sha256_of(program)
+    elif wanted.format == "stablehlo":
+        path = folder / "model.stablehlo"
+        path.write_bytes(stablehlo.program_of(whole, example, name=name))
+    else:
+        path = folder / "model.onnx"
+        path.write_bytes(onnx.model_of(whole, example, name=name, output=about.output, about=about.as_texts()))
+    write_json(folder / BESIDE, {**about.as_dict(), "sha256": sha256_of(path), **beside})
+    return path
 
 
 def _about(
@@ -264,10 +280,10 @@ def _laid(shape: list[int], layout: str) -> tuple[int, ...]:
     return (shape[-1], *shape[:-1])
 
 
-def _says(network: Network, variables: Variables, wanted: Wanted) -> Callable[[jax.Array], jax.Array]:
-    """The student as a program of inputs as the file takes them, of nothing but standard operations."""
+def _says(network: Network, wanted: Wanted) -> Callable[[Variables, jax.Array], jax.Array]:
+    """The student as a program of its variables and inputs as the file takes them, of nothing but standard operations."""
 
-    def says(inputs: jax.Array) -> jax.Array:
+    def says(variables: Variables, inputs: jax.Array) -> jax.Array:
         if wanted.layout == "nchw":
             inputs = jnp.moveaxis(inputs, 1, -1)
         with conv.standard():
@@ -309,6 +325,23 @@ def _compared(
 def _said_by(path: Path, inputs: np.ndarray) -> np.ndarray:
     with deployed(path) as file:
         return np.concatenate([file.outputs(inputs[i : i + CHUNK]) for i in range(0, len(inputs), CHUNK)])
+
+
+def _latency(path: Path, run: Path, about: About, data: _Data | None) -> dict[str, Any]:
+    """Of the file, and of the teacher or why it has none, by the size of a batch, on as many threads as there are."""
+    if data is None:
+        raise InputError(
+            f"--latency is of the run's own examples; the data {about.data['source']} are not at hand as the run had them: put "
+            "them back, or leave out --latency"
+        )
+    with deployed(path) as file:
+        own, theirs = times_of(file, data.dataset, run)
+    teacher = theirs if isinstance(theirs, str) else _summaries(theirs)
+    return {"threads": file.threads, "by": file.by, "file": _summaries(own), "teacher": teacher}
+
+
+def _summaries(times: dict[int, np.ndarray]) -> dict[str, Any]:
+    return {str(size): latency.summary(of) for size, of in times.items()}
 
 
 def _quantised(

@@ -1,6 +1,8 @@
-"""How long a student takes for one example, on this machine as it is now. Milliseconds."""
+"""How long a network takes for a batch, on this machine as it is now. Milliseconds."""
 
+import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -8,6 +10,25 @@ from ev3_distill.compiling import jit
 from ev3_distill.types import Network, Variables
 
 PASSES, WARM_UP = 301, 30
+LEAST = 3  # passes, however slow
+
+
+def times_ms(
+    call: Callable[[], object], *, passes: int = PASSES, warm_up: int = WARM_UP, seconds: float = math.inf
+) -> np.ndarray:
+    """Times of a call, once it has been made some times: `passes` of them, or as many as `seconds` have room for."""
+    times, ends = list[float](), time.perf_counter() + seconds
+    for i in range(-warm_up, passes):
+        began = time.perf_counter()
+        if began > ends:
+            if i < 0:
+                continue
+            if len(times) >= LEAST:
+                break
+        call()
+        if i >= 0:
+            times.append(time.perf_counter() - began)
+    return 1000 * np.array(times)
 
 
 def passes_ms(network: Network, variables: Variables, example: np.ndarray, *, passes: int = PASSES) -> np.ndarray:
@@ -17,9 +38,10 @@ def passes_ms(network: Network, variables: Variables, example: np.ndarray, *, pa
     """
     forward = jit(lambda variables, inputs: network.apply(variables, inputs, train=False)[0])
     inputs = np.asarray(example)[None]
-    times = np.empty(passes)
-    for i in range(-WARM_UP, passes):
-        began = time.perf_counter()
-        np.asarray(forward(variables, inputs))
-        times[max(i, 0)] = time.perf_counter() - began
-    return 1000 * times
+    return times_ms(lambda: np.asarray(forward(variables, inputs)), passes=passes)
+
+
+def summary(times: np.ndarray) -> dict[str, float]:
+    """Quantiles of some times, and how many there are."""
+    median, rare = np.quantile(times, (0.5, 0.99))
+    return {"p50": float(median), "p99": float(rare), "passes": len(times)}

@@ -13,9 +13,11 @@ import onnx
 import pytest
 import yaml
 from conftest import once
+from safetensors import safe_open
 
 import students
 from ev3_distill import export as room
+from ev3_distill import stopwatch
 from ev3_distill.archive import Entry
 from ev3_distill.cli import main
 from ev3_distill.formats.deployed import deployed
@@ -30,7 +32,7 @@ WAYS = {
     "onnx-nchw": ("--format", "onnx", "--layout", "nchw", "--softmax", "--teacher-licence", 'MIT: "x"\n# <b>'),
     "stablehlo": ("--format", "stablehlo", "--layout", "nchw"),
     "int8": ("--format", "onnx", "--int8"),
-    "flax": (),
+    "flax": ("--latency",),
 }
 
 
@@ -86,11 +88,15 @@ def test_folders(of_images):
     names = {name: sorted(path.name for path in (of_images / name).iterdir()) for name in WAYS}
     assert names["onnx"] == names["int8"] == ["MODEL_CARD.md", "evidence.json", "model.json", "model.onnx"]
     assert names["stablehlo"] == ["MODEL_CARD.md", "evidence.json", "model.json", "model.stablehlo"]
-    assert names["flax"] == ["MODEL_CARD.md", "evidence.json", "spec.json", "variables"]
+    ours = ["spec.json", "variables"]
+    assert names["flax"] == [
+        *("MODEL_CARD.md", "apply.stablehlo", "evidence.json", "model.json", "model.safetensors"),
+        *ours,
+    ]
     assert not list(of_images.glob(".*"))
 
 
-@pytest.mark.parametrize("name", ["onnx", "onnx-nchw", "stablehlo"])
+@pytest.mark.parametrize("name", ["onnx", "onnx-nchw", "stablehlo", "flax"])
 def test_files_take_the_bytes_of_the_data(name, of_images, images):
     inputs, logits = images
     assert len(np.unique(logits.argmax(axis=1))) == 3
@@ -104,7 +110,7 @@ def test_files_take_the_bytes_of_the_data(name, of_images, images):
 
 @pytest.mark.parametrize("name", WAYS)
 def test_the_card_shows_how_to_run_it(name, of_images):
-    """Its own lines do, where nothing but their libraries is imported; flax, which is variables, needs us."""
+    """Its own lines do, where nothing but their libraries is imported."""
     (block,) = re.findall(r"^```python\n(.*?)^```", (of_images / name / "MODEL_CARD.md").read_text(), re.S | re.M)
     assert len(block.splitlines()) == 5
     done = subprocess.run(
@@ -114,7 +120,7 @@ def test_the_card_shows_how_to_run_it(name, of_images):
     shape = (1, 16, 16, 2)
     black = forward(*students.load(of_images / "run"))(np.zeros(shape, np.uint8)).argmax(axis=1)
     assert done.stdout == f"{black}\n"
-    assert ("students" in block) == (name == "flax")
+    assert "students" not in block
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -150,7 +156,28 @@ def test_evidence_and_metadata(of_images, finished):
     beside = json.loads((of_images / "stablehlo/model.json").read_text())
     assert (beside["layout"], beside["output"], beside["dtype"]) == ("nchw", "logits", "uint8")
     flax = json.loads((of_images / "flax/evidence.json").read_text())
-    assert list(flax) == ["certificate", "guards"]
+    assert list(flax) == ["certificate", "guards", "export", "latency"]
+    assert (flax["export"]["agreement"], flax["export"]["examples"]) == (1, 100)
+    with safe_open(of_images / "flax/model.safetensors", framework="numpy") as file:
+        header = file.metadata()
+    assert json.loads(header["classes"]) == CLASSES
+    assert header["promise"].startswith("This student has at least")
+    assert json.loads(header["certificate"])["claims"] == evidence["certificate"]["claims"]
+    assert {"jax", "flax"} <= json.loads(header["versions"]).keys()
+    assert json.loads(header["teacher"])["licence"] == "unknown"
+    assert json.loads(header["statistics"])[0] == "norms.0.mean"
+
+
+def test_latency_is_in_the_card_where_it_is_asked_for(of_images):
+    """Of the file and of the teacher; this one, of 8x8 digits, cannot take the run's images, and the card says so."""
+    found = json.loads((of_images / "flax/evidence.json").read_text())["latency"]
+    assert {size: told["passes"] for size, told in found["file"].items()} == {"1": 301, "64": 100}
+    assert 0 < found["file"]["1"]["p50"] <= found["file"]["1"]["p99"]
+    card = (of_images / "flax/MODEL_CARD.md").read_text()
+    assert re.search(r"^\| this file \| 64 \| [\d.]+ \| [\d.]+ \| 100 \|$", card, re.M)
+    assert f"Milliseconds on {found['threads']} thread" in card
+    assert "Of the teacher: " in card
+    assert "Latency" not in (of_images / "onnx/MODEL_CARD.md").read_text()
 
 
 def test_int8_is_smaller_inside_and_says_what_it_costs(of_images, images, cli):
@@ -226,10 +253,11 @@ def test_evaluate_runs_the_file_itself(finished, cli, here):
     assert re.fullmatch(
         rf"the student of {finished}: the same class on 359 of 359 examples, logits differ by .*", lines[1]
     )
-    for line, size in zip(lines[2:4], (1, 64), strict=True):
-        assert re.fullmatch(rf"latency at batch {size}: \S+ ms p50, \S+ ms p99, 1 thread, \d+ passes", line)
-    assert lines[4:6] == of_run.out.splitlines()
-    assert lines[6] == f"Guard bytes <= 9000: certified, {(here / 'out/model.onnx').stat().st_size:,} bytes"
+    timed = [("", 1), ("", 64), (" of the teacher", 1), (" of the teacher", 64)]
+    for line, (whose, size) in zip(lines[2:6], timed, strict=True):
+        assert re.fullmatch(rf"latency{whose} at batch {size}: \S+ ms p50, \S+ ms p99, 1 thread, \d+ passes", line)
+    assert lines[6:8] == of_run.out.splitlines()
+    assert lines[8] == f"Guard bytes <= 9000: certified, {(here / 'out/model.onnx').stat().st_size:,} bytes"
     rest = load_data("digits")
     np.savez(here / "rest.npz", inputs=rest.inputs[:100], labels=rest.labels[:100])
     other = cli("evaluate", "out/model.onnx", "--data", "npz:rest.npz", "--guard", "accuracy >= 0.999")
@@ -239,15 +267,39 @@ def test_evaluate_runs_the_file_itself(finished, cli, here):
     assert "the student of" not in other.out
 
 
-def test_evaluate_runs_stablehlo(of_images, cli):
-    answer = cli(
-        "evaluate", of_images / "stablehlo", "--data", f"npz:{of_images / 'data.npz'}", "--of", of_images / "run"
-    )
+@pytest.mark.parametrize("name", ["stablehlo", "flax"])
+def test_evaluate_runs_jax(name, of_images, cli):
+    answer = cli("evaluate", of_images / name, "--data", f"npz:{of_images / 'data.npz'}", "--of", of_images / "run")
     assert answer.code == 0, answer.err
     assert "are the data of the run, and trained the student" in answer.err
     assert "the same class on 200 of 200 examples" in answer.out
     assert "float32, " in answer.out
     assert "run by jax " in answer.out
+    assert "latency of the teacher: " in answer.out
+
+
+@pytest.mark.parametrize("kind", ["python", "onnx", "logits", "gone"])
+def test_teachers_are_timed_where_they_can_run(kind, finished, of_images, here):
+    """In a process of their own, which sees as many processors as it is told."""
+    shutil.copytree(finished, here / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    (here / "of_mine.py").write_text(
+        "import os\nimport numpy as np\n\n\ndef logits(x):\n    print('chatter')\n"
+        "    assert len(os.sched_getaffinity(0)) == 1\n    return np.zeros((len(x), 3))\n"
+    )
+    names = {"python": "python:of_mine:logits", "onnx": f"onnx:{of_images / 'onnx/model.onnx'}"}
+    teacher = names.get(kind, f"{'onnx' if kind == 'gone' else kind}:gone.{kind}")
+    config = (here / "run/config.toml").read_text()
+    (here / "run/config.toml").write_text(config.replace('teacher = ""', f'teacher = "{teacher}"', 1))
+    dataset = load_data(f"npz:{of_images / 'data.npz'}")
+    times = stopwatch.teacher_times(here / "run", dataset, dataset.inputs[:5], sizes=(1, 8), threads=1)
+    if kind == "logits":
+        assert times == "there is none to time, its logits were recorded (logits:gone.logits)"
+    elif kind == "gone":
+        assert "gone.gone" in times
+    else:
+        assert isinstance(times, dict), times
+        assert list(times) == [1, 8]
+        assert all(3 <= len(of) <= 301 and (of > 0).all() for of in times.values())
 
 
 def told(answer):
@@ -267,6 +319,17 @@ def test_files_that_are_none(of_images, cli, here):
     del model.metadata_props[:]
     onnx.save(model, here / "foreign.onnx")
     assert "says what it is; foreign.onnx lacks format, precision" in told(cli("evaluate", "foreign.onnx", *data))
+    variables = (of_images / "flax/model.safetensors").read_bytes()
+    (here / "cut.safetensors").write_bytes(variables[:700])
+    assert "exported variables have their program beside them; apply.stablehlo is missing" in told(
+        cli("evaluate", "cut.safetensors", *data)
+    )
+    shutil.copy(of_images / "flax/apply.stablehlo", here)
+    assert "cut.safetensors fails with SafetensorError" in told(cli("evaluate", "cut.safetensors", *data))
+    shutil.copytree(of_images / "flax", here / "variables")
+    with (here / "variables/apply.stablehlo").open("ab") as file:
+        file.write(b"x")
+    assert "apply.stablehlo has changed since" in told(cli("evaluate", "variables/apply.stablehlo", *data))
     shutil.copytree(of_images / "onnx", here / "flipped")
     content[content.index(b"inputs") + 600] ^= 1
     (here / "flipped/model.onnx").write_bytes(content)
@@ -283,7 +346,9 @@ def test_evaluations_that_cannot_be(of_images, finished, cli, here):
     assert "has no student" in told(cli("evaluate", file, *data, "--of", finished))
     assert "the student takes inputs of shape [16, 16, 2]" in told(cli("evaluate", file, "--data", "digits"))
     assert "--of and --threads are about an exported file" in told(cli("evaluate", finished, "--threads", 1))
-    assert "is one exported as flax, without its run" in told(cli("evaluate", of_images / "flax", *data))
+    (here / "old").mkdir()
+    (here / "old/evidence.json").write_text("{}")
+    assert "is one exported without a file, by an older version" in told(cli("evaluate", "old", *data))
     assert "try 0.95" in told(cli("evaluate", file, *data, "--confidence", 2))
     np.savez(here / "real.npz", inputs=np.zeros((9, 16, 16, 2), np.float32), labels=np.arange(9) % 3)
     assert "inputs of the type that its run had, uint8" in told(cli("evaluate", file, "--data", "npz:real.npz"))

@@ -1,5 +1,6 @@
 """Exported files say what the student says, in programs that know nothing of us: onnxruntime and NumPy, or JAX alone."""
 
+import functools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from ev3_distill.errors import InputError
 from ev3_distill.export import Wanted, _says
 from ev3_distill.formats import onnx as onnx_format
 from ev3_distill.formats import stablehlo
+from ev3_distill.formats import variables as of_flax
 from ev3_distill.network import from_nnx
 from teachers.flax import forward
 
@@ -78,7 +80,7 @@ def student(text, shape, classes=5):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Of every family: FAMILY.onnx, FAMILY.stablehlo, FAMILY/ as flax, inputs FAMILY.npy, logits FAMILY.expected.npy."""
+    """Of every family: FAMILY.onnx, .stablehlo, as flax .safetensors and .apply, inputs .npy, logits FAMILY.expected.npy."""
 
     def make(place):
         for name, (text, shape) in FAMILIES.items():
@@ -87,12 +89,13 @@ def exported(tmp_path_factory):
             logits = jax.jit(lambda variables, x, apply=network.apply: apply(variables, x, train=False)[0])
             middle = np.asarray(logits(variables, inputs)).mean(axis=0)  # so that each class is said of some
             variables = jax.tree.map(lambda leaf, by=middle: leaf - by if leaf.shape == (5,) else leaf, variables)
-            says = _says(network, variables, Wanted("onnx"))
-            example = jax.ShapeDtypeStruct(shape, np.uint8)
+            applied, example = _says(network, Wanted("onnx")), jax.ShapeDtypeStruct(shape, np.uint8)
+            says = functools.partial(applied, variables)
             model = onnx_format.model_of(says, example, name=text, output="logits", about={"classes": "5"})
             (place / f"{name}.onnx").write_bytes(model)
             (place / f"{name}.stablehlo").write_bytes(stablehlo.program_of(says, example, name=text))
-            students.save(place / name, network, variables)
+            (place / f"{name}.safetensors").write_bytes(of_flax.file_of(variables, {"classes": "5"}))
+            (place / f"{name}.apply").write_bytes(of_flax.program_of(applied, variables, example, name=text))
             np.save(place / f"{name}.npy", inputs)
             np.save(place / f"{name}.expected", logits(variables, inputs))
 
@@ -131,6 +134,18 @@ def by_jax(exported, tmp_path_factory):
     return exported
 
 
+@pytest.fixture(scope="module")
+def by_flax(exported, tmp_path_factory):
+    opened = (
+        'a = export.deserialize(bytearray(path.with_suffix(".apply").read_bytes())).call; v = load_file(path); '
+        "run = lambda x: jax.jit(a)(v, x)"
+    )
+    imports = "import jax; from jax import export; from safetensors.flax import load_file"
+    facts = {"suffix": "safetensors", "imports": imports, "opened": opened, "forbidden": ("onnxruntime", "orbax")}
+    once(tmp_path_factory, "by_flax", lambda _: read_by(exported, **facts))
+    return exported
+
+
 def assert_same(said, expected):
     """To 1e-4, and of the same class wherever two logits are no tie."""
     assert said.shape == expected.shape == (COUNT, 5)
@@ -163,9 +178,21 @@ def test_stablehlo_says_what_the_student_says(family, by_jax):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flax_says_what_the_student_says(family, exported):
-    logits = forward(*students.load(exported / family))
-    assert_same(logits(np.load(exported / f"{family}.npy")), np.load(exported / f"{family}.expected.npy"))
+def test_flax_says_what_the_student_says(family, by_flax):
+    expected = np.load(by_flax / f"{family}.expected.npy")
+    with np.load(by_flax / f"{family}.safetensors.npz") as said:
+        for size in BATCHES:
+            assert_same(said[str(size)], expected)
+
+
+@pytest.mark.parametrize("family", ["resnet", "conv4"])
+def test_what_strides_leave_out_is_sliced(family, exported):
+    """Indexing where the batch is free would be a gather, which takes longer."""
+    from jax import export
+
+    text = export.deserialize(bytearray((exported / f"{family}.stablehlo").read_bytes())).mlir_module()
+    assert "dynamic_slice" in text
+    assert "gather" not in text
 
 
 @pytest.mark.parametrize("family", ["resnet", "mobilenet", "conv4", "convnet1d"])
@@ -310,11 +337,11 @@ def test_a_network_of_ones_own():
     network = from_nnx(Own)
     variables = jax.jit(network.init)(jax.random.key(0))
     inputs = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 2), dtype=np.uint8)
-    said = run_onnx(_says(network, variables, Wanted("onnx", softmax=True)), inputs)
+    said = run_onnx(functools.partial(_says(network, Wanted("onnx", softmax=True)), variables), inputs)
     expected = softmax(forward(network, variables)(inputs), axis=1)
     np.testing.assert_allclose(said, expected, atol=1e-6)
     turned = run_onnx(
-        _says(network, variables, Wanted("onnx", layout="nchw", softmax=True)),
+        functools.partial(_says(network, Wanted("onnx", layout="nchw", softmax=True)), variables),
         np.ascontiguousarray(np.moveaxis(inputs, -1, 1)),
     )
     np.testing.assert_allclose(turned, expected, atol=1e-6)
@@ -327,12 +354,49 @@ def test_stablehlo_is_for_all_platforms_and_any_batch(exported):
     assert program.platforms == ("cpu", "cuda", "tpu")
     assert str(program.in_avals[0].shape) == "(batch, 6, 6, 1)"
     with pytest.raises(
-        InputError,
-        match=r"the network odd cannot .*x.shape\[0\] where it asks for len\(x\), or export it by --format flax, which can",
+        InputError, match=r"the network odd cannot \(TracerArray.*: let it treat each example by itself"
     ):
-        stablehlo.program_of(
-            lambda x: x.sum(0) if int(x.shape[0]) else x, jax.ShapeDtypeStruct((3,), np.float32), name="odd"
-        )
+        stablehlo.program_of(np.asarray, jax.ShapeDtypeStruct((3,), np.float32), name="odd")
+
+
+def test_a_network_that_asks_for_its_batch_is_mapped_over_it():
+    from jax import export
+
+    program = stablehlo.program_of(
+        lambda x: x.reshape(len(x), -1) * 2, jax.ShapeDtypeStruct((2, 3), np.float32), name="it"
+    )
+    inputs = np.arange(30, dtype=np.float32).reshape(5, 2, 3)
+    said = export.deserialize(bytearray(program)).call(inputs)
+    np.testing.assert_array_equal(said, 2 * inputs.reshape(5, 6))
+
+
+def test_variables_go_into_a_module_of_ones_own(tmp_path):
+    """By their names; and the program can be trained further, as far as evaluation mode goes."""
+    from flax import traverse_util
+    from jax import export
+    from safetensors import safe_open
+    from safetensors.flax import load_file
+
+    network = from_nnx(Own)
+    variables = network.init(jax.random.key(0))
+    (tmp_path / of_flax.FILE).write_bytes(of_flax.file_of(variables, {"classes": "3"}))
+    loaded = load_file(tmp_path / of_flax.FILE)
+    with safe_open(tmp_path / of_flax.FILE, framework="numpy") as file:
+        assert file.metadata() == {"classes": "3", "statistics": '["norm.mean", "norm.var"]'}
+    module = Own(nnx.Rngs(1))
+    module.eval()
+    nnx.update(module, nnx.restore_int_paths(traverse_util.unflatten_dict(loaded, sep=".")))
+    inputs = np.random.default_rng(0).random((4, 8, 8, 2), dtype=np.float32)
+    expected = network.apply(variables, inputs, train=False)[0]
+    np.testing.assert_allclose(module(inputs), expected, atol=1e-6)
+    made = of_flax.program_of(
+        _says(network, Wanted()), variables, jax.ShapeDtypeStruct((8, 8, 2), np.float32), name="Own"
+    )
+    apply = export.deserialize(bytearray(made)).call
+    np.testing.assert_allclose(apply(loaded, inputs), expected, atol=1e-5)
+    slopes = jax.grad(lambda arrays: apply(arrays, inputs)[:, 0].sum())(loaded)
+    np.testing.assert_allclose(slopes["head.bias"], [4, 0, 0])
+    assert np.abs(slopes["conv.kernel"]).max() > 0
 
 
 def test_metadata_are_in_the_file(exported):

@@ -14,15 +14,18 @@ import numpy as np
 
 from ev3_distill.errors import InputError
 from ev3_distill.files import sha256_of
+from ev3_distill.formats import variables
 from ev3_distill.formats.about import BESIDE, About, from_dict, from_texts
 
-FILES = ("model.onnx", "model.stablehlo")  # as an exported folder has one of them
+FILES = ("model.onnx", "model.stablehlo", variables.FILE)  # as an exported folder has one of them
 WORKER = Path(__file__).with_name("worker.py")
 
 
 def file_in(place: Path) -> Path | None:
     """The exported file that a path names, itself or its folder; None where it names none."""
-    if place.suffix in (".onnx", ".stablehlo"):
+    if place.name == variables.PROGRAM:  # is nothing without its variables
+        return place.with_name(variables.FILE)
+    if place.suffix in (".onnx", ".stablehlo", ".safetensors"):
         return place
     return next((place / name for name in FILES if (place / name).is_file()), None)
 
@@ -97,16 +100,21 @@ def _check_whole(path: Path) -> None:
     beside = path.with_name(BESIDE)
     if path.name not in FILES or not beside.is_file():
         return
+    files = {"sha256": path}
+    if path.name == variables.FILE:
+        files["sha256_program"] = path.with_name(variables.PROGRAM)
     try:
-        noted = json.loads(beside.read_text())["sha256"]
+        told = json.loads(beside.read_text())
+        noted = {file: told[name] for name, file in files.items()}
     except (ValueError, KeyError) as error:
         raise InputError(
             f"an export's {BESIDE} tells of its file; {beside} is damaged ({error}): export it again"
         ) from None
-    if noted != sha256_of(path):
-        raise InputError(
-            f"an exported file stays as it was written; {path} has changed since, or is damaged: export it again"
-        )
+    for file, digest in noted.items():
+        if digest != sha256_of(file):
+            raise InputError(
+                f"an exported file stays as it was written; {file} has changed since, or is damaged: export it again"
+            )
 
 
 @contextlib.contextmanager
@@ -114,7 +122,7 @@ def deployed(path: Path, *, threads: int = 0) -> Iterator[Deployed]:
     """Opens an exported file for a while.
 
     Args:
-      path: of a .onnx or .stablehlo file.
+      path: of a .onnx, .stablehlo or .safetensors file.
       threads: that it may compute with; 0 for as many as there are processors.
 
     Raises:
@@ -122,6 +130,11 @@ def deployed(path: Path, *, threads: int = 0) -> Iterator[Deployed]:
     """
     if not path.is_file():
         raise InputError(f"an exported file is there; got {path}, which is none: name an export's folder or its file")
+    program = path.with_name(variables.PROGRAM)
+    if path.suffix == ".safetensors" and not program.is_file():
+        raise InputError(
+            f"exported variables have their program beside them; {program} is missing: put it back, or export them again"
+        )
     _check_whole(path)
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(threads, there) if threads else there

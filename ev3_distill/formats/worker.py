@@ -51,6 +51,28 @@ def opened_stablehlo(path: str, threads: int) -> tuple[Run, dict[str, Any]]:
     return run, {"metadata": {}, "by": f"jax {jax.__version__}"}
 
 
+def opened_safetensors(path: str, threads: int) -> tuple[Run, dict[str, Any]]:
+    """By JAX and the program that lies beside the variables."""
+    del threads
+    import jax
+    from jax import export
+    from safetensors import safe_open
+    from safetensors.numpy import load_file
+
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+    variables = jax.device_put(load_file(path))
+    call = jax.jit(export.deserialize(bytearray(Path(path).with_name("apply.stablehlo").read_bytes())).call)
+
+    def run(inputs: np.ndarray) -> np.ndarray:
+        return np.asarray(call(variables, inputs))
+
+    return run, {"metadata": metadata, "by": f"jax {jax.__version__}"}
+
+
+OPENED = {".onnx": opened_onnx, ".stablehlo": opened_stablehlo, ".safetensors": opened_safetensors}
+
+
 def answered(run: Run, inputs: np.ndarray, passes: int) -> np.ndarray:
     """What the file says, or the seconds [passes] that it takes, from an array on the host to one on the host."""
     if not passes:
@@ -75,8 +97,7 @@ def main(path: str, threads: int) -> None:
     try:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-        opened = opened_onnx if path.endswith(".onnx") else opened_stablehlo
-        run, facts = opened(path, threads)
+        run, facts = OPENED[Path(path).suffix](path, threads)
     except Exception as error:
         return tell({"error": f"{type(error).__name__}: {error}"})
     tell(facts)
