@@ -29,6 +29,8 @@ class _Where:
     """New run directory; by default one under runs/, named by the time."""
     resume: Path | None = None
     """Go on with this run, exactly where it was."""
+    tensorboard: Path | None = None
+    """Write what the ledger tells there for TensorBoard too; needs ev3-distill[tensorboard]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +73,12 @@ class EvaluateCommand:
 
 @dataclasses.dataclass(frozen=True)
 class ReportCommand:
-    """Print the report of a finished run and render its page anew."""
+    """Print the report of a finished run and render its page anew, or follow a run."""
 
     run: tyro.conf.Positional[Path]
     """A run directory."""
+    live: bool = False
+    """Follow a run that another process works in, until it is finished or that process is gone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         elif isinstance(command, EvaluateCommand):
             _evaluate(command)
         elif isinstance(command, ReportCommand):
-            _report(command.run)
+            _report(command)
         elif isinstance(command, ExportCommand):
             _export(command)
         else:
@@ -292,7 +296,12 @@ def _execute(name: str, where: _Where, chosen: config.Compress | config.Teach) -
         from ev3_distill import commands, report
 
         run = commands.compress if isinstance(chosen, config.Compress) else commands.teach
-        result = run(directory, chosen, resume=where.resume is not None)  # type: ignore[arg-type]
+        with contextlib.ExitStack() as stack:
+            if where.tensorboard is not None:
+                from ev3_distill.scalars import written_for_tensorboard
+
+                stack.enter_context(written_for_tensorboard(directory, where.tensorboard))
+            result = run(directory, chosen, resume=where.resume is not None)  # type: ignore[arg-type]
     except KeyboardInterrupt:
         begun = (directory / "config.toml").exists()
         way_on = (
@@ -344,8 +353,15 @@ def _exit_by(guards: list[dict[str, Any]]) -> None:
         raise SystemExit(3)
 
 
-def _report(directory: Path) -> None:
+def _report(command: ReportCommand) -> None:
     import rich
+
+    directory = command.run
+    if command.live:
+        from ev3_distill import live
+
+        if not live.follow(directory):
+            return
 
     from ev3_distill import report
     from ev3_distill.run import read_json

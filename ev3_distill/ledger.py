@@ -126,6 +126,44 @@ class Ledger:
             os.replace(temporary, self._path)
 
 
+class Tail:
+    """Reads a ledger while another process writes it: whole rows, as they come; from the start again where it was cut."""
+
+    def __init__(self, path: Path):
+        self._path, self._file, self._offset = path, -1, 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Those that came since the last call; none where there is no file yet, or its last row is half written."""
+        try:
+            with self._path.open("rb") as file:
+                found = os.fstat(file.fileno())
+                if found.st_ino != self._file or found.st_size < self._offset:
+                    self._file, self._offset = found.st_ino, 0
+                file.seek(self._offset)
+                content = file.read()
+        except FileNotFoundError:
+            return []
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def tails(directory: Path, known: dict[str, Tail]) -> dict[str, Tail]:
+    """The ledgers of a run as far as they are there, and those known already, by the part of it: student, teacher, sizes/01.
+
+    Args:
+      directory: of the run.
+      known: from before.
+    """
+    rungs = sorted((directory / "sizes").glob("*/ledger.jsonl"))
+    parts = {str(path.parent.relative_to(directory)): path for path in rungs}
+    if not parts:  # a search's own ledger is put together from theirs when it ends
+        parts = {"student": directory / "ledger.jsonl"}
+    inner = {name: directory / name / "ledger.jsonl" for name in ("teacher", "control")}
+    parts = {**{name: path for name, path in inner.items() if path.exists()}, **parts}
+    return {name: known.get(name) or Tail(path) for name, path in parts.items()}
+
+
 def rows(path: Path) -> Iterator[dict[str, Any]]:
     """Reads the rows of a ledger; none where there is no file yet."""
     if not path.exists():

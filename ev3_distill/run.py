@@ -60,6 +60,7 @@ FILES = (
     *("archive.json", "certificate.json", "config.toml", "given.json", "ledger.jsonl", "logits.npz", "opened.json"),
     *("report.html", "report.json", "trials.json"),
 )  # appear whole
+HELD_FOR_AN_INSTANT = 5  # tries, a hundredth of a second apart, for `is_held` may be asked just then
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKAGES = ("ev3-distill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
 
@@ -97,17 +98,33 @@ def held(directory: Path, *, make: bool = False) -> Iterator[None]:
             f"a run needs a directory that it can make and write; got {directory} ({error.strerror}): choose another"
         ) from None
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"one process at a time may work in a run; another works in {directory}: wait for it"
-            ) from None
+        for left in reversed(range(HELD_FOR_AN_INSTANT)):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if not left:
+                    raise InputError(
+                        f"one process at a time may work in a run; another works in {directory}: wait for it"
+                    ) from None
+                time.sleep(0.01)
         for path in filter(_is_stale, directory.iterdir()):
             path.unlink()
         yield
     finally:
         os.close(descriptor)
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a process works in the run now. Who follows a run asks seldom: for that instant nobody else can hold it."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def create(directory: Path, config: Any, given: dict[str, Any]) -> None:

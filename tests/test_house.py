@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("ev3_distill", "teachers", "students", "benchmarks")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 HEAVY = (
-    *("torch", "onnx", "onnxruntime", "skops", "tensorflow", "tensorflow_datasets", "jax2onnx"),
+    *("clu", "torch", "onnx", "onnxruntime", "skops", "tensorflow", "tensorflow_datasets", "jax2onnx"),
     *("matplotlib", "PIL", "grain"),
 )
 
