@@ -146,6 +146,9 @@ class _Lines:
         pass
 
     def show(self, followed: _Followed, told: list[tuple[Part, str | None]]) -> None:
+        if followed.now is None and self._told < 0:
+            self._told = 0.0
+            print(f"{followed.directory}: compiling", flush=True)
         for part, line in told:
             if line:
                 print(f"{part.name}: {line}", flush=True)
