@@ -124,7 +124,7 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1), groups: in
 def every(x: jax.Array, strides: Pair, *, first: Pair = (0, 0), end: Pair | None = None) -> jax.Array:
     """Pixels first:end:strides of H and W, [B, H, W, C]: a slice, also in exported programs, whose batch is free.
 
-    There indexing becomes a gather, with which a ResNet-8 takes 27 ms for 24 (XLA:CPU, 64 images of 32x32).
+    There indexing becomes a gather, 16 of them in a Conv4.
     """
     end = end or (x.shape[1], x.shape[2])
     if (strides, first, end) == ((1, 1), (0, 0), x.shape[1:3]):
