@@ -107,14 +107,25 @@ def test_a_run_that_is_killed(tmp_path):
     """Followed by a process on a terminal and one that is none, to the moment at which it is gone; Ctrl-C leaves it alone."""
     run = tmp_path / "run"
     options = [*SMALL, "--out", run]
-    options[options.index("--budget") + 1] = "10m"
+    options[options.index("--budget") + 1] = "4m"
     running = subprocess.Popen(command("compress", *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         ledger = run / "ledger.jsonl"
         until(lambda: ledger.exists() and ledger.stat().st_size > 0, running)
         ours, theirs = pty.openpty()
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
-        on_terminal = subprocess.Popen(command("report", run, "--live"), stdout=theirs, env=environment)
+        heeds = (
+            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # also where a script ignores it
+        )
+        words = [
+            sys.executable,
+            "-c",
+            f"{heeds}; from ev3_distill.cli import main; main()",
+            "report",
+            str(run),
+            "--live",
+        ]
+        on_terminal = subprocess.Popen(words, stdout=theirs, env=environment)
         os.close(theirs)
         plain = subprocess.Popen(command("report", run, "--live"), stdout=subprocess.PIPE, text=True)
         seen = b""

@@ -11,7 +11,7 @@ from test_compare import BASIS, HOSTILE
 from test_report import Page, make_report, make_rows
 
 import benchmarks
-from benchmarks import compare, folder, page, readme, rows
+from benchmarks import compare, folder, page, rows
 from ev3_distill import report
 
 ROOT = Path(__file__).parents[1]
@@ -114,10 +114,6 @@ def test_render_tells_rows_that_their_suite_does_not_know(tmp_path, cli):
     answer = cli("bench", "--render", tmp_path)
     assert answer.code == 2 and "rows have all fields that their suite shows" in answer.err
     assert "Traceback" not in answer.err and [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
-
-
-def test_readme_shows_the_tables_of_record():
-    assert readme.main(["--check"]) == 0
 
 
 # A real browser.
