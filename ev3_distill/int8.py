@@ -4,12 +4,14 @@ In evaluation every product with weights, of matrices or a convolution, is of wh
 output channel (with 8, sums of two products overflow 16 bits on x86 processors without VNNI), what they meet has 8 bits, one
 scale and one zero. What they make is rounded too, behind its BatchNorm or bias and ReLU, so that a runtime may keep all of it
 in int8; the last one's outputs, the logits, are not. Here this is simulated in float32: each array is the nearest one that is a
-scale times a whole number. `formats` writes the same as a file whose operators do compute in int8.
+scale times a whole number. `formats` writes the same as a file whose operators do compute in int8. The two are not the same bit
+by bit: a sum in another order that falls to the other side of a half is another whole number, one in 100,000 at first, and each
+layer makes some ten of one, up to a fifth of the entries of a ResNet-8's last layers, by one step.
 
 In training weights are rounded and the gradient passes straight through (Jacob et al., Quantization and training of neural
 networks for efficient integer-arithmetic-only inference, CVPR 2018; arXiv:1712.05877). Activations are not: their ranges are
 watched, a moving average of the least and the greatest of each batch, part of the student's statistics. So gradients are biased
-on purpose, and what assess and decide score is not: it is the student as deployed.
+on purpose, and what assess and decide score is not: it is the student as deployed, up to that.
 """
 
 import contextlib
