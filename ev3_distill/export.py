@@ -221,8 +221,8 @@ def _about(
     told = report.promise(promised) if certificate else "No certificate is about this student"
     if certificate and precision == "int8":
         told += (
-            ". That is of the student as it was scored; this file may round some sums to other whole numbers: evaluate tells what "
-            "is proven of the file itself"
+            ". That is of the student as it was scored; this file may round some sums to other whole numbers: evaluate tells "
+            "what is proven of the file itself"
         )
     versions = {name: metadata.version(name) for name in ("jax", "flax", "onnx") if _installed(name)}
     return About(
