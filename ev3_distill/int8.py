@@ -71,18 +71,14 @@ def as_int8(network: Network, *, tracing: Tracing = contextlib.nullcontext) -> N
         ranges = {"low": jnp.zeros(count), "high": jnp.zeros(count)}
         return Variables(variables.params, {WHOLE: variables.stats, RANGES: ranges})
 
-    def forward(variables: Variables, inputs: jax.Array, at_site: Callable[[int, jax.Array], jax.Array]) -> jax.Array:
-        plan = plan_of(variables, inputs)
-        return _run(plan, [*jax.tree.leaves(variables), inputs], at_site)
-
-    def straight(variables: Variables, inputs: jax.Array) -> Variables:
+    def straight(plan: _Plan, variables: Variables) -> Variables:
         """With weights that are rounded, and gradients that pass through."""
         leaves, tree = jax.tree.flatten(variables.params)
-        for place, axes in plan_of(variables, inputs).leaves.items():
+        for place, axes in plan.leaves.items():
             leaves[place] += jax.lax.stop_gradient(rounded(leaves[place], axes) - leaves[place])
         return Variables(jax.tree.unflatten(tree, leaves), variables.stats)
 
-    def watched(ranges: Any, variables: Variables, inputs: jax.Array) -> Any:
+    def watched(plan: _Plan, ranges: Any, variables: Variables, inputs: jax.Array) -> Any:
         """The ranges, moved by those of a batch."""
         found: dict[int, tuple[jax.Array, jax.Array]] = {}
 
@@ -90,9 +86,7 @@ def as_int8(network: Network, *, tracing: Tracing = contextlib.nullcontext) -> N
             found[site] = array.min(), array.max()
             return array
 
-        forward(jax.lax.stop_gradient(variables), inputs, watch)
-        if not found:
-            return ranges
+        _run(plan, jax.lax.stop_gradient(variables), inputs, watch)
         low, high = (jnp.stack([found[site][i] for site in range(len(found))]) for i in (0, 1))
         new = ranges["high"] == ranges["low"]
         return {
@@ -102,8 +96,9 @@ def as_int8(network: Network, *, tracing: Tracing = contextlib.nullcontext) -> N
 
     def trained(call: Callable[..., Any], variables: Variables, inputs: jax.Array, key: Any) -> tuple[Any, Variables]:
         whole = Variables(variables.params, variables.stats[WHOLE])
-        outputs, after = call(straight(whole, inputs), inputs, train=True, key=key)
-        ranges = watched(variables.stats[RANGES], Variables(variables.params, after.stats), inputs)
+        plan = plan_of(whole, inputs)
+        outputs, after = call(straight(plan, whole), inputs, train=True, key=key)
+        ranges = watched(plan, variables.stats[RANGES], Variables(variables.params, after.stats), inputs)
         return outputs, Variables(variables.params, {WHOLE: after.stats, RANGES: ranges})
 
     def apply(
@@ -111,9 +106,9 @@ def as_int8(network: Network, *, tracing: Tracing = contextlib.nullcontext) -> N
     ) -> tuple[jax.Array, Variables]:
         if train:
             return trained(network.apply, variables, inputs, key)
-        ranges = variables.stats[RANGES]
-        steps = functools.partial(_at_site, ranges["low"], ranges["high"])
-        return forward(Variables(variables.params, variables.stats[WHOLE]), inputs, steps), variables
+        whole, ranges = Variables(variables.params, variables.stats[WHOLE]), variables.stats[RANGES]
+        at_site = functools.partial(_at_site, ranges["low"], ranges["high"])
+        return _run(plan_of(whole, inputs), whole, inputs, at_site), variables
 
     show = network.features
     features = None
@@ -122,8 +117,8 @@ def as_int8(network: Network, *, tracing: Tracing = contextlib.nullcontext) -> N
         def features(variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None) -> Any:
             if train:
                 return trained(show, variables, inputs, key)
-            whole = straight(Variables(variables.params, variables.stats[WHOLE]), inputs)
-            return show(whole, inputs, train=False)[0], variables
+            whole = Variables(variables.params, variables.stats[WHOLE])
+            return show(straight(plan_of(whole, inputs), whole), inputs, train=False)[0], variables
 
     return Network(init, apply, {**network.spec, "deploy": "int8"}, features)
 
@@ -213,7 +208,9 @@ def _settled(number: int, users: dict[int, list[Step]], fixed: set[int]) -> int:
     return number
 
 
-def _run(plan: _Plan, inputs: Sequence[Any], at_site: Callable[[int, jax.Array], jax.Array]) -> jax.Array:
+def _run(
+    plan: _Plan, variables: Variables, inputs: jax.Array, at_site: Callable[[int, jax.Array], jax.Array]
+) -> jax.Array:
     """The program's output with rounded weights, and with each activation at a site as `at_site` makes it."""
     program = plan.program
 
@@ -221,7 +218,8 @@ def _run(plan: _Plan, inputs: Sequence[Any], at_site: Callable[[int, jax.Array],
         return at_site(plan.sites[number], array) if number in plan.sites else array
 
     arrays = dict(program.constants)
-    arrays.update((number, settled(number, array)) for number, array in zip(program.inputs, inputs, strict=True))
+    given = zip(program.inputs, (*jax.tree.leaves(variables), inputs), strict=True)
+    arrays.update((number, settled(number, array)) for number, array in given)
     for i, step in enumerate(program.steps):
         taken = [arrays[number] for number in step.inputs]
         if i in plan.weights:

@@ -3,8 +3,8 @@
 import numpy as np
 
 from ev3_distill.formats.graph import Graph, Node
+from ev3_distill.int8 import LARGEST
 
-LARGEST = 64  # of a weight, as a whole number
 LAYOUT = ("Transpose", "Reshape")  # what leaves the entries as they are
 AXES = {"Conv": 0, "MatMul": 1}  # of a product's weights: that of its outputs
 
