@@ -1,5 +1,6 @@
 """int8: what is rounded and how, gradients that pass, and a file that computes what was scored."""
 
+import base64
 import json
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import students
+from benchmarks import int8
 from ev3_distill.cli import main
 from ev3_distill.formats import onnx as onnx_format
 from ev3_distill.int8 import RANGES, WHOLE, normalises, rounded
@@ -154,6 +156,39 @@ def test_a_run_in_int8(tmp_path, monkeypatch, capsys):
         main(["export", "run", "--format", "onnx", "--int8", "--out", "other"])
     assert ended.value.code == 2 and not (tmp_path / "other").exists()
     assert "in int8, as it trained" in capsys.readouterr().err
+
+
+def test_the_suite_tells_what_int8_costs():
+    """Of 16 images one is lost, or two are lost and one won; intervals by Student's t, worked out apart."""
+    right = {"float32": [1] * 15 + [0], "after training": [1] * 14 + [0, 0], "in the loop": [0, 0] + [1] * 14}
+
+    def row(seed, contender):
+        bits = np.array(right[contender] if seed == 0 or contender != "in the loop" else right["float32"], np.uint8)
+        packed = base64.b64encode(np.packbits(bits).tobytes()).decode()
+        facts = {
+            "steps": 10,
+            "seconds": 20.0,
+            "bytes": 1234,
+            "p50_ms": 0.5,
+            "p50_ms_of_64": 7.0,
+            "guard": "accuracy >= 0.5",
+        }
+        passes = None if contender == "after training" else seed == 0
+        return {
+            "seed": seed,
+            "contender": contender,
+            "accuracy": float(bits.mean()),
+            "passes": passes,
+            "right": packed,
+        } | facts
+
+    told = int8.table([row(seed, contender) for seed in (0, 1) for contender in right])
+    assert "| float32 | 93.75 ± 0.00 | 1,234 | 0.50 | 7.0 | 20 | 1 of 2 |" in told
+    assert "| after training | 87.50 ± 0.00 | 1,234 | 0.50 | 7.0 | 20 |  |" in told
+    assert "after training less float32, points, image by image: seed 0 -6.25 (-19.57 to 7.07), seed 1 -6.25" in told
+    assert "in the loop less float32, points, image by image: seed 0 -6.25 (-29.83 to 17.33), seed 1 0.00" in told
+    assert "over seeds -3.12 (-42.83 to 36.58), target ≥ -0.5" in told
+    assert told.endswith("Guard: accuracy >= 0.5.")
 
 
 @pytest.mark.parametrize("options", [("--start", "tiny"), ("--control",), ("--deploy", "int4")])
