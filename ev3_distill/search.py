@@ -20,7 +20,6 @@ so a search that was killed goes on bit by bit, wherever it was.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,15 +27,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
 import students
 from ev3_distill import archive
 from ev3_distill.archive import Archive, Entry, Measured
 from ev3_distill.arms import PEER, names_for_peers
 from ev3_distill.certifying import metrics_asked
-from ev3_distill.core import adapt, prioritise
-from ev3_distill.core.assess import paired
+from ev3_distill.core import adapt
 from ev3_distill.course import CHUNK, Course, Task, course_of, evaluated_at_once
 from ev3_distill.errors import InputError, warn
 from ev3_distill.guards import KNOWN
@@ -45,8 +42,9 @@ from ev3_distill.lessons import Lessons, Recorded, WithPeer
 from ev3_distill.network import count_params
 from ev3_distill.progress import Progress
 from ev3_distill.run import read_json, write_json, write_lines
+from ev3_distill.rungs import Rung, falls_behind, leads, level_of, of_rung, until_of
 from ev3_distill.training import Final, concluded, iterated
-from ev3_distill.types import Evidence, Network, State, Variables
+from ev3_distill.types import Network, State, Variables
 from ev3_distill.types import Progress as Progressed
 from students.grow import growth, moves
 from teachers.flax import forward
@@ -55,30 +53,9 @@ TRIALS = "trials.json"
 LIKELY = 0.9  # so probable must decide make it that the sealed split will prove the guards
 PATIENCE = 6.0  # of a search, where none is named: what growth has added, or another arm, takes its time
 TRIAL = 0.1  # share of the steps so far that each proposal's trial has
-TAKEOVER = 1.0  # standard errors on assess
-STAGE = 10  # first trajectories, after which a size on the way up is first asked whether it will get there,
-BEHIND = 2.0  # standard errors on assess by which it will not
+STAGE = 10  # first trajectories, after which a size on the way up is first asked whether it will get there
 SHARE = 4  # of the budget that is left, the part that a size on the way up may take
 DESCENT = 2  # and on the way down: what is found goes on with the rest
-
-
-@dataclasses.dataclass(eq=False)
-class Rung:
-    """One size on its way."""
-
-    number: int
-    folder: Path
-    network: Network
-    course: Course
-    how: str
-    start: Callable[[], State]
-    state: State | None = None  # the last that is known
-
-    def known(self) -> State:
-        """That state, of a rung that was trained."""
-        if self.state is None:
-            raise RuntimeError("a search goes on from a rung that was trained")
-        return self.state
 
 
 def search(
@@ -191,7 +168,7 @@ class _Search:
         claims = metrics_asked(task.guards, labelled=task.labelled, teacher=True)
         level = (1 - chosen.confidence) / len(claims)
         decide, test = len(task.rows["decide"]), len(task.rows["test"])
-        self.sure = _level_of(level, decide / test, LIKELY) / (1 - chosen.confidence)
+        self.sure = level_of(level, decide / test, LIKELY) / (1 - chosen.confidence)
         self._asked: dict[str, dict[str, dict[str, Any]]] = {}  # what networks may become, by name
         self.total = (task.steps or 0) // chosen.passes
         ladder = [students.named(text, *self._shape()) for text in chosen.sizes]
@@ -225,7 +202,7 @@ class _Search:
         while self.task.guards and self._larger(rung.network.spec):
             state = self._trained(rung, pause=position + steps)
             told = list(rows(rung.folder / "ledger.jsonl"))
-            if bool(state.closed) or _falls_behind(told, position, steps, until=_until(state)):
+            if bool(state.closed) or falls_behind(told, position, steps, until=until_of(state)):
                 return state
             steps *= 2
         return self._trained(rung)
@@ -257,11 +234,11 @@ class _Search:
         ended = [self._trained(one, pause=int(state.position) + steps, limit=limit) for one in tried]
         order = sorted(range(len(tried)), key=lambda i: count_params(ended[i].current))
         longer = ended[0].current_evidence
-        if self.task.guards and bool(state.closed) and not _leads(longer, state.current_evidence, tried[0].course):
+        if self.task.guards and bool(state.closed) and not leads(longer, state.current_evidence, tried[0].course):
             order.remove(0)  # guards ask for more, and more of the same brought nothing
         best = order[0]
         for i in order[1:]:
-            if _leads(ended[i].current_evidence, ended[best].current_evidence, tried[i].course):
+            if leads(ended[i].current_evidence, ended[best].current_evidence, tried[i].course):
                 best = i
         scores = (float(after.current_evidence.promise.mean()) for after in ended)
         return {
@@ -415,7 +392,7 @@ class _Search:
         shares = shares and bool(self._larger(network.spec))
 
         def begin() -> State:
-            state = _of_rung(start(), number)
+            state = of_rung(start(), number)
             if not shares or not isinstance(state.progress, Progressed):
                 return state
             until = int(state.cost) + (self._limit() - int(state.cost)) // SHARE
@@ -482,58 +459,3 @@ class _Search:
         """What to deliver."""
         entry = archive.chosen(self.entries)
         return entry, next(rung for rung in self.rungs if rung.number == entry.number)
-
-
-def _of_rung(state: State, number: int) -> State:
-    """A state to begin a rung with: it counts its own iterations, and draws keys of its own."""
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), number)
-    return state._replace(iteration=jnp.int32(0), key=jax.random.key_data(key))
-
-
-def _level_of(level: float, ratio: float, likely: float) -> float:
-    """The level at which one split must prove a guard for another one to prove it, too, with that probability.
-
-    By the normal approximation, with s the standard error on the second split and r s on the first, r^2 = 1 / ratio: the second
-    proves what lies z s above the threshold on it, and its score differs from the first's by chance, with s sqrt(1 + r^2).
-
-    Args:
-      level: of the second split's claim.
-      ratio: examples of the first split for each of the second.
-      likely: the probability.
-    """
-    above = stats.norm.isf(level) * ratio**0.5 + stats.norm.ppf(likely) * (1 + ratio) ** 0.5
-    return float(stats.norm.sf(above))
-
-
-def _until(state: State) -> int:
-    """The cost that a size on its way up may reach."""
-    return int(state.progress.until) if isinstance(state.progress, Progressed) else adapt.NO_END
-
-
-def _falls_behind(told: Sequence[dict[str, Any]], position: int, steps: int, *, until: int) -> bool:
-    """Whether a size will clearly miss its guards even if it goes on to rise as it did when its steps last doubled.
-
-    What rises is how far it lies above the goal that is nearest, or below it, in standard errors on assess. Learning curves
-    rise less with each doubling, so what follows from the last one is more than there will be.
-
-    Args:
-      told: its rows of the ledger.
-      position: global step at which it began.
-      steps: that it has trained for since; what came later does not count.
-      until: cost that it may reach.
-    """
-    then, now = (next((row for row in told if row["position"] >= position + n), None) for n in (steps // 2, steps))
-    if then is None or now is None or None in (*then["risks"].values(), *now["risks"].values()) or not now["risks"]:
-        return False
-    before, risk = min(then["risks"].values()), min(now["risks"].values())
-    doublings = math.log2(1 + max(until - now["cost"], 0) / (now["position"] - position))
-    return bool(risk + max(risk - before, 0.0) * doublings < -BEHIND)
-
-
-def _leads(one: Evidence, other: Evidence, course: Course) -> bool:
-    """Whether one student leads another on assess, in the goal that the other is the furthest below, or in the promise."""
-    least = prioritise.least_of(course.distillation.goals)
-    ruling = prioritise.ruling_of(prioritise.risks_of(other, least))
-    ours, theirs = (prioritise.ruled(evidence, ruling).promise for evidence in (one, other))
-    gain, se = paired(ours, theirs)
-    return bool(gain > TAKEOVER * se)

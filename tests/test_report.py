@@ -273,6 +273,12 @@ def test_one_arm_needs_no_plot_of_shares():
     assert page.tags.count("svg") == 2
 
 
+def test_steps_that_chose_the_initial_parameters_are_told(report, rows):
+    assert "initial parameters" not in said(report, rows)  # a report from before there were any
+    assert "initial parameters" not in said(changed(report, "cost.drawing", 0), rows)
+    assert "of which to choose initial parameters 400" in said(changed(report, "cost.drawing", 400), rows)
+
+
 def test_optional_values_may_be_missing(report, rows):
     text = said(changed(report, "teacher.params", None), rows)
     assert "times fewer" not in text

@@ -15,7 +15,7 @@ from scipy import stats
 
 import students
 from ev3_distill.cli import main
-from ev3_distill.search import _falls_behind, _level_of
+from ev3_distill.rungs import falls_behind, level_of
 
 SEARCH = (
     *("--data", "npz:data.npz", "--teacher", "logits:logits.npz", "--start", "mlp:hidden=3", "--moves", "wider"),
@@ -222,13 +222,13 @@ def told(*risks, every=250):
     ],
 )
 def test_a_size_that_will_miss_its_guards_is_left(risks, steps, until, behind):
-    assert _falls_behind(told(*risks), 1000, steps, until=until) is behind
+    assert falls_behind(told(*risks), 1000, steps, until=until) is behind
 
 
 def test_decide_promises_what_the_sealed_split_will_prove():
     """Over many pairs of splits: of students that stand just where decide proves the guard, as many are certified as asked."""
     rng, n, more, least = np.random.default_rng(0), 400, 900, 0.8
-    level = _level_of(0.025, n / more, 0.9)
+    level = level_of(0.025, n / more, 0.9)
     margin = stats.norm.isf(level) * (least * (1 - least) / n) ** 0.5
     true = least + margin + rng.normal(size=20000) * (least * (1 - least) / n) ** 0.5  # as decide leaves it open
     right = rng.binomial(more, true)
@@ -238,4 +238,4 @@ def test_decide_promises_what_the_sealed_split_will_prove():
 
 def test_without_goals_no_size_is_left():
     rows = [{**row, "risks": {}} for row in told(-9.0, -9.0)]
-    assert not _falls_behind(rows, 1000, 500, until=1300)
+    assert not falls_behind(rows, 1000, 500, until=1300)
