@@ -180,16 +180,9 @@ def _code() -> str:
 
 def _at_hand(out: Path | None, basis: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that `out` holds where process 0 runs: all processes must leave out the same ones, or stop together."""
-    told: dict[str, Any] = {"rows": []}
-    if out is not None and sharding.first():
-        try:
-            told = {"rows": _reopen(out, basis)}
-        except InputError as error:
-            told = {"error": str(error)}
-    told = json.loads(sharding.as_first(json.dumps(told).encode()))
-    if "error" in told:
-        raise InputError(told["error"])
-    rows: list[dict[str, Any]] = told["rows"]
+    if out is None:
+        return []
+    rows: list[dict[str, Any]] = json.loads(sharding.from_first(lambda: json.dumps(_reopen(out, basis)).encode()))
     return rows
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: thin over orbax. Atomic, the last few kept, each verified by a digest of its content when read."""
 
 import hashlib
+import json
 import logging
 import math
 from pathlib import Path
@@ -11,11 +12,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ev3_distill.errors import InputError
+from ev3_distill.sharding import first, from_first
 from ev3_distill.types import PyTree
 
 KEPT = 3
 SMALL = 2**20  # bytes; leaves up to this size share one array, because orbax pays by the array and not by the byte
 _PACK = "small"
+
+
+def alone() -> ocp.options.MultiprocessingOptions:
+    """How orbax works where several processes share a run: in process 0, which waits for no other."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
 
 def digest(tree: PyTree) -> str:
@@ -29,18 +38,25 @@ def digest(tree: PyTree) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of a run, named by iteration."""
+    """The checkpoints of a run, named by iteration. Where several processes share it, process 0 has them."""
 
     def __init__(self, directory: Path):
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs each phase, and each error that it raises
+        if not first():
+            return
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=KEPT, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            max_to_keep=KEPT,
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,
+            create=False,
+            multiprocessing_options=alone(),
         )
+        directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def save(self, iteration: int, state: PyTree) -> None:
         """Writes a checkpoint; it exists wholly or not at all. Raises OSError or ValueError where the disk is full."""
-        if iteration in self._manager.all_steps():
+        if not first() or iteration in self._manager.all_steps():
             return
         state = jax.device_get(state)
         self._manager.save(
@@ -64,6 +80,11 @@ class Checkpoints:
         Raises:
           InputError: checkpoints are there, but none is readable.
         """
+        told = from_first(lambda: _sent(self._newest(template)))
+        return _received(told, template)
+
+    def _newest(self, template: PyTree) -> tuple[int, PyTree, list[str]] | None:
+        """The same, for the process that has them."""
         warnings: list[str] = []
         for iteration in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -83,7 +104,7 @@ class Checkpoints:
         return None
 
     def _read(self, iteration: int, template: PyTree) -> PyTree:
-        """On the device, as a fresh start's state is, so that the same program takes both."""
+        """On the host."""
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), template)
         packed = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in _layout(shapes).items()}
         restored: Any = self._manager.restore(
@@ -92,11 +113,35 @@ class Checkpoints:
         state = _unpack(restored["state"], shapes)
         if digest(state) != restored["digest"]["sha256"]:
             raise ValueError("its content does not match its digest")
-        return jax.tree.map(jax.numpy.asarray, state)
+        return state
 
     def close(self) -> None:
         """Releases orbax's resources."""
-        self._manager.close()
+        if first():
+            self._manager.close()
+
+
+def _sent(found: tuple[int, PyTree, list[str]] | None) -> bytes:
+    """What was found, for other processes."""
+    if found is None:
+        return b""
+    iteration, state, warnings = found
+    head = json.dumps({"iteration": iteration, "warnings": warnings}).encode()
+    return head + b"\n" + b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state))
+
+
+def _received(told: bytes, template: PyTree) -> tuple[int, PyTree, list[str]] | None:
+    """What was sent, on the device, as a fresh start's state is, so that the same program takes both."""
+    if not told:
+        return None
+    head, _, content = told.partition(b"\n")
+    at, leaves = 0, []
+    for leaf in jax.tree.leaves(template):
+        leaves.append(np.frombuffer(content, leaf.dtype, math.prod(leaf.shape), at).reshape(leaf.shape))
+        at += _bytes(leaf)
+    state = jax.tree.map(jax.numpy.asarray, jax.tree.unflatten(jax.tree.structure(template), leaves))
+    found = json.loads(head)
+    return found["iteration"], state, found["warnings"]
 
 
 def _bytes(leaf: Any) -> int:

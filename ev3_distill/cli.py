@@ -22,7 +22,26 @@ C = TypeVar("C", bound=config.Compress | config.Teach)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Where:
+class _Group:
+    processes: str = "1"
+    """That work together, each started by this command: a number, or auto where the cluster tells it (SLURM, Kubernetes, Cloud
+    TPU, MPI). Of bench: for evolution and protonet."""
+    coordinator: str | None = None
+    """HOST:PORT where process 0 listens and that all of them reach."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+
+    def start(self) -> bool:
+        """Joins the processes, before anything asks JAX for its devices; whether there are several."""
+        from ev3_distill import sharding
+
+        if (self.processes, self.coordinator, self.process_id) == ("1", None, None):
+            return False
+        return sharding.start(self.processes, self.coordinator, self.process_id)[1] > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Where(_Group):
     config: Path | None = None
     """TOML file of options; those on the command line override it."""
     out: Path | None = None
@@ -31,6 +50,10 @@ class _Where:
     """Go on with this run, exactly where it was."""
     tensorboard: Path | None = None
     """Write what the ledger tells there for TensorBoard too; needs ev3-distill[tensorboard]."""
+    devices: int = 0
+    """That share the work; 0 for one, or for all where several processes share it."""
+    spread: str = "batch"
+    """Over devices: batch (a part of each batch on each device) or arms (those of one iteration side by side)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +133,7 @@ class ExportCommand:
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchCommand:
+class BenchCommand(_Group):
     """Measure the tool itself: rows, a table, a page, how to reproduce them, and what changed since."""
 
     suite: tyro.conf.Positional[str] = ""
@@ -126,13 +149,6 @@ class BenchCommand:
     """Measure nothing; tell what changed beyond noise from one such directory to another."""
     render: tuple[Path, ...] = ()
     """Measure nothing; write the tables, plots and pages of such directories anew."""
-    processes: str = "1"
-    """That work together, each started by this command: a number, or auto where the cluster tells it (SLURM, Kubernetes, Cloud
-    TPU, MPI). For evolution and protonet."""
-    coordinator: str | None = None
-    """HOST:PORT where process 0 listens and that all of them reach."""
-    process_id: int | None = None
-    """Which of them this is, from 0."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -292,16 +308,10 @@ def _execute(name: str, where: _Where, chosen: config.Compress | config.Teach) -
         directory = where.resume
     else:
         directory = where.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    several = where.start()
     try:
-        from ev3_distill import commands, report
-
-        run = commands.compress if isinstance(chosen, config.Compress) else commands.teach
         with contextlib.ExitStack() as stack:
-            if where.tensorboard is not None:
-                from ev3_distill.scalars import written_for_tensorboard
-
-                stack.enter_context(written_for_tensorboard(directory, where.tensorboard))
-            result = run(directory, chosen, resume=where.resume is not None)  # type: ignore[arg-type]
+            result = _run(where, chosen, directory, several, stack)
     except KeyboardInterrupt:
         begun = (directory / "config.toml").exists()
         way_on = (
@@ -309,12 +319,32 @@ def _execute(name: str, where: _Where, chosen: config.Compress | config.Teach) -
         )
         print(f"ev3-distill: interrupted; {way_on}", file=sys.stderr)
         raise
+    _exit_by(result.get("guards", []))
 
+
+def _run(
+    where: _Where, chosen: config.Compress | config.Teach, directory: Path, several: bool, stack: contextlib.ExitStack
+) -> dict[str, Any]:
+    """The run, and its summary; returns the content of report.json."""
+    from ev3_distill import sharding
+    from ev3_distill.devices import ONE, devices_of
+
+    devices = devices_of(where.devices or None, spread=where.spread) if several or where.devices > 1 else ONE
+    stack.enter_context(sharding.joined())
+    own = stack.enter_context(sharding.own_directory(directory))
+    from ev3_distill import commands, report
+
+    if where.tensorboard is not None and sharding.first():
+        from ev3_distill.scalars import written_for_tensorboard
+
+        stack.enter_context(written_for_tensorboard(directory, where.tensorboard))
+    run = commands.compress if isinstance(chosen, config.Compress) else commands.teach
+    result: dict[str, Any] = run(own, chosen, resume=where.resume is not None, devices=devices)  # type: ignore[arg-type]
     import rich
 
     rich.print(report.summary(result))
     print(f"Student: {directory / 'student'}\nReport:  {directory / 'report.html'}")
-    _exit_by(result.get("guards", []))
+    return result
 
 
 def _evaluate(command: EvaluateCommand) -> None:
@@ -397,17 +427,16 @@ def _bench(command: BenchCommand) -> None:
         raise InputError(
             "bench measures a suite, or takes --compare or --render; got none: name one, as in bench speed"
         )
-    from ev3_distill import sharding
-
-    group = command.processes, command.coordinator, command.process_id
-    if group != ("1", None, None):
-        if command.suite not in SPREAD_SUITES:
-            raise InputError(
-                f"suites whose work several processes share are {', '.join(SPREAD_SUITES)}; got '{command.suite}': run it "
-                "in one"
-            )
-        sharding.start(*group)  # before anything asks JAX for its devices
+    if (
+        command.suite not in SPREAD_SUITES
+        and _Group(command.processes, command.coordinator, command.process_id) != _Group()
+    ):
+        raise InputError(
+            f"suites whose work several processes share are {', '.join(SPREAD_SUITES)}; got '{command.suite}': run it in one"
+        )
+    command.start()
     import benchmarks
+    from ev3_distill import sharding
 
     with sharding.joined():
         benchmarks.run(command.suite, seeds=command.seeds, size=command.size, out=command.out)

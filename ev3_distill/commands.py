@@ -16,6 +16,7 @@ from ev3_distill.arms import BY_PEERS, arms_named, default_names, features_asked
 from ev3_distill.certifying import known_of
 from ev3_distill.course import Task, bytes_of_example, checked, evaluated_at_once, give_back
 from ev3_distill.demands import check_labelled, guards_of
+from ev3_distill.devices import ONE, Devices
 from ev3_distill.errors import InputError, warn
 from ev3_distill.finished import config_of, data_of, report_in
 from ev3_distill.lessons import BATCH, Labels, Lessons, Recorded
@@ -32,30 +33,30 @@ SHOWN = 4096  # held-out examples that show whether a teacher is any good, at mo
 SHOWN_SHARE = 32  # and this share of the memory limit
 
 
-def compress(directory: Path, chosen: config.Compress, *, resume: bool) -> dict[str, Any]:
-    """Runs `compress` to its end, or on from where it was; returns the content of report.json.
+def compress(directory: Path, chosen: config.Compress, *, resume: bool, devices: Devices = ONE) -> dict[str, Any]:
+    """Runs `compress` to its end, or on from where it was, spread over `devices`; returns the content of report.json.
 
     All that can be checked is checked before anything is written.
     """
     if not resume:
         run.refuse_occupied(directory)
     with run.room_on_disk(directory):
-        return _compress(directory, chosen, resume=resume)
+        return _compress(directory, chosen, resume=resume, devices=devices)
 
 
-def _compress(directory: Path, chosen: config.Compress, *, resume: bool) -> dict[str, Any]:
+def _compress(directory: Path, chosen: config.Compress, *, resume: bool, devices: Devices) -> dict[str, Any]:
     give_back(chosen.memory)
     dataset = data_of(chosen)
     given: dict[str, Any] = {"fingerprint": dataset.fingerprint, "teacher": None}
     if resume:
         given = run.given_to(directory, dataset.fingerprint)
     if not chosen.teacher:
-        return _with_own_teacher(directory, chosen, dataset, given, resume=resume)
+        return _with_own_teacher(directory, chosen, dataset, given, resume=resume, devices=devices)
     if chosen.teacher.startswith("logits:"):
-        return _with_recorded(directory, chosen, dataset, given, resume=resume)
+        return _with_recorded(directory, chosen, dataset, given, resume=resume, devices=devices)
     teacher, classes = _teacher(chosen, dataset)
     shapes = {name: rows.shape[1:] for name, rows in teacher.outputs(dataset.inputs[:1]).items() if name != "logits"}
-    task, arms = _task(chosen, dataset, classes, shapes)
+    task, arms = _task(chosen, dataset, classes, shapes, devices=devices)
     if resume:
         _check_same(teacher, given["teacher"], directory)
     else:
@@ -66,13 +67,13 @@ def _compress(directory: Path, chosen: config.Compress, *, resume: bool) -> dict
 
 
 def _with_own_teacher(
-    directory: Path, chosen: config.Compress, dataset: Dataset, given: dict[str, Any], *, resume: bool
+    directory: Path, chosen: config.Compress, dataset: Dataset, given: dict[str, Any], *, resume: bool, devices: Devices
 ) -> dict[str, Any]:
     """The run in which a teacher is trained first."""
     recipe = _recipe(chosen, chosen.teacher_network, chosen.teacher_budget)
     check_labelled(dataset, "a teacher that is trained here")
-    of_teacher = checked(recipe, recipe.network, dataset, dataset.num_classes)
-    task, arms = _task(chosen, dataset, dataset.num_classes, features_of(of_teacher.network))
+    of_teacher = checked(recipe, recipe.network, dataset, dataset.num_classes, devices)
+    task, arms = _task(chosen, dataset, dataset.num_classes, features_of(of_teacher.network), devices=devices)
     with _begun(directory, chosen, given, resume=resume) as finished:
         if finished:
             return finished
@@ -102,7 +103,7 @@ def _recipe(chosen: config.Compress, network: str, budget: str, ev3: config.EV3 
 
 
 def _with_recorded(
-    directory: Path, chosen: config.Compress, dataset: Dataset, given: dict[str, Any], *, resume: bool
+    directory: Path, chosen: config.Compress, dataset: Dataset, given: dict[str, Any], *, resume: bool, devices: Devices
 ) -> dict[str, Any]:
     """The run whose teacher has run already; its logits are kept in the run."""
     kept = directory / "logits.npz"
@@ -118,7 +119,7 @@ def _with_recorded(
 
     logits = load(kept if kept.exists() else chosen.teacher.partition(":")[2])
     chosen = dataclasses.replace(chosen, augment="none") if chosen.augment == "auto" else chosen
-    task, arms = _task(chosen, dataset, logits.shape[1], {})
+    task, arms = _task(chosen, dataset, logits.shape[1], {}, devices=devices)
     with _begun(directory, chosen, given, resume=resume) as finished:
         if finished:
             return finished
@@ -173,14 +174,14 @@ def _controlled(directory: Path, chosen: config.Compress, task: Task) -> Task:
     return dataclasses.replace(task, control=own)
 
 
-def teach(directory: Path, chosen: config.Teach, *, resume: bool) -> dict[str, Any]:
+def teach(directory: Path, chosen: config.Teach, *, resume: bool, devices: Devices = ONE) -> dict[str, Any]:
     """Runs `teach`: the same run, with one arm that follows the labels alone; returns the content of report.json."""
     if not resume:
         run.refuse_occupied(directory)
     give_back(chosen.memory)
     dataset = data_of(chosen)
     check_labelled(dataset, "teach")
-    task = checked(chosen, chosen.network, dataset, dataset.num_classes)
+    task = checked(chosen, chosen.network, dataset, dataset.num_classes, devices)
     _warn_of_duplicates(task)
     if resume:
         run.given_to(directory, dataset.fingerprint)
@@ -207,10 +208,15 @@ def _begun(directory: Path, chosen: Any, given: dict[str, Any], *, resume: bool)
 
 
 def _task(
-    chosen: config.Compress, dataset: Dataset, num_classes: int, shapes: Mapping[str, tuple[int, ...]]
+    chosen: config.Compress,
+    dataset: Dataset,
+    num_classes: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    devices: Devices,
 ) -> tuple[Task, list[str]]:
     """The student's task and its arms; `shapes` are those of the teacher's features, of which the arms ask for some."""
-    task = checked(chosen, chosen.student, dataset, num_classes)
+    task = checked(chosen, chosen.student, dataset, num_classes, devices)
     if chosen.start or chosen.sizes:
         task = dataclasses.replace(task, network=_smallest(chosen, task.network.spec))
     task = dataclasses.replace(task, network=students.deployed(task.network, chosen.deploy))

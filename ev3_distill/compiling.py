@@ -29,6 +29,6 @@ def compiler_options() -> dict[str, str]:
     return options
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """`jax.jit` with these options; for the outermost function only."""
-    return jax.jit(function, compiler_options=compiler_options())
+def jit(function: Callable[..., Any], **how: Any) -> Any:
+    """`jax.jit` with these options, and what else it takes; for the outermost function only."""
+    return jax.jit(function, compiler_options=compiler_options(), **how)

@@ -15,6 +15,7 @@ import numpy as np
 import students
 from ev3_distill import augment, config
 from ev3_distill.arms import arms_named
+from ev3_distill.devices import ONE, Devices
 from ev3_distill.errors import InputError
 from ev3_distill.goals import goal, steers
 from ev3_distill.guards import Guard
@@ -49,6 +50,7 @@ class Task:
     guards: Sequence[Guard] = ()
     control: Path | None = None  # the run that trained the same student by labels alone
     costs: np.ndarray | None = None  # [K, K], where a guard asks for them
+    devices: Devices = ONE  # that share the work
 
     @property
     def labelled(self) -> bool:
@@ -69,7 +71,9 @@ def give_back(memory: str) -> None:
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, GIVEN_BACK)
 
 
-def checked(chosen: config.Compress | config.Teach, name: str, dataset: Dataset, num_classes: int) -> Task:
+def checked(
+    chosen: config.Compress | config.Teach, name: str, dataset: Dataset, num_classes: int, devices: Devices = ONE
+) -> Task:
     """The task of training the network of that name, once all that the data decide was checked."""
     network = students.named(name, dataset.inputs.shape[1:], num_classes)
     rows = split_rows(dataset.labels, dataset.test_rows, seed=chosen.seed, fractions=chosen.splits)
@@ -77,7 +81,7 @@ def checked(chosen: config.Compress | config.Teach, name: str, dataset: Dataset,
     if steps is not None and steps >= UNLIMITED:
         raise InputError(f"a budget is below {UNLIMITED} steps; got '{chosen.budget}', {steps} steps: give less")
     augmentation = augment.parse(chosen.augment, dataset.inputs.shape[1:])
-    return Task(dataset, network, rows, augmentation, steps, limit_of(chosen.memory))
+    return Task(dataset, network, rows, augmentation, steps, limit_of(chosen.memory), devices=devices)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,15 +121,17 @@ def course_of(
     sample, supply, pools = _supplied(chosen, task, lessons, Pools((), assess, decide, seen), in_step)
     goals = [goal(guard.metric, guard.threshold, costs=task.costs) for guard in task.guards if steers(guard.metric)]
     at_once = evaluated_at_once(task.dataset, task.memory, chosen.ev3.eval_batch_size)
+    network = task.devices.network(task.network)
     distillation = Distillation(
-        task.network,
-        arms_named(task.network.apply, arm_names, network=task.network, teacher_features=task.teacher_features),
+        network,
+        arms_named(network.apply, arm_names, network=network, teacher_features=task.teacher_features),
         config=dataclasses.replace(chosen.ev3, eval_batch_size=at_once),
         sample=sample,
         goals=goals,
         stop_level=stops * (1 - chosen.confidence) / len(goals) if stops and goals else None,
+        devices=task.devices,
     )
-    return Course(distillation, pools, tuple(arm_names), supply)
+    return Course(distillation, task.devices.place(pools), tuple(arm_names), supply)
 
 
 def _supplied(
@@ -137,7 +143,7 @@ def _supplied(
     asked = not isinstance(lessons, Labels)  # what nobody is asked of needs no end of views
     count = 1 if task.augmentation is None else chosen.views if asked else UNLIMITED
     facts = {"batch_size": size, "seed": chosen.seed}
-    apply = None if in_step is None else in_step[0].apply
+    apply = None if in_step is None else task.devices.network(in_step[0]).apply
     sample = sampler(batch_size=size, views=count, augmentation=task.augmentation, teacher=apply)
     lesson = lessons.of(views, count)
     learnt = 4 * count * len(index) * sum(math.prod(shape) for shape in task.teacher_features.values())

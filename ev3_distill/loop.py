@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ev3_distill import objectives
-from ev3_distill.compiling import jit
 from ev3_distill.config import EV3
 from ev3_distill.core import adapt, allocate, initial_state, make_parts, make_step, prioritise
 from ev3_distill.core.assess import Measures, logits_of, score
 from ev3_distill.core.packing import Packed, Packing
 from ev3_distill.core.trial import on_seen
+from ev3_distill.devices import ONE, Devices
 from ev3_distill.int8 import normalises
 from ev3_distill.pool import sampler
+from ev3_distill.sharding import agreed
 from ev3_distill.types import (
     Arm,
     Batch,
@@ -57,6 +58,7 @@ class Distillation:
 
     Attributes:
       goals: what must hold.
+      devices: that the run is spread over.
       compile_s: seconds spent compiling so far.
     """
 
@@ -71,22 +73,28 @@ class Distillation:
         promise: Objective = objectives.accuracy,
         goals: Sequence[Goal] = (),
         stop_level: float | None = None,
+        devices: Devices = ONE,
     ):
-        """Takes what `distill` takes, and the `sample` of the pools, by default one view of each example as it is."""
+        """Takes what `distill` takes, and the `sample` of the pools, by default one view of each example as it is.
+
+        The run is spread over `devices`; student and arms must then be of `devices.network`.
+        """
         config = config or EV3()
         sample = sample or sampler(batch_size=config.batch_size)
         rules: dict[str, Any] = {"select": select, "promise": promise, "goals": tuple(goals)}
         measures = Measures(**rules)
         self.goals = tuple(goals)
-        self._step = make_step(student.apply, arms, sample, **rules, stop_level=stop_level, config=config)
-        self._parts = make_parts(student.apply, arms, sample, **rules, stop_level=stop_level, config=config)
+        core: dict[str, Any] = {**rules, "stop_level": stop_level, "config": config, "share": devices.share}
+        self._step = make_step(student.apply, arms, sample, **core)
+        self._parts = make_parts(student.apply, arms, sample, **core)
+        self.devices = devices
         self._programs: dict[str, Callable[..., Any]] = {}
         self._decisions: Packing
         self._pack: Callable[[State], Packed]
         self._unpack: Callable[[Packed], State]
         self.compile_s = 0.0
 
-        @jit
+        @devices.jit
         def begin(pools: Pools, seed: jax.Array, draw: jax.Array) -> State:
             init_key, run_key = jax.random.split(jax.random.key(seed))
             init_key = jnp.where(draw > 0, jax.random.fold_in(init_key, draw), init_key)
@@ -100,26 +108,36 @@ class Distillation:
                 config=config,
             )
 
-        @jit
+        @devices.jit
         def evaluate(variables: Variables, split: Batch) -> Evidence:
             return score(student.apply, variables, split, measures, batch_size=config.eval_batch_size)
 
-        @jit
+        @devices.jit
         def agreement(variables: Variables, split: Batch) -> jax.Array:
             logits = logits_of(student.apply, variables, split.inputs, batch_size=config.eval_batch_size)
             return objectives.agreement(logits, split)
 
-        @jit
+        @devices.jit
         def seen(variables: Variables, pools: Pools) -> jax.Array:
             return on_seen(student.apply, variables, pools, promise, config=config)
 
         self._begin, self._seen, self._arms, self._length = begin, seen, tuple(arms), config.length
+        self._evaluate, self._agreement = evaluate, agreement
         self._first = allocate.racers_of(arms).index(True)  # who leads a fresh student's first race
-        self.evaluate = evaluate  # (variables, split) -> scores, leaves [N]
-        self.agreement = agreement  # (variables, split) -> [N] whether student and teacher agree
+
+    def evaluate(self, variables: Variables, split: Batch) -> Evidence:
+        """Scores of a student on a split, leaves [N]."""
+        scores: Evidence = self._evaluate(self.devices.place(variables), self.devices.place(split))
+        return scores
+
+    def agreement(self, variables: Variables, split: Batch) -> jax.Array:
+        """Whether student and teacher agree, [N]."""
+        agree: jax.Array = self._agreement(self.devices.place(variables), self.devices.place(split))
+        return agree
 
     def begin(self, pools: Pools, seed: int, *, draw: int = 0) -> State:
         """The state before the first iteration; with other initial parameters for each draw, and all else the same."""
+        pools = self.devices.place(pools)
         return self._timed(lambda: jax.block_until_ready(self._begin(pools, np.int32(seed), np.int32(draw))))
 
     def drawn(
@@ -159,7 +177,8 @@ class Distillation:
                 best, highest = begun, score
             one = int(decisions[-1].cost)
             cost += one
-            late = seconds is not None and time.perf_counter() - began - (self.compile_s - compiled) > seconds / DRAWING
+            spent = time.perf_counter() - began - (self.compile_s - compiled)
+            late = seconds is not None and agreed(spent) > seconds / DRAWING
             if cost + one > most or late:
                 break
         return best._replace(cost=jnp.int32(cost), begun=jnp.int32(cost))
@@ -176,6 +195,7 @@ class Distillation:
         short trajectories again. The arm that leads is the first again, and where several race they race anew: who won for the
         smaller student may be the wrong one for the larger.
         """
+        state = self.devices.taken(state)
         current, champion = growth.variables(state.current), growth.variables(state.champion)
         begun = (arm.init(current) for arm in self._arms)
         arm_states = tuple(
@@ -184,7 +204,9 @@ class Distillation:
         )
         progress = state.progress
         if isinstance(progress, Progress):
-            progress = adapt.from_here(state.current_evidence, self._seen(current, pools), state.position)
+            progress = adapt.from_here(
+                state.current_evidence, self._seen(*self.devices.place((current, pools))), state.position
+            )
         return state._replace(
             begun=state.cost,
             current=current,
@@ -205,7 +227,9 @@ class Distillation:
         """The state of a run that was stuck or met its goals, to go on from at the same size for as long again."""
         if not isinstance(state.progress, Progress):
             return state
-        progress = adapt.from_here(state.current_evidence, self._seen(state.current, pools), state.position)
+        progress = adapt.from_here(
+            state.current_evidence, self._seen(*self.devices.place((state.current, pools))), state.position
+        )
         return state._replace(progress=progress, met=jnp.bool_(False), closed=jnp.bool_(False))
 
     def run(
@@ -243,12 +267,14 @@ class Distillation:
         """As `run`, with several decisions at a time, on the host, and the state after the last of them (see `unpack`).
 
         Short iterations are dispatched up to `at_once` at a time, and the next ones before the host looks at these, so that
-        the device does not wait. How many at a time follows the clock, and changes no result. Where the host supplies the
+        the device does not wait; but where several processes talk, which must not do so about two things at once. How many at
+        a time follows the clock, and changes no result. Where the host supplies the
         examples or the budget is a wall time, iterations go one by one. With a `pause` it ends, not closed, after the iteration
         that reaches this global step.
         """
         if bool(state.closed) or int(state.position) >= pause:
             return
+        pools, state = self.devices.place((pools, state))
         self._prepare(state)
         if supply is not None:
             limit_at = _limits(budget, seconds, int(state.cost))
@@ -268,18 +294,21 @@ class Distillation:
                 cost = int(decisions[-1].cost)
                 closed = bool(decisions[-1].closed) or int(decisions[-1].position) >= pause
             return
-        limit, most = np.int32(budget), 1
+        limit, most, began = np.int32(budget), 1, time.perf_counter()
+        looks_ahead = jax.process_count() == 1
         ahead = steps(packed, limit, np.int32(most), np.int32(pause))
-        began = time.perf_counter()
         while True:
             block = ahead
-            ahead = steps(block[0], limit, np.int32(most), np.int32(pause))
+            if looks_ahead:
+                ahead = steps(block[0], limit, np.int32(most), np.int32(pause))
             packed, decisions = self._told(block)
             yield packed, decisions
             if decisions[-1].closed or int(decisions[-1].position) >= pause:
                 return
-            took, began = time.perf_counter() - began, time.perf_counter()
+            took, began = agreed(time.perf_counter() - began), time.perf_counter()
             most = int(np.clip(len(decisions) * IDLE_S / took, 1, at_once))
+            if not looks_ahead:
+                ahead = steps(packed, limit, np.int32(most), np.int32(pause))
 
     def _supplied(
         self, pools: Pools, state: State, supply: Supply, limit_at: Callable[[int], np.int32]
@@ -295,7 +324,7 @@ class Distillation:
                 arm_states, students = self._program(
                     "roll",
                     self._parts.roll,
-                    (pool, pools.assess),
+                    (self.devices.place(pool), pools.assess),
                     state,
                     arm_states,
                     plan,
@@ -309,7 +338,7 @@ class Distillation:
     def _program(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         """Calls a function of arrays, compiled once."""
         if name not in self._programs:
-            self._programs[name] = self._timed(lambda: jit(function).lower(*args).compile())
+            self._programs[name] = self._timed(lambda: self.devices.jit(function).lower(*args).compile())
         return self._programs[name](*args)
 
     def _told(self, block: tuple[Packed, Packed, jax.Array]) -> tuple[Packed, list[Decision]]:
@@ -323,7 +352,7 @@ class Distillation:
         if hasattr(self, "_pack"):
             return
         states = Packing(state)
-        self._pack, self._unpack = jax.jit(states.pack), jax.jit(states.unpack)
+        self._pack, self._unpack = self.devices.jit(states.pack), self.devices.jit(states.unpack)
 
     def _several(self, pools: Pools, state: State) -> Callable[..., Any]:
         """Several steps on packed states, compiled once.
@@ -358,7 +387,9 @@ class Distillation:
             return carry.packed, carry.decisions, carry.made
 
         packed = states.pack(state)
-        self._programs["several"] = self._timed(lambda: jit(steps).lower(pools, packed, limit, most, pause).compile())
+        self._programs["several"] = self._timed(
+            lambda: self.devices.jit(steps).lower(pools, packed, limit, most, pause).compile()
+        )
         return self._programs["several"]
 
     def unpack(self, packed: Packed) -> State:
@@ -377,6 +408,10 @@ class Distillation:
         `best` takes the one that decide ranks strictly higher, among these and, where the run has goals, the student that was
         safest on assess; policy `champion` never takes another. A run that decide ended delivers what it proved.
         """
+        which, delivered = self._delivered(pools, state, policy)
+        return which, self.devices.taken(delivered)
+
+    def _delivered(self, pools: Pools, state: State, policy: str) -> tuple[str, Variables]:
         if policy != "best":
             return "champion", state.champion
         if bool(state.met):
@@ -415,7 +450,7 @@ def _limits(budget: int, seconds: float | None, first: int) -> Callable[[int], n
     def limit_at(cost: int) -> np.int32:
         if seconds is None:
             return np.int32(budget)
-        spent = time.perf_counter() - began
+        spent = agreed(time.perf_counter() - began)
         pace = (cost - first) / spent
         ahead = pace * (seconds - spent) if pace else float(seconds > spent) * UNLIMITED
         return np.int32(min(budget, cost + max(ahead, 0)))

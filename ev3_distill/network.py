@@ -7,10 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from ev3_distill.checkpoint import alone
 from ev3_distill.errors import InputError
+from ev3_distill.sharding import first, from_first
 from ev3_distill.types import Network, Variables
 
 
@@ -102,9 +105,11 @@ def count_params(variables: Variables) -> int:
 
 
 def save_variables(directory: Path, variables: Variables) -> None:
-    """Writes variables with orbax."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory.absolute(), _plain(variables))
+    """Writes variables with orbax; where several processes share a run, process 0 does."""
+    if not first():
+        return
+    with ocp.StandardCheckpointer(multiprocessing_options=alone()) as checkpointer:
+        checkpointer.save(directory.absolute(), _plain(jax.device_get(variables)))
 
 
 def load_variables(directory: Path, network: Network) -> Variables:
@@ -113,19 +118,33 @@ def load_variables(directory: Path, network: Network) -> Variables:
     Raises:
       InputError: missing, damaged, or of another structure.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs each error that it raises
     template = jax.eval_shape(network.init, jax.random.key(0))
+    blank = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in _plain(template).items()}
+
+    def read() -> bytes:
+        return b"".join(leaf.tobytes() for leaf in _read(directory, network, blank).values())
+
+    content, at, leaves = from_first(read), 0, []
+    for leaf in blank.values():
+        leaves.append(jnp.asarray(np.frombuffer(content, leaf.dtype, leaf.size, at).reshape(leaf.shape)))
+        at += leaf.nbytes
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _read(directory: Path, network: Network, blank: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Leaves by path, in the order of `blank`."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs each error that it raises
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=alone()) as checkpointer:
             saved = checkpointer.metadata(directory.absolute()).item_metadata.tree
-            _check_alike(saved, _plain(template))  # before orbax reads in parallel and fails in several places
-            leaves = checkpointer.restore(directory.absolute(), _plain(template))
+            _check_alike(saved, blank)  # before orbax reads in parallel and fails in several places
+            leaves = checkpointer.restore(directory.absolute(), blank)
     except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InputError(
             f"the variables in {directory} cannot be read for a network {network.spec}: {reason}"
         ) from None
-    return jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in _plain(template)])
+    return {name: np.asarray(leaves[name]) for name in blank}
 
 
 def _check_alike(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -13,7 +13,10 @@ members are evaluated at once, parameters of a Conv4 on 1, 2 and 8 devices diffe
 
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -183,6 +186,50 @@ def as_first(content: bytes) -> bytes:
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
     own = np.frombuffer(content if first() else bytes(size), np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(own)).astype(np.uint8).tobytes()
+
+
+def from_first(read: Callable[[], bytes]) -> bytes:
+    """What process 0 reads, in all processes; or its error, in all of them."""
+    if jax.process_count() == 1:
+        return read()
+    told = b""
+    if first():
+        try:
+            told = b"+" + read()
+        except InputError as error:
+            told = b"-" + str(error).encode()
+    told = as_first(told)
+    if told.startswith(b"-"):
+        raise InputError(told[1:].decode())
+    return told[1:]
+
+
+def agreed(number: float) -> float:
+    """A number of process 0, such as its clock, in all processes: what they decide by, they must decide alike."""
+    if jax.process_count() == 1:
+        return number
+    return float(multihost_utils.broadcast_one_to_all(np.float64(number)))
+
+
+@contextlib.contextmanager
+def own_directory(directory: Path) -> Iterator[Path]:
+    """Where this process works on a run: in its directory, or, for all but process 0, in a copy for the time being.
+
+    So all processes do the very same, and one of them leaves anything behind. The others say nothing, too. Where the run has
+    begun, they must be able to read its directory.
+    """
+    if first():
+        if jax.process_count() > 1:
+            agreed(0)  # the others have their copies
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as place, open(os.devnull, "w") as nowhere:
+        own = Path(place) / "run"
+        if directory.is_dir():
+            shutil.copytree(directory, own)
+        agreed(0)
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            yield own
 
 
 @contextlib.contextmanager

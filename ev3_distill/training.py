@@ -152,6 +152,7 @@ def concluded(
         "certificate": certificate.as_dict(),
         "control": helped(test_of(task, lessons)) if helped else None,
         "guards": judge(task.guards, certificate.claims, known=known_of(variables)),
+        "devices": str(task.devices),
         "seed": chosen.seed,
         "budget": chosen.budget,
         "splits": {name: len(task.rows[name]) for name in SPLITS},

@@ -77,6 +77,9 @@ Loss = Callable[[jax.Array, Batch], jax.Array]  # (student logits [B, K], batch)
 Objective = Callable[[jax.Array, Batch], jax.Array]  # (student logits [N, K], split) -> score [N]
 Sample = Callable[[PyTree, jax.Array], Batch]  # (pools.explore, global step) -> the batch of that step
 Draw = Callable[[jax.Array], tuple[Batch, jax.Array]]  # global step -> (batch, key of that step)
+Share = Callable[[Callable[[jax.Array, PyTree], tuple[PyTree, ...]], jax.Array, PyTree], tuple[PyTree, ...]]
+# (work, active [P] bool, given) -> what `work` makes of what is given, a tree for each of P rows. It is told which rows are its
+# own, [P] bool; what it makes of others does not count and should cost nothing
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

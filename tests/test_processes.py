@@ -1,4 +1,4 @@
-"""Several processes on one command: what they are told, and a training that outlives the death of one of them."""
+"""Several processes on one command: what they are told, what they make, and work that outlives the death of one of them."""
 
 import json
 import os
@@ -14,6 +14,9 @@ from test_sharding import ROOT, free_port
 
 import students
 from benchmarks import omniglot, protonet
+from ev3_distill import ledger
+from ev3_distill.cli import main
+from ev3_distill.sources import load_data
 
 RECIPE = protonet.Recipe(2, (3,), 60, 0.05, way=2, shot=1, query=1)
 DRAWINGS = np.random.default_rng(0).integers(0, 256, (4, 20, 28, 28), np.uint8)
@@ -37,6 +40,15 @@ def started(*group):  # only then may the rest be imported
 sharding.start = started
 cli.main(sys.argv[1:])
 """
+# A run, whose checkpoints take their time.
+RUN = """
+import sys, time
+from ev3_distill import checkpoint, cli, sharding
+sharding.SILENCE_S, save = 4, checkpoint.Checkpoints.save
+checkpoint.Checkpoints.save = lambda *given: (save(*given), time.sleep(0.2))
+cli.main(sys.argv[1:])
+"""
+COMPRESS = (*("--arms", "ce", "mse", "--student", "mlp:hidden=8", "--checkpoint-s", "0"), "--budget")
 
 
 @pytest.mark.parametrize(
@@ -90,20 +102,81 @@ def test_a_training_outlives_the_death_of_a_process(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
 
-def _begin(tmp_path, coordinator, i):
+def test_two_processes_make_one_run(tmp_path, logits):
+    """Batches in two parts: the decisions of one process, in one directory, told by one of them."""
+    asked = [*COMPRESS, "300", "--teacher", f"logits:{logits}"]
+    coordinator = f"127.0.0.1:{free_port()}"
+    begun = [
+        _begin(tmp_path, coordinator, i, ["compress", *asked, "--out", str(tmp_path / "two")], RUN) for i in (0, 1)
+    ]
+    told = [process.communicate(timeout=200) for process in begun]
+    assert [process.returncode for process in begun] == [0, 0], told[0][1][-2000:] + told[1][1][-2000:]
+    assert "This student has at least" in told[0][0] and "Report" not in told[1][0]
+    main(["compress", *asked, "--out", str(tmp_path / "one")])
+    two, one = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("two", "one"))
+    assert (two["devices"], one["devices"]) == ("2, batch spread, 2 processes", "1")
+    assert two["cost"]["steps"] == one["cost"]["steps"]
+    rows = [list(ledger.rows(tmp_path / name / "ledger.jsonl")) for name in ("two", "one")]
+    for ours, theirs in zip(*(found[:3] for found in rows), strict=True):
+        assert (ours["steps"], ours["selected"], ours["verdict"]) == (
+            theirs["steps"],
+            theirs["selected"],
+            theirs["verdict"],
+        )
+        assert ours["champion_accuracy"] == pytest.approx(theirs["champion_accuracy"], abs=0.01)
+
+
+def test_a_run_outlives_the_death_of_a_process(tmp_path, logits, cli):
+    """One process goes on with it."""
+    run, coordinator = tmp_path / "run", f"127.0.0.1:{free_port()}"
+    argv = ["compress", *COMPRESS, "3000", "--teacher", f"logits:{logits}", "--out", str(run)]
+    begun = [_begin(tmp_path, coordinator, i, argv, RUN) for i in (0, 1)]
+    try:
+        _kept(run, begun, "checkpoints/*/state")
+        begun[1].send_signal(signal.SIGKILL)
+        died = time.monotonic()
+        _, err = begun[0].communicate(timeout=60)
+    finally:
+        for process in begun:
+            process.kill()
+            process.communicate()
+    assert begun[0].returncode != 0 and time.monotonic() - died < 60
+    assert "start all anew" in err or "another task died" in err, err[-3000:]
+    before = len(list(ledger.rows(run / "ledger.jsonl")))
+    assert cli("compress", "--resume", run).code == 0
+    rows = [row["iteration"] for row in ledger.rows(run / "ledger.jsonl")]
+    assert rows == list(range(1, len(rows) + 1)) and len(rows) > before > 0
+
+
+@pytest.fixture
+def logits(tmp_path):
+    """Of a teacher of digits that is often right."""
+    dataset = load_data("digits")
+    rng = np.random.default_rng(0)
+    said = 3 * np.eye(10)[dataset.labels] + rng.normal(size=(len(dataset.labels), 10))
+    np.savez(tmp_path / "said.npz", logits=said.astype(np.float32))
+    return tmp_path / "said.npz"
+
+
+def _begin(tmp_path, coordinator, i, argv=("bench", "protonet", "--seeds", "1", "--size", "smoke"), work=WORK):
     """A process, with a cache of its own as on a machine of its own."""
     alone = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"}
     environment = {**os.environ, **alone, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment["EV3_DISTILL_CACHE"] = str(tmp_path / str(i))
     group = ["--processes", "2", "--coordinator", coordinator, "--process-id", str(i)]
-    argv = [sys.executable, "-c", WORK, "bench", "protonet", "--seeds", "1", "--size", "smoke", *group]
-    return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", work, *argv, *group],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
-def _kept(cache, begun):
+def _kept(place, begun, name="protonet/*/state.npz"):
     """The path of what process 0 keeps, once it is there."""
     until = time.monotonic() + 120
-    while not (found := list(cache.glob("protonet/*/state.npz"))):
+    while not (found := list(place.glob(name))):
         if any(process.poll() is not None for process in begun) or time.monotonic() > until:
             for process in begun:
                 process.kill()

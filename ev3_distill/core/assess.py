@@ -5,11 +5,13 @@ meet the same examples, so their scores are paired, and nothing is resampled as 
 """
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ev3_distill.core.explore import alone
 from ev3_distill.types import (
     Apply,
     Batch,
@@ -18,6 +20,7 @@ from ev3_distill.types import (
     GoalEvidence,
     Objective,
     Proposals,
+    Share,
     Standing,
     Variables,
 )
@@ -77,20 +80,36 @@ def score(apply: Apply, variables: Variables, split: Batch, measures: Measures, 
     return measures.of(logits_of(apply, variables, split.inputs, batch_size=batch_size), split)
 
 
-def assess(apply: Apply, proposals: Proposals, split: Batch, measures: Measures, *, batch_size: int) -> Evidence:
-    """Scores of all proposals, leaves [P, N]; nan, at no cost, for one that is inactive."""
-
-    def one(row: tuple[Variables, jax.Array]) -> Evidence:
-        variables, active = row
-        scored = functools.partial(score, apply, variables, split, measures, batch_size=batch_size)
-        blank = jax.tree.map(_blank, jax.eval_shape(scored))
-        return jax.lax.cond(active, scored, lambda: blank)
+def assess(
+    apply: Apply,
+    proposals: Proposals,
+    split: Batch,
+    measures: Measures,
+    *,
+    batch_size: int,
+    share: Share = alone,
+) -> Evidence:
+    """Scores of all proposals, leaves [P, N]; nan, at no cost, for one that is inactive. `share` says who scores which."""
 
     if proposals.active.shape[0] == 1:  # one arm is all but always active: no loop and no branch around it
-        alone = jax.tree.map(lambda leaf: leaf[0], proposals.variables)
-        scored = score(apply, alone, split, measures, batch_size=batch_size)
+        first = jax.tree.map(lambda leaf: leaf[0], proposals.variables)
+        scored = score(apply, first, split, measures, batch_size=batch_size)
         return jax.tree.map(lambda x: jnp.where(proposals.active[0], x, _blank(x))[None], scored)
-    return jax.lax.map(one, (proposals.variables, proposals.active))
+
+    def work(mine: jax.Array, given: tuple[Proposals, Batch]) -> tuple[Evidence, ...]:
+        theirs, examples = given
+
+        def one(row: tuple[Variables, jax.Array]) -> Evidence:
+            variables, active = row
+            scored = functools.partial(score, apply, variables, examples, measures, batch_size=batch_size)
+            blank = jax.tree.map(_blank, jax.eval_shape(scored))
+            return jax.lax.cond(active, scored, lambda: blank)
+
+        scores = jax.lax.map(one, (theirs.variables, theirs.active & mine))
+        return tuple(jax.tree.map(operator.itemgetter(i), scores) for i in range(len(mine)))
+
+    given = proposals._replace(arm_states=()), split
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *share(work, proposals.active, given))
 
 
 def _blank(like: Any) -> jax.Array:

@@ -4,7 +4,7 @@ EV3 (arXiv 2310.18893), section 3.1. All arms see the same batches and the same 
 differences between their proposals are the arms' own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,13 @@ def held_from(split: Batch, key: jax.Array, *, batch_size: int) -> Draw:
         return jax.tree.map(lambda leaf: leaf[rows], split), own
 
     return held
+
+
+def alone(
+    work: Callable[[jax.Array, PyTree], tuple[PyTree, ...]], active: jax.Array, given: PyTree
+) -> tuple[PyTree, ...]:
+    """The `Share` of one that has no other to share with: all rows are its own."""
+    return work(jnp.ones_like(active), given)
 
 
 def roll(

@@ -31,6 +31,7 @@ from ev3_distill.types import (
     Proposals,
     PyTree,
     Sample,
+    Share,
     State,
     Stretch,
     Variables,
@@ -129,6 +130,7 @@ def make_parts(
     goals: Sequence[Goal] = (),
     stop_level: float | None = None,
     config: EV3,
+    share: Share = explore.alone,
 ) -> Parts:
     """Builds the three parts of an iteration, not yet jitted; see `make_step`, which composes them."""
     measures = Measures(select, promise, tuple(goals))
@@ -162,27 +164,34 @@ def make_parts(
         plan: Plan,
         span: tuple[Any, Any],
     ) -> tuple[tuple[PyTree, ...], tuple[Variables, ...]]:
-        (pool, held_out), (first, last) = data, span
-        done = first - state.position
-        stretches = [
-            Stretch(
-                first,
-                jnp.clip(plan.steps[i] - done, 0, last - first),
-                plan.spent + done * plan.each[i],
-                plan.each[i],
-            )
-            for i in range(len(arms))
-        ]
-        key = jax.random.wrap_key_data(state.key)
-        held = explore.held_from(held_out, key, batch_size=config.batch_size)
-        return explore.roll(arms, arm_states, explore.draw_from(pool, sample, key), stretches, held)
+        def work(mine: jax.Array, given: Any) -> tuple[tuple[PyTree, Variables], ...]:
+            (pool, held_out), state, arm_states, plan, (first, last) = given
+            done = first - state.position
+            stretches = [
+                Stretch(
+                    first,
+                    jnp.where(mine[i], jnp.clip(plan.steps[i] - done, 0, last - first), 0),
+                    plan.spent + done * plan.each[i],
+                    plan.each[i],
+                )
+                for i in range(len(arms))
+            ]
+            key = jax.random.wrap_key_data(state.key)
+            held = explore.held_from(held_out, key, batch_size=config.batch_size)
+            made = explore.roll(arms, arm_states, explore.draw_from(pool, sample, key), stretches, held)
+            return tuple(zip(*made, strict=True))
+
+        made = share(work, plan.steps > 0, (data, state, tuple(arm_states), plan, span))
+        return tuple(arm_state for arm_state, _ in made), tuple(student for _, student in made)
 
     def settle(
         pools: Pools, state: State, arm_states: tuple[PyTree, ...], students: Sequence[Variables], plan: Plan
     ) -> tuple[State, Decision]:
         steps, closing = plan.steps, plan.remaining <= 0
         proposals = explore.proposals_of(arm_states, students, steps)
-        evidence = assess.assess(apply, proposals, pools.assess, measures, batch_size=config.eval_batch_size)
+        evidence = assess.assess(
+            apply, proposals, pools.assess, measures, batch_size=config.eval_batch_size, share=share
+        )
         least = prioritise.least_of(goals)
         before = state.current_evidence
         ruling = prioritise.ruling_of(prioritise.risks_of(before, least))
@@ -269,6 +278,7 @@ def make_step(
     goals: Sequence[Goal] = (),
     stop_level: float | None = None,
     config: EV3,
+    share: Share = explore.alone,
 ) -> Step:
     """Builds the iteration.
 
@@ -281,13 +291,14 @@ def make_step(
       goals: G of them, which must hold; the one at the greatest risk goes before the promise, see core/prioritise.py.
       stop_level: where given, the run ends once decide refutes, each at this level, that any goal is not met.
       config: the core's hyperparameters.
+      share: who rolls out and scores which proposal.
 
     Returns:
       (pools, state, limit) -> (state, decision), `limit` being the cost that the run may reach. With nothing left to
       spend no arm trains: that is the closing iteration, in which the current student may still be promoted.
     """
     objectives: dict[str, Any] = {"select": select, "promise": promise, "goals": goals, "stop_level": stop_level}
-    parts = make_parts(apply, arms, sample, **objectives, config=config)
+    parts = make_parts(apply, arms, sample, **objectives, config=config, share=share)
 
     def step(pools: Pools, state: State, limit: Any) -> tuple[State, Decision]:
         plan = parts.plan(state, limit)
