@@ -64,6 +64,7 @@ def active_arms(
     spent: float | jax.Array,
     spent_here: float | jax.Array,
     exploration: float,
+    pressed: bool | jax.Array = False,
 ) -> jax.Array:
     """Which arms train now, [A] bool; the leader always does.
 
@@ -76,6 +77,7 @@ def active_arms(
       spent: share of the run's budget before this iteration.
       spent_here: the same since the student began or grew: soon after that those win that start fast.
       exploration: probability of one challenger after the race; it falls with the budget left, for a better arm pays off less.
+      pressed: whether there is one for certain, as soon as all arms may challenge: see `core/step.py`.
     """
     arms = value.shape[0]
     if arms == 1:
@@ -87,7 +89,7 @@ def active_arms(
     coin, draw = jax.random.split(key)
     may = ~is_leader & (jnp.array(racers) | (spent_here >= LATE))
     challenger = jax.random.categorical(draw, jnp.where(may, value / SOFT, -jnp.inf))
-    asked = jax.random.bernoulli(coin, exploration * (1 - spent))
+    asked = jax.random.bernoulli(coin, exploration * (1 - spent)) | (pressed & (spent_here >= LATE))
     challenged = asked & may & (jnp.arange(arms) == challenger)
     return jnp.where(racing > 1, rank < racing, is_leader | (challenged & (arms > 1)))
 

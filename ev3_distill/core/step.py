@@ -140,22 +140,23 @@ def make_parts(
     def plan(state: State, limit: Any) -> Plan:
         remaining = jnp.where(state.met | stuck(state), 0, jnp.maximum(limit - state.cost, 0))
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.iteration)
-        spent = state.cost / limit
+        end = jnp.minimum(limit, state.progress.until) if isinstance(state.progress, Progress) else limit
+        share = jnp.maximum(end - state.begun, 1)
+        spent_here = (state.cost - state.begun) / share
         active = allocate.active_arms(
             key,
             state.round,
             state.arm_value,
             state.leader,
             racers=racers,
-            spent=spent,
-            spent_here=(state.cost - state.begun) / jnp.maximum(limit - state.begun, 1),
+            spent=state.cost / limit,
+            spent_here=spent_here,
             exploration=config.exploration,
+            pressed=_in_doubt(state, goals),
         )
         steps = allocate.steps_of(active, state.leader, lengths, state.length, remaining)
-        end = jnp.minimum(limit, state.progress.until) if isinstance(state.progress, Progress) else limit
-        share = jnp.maximum(end - state.begun, 1)
         each = steps.sum() / jnp.maximum(steps, 1) / share
-        return Plan(steps, (state.cost - state.begun) / share, each, remaining)
+        return Plan(steps, spent_here, each, remaining)
 
     def roll(
         data: tuple[PyTree, Batch],
@@ -229,7 +230,9 @@ def make_parts(
                 safest_risk=jnp.where(safer, risks.min(), state.safest_risk),
             )
         if stop_level is not None and goals:
-            state = trial.met(state, pools, risks, apply=apply, goals=goals, level=stop_level, config=config)
+            state = trial.met(
+                state, pools, risks, closing=closing, apply=apply, goals=goals, level=stop_level, config=config
+            )
         verdict = jnp.where(choice.moves, ADOPT, KEEP)
         verdict = jnp.where(rolled, ROLL_BACK, jnp.where(made.promoted, PROMOTE, verdict))
         return state, Decision(
@@ -307,6 +310,18 @@ def make_step(
         return parts.settle(pools, state, *made, plan)
 
     return jax.jit(step)
+
+
+def _in_doubt(state: State, goals: Sequence[Goal]) -> bool | jax.Array:
+    """Whether assess leaves open if the goals are met, in a run that ends when the student gets nowhere.
+
+    There a better arm decides whether the student is large enough: small ones often learn from labels what they do not from a
+    teacher, and the other way round.
+    """
+    if not (goals and isinstance(state.progress, Progress)):
+        return False
+    risk = prioritise.risks_of(state.current_evidence, prioritise.least_of(goals)).min()
+    return jnp.abs(risk) < prioritise.AT_RISK
 
 
 def _row(tree: PyTree, row: jax.Array) -> PyTree:

@@ -121,14 +121,26 @@ def _roughly(gain: jax.Array, se: jax.Array) -> jax.Array:
 
 
 def met(
-    state: State, pools: Pools, risks: jax.Array, *, apply: Apply, goals: Sequence[Goal], level: float, config: EV3
+    state: State,
+    pools: Pools,
+    risks: jax.Array,
+    *,
+    closing: jax.Array,
+    apply: Apply,
+    goals: Sequence[Goal],
+    level: float,
+    config: EV3,
 ) -> State:
-    """Asks decide whether all goals are met, where assess says so and the run's cost has grown by a tenth since."""
+    """Asks decide whether all goals are met, where assess says so and the run's cost has grown by a tenth since.
+
+    In the closing iteration it is asked where assess does not say the contrary.
+    """
 
     def ask() -> jax.Array:
         logits = assess.logits_of(apply, state.current, pools.decide.inputs, batch_size=config.eval_batch_size)
         return jnp.stack([goal.refuted(logits, pools.decide) <= level for goal in goals]).all()
 
-    due = (risks.min() >= prioritise.AT_RISK) & (state.cost > 1.1 * state.met_cost) & ~state.closed
+    likely = (risks.min() >= prioritise.AT_RISK) & (state.cost > 1.1 * state.met_cost)
+    due = (likely | (closing & (risks.min() >= 0))) & ~state.met & (state.met_cost < adapt.NO_END)
     met = jax.lax.cond(due, ask, lambda: jnp.bool_(False))
     return state._replace(met=state.met | met, met_cost=jnp.where(due, state.cost, state.met_cost))
