@@ -123,8 +123,8 @@ def test_the_leader_races_whatever_its_standing(leader):
     np.testing.assert_array_equal(np.flatnonzero(active), sorted([leader, *others[:2]]))
 
 
-def how_often(iteration, value, racers, spent=0.0):
-    rest = {"spent": 0.25, "spent_here": spent, "exploration": 0.4}
+def how_often(iteration, value, racers, spent=0.0, exploration=0.4, pressed=False):
+    rest = {"spent": 0.25, "spent_here": spent, "exploration": exploration, "pressed": pressed}
     draw = functools.partial(allocate.active_arms, racers=racers, **rest)
     each = jax.jit(jax.vmap(lambda key: draw(key, iteration, value, jnp.int32(0))))
     return np.asarray(each(jax.random.split(jax.random.key(0), 20_000))).mean(0)
@@ -138,6 +138,14 @@ def test_who_does_not_race_only_challenges():
     assert how_often(1, value, racers, spent=0.25)[3] == 0  # while others race
     assert how_often(2, value, racers, spent=0.2)[3] == 0  # so early
     assert 0.1 < how_often(2, value, racers, spent=0.25)[3] < 0.2
+
+
+def test_where_it_presses_one_challenges_for_certain_once_all_may():
+    value, racers = np.float32([0, -1, 0]), (True, False, False)
+    pressed = functools.partial(how_often, 0, value, racers, exploration=0.0, pressed=True)
+    np.testing.assert_array_equal(pressed(spent=0.2), [1, 0, 0])
+    often = pressed(spent=0.25)
+    assert often[0] == 1 and often[1:].sum() == pytest.approx(1) and often[2] > often[1] > 0.2
 
 
 def test_one_racer_leads_from_the_start_and_is_challenged_late():

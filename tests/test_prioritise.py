@@ -47,18 +47,18 @@ def trainer(name, push):
 
 
 ARMS = (trainer("common", (0.05, -0.04)), trainer("rare", (-0.005, 0.08)))
-POOLS = Pools(jnp.zeros(1), world(1), world(2))
+POOLS = Pools(jnp.zeros(1), world(1), world(2), world(3))
 CONFIG = EV3(batch_size=1, length=1, max_length=1, exploration=1.0, takeover=0.0)
 
 
 @functools.cache
-def compiled(goals, stop_level=None):
-    rules = {"select": objectives.accuracy, "promise": objectives.accuracy, "goals": goals, "config": CONFIG}
-    step = make_step(apply, ARMS, lambda pool, step: pool, stop_level=stop_level, **rules)
+def compiled(goals, stop_level=None, config=CONFIG, arms=ARMS):
+    rules = {"select": objectives.accuracy, "promise": objectives.accuracy, "goals": goals, "config": config}
+    step = make_step(apply, arms, lambda pool, step: pool, stop_level=stop_level, **rules)
 
     def begin(skill):
         key = jax.random.key_data(jax.random.key(0))
-        return initial_state(key, Variables({"skill": skill}, {}), POOLS, apply=apply, arms=ARMS, **rules)
+        return initial_state(key, Variables({"skill": skill}, {}), POOLS, apply=apply, arms=arms, **rules)
 
     return jax.jit(begin), step
 
@@ -130,6 +130,28 @@ def test_a_run_ends_once_decide_proves_its_goals():
     assert not decisions[-1].tested  # that answer of decide leaves no budget for a test
     never = run((goal("worst_class_accuracy", 0.999),), stop_level=0.05)[0]
     assert not bool(never.met)
+
+
+@pytest.mark.parametrize(("goal_", "met"), [(0.77, True), (0.79, False), (0.82, False)])
+def test_a_run_that_ends_asks_decide_once_more(goal_, met):
+    """0.8 on assess is less than three standard errors above any of these goals, so decide was not asked before."""
+    state, _ = run((goal("accuracy", goal_),), skill=(0.8, 0.8), iterations=1, stop_level=0.2)
+    assert bool(state.closed) and bool(state.met) == met
+    assert int(state.met_cost) == 0
+
+
+@pytest.mark.parametrize(("skill", "joins"), [(0.6, False), (0.79, True), (0.9, False)])
+@pytest.mark.parametrize("patience", [0.0, 6.0])
+def test_where_a_search_is_in_doubt_another_arm_challenges(skill, joins, patience):
+    """The goal is 0.8; one that is clearly missed, or met, asks nobody else."""
+    config = EV3(batch_size=1, length=1, max_length=1, exploration=0.0, patience=patience)
+    arms = (ARMS[0], ARMS[1]._replace(races=False))
+    begin, step = compiled((goal("accuracy", 0.8),), config=config, arms=arms)
+    state = begin(jnp.full(2, skill, jnp.float32))._replace(
+        cost=jnp.int32(30)
+    )  # of 100: late enough for all to challenge
+    _, decision = step(POOLS, state, np.int32(100))
+    np.testing.assert_array_equal(decision.steps, [1, int(joins and patience > 0)])
 
 
 def evidence(goals_by_student, n=100):
