@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 import students
-from benchmarks import portfolio, quality
+from benchmarks import portfolio, pytorch
 from benchmarks import rows as statistics
 from ev3_distill import pool
 from ev3_distill.arms import arms_named, default_names
@@ -86,7 +86,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
         missing = [seed for seed in keys if not all(key in done for key in keys[seed])]
         if not missing:
             continue
-        dataset, teach = _subject(name, subject)
+        dataset, teach = taught(name, subject.teacher_cost)
         bench = _Bench(subject, dataset)
         for seed in missing:
             own = FIRST_SEED + seed
@@ -97,17 +97,25 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
                 yield {"data": name, "seed": seed, **row}
 
 
-def _subject(name: str, subject: Subject) -> tuple[Dataset, Callable[[int], np.ndarray]]:
-    """A data set, and what its teacher says of it: seed -> [N, K]."""
+def taught(name: str, teacher_cost: int) -> tuple[Dataset, Callable[[int], np.ndarray]]:
+    """A data set, and what its teacher says of it: seed -> [N, K].
+
+    Args:
+      name: digits, mnist or cifar10.
+      teacher_cost: steps of one that labels alone train; CIFAR-10 has the pretrained one.
+
+    Raises:
+      InputError: the data are not there.
+    """
     if name == "cifar10":
-        dataset, teacher = quality.pretrained()
+        dataset, teacher = pytorch.pretrained()
         logits = teacher.outputs(np.asarray(dataset.inputs))["logits"]
         return dataset, lambda seed: logits
     source = portfolio.source_of(name)
     if source is None:
-        raise InputError(f"bench growth needs {name}.npz; it is not there: name its folder by EV3_DISTILL_DATA")
+        raise InputError(f"{name} needs {name}.npz; it is not there: name its folder by EV3_DISTILL_DATA")
     dataset = load_data(source)
-    return dataset, portfolio.trained_teacher(dataset, subject.teacher_cost)
+    return dataset, portfolio.trained_teacher(dataset, teacher_cost)
 
 
 def _seen(dataset: Any, logits: np.ndarray, seed: int) -> Batch:

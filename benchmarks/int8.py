@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import quality
+from benchmarks import pytorch
 from benchmarks import rows as statistics
 from ev3_distill.formats.deployed import deployed
 from ev3_distill.sources import Dataset, load_data
@@ -46,7 +46,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
       size: full, or smoke: a fiftieth of an epoch, which proves nothing.
       done: keys of rows to leave out; a run of which any is missing is made again.
     """
-    archive, onnx = quality.files()
+    archive, onnx = pytorch.files()
     dataset = load_data(f"folder:{archive}")
     for seed in range(seeds):
         for run, options in RUNS.items():
@@ -65,7 +65,7 @@ def _rows(
     """Of one run and the files that come of it."""
     run = folder / "run"
     _command(
-        *("compress", "--teacher", f"onnx:{onnx}", *quality.TEACHER, "--data", f"folder:{archive}"),
+        *("compress", "--teacher", f"onnx:{onnx}", *pytorch.TEACHER, "--data", f"folder:{archive}"),
         *("--student", "resnet8", "--budget", f"{EPOCHS[size]:g}e", "--guard", GUARD[size]),
         *("--seed", str(FIRST_SEED + seed), "--out", str(run), *options),
     )

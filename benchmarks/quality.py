@@ -1,166 +1,240 @@
-"""Is a student from here better than one from a plain PyTorch loop that costs the same?
+"""Is the default as good as what a search by hand would find, and cheaper?
 
-The pretrained ResNet-56 is distilled into a ResNet-8 on the CIFAR-10 image folder. For each seed:
+For each data set and seed one student learns from one teacher in every way of:
 
-- `ev3-distill`: `compress --student resnet8 --budget 10e`, all else by default;
-- `torch KD`: benchmarks/torch_kd.py, the loop that an engineer would write: 10 epochs of the very same 45,000 images, batch
-  128, SGD with Nesterov momentum, one cycle up to a rate of 0.1, weight decay 5e-4, T = 4, alpha = 0.9.
+- `labels alone`, and each other loss of `losses.LOSSES` by itself, as a bare trajectory: so many steps, an average of its
+  iterates;
+- `grid`: the bare trajectory of alpha * KD at a temperature T + (1 - alpha) * cross entropy, at nine points. Held-out examples
+  say which of them is the best, and it costs all nine;
+- `KD, T = 4`: of these points the common one, alpha = 0.9;
+- `EV3`: the default portfolio, in 1.5 times the steps of one trajectory, those of all arms counted;
+- `EV3, tuning`: the same, and beside it an arm whose temperature and mix follow the loss on assess;
+- `EV3, synergy`: EV3 twice, in all twice as dear; the second student learns from the mean of the teacher and the first one, and
+  decide says which of both is delivered.
 
-Both take as many training steps; EV3's are those of all its arms. Accuracy is on the folder's 10,000 test images, which chose
-nothing in either, and differences are paired image by image.
+All train on the same explore split, with the optimizer of the portfolio, from the same initial parameters. Accuracy is of test
+examples that chose nothing; the bound is what a certificate of accuracy alone would say at 95 %.
 """
 
-import base64
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
+import functools
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
 import students
+from benchmarks import growth, portfolio
 from benchmarks import rows as statistics
-from benchmarks import torch_kd
-from benchmarks.speed import NORMALISED, teacher_file
-from ev3_distill.errors import InputError
-from ev3_distill.sources import Dataset, load_data
-from ev3_distill.splits import split_rows
-from teachers import Teacher, load_teacher
+from ev3_distill import losses, pool
+from ev3_distill.arms import CONVOLUTIONAL_FAMILIES, MUON_RATE, RATE, arms_named, default_names, up_and_down
+from ev3_distill.arms.gradient import gradient_arm
+from ev3_distill.arms.optimizers import adamw, muon
+from ev3_distill.bounds import clopper_pearson_lower
+from ev3_distill.loop import Distillation
+from ev3_distill.sources import Dataset
+from ev3_distill.types import Arm, Batch, Loss, Network, Pools, Variables
 from teachers.flax import forward
 
-KEY = ("seed", "contender")  # names a row
-TIMED = ("seconds",)  # follow the machine
-EPOCHS = {"full": 10, "smoke": 0.02}
-CONTENDERS = ("ev3-distill", "torch KD")
-TARGET = 0.0  # points that ours is to be ahead
-TEACHER = (
-    *("--teacher-input.layout", "NCHW", "--teacher-input.mean", "0.485", "0.456", "0.406"),
-    *("--teacher-input.std", "0.229", "0.224", "0.225"),
-)
+KEY = ("data", "seed", "contender")  # names a row
+FIRST_SEED = 5000  # nothing was chosen on these
+TEMPERATURES, ALPHAS = (1.0, 4.0, 16.0), (0.1, 0.5, 0.9)
+COMMON = (4.0, 0.9)  # of the grid
+ALONE = ("ce", *(name for name in losses.LOSSES if name not in ("kd", "ce")))
+MORE = 1.5  # times the steps of one trajectory, of EV3
+GRID, PLAIN, OURS = "best of the grid", "KD, T = 4", "EV3"
+THIRD = 1 / 3  # of the grid's cost may ours be
+
+
+class Subject(NamedTuple):
+    """What learns what."""
+
+    student: str
+    steps: int  # of one trajectory
+    teacher_cost: int  # see growth.Subject
+    most: int = 1000  # seeds
+
+
+SUBJECTS = {
+    "full": {
+        "digits": Subject("mlp:hidden=16", 4000, 1500),
+        "mnist": Subject("mlp:hidden=16", 8000, 3000),
+        "cifar10": Subject("resnet8:width=8", 1056, 0, 3),
+    },
+    "smoke": {"digits": Subject("mlp:hidden=4", 150, 150)},
+}
 
 
 def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
-    """One row per seed and contender.
+    """One row per data set, seed and contender, each point of the grid one of its own.
 
     Args:
-      seeds: of splits, initial parameters and batches, from 0.
-      size: full, or smoke: a fiftieth of an epoch, which proves nothing.
+      seeds: counted from FIRST_SEED, each with splits, initial parameters and, but for the pretrained one, a teacher of its
+        own; of a subject that is dear `most` at most.
+      size: full, or smoke: digits alone, few steps.
       done: keys of rows to leave out.
+
+    Raises:
+      InputError: the data are not there.
     """
-    archive, onnx = files()
-    dataset = load_data(f"folder:{archive}")
-    for seed in range(seeds):
-        for contender in CONTENDERS:
-            if (seed, contender) in done:
-                continue
-            began = time.perf_counter()
-            run = _ours if contender == "ev3-distill" else _theirs
-            right, steps = run(dataset, archive, onnx, seed, EPOCHS[size])
-            yield {
-                "seed": seed, "contender": contender, "steps": steps, "accuracy": float(right.mean()),
-                "seconds": round(time.perf_counter() - began, 1),
-                "right": base64.b64encode(np.packbits(right).tobytes()).decode(),
-            }  # fmt: skip
+    for name, subject in SUBJECTS[size].items():
+        missing = {
+            seed: {contender for contender in _contenders() if (name, seed, contender) not in done}
+            for seed in range(min(seeds, subject.most))
+        }
+        if not any(missing.values()):
+            continue
+        dataset, teach = growth.taught(name, subject.teacher_cost)
+        bench = _Bench(subject, dataset)
+        for seed, contenders in missing.items():
+            if contenders:
+                logits = teach(FIRST_SEED + seed)
+                for row in bench.rows(dataset, logits, FIRST_SEED + seed, contenders):
+                    yield {"data": name, "seed": seed, **row}
 
 
-def files() -> tuple[Path, Path]:
-    """The images and the pretrained teacher."""
-    archive = (
-        Path(os.environ.get("EV3_DISTILL_DATA", Path(__file__).parents[2] / "shared" / "data")) / "cifar10_jpeg.zip"
-    )
-    onnx = teacher_file()
-    if onnx is None or not archive.exists():
-        raise InputError(
-            f"CIFAR-10 needs {archive} and the teacher beside that folder; they are not there: name the folder by "
-            "EV3_DISTILL_DATA"
-        )
-    return archive, onnx
+def _contenders() -> list[str]:
+    points = [_point(temperature, alpha) for temperature in TEMPERATURES for alpha in ALPHAS]
+    return [*ALONE, *points, OURS, f"{OURS}, tuning", f"{OURS}, synergy"]
 
 
-def pretrained() -> tuple[Dataset, Teacher]:
-    """The images and the pretrained teacher, loaded."""
-    archive, onnx = files()
-    dataset = load_data(f"folder:{archive}")
-    return dataset, load_teacher(
-        f"onnx:{onnx}",
-        preprocessing=NORMALISED,
-        input_shape=dataset.inputs.shape[1:],
-        num_classes=dataset.num_classes,
-        class_names=dataset.class_names,
-    )
+def _point(temperature: float, alpha: float) -> str:
+    return f"grid T={temperature:g} alpha={alpha:g}"
 
 
-def _ours(dataset: Dataset, archive: Path, onnx: Path, seed: int, epochs: float) -> tuple[np.ndarray, int]:
-    """Which test images [N] the delivered student gets right, and its steps."""
-    with tempfile.TemporaryDirectory() as directory:
-        run = Path(directory) / "run"
-        command = [
-            *(sys.executable, "-m", "ev3_distill", "compress", "--teacher", f"onnx:{onnx}", *TEACHER),
-            *("--data", f"folder:{archive}", "--student", "resnet8", "--budget", f"{epochs:g}e"),
-            *("--seed", str(seed), "--out", str(run)),
-        ]  # fmt: skip
-        subprocess.run(command, check=True, stdout=sys.stderr)
-        network, variables = students.load(run)
-        report = json.loads((run / "report.json").read_text())
-    assert dataset.test_rows is not None
-    predicted = forward(network, variables)(dataset.inputs[dataset.test_rows]).argmax(axis=1)
-    return predicted == dataset.labels[dataset.test_rows], int(report["cost"]["steps"])
+class _Bench:
+    """All contenders, compiled once for all seeds."""
+
+    def __init__(self, subject: Subject, dataset: Dataset):
+        self.steps = subject.steps
+        student = students.named(subject.student, dataset.inputs.shape[1:], dataset.num_classes)
+        names = default_names(student.spec)
+        self.student, self.ours = student, Distillation(student, arms_named(student.apply, names))
+        self.tuned = Distillation(student, arms_named(student.apply, (*names, "tuned-temperature-mix")))
+        self.alone = {name: portfolio.bare_trajectory(student, _arm(student, losses.LOSSES[name]())) for name in ALONE}
+
+        @jax.jit
+        def on_grid(pools: Pools, seed: int, steps: int, temperature: jax.Array, alpha: jax.Array) -> Variables:
+            mixed = losses.mix((alpha, losses.kd(temperature=temperature)), (1 - alpha, losses.cross_entropy()))
+            made: Variables = portfolio.bare_trajectory(student, _arm(student, mixed))(pools, seed, steps)
+            return made
+
+        self.on_grid = on_grid
+
+    def rows(self, dataset: Dataset, logits: np.ndarray, seed: int, contenders: set[str]) -> Iterator[dict[str, Any]]:
+        """Those of one seed."""
+        pools, test = pool.split(dataset, logits, seed=seed, fractions=portfolio.FRACTIONS)
+        row = functools.partial(self._row, pools=pools, test=test)
+        for name, train in self.alone.items():
+            if name in contenders:
+                yield row(name, train(pools, seed, self.steps), self.steps)
+        for temperature in TEMPERATURES:
+            for alpha in ALPHAS:
+                if (name := _point(temperature, alpha)) in contenders:
+                    point = jnp.float32(temperature), jnp.float32(alpha)
+                    yield row(name, self.on_grid(pools, seed, self.steps, *point), self.steps)
+        budget = round(MORE * self.steps)
+        synergy = f"{OURS}, synergy"
+        if contenders & {OURS, synergy}:
+            first = self._delivered(self.ours, pools, seed, budget)
+            yield row(OURS, first, budget)
+            peer = forward(self.student, first)(np.asarray(dataset.inputs))
+            both, _ = pool.split(dataset, (logits + peer) / 2, seed=seed, fractions=portfolio.FRACTIONS)
+            second = self._delivered(self.ours, both, seed + 1, budget)
+            better = second if self.ours.outranks(pools, second, first) else first
+            yield row(synergy, better, 2 * budget)
+        if (name := f"{OURS}, tuning") in contenders:
+            yield row(name, self._delivered(self.tuned, pools, seed, budget), budget)
+
+    def _delivered(self, distillation: Distillation, pools: Pools, seed: int, budget: int) -> Variables:
+        return distillation.delivered(pools, distillation.complete(pools, seed, budget=budget))[1]
+
+    def _row(self, contender: str, variables: Variables, cost: int, *, pools: Pools, test: Batch) -> dict[str, Any]:
+        held = [np.asarray(self.ours.evaluate(variables, split).promise) for split in (pools.assess, pools.decide)]
+        right = np.asarray(self.ours.evaluate(variables, test).promise) > 0
+        return {
+            "contender": contender,
+            "cost": cost,
+            "held_out": float(np.concatenate(held).mean()),
+            "accuracy": float(right.mean()),
+            "bound": clopper_pearson_lower(int(right.sum()), len(right), confidence=statistics.CONFIDENCE),
+        }
 
 
-def _theirs(dataset: Dataset, archive: Path, onnx: Path, seed: int, epochs: float) -> tuple[np.ndarray, int]:
-    """The same of the PyTorch loop, on the images that EV3 explores."""
-    import torch
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    explore = split_rows(dataset.labels, dataset.test_rows, seed=seed)["explore"]
-    if epochs < 1:
-        explore = explore[: int(epochs * len(explore))]
-    model = torch_kd.train(
-        dataset.inputs[explore],
-        dataset.labels[explore],
-        teacher=torch_kd.teacher(onnx),
-        depth=8,
-        epochs=max(int(epochs), 1),
-        seed=seed,
-        tell=lambda epoch, model, seconds: print(f"torch KD: epoch {epoch}, {seconds:.0f} s", file=sys.stderr),
-    )
-    assert dataset.test_rows is not None
-    right = torch_kd.predictions(model, dataset.inputs[dataset.test_rows]) == dataset.labels[dataset.test_rows]
-    return right, max(int(epochs), 1) * -(-len(explore) // 128)
+def _arm(student: Network, loss: Loss) -> Arm:
+    """A loss with the optimizer of the default portfolio."""
+    if student.spec["family"] in CONVOLUTIONAL_FAMILIES:
+        return gradient_arm("bare", student.apply, loss, muon(MUON_RATE), anneal=up_and_down)
+    return gradient_arm("bare", student.apply, loss, adamw(RATE))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Accuracies per seed, and the paired difference with intervals over seeds and over images."""
-    right: dict[str, dict[int, np.ndarray]] = {contender: {} for contender in CONTENDERS}
+    """For each data set every contender's accuracy, bound and cost, and EV3 against the grid and against KD."""
+    names = dict.fromkeys(row["data"] for row in rows)
+    return "\n\n".join(_table_of(name, [row for row in rows if row["data"] == name]) for name in names)
+
+
+def _told(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Rows by contender and seed, as they are compared: of the grid the best by held-out examples, and the common point."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
-        packed = np.frombuffer(base64.b64decode(row["right"]), np.uint8)
-        right[row["contender"]][row["seed"]] = np.unpackbits(packed).astype(float)
-    seeds = sorted(right[CONTENDERS[0]].keys() & right[CONTENDERS[1]].keys())
+        found.setdefault(row["contender"], {})[row["seed"]] = row
+    points = [name for name in found if name.startswith("grid ")]
+    grid: dict[int, dict[str, Any]] = {}
+    for seed in set.intersection(*(set(found[name]) for name in points)) if points else ():
+        best = max((found[name][seed] for name in points), key=lambda row: float(row["held_out"]))
+        grid[seed] = {**best, "cost": sum(found[name][seed]["cost"] for name in points)}
+    plain = found.get(_point(*COMMON), {})
+    return {**{name: of for name, of in found.items() if name not in points}, PLAIN: plain, GRID: grid}
+
+
+def _table_of(name: str, rows: Sequence[dict[str, Any]]) -> str:
+    told = {contender: of for contender, of in _told(rows).items() if of}
+    shown = {"ce": "labels alone"}
     body = [
-        [f"{row['contender']}, seed {row['seed']}", f"{100 * row['accuracy']:.2f}", f"{row['steps']:,}",
-         f"{row['seconds']:,.0f}"]
-        for row in sorted(rows, key=lambda row: (CONTENDERS.index(row["contender"]), row["seed"]))
+        [shown.get(contender, contender), statistics.plus_minus(_mean(of, "accuracy"), 2),
+         statistics.number(_mean(of, "bound").center, 2), statistics.number(_mean(of, "cost", 1).center, 0)]
+        for contender, of in told.items()
     ]  # fmt: skip
-    shown = statistics.markdown(["contender", "test accuracy, %", "steps", "seconds"], body)
+    lines = [_against(told, GRID, most=THIRD, strictly=False), _against(told, PLAIN, most=MORE, strictly=True)]
+    lines += [_difference(told, f"{OURS}, {more}") for more in ("tuning", "synergy")]
+    head = statistics.markdown(["contender", "test accuracy, %", "at least, %", "steps"], body)
+    return f"**{name}**, {len(told.get(OURS, {}))} seeds, 95 % t intervals\n\n{head}\n\n" + " ".join(
+        filter(None, lines)
+    )
+
+
+def _mean(of: dict[int, dict[str, Any]], field: str, scale: float = 100) -> statistics.Interval:
+    return statistics.mean([scale * row[field] for row in of.values()])
+
+
+def _paired(told: dict[str, dict[int, dict[str, Any]]], one: str, other: str) -> statistics.Interval | None:
+    seeds = sorted(told.get(one, {}).keys() & told.get(other, {}).keys())
     if not seeds:
-        return shown
-    ours, theirs = (np.stack([right[contender][seed] for seed in seeds]) for contender in CONTENDERS)
-    by_seed = 100 * (ours - theirs).mean(axis=1)
-    by_image = 100 * (ours - theirs).mean(axis=0)
-    half = float(stats.norm.ppf(0.975) * by_image.std(ddof=1) / len(by_image) ** 0.5)
-    of_images = statistics.Interval(
-        float(by_image.mean()), by_image.mean() - half, by_image.mean() + half, len(by_image), 0.95
-    )
-    of_seeds = statistics.mean(list(by_seed))
+        return None
+    return statistics.paired(*[[100 * told[name][seed]["accuracy"] for seed in seeds] for name in (one, other)])
+
+
+def _against(told: dict[str, dict[int, dict[str, Any]]], other: str, *, most: float, strictly: bool) -> str:
+    """EV3 minus another, at which share of its cost, and what that says of the target."""
+    margin = _paired(told, OURS, other)
+    if margin is None:
+        return ""
+    cost = _mean(told[OURS], "cost").center / _mean(told[other], "cost").center
+    if cost > most + 1e-9:
+        found = "missed, by its cost"
+    elif strictly:
+        found = statistics.verdict(margin, 0.0)
+    else:
+        found = "held" if margin.high >= 0 or margin.center >= 0 else "missed"
+    target = "> 0" if strictly else "an interval that includes or exceeds 0"
     return (
-        f"{shown}\n\nev3-distill minus PyTorch, paired: {statistics.spread(of_images, 2)} points (95 % interval over "
-        f"{len(by_image):,} test images, for these "
-        f"{len(seeds)} seeds); {statistics.spread(of_seeds, 2)} (95 % t interval over seeds); target > {TARGET:g}: "
-        f"{statistics.verdict(of_images, TARGET)}."
+        f"{OURS} minus {other}, paired: {statistics.spread(margin, 2)} points at {cost:.2f} times the cost; target {target} "
+        f"at no more than {most:.2g}: {found}."
     )
+
+
+def _difference(told: dict[str, dict[int, dict[str, Any]]], one: str) -> str:
+    margin = _paired(told, one, OURS)
+    return "" if margin is None else f"{one} minus {OURS}: {statistics.spread(margin, 2)} points."

@@ -137,8 +137,8 @@ class BenchCommand(_Group):
     """Measure the tool itself: rows, a table, a page, how to reproduce them, and what changed since."""
 
     suite: tyro.conf.Positional[str] = ""
-    """coverage, evolution, growth, guards, hypergrad, int8, memory, portfolio, protonet, quality, rescue, rotation, safety,
-    search, speed, throughput or tuning."""
+    """coverage, evolution, growth, guards, hypergrad, int8, memory, portfolio, protonet, pytorch, quality, rescue, rotation,
+    safety, search, speed, throughput or tuning."""
     seeds: int = 10
     """Repetitions."""
     size: str = "full"

@@ -262,7 +262,7 @@ def test_what_a_search_came_to():
             1,
             "full",
             "a suite is one of coverage, evolution, growth, guards, hypergrad, int8, memory, portfolio, protonet, "
-            "quality, rescue, rotation, safety, search, speed, throughput, "
+            "pytorch, quality, rescue, rotation, safety, search, speed, throughput, "
             "tuning; got 'swiftness'",
         ),
         ("throughput", 1, "huge", "a size is one of full, smoke; got 'huge'"),
@@ -396,3 +396,43 @@ def test_readme_errors(page, capsys, text, told):
     assert readme.main(options) == 2
     assert told in capsys.readouterr().err
     assert path.read_text() == text
+
+
+def quality_row(seed, contender, accuracy, held_out=0.5, cost=100):
+    facts = {"cost": cost, "held_out": held_out, "accuracy": accuracy, "bound": accuracy - 0.02}
+    return {"data": "digits", "seed": seed, "contender": contender, **facts}
+
+
+def test_quality_takes_of_the_grid_what_held_out_examples_prefer():
+    """Of seed 0 that is the point which the test examples like least, and the grid costs all its points."""
+    rows = [
+        *[quality_row(seed, "EV3", 0.9 + seed / 100, cost=150) for seed in (0, 1)],
+        quality_row(0, "grid T=4 alpha=0.9", 0.88, held_out=0.7),
+        quality_row(0, "grid T=1 alpha=0.9", 0.95, held_out=0.6),
+        quality_row(1, "grid T=4 alpha=0.9", 0.89, held_out=0.6),
+        quality_row(1, "grid T=1 alpha=0.9", 0.91, held_out=0.7),
+    ]
+    told = benchmarks.quality.table(rows)
+    assert "| best of the grid | 89.50 ± 19.06 | 87.50 | 200 |" in told
+    assert "| KD, T = 4 | 88.50 ± 6.35 | 86.50 | 100 |" in told
+    assert "EV3 minus best of the grid, paired: 1.00 (-11.71 to 13.71) points at 0.75 times the cost" in told
+    assert "at no more than 0.33: missed, by its cost." in told
+    assert (
+        "EV3 minus KD, T = 4, paired: 2.00 (2.00 to 2.00) points at 1.50 times the cost; target > 0 at no more than 1.5: held."
+        in told
+    )
+
+
+def test_quality_measures_every_contender(tmp_path, monkeypatch):
+    """The smoke size: each contender once, with what its cost comes to; a row at hand is left out."""
+    monkeypatch.setattr(benchmarks.quality, "ALONE", ("ce",))
+    monkeypatch.setattr(benchmarks.quality, "TEMPERATURES", (1.0, 4.0))
+    monkeypatch.setattr(benchmarks.quality, "ALPHAS", (0.9,))
+    rows = list(benchmarks.quality.collect(seeds=1, size="smoke", done=[("digits", 0, "EV3, tuning")]))
+    costs = {row["contender"]: row["cost"] for row in rows}
+    assert costs == {
+        "ce": 150, "grid T=1 alpha=0.9": 150, "grid T=4 alpha=0.9": 150, "EV3": 225, "EV3, synergy": 450,
+    }  # fmt: skip
+    assert all(0 <= row["bound"] < row["accuracy"] <= 1 and 0 < row["held_out"] <= 1 for row in rows)
+    by_name = {row["contender"]: row["accuracy"] for row in rows}
+    assert by_name["grid T=1 alpha=0.9"] != by_name["grid T=4 alpha=0.9"]

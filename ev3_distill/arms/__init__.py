@@ -17,7 +17,7 @@ from ev3_distill.features import FEATURE_LOSSES, with_features
 from ev3_distill.network import features_of
 from ev3_distill.types import Apply, Arm, Loss, Network, Objective
 
-RATE = 1e-2
+RATE, MUON_RATE = 1e-2, 5e-2
 Shapes = Mapping[str, Sequence[int]]  # of features by name, without the batch axis
 
 
@@ -25,7 +25,7 @@ def _adamw(loss: Callable[[], Loss], rate: float = RATE) -> Callable[[str, Apply
     return lambda name, apply: gradient_arm(name, apply, loss(), adamw(rate))
 
 
-def _muon(loss: Callable[[], Loss], rate: float = 5e-2) -> Callable[[str, Apply], Arm]:
+def _muon(loss: Callable[[], Loss], rate: float = MUON_RATE) -> Callable[[str, Apply], Arm]:
     return lambda name, apply: gradient_arm(name, apply, loss(), muon(rate), anneal=up_and_down)
 
 
