@@ -54,7 +54,7 @@ LIKELY = 0.9  # so probable must decide make it that the sealed split will prove
 PATIENCE = 6.0  # of a search, where none is named: what growth has added, or another arm, takes its time
 TRIAL = 0.1  # share of the steps so far that each proposal's trial has
 STAGE = 10  # first trajectories, after which a size on the way up is first asked whether it will get there
-SHARE = 4  # of the budget that is left, the part that a size on the way up may take
+SHARE = 10  # of the budget that is left, the part that a size on the way up may take
 DESCENT = 2  # and on the way down: what is found goes on with the rest
 
 

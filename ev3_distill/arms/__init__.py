@@ -80,10 +80,10 @@ ARMS: dict[str, Callable[[str, Apply], Arm]] = {
     "ce-half-balanced": _adamw(_balanced(losses.cross_entropy, 0.5)),
     "kd2-balanced": _adamw(_balanced(lambda: _with_labels(losses.kd(temperature=2.0)))),
     "kd4-balanced": _adamw(_balanced(lambda: _with_labels(losses.kd(temperature=4.0)))),
-    "kd4-peer": _adamw(_by_peer(1.0)),
-    "kd4-ensemble": _adamw(_by_peer(0.5)),
-    "kd4-muon-peer": _muon(_by_peer(1.0)),
-    "kd4-muon-ensemble": _muon(_by_peer(0.5)),
+    "kd4-peer": _challenger(_adamw(_by_peer(1.0))),
+    "kd4-ensemble": _challenger(_adamw(_by_peer(0.5))),
+    "kd4-muon-peer": _challenger(_muon(_by_peer(1.0))),
+    "kd4-muon-ensemble": _challenger(_muon(_by_peer(0.5))),
     "kd4-muon-balanced": _muon(_balanced(lambda: _with_labels(losses.kd(temperature=4.0)))),
     "es-accuracy": _evolving(lambda: objectives.accuracy),
     "es-worst-class": _evolving(lambda: goals.goal("worst_class_accuracy", 0).score),
@@ -100,6 +100,7 @@ GUARDED = (
     "ce-balanced",
     "ce-half-balanced",
 )  # where rare classes must count: these do race
+# Peers challenge late, too: one that is no better than what a student will be starts it fast, and holds it back for long.
 PEER = "peer"  # the feature in which a search's lessons bring what another student says
 BALANCING = ("worst_class_accuracy", "balanced_accuracy", "macro_f1")  # goals for which rare classes must count
 PEERS, CONVOLUTIONAL_PEERS = ("kd4-peer", "kd4-ensemble"), ("kd4-muon-peer", "kd4-muon-ensemble")

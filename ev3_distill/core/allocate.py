@@ -148,7 +148,7 @@ def next_length(
     A trajectory should be just long enough that assess can see what it brought. It doubles where nothing beat the current
     student, grows by half where the gain was under two standard errors, shrinks by a quarter where it was over eight, and is
     left alone in between; it stays within [config.length, config.max_length] and
-    under config.max_share of the cost so far, so that a run makes many decisions whatever its budget.
+    under config.max_share of the cost since the student began or grew, so that it makes many decisions whatever its budget.
     """
     z = gain / jnp.maximum(gain_se, 1e-12)
     factor = jnp.where(~moved, 2.0, jnp.where(z < 2, 1.5, jnp.where(z > 8, 0.75, 1.0)))

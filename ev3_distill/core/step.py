@@ -313,7 +313,7 @@ def make_step(
 
 
 def _in_doubt(state: State, goals: Sequence[Goal]) -> bool | jax.Array:
-    """Whether assess leaves open if the goals are met, in a run that ends when the student gets nowhere.
+    """Whether assess leaves open that the goals are met, in a run that ends when the student gets nowhere.
 
     There a better arm decides whether the student is large enough: small ones often learn from labels what they do not from a
     teacher, and the other way round.
@@ -321,7 +321,7 @@ def _in_doubt(state: State, goals: Sequence[Goal]) -> bool | jax.Array:
     if not (goals and isinstance(state.progress, Progress)):
         return False
     risk = prioritise.risks_of(state.current_evidence, prioritise.least_of(goals)).min()
-    return jnp.abs(risk) < prioritise.AT_RISK
+    return risk < prioritise.AT_RISK
 
 
 def _row(tree: PyTree, row: jax.Array) -> PyTree:
@@ -373,7 +373,9 @@ def _move(
     )
     arm_moved = moved & (row < a)
     trained = steps > 0
-    length = allocate.next_length(state.length, choice.gain, choice.gain_se, moved, state.cost, config=config)
+    length = allocate.next_length(
+        state.length, choice.gain, choice.gain_se, moved, state.cost - state.begun, config=config
+    )
     return (
         state._replace(
             current=current,
