@@ -250,8 +250,23 @@ def _table_of(name: str, rows: Sequence[dict[str, Any]]) -> str:
         f"**{name}**\n\n{statistics.markdown(heads, lines)}"
         f"\n\nTest accuracy in percent, means over {len(seeds)} seeds with 95 % t intervals; cost in steps of the final "
         f"size. Grown minus from scratch at width {final}, paired: {statistics.spread(margin, 2)} points at {ratio:.2f} times "
-        f"the cost, which has all sizes in it; target ≥ -{WITHIN} at no more than {MORE}: {held}."
+        f"the cost, which has all sizes in it; target ≥ -{WITHIN} at no more than {MORE}: {held}. Synergy minus "
+        f"separately, paired: {_synergy(rows, sizes)} points."
     )
+
+
+def _synergy(rows: Sequence[dict[str, Any]], sizes: Sequence[int]) -> str:
+    """What the grown student adds to the teacher of each size, at equal steps."""
+    told = []
+    for width in sizes:
+        by_seed = [
+            {row["seed"]: 100 * row["accuracy"] for row in rows if row["contender"] == name and row["width"] == width}
+            for name in ("synergy", "separately")
+        ]
+        seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
+        margin = statistics.paired(*[[of[seed] for seed in seeds] for of in by_seed])
+        told.append(f"{statistics.spread(margin, 2)} at width {width}")
+    return ", ".join(told)
 
 
 def plot(rows: Sequence[dict[str, Any]]) -> "Figure":
