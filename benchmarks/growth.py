@@ -49,12 +49,12 @@ class Subject(NamedTuple):
     cost: int  # steps of a run from scratch
     teacher_cost: int  # steps, of one trained by labels alone; 0: the pretrained one
     plain: str  # the arm of the commonest loss
-    most: int = 1000  # seeds
+    most: int = 1000  # seeds with all contenders; further ones have the two that are compared, at the final size
 
 
 SUBJECTS = {
     "full": {
-        "mnist": Subject("mlp:hidden={}", (4, 8, 16, 32), 8000, 3000, "kd4"),
+        "mnist": Subject("mlp:hidden={}", (4, 8, 16, 32), 8000, 3000, "kd4", 5),
         "cifar10": Subject("resnet8:width={}", (2, 4, 8), 800, 0, "kd4-muon", 5),
     },
     "smoke": {"digits": Subject("mlp:hidden={}", (2, 4), 300, 200, "kd4")},
@@ -71,7 +71,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
 
     Args:
       seeds: counted from FIRST_SEED, each with splits, initial parameters and, but for the pretrained one, a teacher of its
-        own; of a subject that is dear `most` at most.
+        own.
       size: full, or smoke: digits alone, two sizes, short runs.
       done: keys of rows to leave out; a seed of which any is missing is run again as a whole.
 
@@ -80,8 +80,15 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     """
     for name, subject in SUBJECTS[size].items():
         keys = {
-            seed: [(name, seed, contender, width) for contender in CONTENDERS for width in subject.ladder]
-            for seed in range(min(seeds, subject.most))
+            seed: [
+                (name, seed, contender, width)
+                for contender in CONTENDERS
+                for width in subject.ladder
+                if seed < subject.most
+                or contender == "grown"
+                or (contender, width) == ("from scratch", subject.ladder[-1])
+            ]
+            for seed in range(seeds)
         }
         missing = [seed for seed in keys if not all(key in done for key in keys[seed])]
         if not missing:
@@ -93,7 +100,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
             logits = teach(own)
             pools, test = pool.split(dataset, logits, seed=own, fractions=portfolio.FRACTIONS)
             pools = pools._replace(seen=_seen(dataset, logits, own))
-            for row in bench.rows(dataset, logits, pools, test, own):
+            for row in bench.rows(dataset, logits, pools, test, own, whole=seed < subject.most):
                 yield {"data": name, "seed": seed, **row}
 
 
@@ -150,8 +157,10 @@ class _Bench:
         self.total = MORE * self.cost * self.final  # multiplications that growth may cost
         self.share = round(self.total / sum(self.params.values()))  # steps of each size, where all have as many
 
-    def rows(self, dataset: Any, logits: np.ndarray, pools: Pools, test: Batch, seed: int) -> Iterator[dict[str, Any]]:
-        """Those of one seed."""
+    def rows(
+        self, dataset: Any, logits: np.ndarray, pools: Pools, test: Batch, seed: int, *, whole: bool
+    ) -> Iterator[dict[str, Any]]:
+        """Those of one seed: of all contenders, or of those that are compared."""
 
         def row(contender: str, width: int, variables: Variables, steps: int, cost: float) -> dict[str, Any]:
             right = self.once[width].evaluate(variables, test).promise
@@ -164,11 +173,11 @@ class _Bench:
                 "accuracy": float(right.mean()),
             }
 
-        for width in self.ladder:
+        for width in self.ladder if whole else ():
             variables = self.bare[width](pools, seed, self.cost)
             yield row("plain KD", width, variables, self.cost, self.cost * self.params[width])
-        for contender, steps in (("from scratch", self.cost), ("separately", self.share)):
-            for width in self.ladder:
+        for contender, steps in (("from scratch", self.cost), ("separately", self.share))[: 2 if whole else 1]:
+            for width in self.ladder if whole else self.ladder[-1:]:
                 yield row(contender, width, self._alone(width, pools, seed, steps), steps, steps * self.params[width])
         last, spent = None, 0.0
         for width, variables, steps in self._grown(pools, seed):
@@ -179,7 +188,7 @@ class _Bench:
             raise RuntimeError("a ladder has a size")
         peer = forward(self.networks[self.ladder[-1]], last)(np.asarray(dataset.inputs))
         both, _ = pool.split(dataset, (logits + peer) / 2, seed=seed, fractions=portfolio.FRACTIONS)
-        for width in self.ladder:
+        for width in self.ladder if whole else ():
             steps = self.share
             variables = self._alone(width, both, seed, steps)
             yield row("synergy", width, variables, steps, spent + steps * self.params[width])
@@ -232,8 +241,8 @@ def _table_of(name: str, rows: Sequence[dict[str, Any]]) -> str:
     for contender in CONTENDERS:
         own = [row for row in rows if row["contender"] == contender]
         means = [statistics.mean([100 * row["accuracy"] for row in own if row["width"] == h]) for h in sizes]
-        each = len({row["seed"] for row in own}) * max(row["params"] for row in own)
-        whole = sum(row["steps"] * row["params"] for row in own) / each  # of all sizes, for one seed
+        of_size = [[row["steps"] * row["params"] for row in own if row["width"] == h] for h in sizes]
+        whole = sum(float(np.mean(costs)) for costs in of_size) / max(row["params"] for row in own)
         lines.append([contender, *[statistics.plus_minus(mean, 2) for mean in means], statistics.number(whole, 0)])
     final = sizes[-1]
     by_seed = {
