@@ -1,4 +1,7 @@
-"""Runs every ```sh and ```python block of README.md in order, in a copy of the repository. Standard library only."""
+"""Runs every ```sh and ```python block of README.md in order, and the steps of a ```yaml workflow, in a copy of the repository.
+
+Standard library only.
+"""
 
 import os
 import re
@@ -17,13 +20,14 @@ def main(copy: Path) -> None:
         if name and (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
-    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```(sh|python|yaml)\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     if len(blocks) < 5:
         sys.exit("README.md shows fewer blocks than it is known to: its fences have changed")
     environment = {"EV3_DISTILL_DATA": str(ROOT.parent / "shared" / "data"), **os.environ}
-    for language, block in blocks:
+    for language, shown in blocks:
+        block = "\n".join(re.findall(r"^ *- run: (.*)$", shown, re.MULTILINE)) if language == "yaml" else shown
         print(f"--- README.md ({language})\n{block}---", flush=True)
-        command = ["bash", "-euo", "pipefail", "-c", block] if language == "sh" else [sys.executable, "-c", block]
+        command = [sys.executable, "-c", block] if language == "python" else ["bash", "-euo", "pipefail", "-c", block]
         began = time.monotonic()
         subprocess.run(command, cwd=copy, env=environment, check=True)
         print(f"--- {time.monotonic() - began:.0f} s\n", flush=True)

@@ -39,6 +39,7 @@ from benchmarks import (
     safety,
     search,
     speed,
+    sweeps,
     throughput,
     tuning,
 )
@@ -66,6 +67,7 @@ SUITES: dict[str, ModuleType] = {
     "safety": safety,
     "search": search,
     "speed": speed,
+    "sweeps": sweeps,
     "throughput": throughput,
     "tuning": tuning,
 }

@@ -136,9 +136,9 @@ def trained(recipe: Recipe, seed: int, characters: omniglot.Characters, episodes
       The row's facts: accuracies over episodes with half a 95 % interval, the log, the cost and a digest of the weights.
     """
     network = students.named(f"conv4:width={recipe.width}", SHAPE, 1)
-    directory = cache_root() / "protonet" / _digest(recipe, seed)
+    directory = cache_root() / "protonet" / digest(recipe, seed)
     state, log = trained_state(recipe, seed, network, characters, directory)
-    variables = _variables(network, state)
+    variables = variables_of(network, state)
     accuracies = {}
     for way, shot in TESTS:
         found = tested(network, variables, characters.test, way=way, shot=shot, episodes=episodes)
@@ -186,7 +186,7 @@ def begun(recipe: Recipe, network: Network, key: jax.Array) -> Training:
     return Training(params, variables.stats, _optimizer(recipe).init(params), jnp.int32(0))
 
 
-def _variables(network: Network, state: Training) -> Variables:
+def variables_of(network: Network, state: Training) -> Variables:
     """All of the network's; its head, which no embedding needs, is zero."""
     shapes = jax.eval_shape(network.init, jax.random.key(0)).params
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -215,7 +215,7 @@ def _advance(recipe: Recipe, network: Network, mesh: jax.sharding.Mesh) -> Calla
         )
 
         def fitness(params: PyTree, _: jax.Array) -> jax.Array:
-            variables = _variables(network, state._replace(params=params))
+            variables = variables_of(network, state._replace(params=params))
             score = [likelihood(network, variables, e, recipe.shot)[0] for e in episodes]
             return sum(score[1:], score[0]) / len(score)
 
@@ -228,7 +228,7 @@ def _advance(recipe: Recipe, network: Network, mesh: jax.sharding.Mesh) -> Calla
             seen = report.mean
         updates, opt_state = optimizer.update(optax.tree.scale(-1, gradient), state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        moved = likelihood(network, _variables(network, state._replace(params=params)), episodes[0], recipe.shot)[2]
+        moved = likelihood(network, variables_of(network, state._replace(params=params)), episodes[0], recipe.shot)[2]
         return Training(params, moved.stats, opt_state, state.generation + 1), seen
 
     def advance(key: jax.Array, drawings: jax.Array, state: Training, count: jax.Array) -> tuple[Training, jax.Array]:
@@ -286,7 +286,7 @@ def tested(
 # What is kept.
 
 
-def _digest(recipe: Recipe, seed: int) -> str:
+def digest(recipe: Recipe, seed: int) -> str:
     """Of all that a training follows from."""
     rooms: list[ModuleType] = [omniglot, evolution, layerwise, noise, lowrank, sharding, conv]
     rooms += [sys.modules[name] for name in (__name__, "students.conv4")]

@@ -138,7 +138,7 @@ class BenchCommand(_Group):
 
     suite: tyro.conf.Positional[str] = ""
     """coverage, evolution, growth, guards, hypergrad, int8, memory, portfolio, protonet, pytorch, quality, rescue, rotation,
-    safety, search, speed, throughput or tuning."""
+    safety, search, speed, sweeps, throughput or tuning."""
     seeds: int = 10
     """Repetitions."""
     size: str = "full"

@@ -262,7 +262,7 @@ def test_what_a_search_came_to():
             1,
             "full",
             "a suite is one of coverage, evolution, growth, guards, hypergrad, int8, memory, portfolio, protonet, "
-            "pytorch, quality, rescue, rotation, safety, search, speed, throughput, "
+            "pytorch, quality, rescue, rotation, safety, search, speed, sweeps, throughput, "
             "tuning; got 'swiftness'",
         ),
         ("throughput", 1, "huge", "a size is one of full, smoke; got 'huge'"),

@@ -1,5 +1,7 @@
 """Omniglot's split and episodes, prototypes by hand, and training that goes on where it was stopped."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from conftest import SHARED
 
 import students
-from benchmarks import omniglot, protonet
+from benchmarks import omniglot, protonet, sweeps
 from ev3_distill.errors import InputError
 from ev3_distill.types import Variables
 
@@ -104,3 +106,28 @@ def test_training_goes_on_where_it_was_stopped(monkeypatch, tmp_path, pairs):
     resumed, log = protonet.trained_state(recipe, 0, network, characters, tmp_path / "stopped")
     assert [row["generation"] for row in log] == [1, 2, 3, 4, 5, 6] == kept
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+
+def test_a_sweep_changes_one_thing_at_a_time():
+    base = sweeps.BASE
+    assert sweeps.changed(base, "population", 0.5) == dataclasses.replace(base, pairs=(8, 24, 64, 128))
+    assert sweeps.changed(base, "sigma", 0.1) == dataclasses.replace(base, sigma=0.1)
+    shot = sweeps.changed(base, "shot", 5.0)
+    assert shot == dataclasses.replace(base, shot=5) and isinstance(shot.shot, int)
+    for what, values in sweeps.WHAT.items():
+        assert base in [sweeps.changed(base, what, value) for value in values]  # each sweep goes through it
+
+
+def test_a_sweep_trains_what_it_changes_and_tests_on_validation_characters(monkeypatch, tmp_path):
+    monkeypatch.setenv("EV3_DISTILL_CACHE", str(tmp_path))
+    drawings = np.random.default_rng(0).integers(0, 256, (4, 20, 28, 28), np.uint8)
+    characters = omniglot.Characters(drawings, drawings, drawings[:0])  # there is nothing to test on
+    monkeypatch.setattr(omniglot, "load", lambda: characters)
+    monkeypatch.setattr(sweeps, "BASE", protonet.Recipe(2, (8,), 2, 0.02, way=2, shot=1, query=1))
+    monkeypatch.setattr(sweeps, "WAY", 2)
+    monkeypatch.setattr(sweeps, "SHOT", 1)
+    rows = list(sweeps.collect(seeds=1, size="smoke", done=[(0, "population", 0.5)]))
+    assert [(row["what"], row["value"]) for row in rows] == [("population", 0.25)]
+    assert 0 <= rows[0]["accuracy"] <= 1 and rows[0]["half"] > 0
+    both = [*rows, {**rows[0], "value": 0.5, "accuracy": 0.75, "half": 0.01, "seconds": 12.3}]
+    assert "| population 0.5 | 75.00 ± 1.00 | 12 |" in sweeps.table(both)
