@@ -111,7 +111,9 @@ class _Bench:
         student = students.named(subject.student, dataset.inputs.shape[1:], dataset.num_classes)
         names = default_names(student.spec)
         self.student, self.ours = student, Distillation(student, arms_named(student.apply, names))
-        self.tuned = Distillation(student, arms_named(student.apply, (*names, "tuned-temperature-mix")))
+        self.tuned = Distillation(
+            student, arms_named(student.apply, (*names, "tuned-temperature-mix"), network=student)
+        )
         self.alone = {name: portfolio.bare_trajectory(student, _arm(student, losses.LOSSES[name]())) for name in ALONE}
 
         @jax.jit

@@ -9,12 +9,14 @@ import optax
 import pytest
 
 from ev3_distill import losses
+from ev3_distill.arms import arms_named
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.arms.tuned import TUNABLE, seen, tuned_arm
 from ev3_distill.core.explore import held_from
 from ev3_distill.errors import InputError
 from ev3_distill.hyperparameters import net_weights
 from ev3_distill.types import Batch, Stretch, Variables
+from students.resnet import resnet
 
 N = 256
 
@@ -72,6 +74,47 @@ def test_with_nothing_to_tune_it_is_the_plain_arm():
     after, proposed = jax.jit(lambda state: plain.propose(state, draw, stretch(0, 150)))(plain.init(fresh()))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), student, proposed)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), state.trajectory, after)
+
+
+def test_annealed_it_is_the_plain_arm_that_is_annealed():
+    loss, schedule = (
+        losses.mix((0.9, losses.kd(temperature=4.0)), (0.1, losses.cross_entropy())),
+        lambda spent: 1 - spent,
+    )
+    arm = tuned_arm("tuned", apply, optax.adam(1e-2), tune=(), anneal=schedule)
+    plain = gradient_arm("kd4", apply, loss, optax.adam(1e-2), anneal=schedule)
+    draw, whole = (
+        drawing(split(0, wrong=0.0)),
+        Stretch(jnp.int32(0), jnp.int32(50), jnp.float32(0.5), jnp.float32(0.01)),
+    )
+    tuned = jax.jit(lambda state: arm.propose(state, draw, whole, draw))(arm.init(fresh()))[1]
+    annealed = jax.jit(lambda state: plain.propose(state, draw, whole))(plain.init(fresh()))[1]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), tuned, annealed)
+
+
+def test_a_convolutional_student_tunes_by_the_optimizer_that_it_learns_by():
+    """Muon, which makes the first step of every kernel as long as any: Adam has no such."""
+    student = resnet((8, 8, 1), 2, depth=8, width=2)
+    (arm,) = arms_named(student.apply, ["tuned-temperature-mix"], network=student)
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.normal(size=(16, 8, 8, 1)), jnp.float32)
+    batch = Batch(
+        images, jnp.arange(16) % 2, jnp.asarray(rng.normal(size=(16, 2)), jnp.float32), jnp.arange(16), jnp.ones(16)
+    )
+
+    def draw(step):
+        return batch, jax.random.key(step)
+
+    begun = arm.init(student.init(jax.random.key(0)))
+    where = Stretch(jnp.int32(0), jnp.int32(10), jnp.float32(0.1), jnp.float32(0.01))
+    after, proposed = jax.jit(lambda state: arm.propose(state, draw, where, draw))(begun)
+    names = {str(path) for path, _ in jax.tree_util.tree_leaves_with_path(after.trajectory.opt_state)}
+    assert any("muon" in name for name in names)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((after.tuned, proposed)))
+    assert any(
+        float(jnp.abs(x - y).max()) > 0
+        for x, y in zip(*map(jax.tree.leaves, (begun.tuned.free, after.tuned.free)), strict=True)
+    )
 
 
 @pytest.mark.parametrize("method", ["jvp", "guided"])

@@ -145,7 +145,8 @@ def arms_named(
         name in `features.FEATURE_LOSSES`: `at:stage3=layer3` draws the student's `stage3` to the teacher's `layer3`; its
         own weight after a * and rate after an @ if wanted, `at:stage3=layer3*500@0.003`. Or kd4's loss with what follows the
         loss on assess while it trains, of `tuned.TUNABLE`: `tuned-temperature-mix`.
-      network: the student, for losses on features; its spec must tell its `input_shape`.
+      network: the student, for losses on features (its spec must tell its `input_shape`), and for the optimizer of one that
+        tunes its loss.
       teacher_features: shapes [...] of what the teacher shows of one example.
 
     Raises:
@@ -160,7 +161,7 @@ def arms_named(
         if ":" in name:
             return _featured(name, network, teacher_features or {})
         if name.startswith("tuned-"):
-            return _tuned(name, apply)
+            return _tuned(name, apply, network)
         return (ARMS[name] if name in ARMS else _mixed(name))(name, apply)
 
     return tuple(map(named, names))
@@ -213,9 +214,12 @@ def _number_off(text: str, sign: str) -> tuple[str, str]:
     return (head, tail) if head else (text, "")
 
 
-def _tuned(name: str, apply: Apply) -> Arm:
-    """The arm of a name such as `tuned-temperature-mix`."""
-    return tuned_arm(name, apply, adamw(RATE), tune=name.split("-")[1:])
+def _tuned(name: str, apply: Apply, network: Network | None) -> Arm:
+    """The arm of a name such as `tuned-temperature-mix`, with the optimizer that its kind of network learns by."""
+    tune = name.split("-")[1:]
+    if network is not None and network.spec.get("family") in CONVOLUTIONAL_FAMILIES:
+        return tuned_arm(name, apply, muon(MUON_RATE), tune=tune, anneal=up_and_down)
+    return tuned_arm(name, apply, adamw(RATE), tune=tune)
 
 
 def _featured(name: str, network: Network | None, teacher: Shapes) -> Arm:

@@ -6,7 +6,7 @@ calms its last steps, such as a high temperature, and led away from the best set
 softplus it hardly left 20. The hyperparameters are a part of the arm's state: what is rejected leaves nothing of them behind.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -55,6 +55,7 @@ def tuned_arm(
     every: int = 5,
     method: str = "jvp",
     average: float = 8.0,
+    anneal: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Arm:
     """An arm of the loss mix kd(T) + (1 - mix) ce, some of whose hyperparameters follow the held-out loss.
 
@@ -71,6 +72,7 @@ def tuned_arm(
       every: training steps to an outer step.
       method: of `hypergrad.METHODS`, for one step of an optimizer.
       average: eta of the proposal's polynomial-decay average, as of `gradient_arm`.
+      anneal: factor on every update by the share of the budget that is spent, as of `gradient_arm`.
 
     Raises:
       InputError: nothing that can be tuned by that name.
@@ -111,6 +113,8 @@ def tuned_arm(
             gradient, stats = jax.grad(objective, has_aux=True)(params)
             updates, opt_state = optimizer.update(gradient, before.opt_state, params)
             rate = jnp.exp(tuned.free["rate"]) if "rate" in tune else 1.0
+            if anneal is not None:
+                rate *= anneal(stretch.spent + i * stretch.each)
             iterate = Variables(optax.apply_updates(params, optax.tree.scale(rate, updates)), stats)
             age = before.age + 1
 
