@@ -14,7 +14,7 @@ from ev3_distill.devices import ONE, devices_of
 from ev3_distill.errors import InputError
 
 DEVICES = 4
-# What a process with four devices runs: a short run of a network with statistics, whose three arms race, on each mesh.
+# What a process with four devices runs: a short run whose three arms race, on each mesh; batches of a network with statistics.
 WORK = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -29,11 +29,11 @@ from test_devices import pools_of
 from test_loop import squared, cross_entropy
 
 config = ev3.EV3(batch_size=8, eval_batch_size=16, length=2, max_length=4)
-pools, student = pools_of(), students.named("conv4:width=2", (16, 16, 1), 3)
+pools = pools_of()
 
 
-def run(devices, supplied=False):
-    network = devices.network(student)
+def run(devices, name="conv4:width=2", supplied=False):
+    network = devices.network(students.named(name, (16, 16, 1), 3))
     arms = (
         gradient_arm("mse", network.apply, squared, optax.sgd(0.05)),
         gradient_arm("ce", network.apply, cross_entropy, optax.adam(0.01)),
@@ -53,9 +53,10 @@ def run(devices, supplied=False):
     return dict(state=np.asarray(flat, np.float64).tolist(), told=told, accuracy=accuracy, text=text)
 
 
-meshes = dict(one=ONE, parts=devices_of(4), arms=devices_of(3, spread="arms"), fewer=devices_of(2, spread="arms"))
-found = {{name: run(devices) for name, devices in meshes.items()}}
-found["parts, supplied"] = run(meshes["parts"], supplied=True)
+found = {{name: run(devices) for name, devices in dict(one=ONE, parts=devices_of(4)).items()}}
+found["parts, supplied"] = run(devices_of(4), supplied=True)
+meshes = dict(alone=ONE, arms=devices_of(3, spread="arms"), fewer=devices_of(2, spread="arms"))
+found |= {{name: run(devices, "mlp:hidden=4") for name, devices in meshes.items()}}
 print(json.dumps(found))
 """
 
@@ -100,8 +101,8 @@ def runs():
 @pytest.mark.parametrize("mesh", ["arms", "fewer"])
 def test_arms_side_by_side_are_what_they_are_one_by_one(runs, mesh):
     """The race's three arms on three devices and on two; XLA may fuse, and so round, in other places."""
-    assert runs[mesh]["told"] == runs["one"]["told"]
-    np.testing.assert_allclose(runs[mesh]["state"], runs["one"]["state"], rtol=1e-4, atol=1e-6)
+    assert runs[mesh]["told"] == runs["alone"]["told"]
+    np.testing.assert_allclose(runs[mesh]["state"], runs["alone"]["state"], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("mesh", ["parts", "parts, supplied"])
@@ -114,8 +115,9 @@ def test_batches_in_parts_add_up_to_the_same(runs, mesh):
 
 def test_the_race_was_one(runs):
     """What is compared above had several arms in an iteration, and one alone."""
-    trained = [sum(steps > 0 for steps in row[2]) for row in runs["one"]["told"]]
-    assert max(trained) == 3 and min(trained) <= 1
+    for mesh in ("one", "alone"):
+        trained = [sum(steps > 0 for steps in row[2]) for row in runs[mesh]["told"]]
+        assert max(trained) == 3 and min(trained) <= 1
 
 
 def test_parts_are_parts(runs):

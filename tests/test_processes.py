@@ -29,13 +29,14 @@ from ev3_distill import cli, sharding
 start, sharding.SILENCE_S = sharding.start, 4
 
 def started(*group):  # only then may the rest be imported
-    start(*group)
+    joined = start(*group)
     sys.path.insert(0, {str(ROOT / "tests")!r})
     import test_processes as ours
     from benchmarks import omniglot, protonet
     protonet.RECIPES, protonet.KEEP_S, omniglot.load = {{"smoke": (ours.RECIPE,)}}, 0, lambda: ours.CHARACTERS
     keep = protonet._keep
     protonet._keep = lambda *given: (keep(*given), time.sleep(0.2))
+    return joined
 
 sharding.start = started
 cli.main(sys.argv[1:])
