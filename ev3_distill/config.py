@@ -182,7 +182,7 @@ class Compress:
     """Arms to use, by name; the default portfolio if none is named."""
     tune: tuple[str, ...] = ()
     """Adds an arm whose loss follows that on assess while it trains, by hypergradients: temperature, mix (of teacher and
-    labels), weights (of examples) or rate, any of them."""
+    labels), weights (of examples), rate, or noise (on the inputs in training), any of them."""
     seed: int = 0
     """Of the splits, the initial parameters, the batches and all keys."""
     confidence: float = 0.95

@@ -7,6 +7,8 @@ so that no hyperparameter leaves its range; what a run reports, or hands on, is 
 References:
   Ren et al., Learning to reweight examples for robust deep learning, 2018 (a weight for each example).
   Shu et al., Meta-Weight-Net: Learning an explicit mapping for sample weighting, 2019 (a net from loss to weight).
+  Bishop, Training with noise is equivalent to Tikhonov regularization, Neural Computation 7(1), 1995 (noise on inputs).
+  Kingma and Welling, Auto-encoding variational Bayes, 2014, section 2.4 (the reparametrisation by which noise has a slope).
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ from ev3_distill.types import Apply, Batch, Loss, PyTree, Variables
 
 __all__ = [
     "FREE", "LOG", "POSITIVE", "SHARE", "SIMPLEX", "Bijection", "Tuned", "constrain", "distillation", "net_weights",
-    "outer_step", "start", "student_losses", "table_weights", "tuned_values", "unconstrain", "weight_net",
+    "noisy", "outer_step", "start", "student_losses", "table_weights", "tuned_values", "unconstrain", "weight_net",
 ]  # fmt: skip
 
 
@@ -148,6 +150,25 @@ def net_weights(net: PyTree, seen: jax.Array) -> jax.Array:
     return jax.nn.sigmoid(jax.nn.relu(values @ net["w1"] + net["b1"]) @ net["w2"] + net["b2"])
 
 
+def noisy(inputs: jax.Array, strength: jax.Array | float, key: jax.Array) -> jax.Array:
+    """x + s std(x) e of inputs [B, ...] with e ~ N(0, 1): a function of s, whose slope is std(x) e, as the key fixes e.
+
+    Args:
+      inputs: x, floating, or uint8, which are taken as x / 255, as networks take them.
+      strength: s, above 0.
+      key: of e, for each step another.
+
+    Returns:
+      [B, ...] floating; std(x) is one number, over all of the batch.
+
+    References:
+      Bishop 1995: where s is small that is a penalty on how steep the student is, of weight (s std(x))^2 / 2.
+      Kingma and Welling 2014, section 2.4.
+    """
+    x = inputs.astype(jnp.float32) / 255 if inputs.dtype == jnp.uint8 else inputs
+    return x + (strength * jax.lax.stop_gradient(x.std()) * jax.random.normal(key, x.shape, x.dtype)).astype(x.dtype)
+
+
 def student_losses(
     apply: Apply,
     variables: Variables,
@@ -158,6 +179,7 @@ def student_losses(
     val_loss: Loss,
     key: jax.Array | None = None,
     batch_statistics: bool = True,
+    inputs_of: Callable[[PyTree, Batch], jax.Array] | None = None,
 ) -> tuple[TrainLoss, ValLoss]:
     """A student's losses as functions of its parameters, which is what `hypergradient` takes.
 
@@ -174,15 +196,18 @@ def student_losses(
       key: of dropout in training.
       batch_statistics: whether BatchNorm takes the held-out batch's own statistics, or the running ones, which a young student
         has hardly gathered.
+      inputs_of: (hyper, batch) -> [B, ...], the inputs that a training pass sees; None: the batch's own. The loss takes the
+        batch as it is.
     """
 
-    def forward(params: Any, batch: Batch, train: bool) -> jax.Array:
-        return apply(Variables(params, variables.stats), batch.inputs, train=train, key=key)[0]
+    def forward(params: Any, inputs: jax.Array, train: bool) -> jax.Array:
+        return apply(Variables(params, variables.stats), inputs, train=train, key=key)[0]
 
     def training(params: PyTree, hyper: PyTree, step: Any) -> jax.Array:
-        return loss(hyper, forward(params, train_batch, True), train_batch)
+        inputs = train_batch.inputs if inputs_of is None else inputs_of(hyper, train_batch)
+        return loss(hyper, forward(params, inputs, True), train_batch)
 
     def validation(params: PyTree) -> jax.Array:
-        return val_loss(forward(params, val_batch, batch_statistics), val_batch)
+        return val_loss(forward(params, val_batch.inputs, batch_statistics), val_batch)
 
     return training, validation

@@ -148,6 +148,93 @@ def test_tuning_turns_from_a_teacher_that_is_wrong(method):
     assert ((val.inputs @ params["w"]).argmax(1) == val.labels).mean() > 0.9
 
 
+def test_noise_on_inputs():
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (500, 4, 5)), jnp.float32)
+    key, other = jax.random.split(jax.random.key(0))
+    noise = hp.noisy(x, 0.5, key) - x
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() / (0.5 * x.std()) - 1) < 0.02
+    np.testing.assert_allclose(hp.noisy(x, 1.0, key) - x, 2 * noise, rtol=1e-3, atol=1e-4)
+    assert not jnp.allclose(hp.noisy(x, 0.5, other), hp.noisy(x, 0.5, key), atol=0.1)
+    assert (hp.noisy(jnp.full((3, 2), 7.0), 0.5, key) == 7).all()  # there is no unit to measure noise by
+    assert (jax.grad(lambda x: hp.noisy(x, 0.5, key).sum())(x) == 1).all()  # the unit counts as data
+
+
+def test_noise_on_bytes_is_on_numbers_up_to_1():
+    of_bytes = jnp.asarray(np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3)), jnp.uint8)
+    key = jax.random.key(0)
+    noisy = hp.noisy(of_bytes, 0.1, key)
+    assert noisy.dtype == jnp.float32
+    np.testing.assert_array_equal(noisy, hp.noisy(of_bytes.astype(jnp.float32) / 255, 0.1, key))
+
+
+def noisy_losses(space):
+    """A small network's parameters, and its losses where training inputs have noise of a strength in `space`, in float64."""
+    train, val = (of._replace(inputs=of.inputs.astype(float)) for of in (batch(0, 16), batch(1, 16)))
+    first, second = jax.random.split(jax.random.key(0))
+    params = {"w": jax.random.normal(first, (3, 6)), "out": jax.random.normal(second, (6, 2))}
+
+    def apply(variables, inputs, *, train, key=None):
+        return jnp.tanh(inputs @ variables.params["w"]) @ variables.params["out"], variables
+
+    def loss(free, logits, of):
+        return hp.distillation(hp.constrain(space, free))(logits, of)
+
+    def inputs_of(free, of):
+        return hp.noisy(of.inputs, hp.constrain(space, free)["noise"], jax.random.key(5))
+
+    return params, *hp.student_losses(
+        apply, Variables(params, {}), train, val, loss=loss, val_loss=losses.cross_entropy(), inputs_of=inputs_of
+    )
+
+
+def test_the_slope_of_noise_is_exact():
+    """Forward over reverse through the network, reverse over reverse, and central differences."""
+    with jax.enable_x64(True):
+        space = {"temperature": hp.LOG, "mix": hp.SIMPLEX, "noise": hp.LOG}
+        free = hp.unconstrain(space, {"temperature": 2.0, "mix": jnp.array([0.3, 0.7]), "noise": 0.4})
+        params, train_loss, val_loss = noisy_losses(space)
+        inner, key, h = optax.adam(0.1, eps=1e-3), jax.random.key(0), 1e-5
+
+        def after(noise):
+            gradient = jax.grad(train_loss)(params, free | {"noise": noise}, 0)
+            updates, _ = inner.update(gradient, inner.init(params), params)
+            return val_loss(optax.apply_updates(params, updates))
+
+        @jax.jit
+        def slopes():
+            exact = {
+                method: hypergradient(key, params, free, train_loss, val_loss, method=method, optimizer=inner)[0]
+                for method in ("jvp", "unrolled")
+            }
+            return exact, (after(free["noise"] + h) - after(free["noise"] - h)) / (2 * h)
+
+        exact, difference = slopes()
+        assert difference.dtype == jnp.float64 and abs(difference) > 1e-4
+        np.testing.assert_allclose(exact["jvp"]["noise"], difference, rtol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), exact["jvp"], exact["unrolled"])
+
+
+def test_inputs_as_they_are_where_nothing_else_is_said():
+    """What a training pass sees is its own: the held-out pass, and the batch in the loss, are as they were."""
+    of, seen = batch(0, 4)._replace(inputs=jnp.arange(12.0).reshape(4, 3)), []
+
+    def apply(variables, inputs, *, train, key=None):
+        seen.append((train, inputs))
+        return inputs[:, :2], variables
+
+    def loss(hyper, logits, told):
+        assert told is of
+        return logits.sum()
+
+    options = {"loss": loss, "val_loss": lambda logits, of: logits.sum(), "batch_statistics": False}
+    for inputs_of, factor in ((None, 1), (lambda hyper, of: hyper * of.inputs, 3)):
+        train_loss, val_loss = hp.student_losses(apply, Variables({}, {}), of, of, inputs_of=inputs_of, **options)
+        assert train_loss({}, jnp.float32(3), 0) == factor * of.inputs[:, :2].sum()
+        assert val_loss({}) == of.inputs[:, :2].sum()
+    assert [train for train, _ in seen] == [True, False] * 2
+    assert seen[0][1] is of.inputs and seen[3][1] is of.inputs
+
+
 def test_weights_of_examples():
     of = batch(0)._replace(index=jnp.arange(64)[::-1])
     assert (hp.table_weights(jnp.arange(100.0), of) == jnp.arange(64.0)[::-1]).all()

@@ -44,7 +44,7 @@ def fresh():
 
 def drawing(examples):
     def draw(step):
-        rows = jax.random.randint(jax.random.key(step), (32,), 0, N)
+        rows = jax.random.randint(jax.random.key(step), (32,), 0, len(examples.labels))
         return jax.tree.map(lambda leaf: leaf[rows], examples), jax.random.key(step)
 
     return draw
@@ -144,6 +144,109 @@ def test_a_rate_that_is_too_small_grows():
     assert arm.shows(state)["rate"] > 3
 
 
+def shaken(examples, deviation, seed):
+    noise = jax.random.normal(jax.random.key(seed), examples.inputs.shape)
+    return examples._replace(inputs=examples.inputs + deviation * noise)
+
+
+def tuned_on(examples, held_out, begun, where, **options):
+    """The student that an arm proposes, and the hyperparameters that it shows."""
+    arm = tuned_arm("tuned", apply, optax.adam(1e-2), every=2, **options)
+    held = held_from(held_out, jax.random.key(1), batch_size=64)
+    state, student = jax.jit(lambda state: arm.propose(state, drawing(examples), where, held))(arm.init(begun))
+    return student, arm.shows(state)
+
+
+def test_noise_grows_where_held_out_examples_are_noisy():
+    """And helps a student that knows 16 clean examples by heart."""
+    few, held_out = jax.tree.map(lambda leaf: leaf[:16], split(0, wrong=0.0)), shaken(split(1, wrong=0.0), 1.0, 7)
+    overfitted, _ = tuned_on(few, held_out, fresh(), stretch(0, 200), tune=())
+    student, shown = tuned_on(few, held_out, overfitted, stretch(200, 200), tune=("noise",), noise=0.3)
+    assert set(shown) == {"noise"} and shown["noise"].shape == ()
+    assert shown["noise"] > 1
+    test = shaken(split(2, wrong=0.0), 1.0, 8)
+    before, after = (losses.cross_entropy()(apply(x, test.inputs, train=False)[0], test) for x in (overfitted, student))
+    assert after < 0.75 * before
+
+
+def test_noise_goes_where_it_only_hurts():
+    """A young student and many examples, clean as those held out."""
+    _, shown = tuned_on(split(0, wrong=0.0), split(1, wrong=0.0), fresh(), stretch(0, 200), tune=("noise",), noise=1.0)
+    assert shown["noise"] < 0.25
+
+
+def test_without_noise_to_tune_there_is_none():
+    def program(tune, noise):
+        arm = tuned_arm("tuned", apply, optax.adam(1e-2), tune=tune, noise=noise)
+        draw = drawing(split(0))
+        return str(jax.make_jaxpr(lambda state: arm.propose(state, draw, stretch(0, 9), draw))(arm.init(fresh())))
+
+    of_normals = "erf_inv"
+    assert program(("temperature", "mix"), 0.1) == program(("temperature", "mix"), 9.0)
+    assert of_normals not in program(("temperature", "mix", "weights", "rate"), 0.1)
+    assert of_normals in program(("temperature", "noise"), 0.1)
+
+
+def test_dropout_is_what_it_was_beside_noise():
+    """Noise too weak for any digit leaves the trajectory of a student whose dropout has the step's key."""
+
+    def dropping(variables, inputs, *, train, key=None):
+        hidden = jnp.tanh(inputs @ variables.params["w"])
+        kept = jax.random.bernoulli(jax.random.fold_in(key, 0), 0.5, hidden.shape) if train else 0.5
+        return (hidden * kept) @ variables.params["out"], variables
+
+    def student(tune):
+        arm = tuned_arm("tuned", dropping, optax.adam(1e-2), tune=tune, noise=1e-20, every=1000)
+        draw = drawing(split(0, wrong=0.0))
+        return jax.jit(lambda state: arm.propose(state, draw, stretch(0, 30), draw))(arm.init(fresh()))[1].params
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), student(("noise",)), student(()))
+
+
+def test_an_outer_step_of_noise_is_the_slope_of_the_training_step_just_made():
+    """By finite differences of whole steps of the arm, in float64: its two losses must see the same noise."""
+    with jax.enable_x64(True):
+        widen = functools.partial(
+            jax.tree.map, lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        )
+        draw, held = drawing(widen(split(0))), held_from(widen(split(1)), jax.random.key(1), batch_size=64)
+        outer, begun = optax.sgd(1.0), widen(fresh())
+
+        def after(noise):
+            arm = tuned_arm("tuned", apply, optax.sgd(0.1), tune=("noise",), noise=1.0, outer=outer, every=1)
+            state = arm.init(begun)
+            free = {"noise": jnp.log(noise)}
+            state = state._replace(tuned=state.tuned._replace(free=free, average=free))
+            return arm.propose(state, draw, stretch(3, 1), held)
+
+        def held_out_loss(log_noise):
+            logits, _ = apply(after(jnp.exp(log_noise))[1], held(jnp.int32(3))[0].inputs, train=True)
+            return losses.cross_entropy()(logits, held(jnp.int32(3))[0])
+
+        at, h = jnp.log(jnp.float64(0.3)), 1e-4
+        slope = jax.jit(lambda: (held_out_loss(at + h) - held_out_loss(at - h)) / (2 * h))()
+        state, _ = jax.jit(after)(jnp.exp(at))
+        assert abs(slope) > 1e-6
+        np.testing.assert_allclose(at - state.tuned.free["noise"], slope, rtol=1e-5)
+
+
+def test_noise_on_bytes_is_noise_on_what_networks_take_them_as():
+    def taking(variables, inputs, *, train, key=None):
+        return apply(variables, inputs / 255 if inputs.dtype == jnp.uint8 else inputs, train=train, key=key)
+
+    rng = np.random.default_rng(0)
+    images = split(0)._replace(inputs=jnp.asarray(rng.integers(0, 256, (N, 4)), jnp.uint8))
+
+    def after(examples):
+        arm = tuned_arm("tuned", taking, optax.adam(1e-2), tune=("noise",), every=2)
+        draw = drawing(examples)
+        return jax.jit(lambda state: arm.propose(state, draw, stretch(0, 20), draw))(arm.init(fresh()))
+
+    of_bytes, of_numbers = after(images), after(images._replace(inputs=images.inputs.astype(jnp.float32) / 255))
+    assert of_bytes[0].tuned.steps == 10
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), of_bytes, of_numbers)
+
+
 def test_it_goes_on_where_it_was():
     arm, propose, (whole, student) = rolled(tune=("temperature", "mix"))
     half, _ = propose(arm.init(fresh()), stretch(0, 70))
@@ -169,6 +272,6 @@ def test_held_out_batches_follow_the_step_alone():
 
 
 def test_what_cannot_be_tuned():
-    assert TUNABLE == ("temperature", "mix", "weights", "rate")
-    with pytest.raises(InputError, match="temperature, mix, weights, rate; got 'depth'"):
+    assert TUNABLE == ("temperature", "mix", "weights", "rate", "noise")
+    with pytest.raises(InputError, match="temperature, mix, weights, rate, noise; got 'depth'"):
         tuned_arm("tuned", apply, optax.adam(1e-2), tune=("depth",))

@@ -1,11 +1,16 @@
-"""Gradient arms that tune their loss while they train: temperature, mix, a weight for each example, and the learning rate.
+"""Gradient arms that tune their loss while they train: temperature, mix, weights of examples, learning rate, noise on inputs.
 
 Every few training steps an outer step follows the hypergradient of the loss on held-out examples, exact for the training step
 just made (`hypergrad.jvp`). The loss is that of the proposal, the average iterate: that of the iterate itself favours whatever
 calms its last steps, such as a high temperature, and led away from the best settings. The temperature moves in log space: by
 softplus it hardly left 20. The hyperparameters are a part of the arm's state: what is rejected leaves nothing of them behind.
+
+References:
+  Bishop, Training with noise is equivalent to Tikhonov regularization, Neural Computation 7(1), 1995.
+  Kingma and Welling, Auto-encoding variational Bayes, 2014.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -25,6 +30,7 @@ from ev3_distill.hyperparameters import (
     constrain,
     distillation,
     net_weights,
+    noisy,
     outer_step,
     start,
     student_losses,
@@ -32,7 +38,8 @@ from ev3_distill.hyperparameters import (
 )
 from ev3_distill.types import Apply, Arm, Batch, Draw, Loss, PyTree, Stretch, Variables
 
-TUNABLE = ("temperature", "mix", "weights", "rate")
+TUNABLE = ("temperature", "mix", "weights", "rate", "noise")
+NOISE = 0x6E6F6973  # folded into a step's key: far from the small numbers that dropout and held-out batches fold in
 
 
 class TunedState(NamedTuple):
@@ -50,6 +57,7 @@ def tuned_arm(
     tune: Sequence[str] = ("temperature", "mix"),
     temperature: float = 4.0,
     mix: float = 0.9,
+    noise: float = 0.1,
     outer: optax.GradientTransformation | None = None,
     val_loss: Loss | None = None,
     every: int = 5,
@@ -59,15 +67,22 @@ def tuned_arm(
 ) -> Arm:
     """An arm of the loss mix kd(T) + (1 - mix) ce, some of whose hyperparameters follow the held-out loss.
 
+    Noise is on what the student sees in training alone: what labels and teacher say is of the example as it is, and so is the
+    held-out loss. It enters before the network, so that an outer step takes a backward pass with tangents through it, where
+    the others take a forward one. Its slope in log s has a part of mean 0 that falls as s, and one that tells something and
+    falls as s^2: chance leads a strength that is small, and a young student's may become so before it would help.
+
     Args:
       name: unique within a run.
       apply: the student's forward pass.
       optimizer: of the student.
       tune: names of TUNABLE; "weights" is a net from `seen` of an example to its weights in both terms, "rate" a factor on
-        the optimizer's steps.
+        the optimizer's steps, "noise" the strength of Gaussian noise on the inputs, see `noisy`; without it there is none.
       temperature: T, at the start.
       mix: the teacher's share, at the start, in (0, 1).
-      outer: of the hyperparameters' free numbers; None is Adam at 0.2, which needs no scale.
+      noise: its strength at the start, above 0, in units of the inputs' standard deviation.
+      outer: of the hyperparameters' free numbers; None is Adam, which needs no scale, at 0.2, and at 0.01 for the net of
+        weights: at 0.2 it soon says the same of all examples.
       val_loss: what outer steps lower, for the student that is proposed; None is the labels' cross-entropy.
       every: training steps to an outer step.
       method: of `hypergrad.METHODS`, for one step of an optimizer.
@@ -80,15 +95,16 @@ def tuned_arm(
     for what in tune:
         if what not in TUNABLE:
             raise InputError(f"what can be tuned is {', '.join(TUNABLE)}; got '{what}': name some of these")
-    outer = optax.adam(0.2) if outer is None else outer
     val_loss = losses.cross_entropy() if val_loss is None else val_loss
-    space = {"temperature": LOG, "mix": SIMPLEX, "rate": LOG, "weights": FREE}
-    fixed = {"temperature": jnp.float32(temperature), "mix": jnp.array([mix, 1 - mix]), "rate": jnp.float32(1)}
-    begun = {what: fixed[what] for what in tune if what != "weights"}
+    space = {"temperature": LOG, "mix": SIMPLEX, "rate": LOG, "noise": LOG, "weights": FREE}
+    fixed = {"temperature": jnp.float32(temperature), "mix": jnp.array([mix, 1 - mix])}
+    starts = fixed | {"rate": jnp.float32(1), "noise": jnp.float32(noise)}
+    begun = {what: starts[what] for what in tune if what != "weights"}
     if "weights" in tune:
         begun["weights"] = weight_net(jax.random.key(0), inputs=2, outputs=2)
         space["weights"] = jax.tree.map(lambda _: FREE, begun["weights"])
     space = {what: space[what] for what in begun}
+    outer = _adam(begun) if outer is None else outer
 
     def loss(free: PyTree, logits: jax.Array, batch: Batch) -> jax.Array:
         hyper = fixed | constrain(space, free)
@@ -104,9 +120,11 @@ def tuned_arm(
         def advance(i: jax.Array, state: TunedState) -> TunedState:
             before, tuned = state
             batch, key = draw(stretch.start + i)
+            sees = functools.partial(_inputs_of, key=key)  # of the gradient and of the hypergradient: the same noise
 
             def objective(params: PyTree) -> tuple[jax.Array, PyTree]:
-                logits, after = apply(Variables(params, before.iterate.stats), batch.inputs, train=True, key=key)
+                inputs = sees(tuned.free, batch)
+                logits, after = apply(Variables(params, before.iterate.stats), inputs, train=True, key=key)
                 return loss(tuned.free, logits, batch), after.stats
 
             params = before.iterate.params
@@ -121,7 +139,7 @@ def tuned_arm(
             def tuning(tuned: Tuned) -> Tuned:
                 held_out, _ = held(stretch.start + i)
                 train_loss, of_student = student_losses(
-                    apply, before.iterate, batch, held_out, loss=loss, val_loss=val_loss, key=key
+                    apply, before.iterate, batch, held_out, loss=loss, val_loss=val_loss, key=key, inputs_of=sees
                 )
 
                 def of_proposal(params: PyTree) -> jax.Array:
@@ -151,6 +169,21 @@ def tuned_arm(
         return {what: x for what, x in constrain(space, state.tuned.average).items() if what != "weights"}
 
     return Arm(name, init, propose, held=True, shows=shows)
+
+
+def _adam(begun: PyTree) -> optax.GradientTransformation:
+    """Of what is tuned, by name."""
+    if "weights" not in begun:
+        return optax.adam(0.2)
+    rates = {"net": optax.adam(0.01), "number": optax.adam(0.2)}
+    return optax.partition(rates, {what: "net" if what == "weights" else "number" for what in begun})
+
+
+def _inputs_of(free: PyTree, batch: Batch, *, key: jax.Array) -> jax.Array:
+    """What a step of that key shows the student of a batch: its inputs, with noise where that is tuned."""
+    if "noise" not in free:
+        return batch.inputs
+    return noisy(batch.inputs, LOG.forward(free["noise"]), jax.random.fold_in(key, NOISE))
 
 
 def seen(logits: jax.Array, batch: Batch) -> jax.Array:
