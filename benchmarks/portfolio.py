@@ -6,6 +6,7 @@ accuracy of what it delivers, on test examples that chose nothing. The best sing
 test accuracy over the seeds, which favours it.
 """
 
+import functools
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -18,12 +19,17 @@ import numpy as np
 import students
 from benchmarks import rows as statistics
 from ev3_distill import pool
-from ev3_distill.arms import arms_named
+from ev3_distill.arms import CONVOLUTIONAL_FAMILIES, MUON_RATE, RATE, arms_named, up_and_down
+from ev3_distill.arms.gradient import gradient_arm
+from ev3_distill.arms.optimizers import adamw, muon
+from ev3_distill.arms.tuned import tuned_arm
+from ev3_distill.compiling import jit
 from ev3_distill.config import EV3, Fractions
-from ev3_distill.core.explore import draw_from
+from ev3_distill.core.assess import logits_of
+from ev3_distill.core.explore import draw_from, held_from
 from ev3_distill.loop import Distillation
 from ev3_distill.sources import Dataset, load_data
-from ev3_distill.types import Pools, Stretch, Variables
+from ev3_distill.types import Arm, Batch, Loss, Network, Pools, PyTree, Stretch, Variables
 from teachers.flax import forward
 
 COST = {"digits": 4000, "mnist": 8000}  # steps in all
@@ -108,17 +114,54 @@ def trained_teacher(dataset: Dataset, cost: int) -> Callable[[int], np.ndarray]:
     return teach
 
 
-def bare_trajectory(student: Any, arm: Any) -> Any:
-    """(pools, seed, steps) -> what the arm's uninterrupted trajectory proposes."""
+def whole_trajectory(network: Network, arm: Arm) -> Callable[[Pools, Any, Any], tuple[PyTree, Variables]]:
+    """(pools, seed, steps) -> the arm's state after all steps from a fresh student, and what it proposes; not compiled."""
 
-    @jax.jit
-    def train(pools: Pools, seed: int, steps: int) -> Variables:
+    def train(pools: Pools, seed: Any, steps: Any) -> tuple[PyTree, Variables]:
         init_key, run_key = jax.random.split(jax.random.key(seed))
-        draw = draw_from(pools.explore, pool.sampler(batch_size=EV3().batch_size), run_key)
+        batch_size = EV3().batch_size
+        draw = draw_from(pools.explore, pool.sampler(batch_size=batch_size), run_key)
+        held = [held_from(pools.assess, run_key, batch_size=batch_size)] if arm.held else []
         whole = Stretch(jnp.int32(0), jnp.int32(steps), jnp.float32(0), jnp.float32(1 / steps))
-        return arm.propose(arm.init(student.init(init_key)), draw, whole)[1]
+        return arm.propose(arm.init(network.init(init_key)), draw, whole, *held)
 
     return train
+
+
+def bare_trajectory(network: Network, arm: Arm) -> Callable[[Pools, Any, Any], Variables]:
+    """(pools, seed, steps) -> what the arm's uninterrupted trajectory proposes, compiled."""
+    train = whole_trajectory(network, arm)
+    compiled: Callable[[Pools, Any, Any], Variables] = jit(lambda pools, seed, steps: train(pools, seed, steps)[1])
+    return compiled
+
+
+def arm_of(network: Network, loss: Loss) -> Arm:
+    """A loss with the optimizer by which the default arms of such a network learn."""
+    return gradient_arm("bare", network.apply, loss, **_recipe(network))
+
+
+def tuned_arm_of(network: Network, tune: Sequence[str], **options: Any) -> Arm:
+    """The same with a loss that is tuned, `options` being those of `tuned_arm`."""
+    return tuned_arm("tuned", network.apply, tune=tune, **_recipe(network), **options)
+
+
+def _recipe(network: Network) -> dict[str, Any]:
+    if network.spec["family"] in CONVOLUTIONAL_FAMILIES:
+        return {"optimizer": muon(MUON_RATE), "anneal": up_and_down}
+    return {"optimizer": adamw(RATE)}
+
+
+@functools.cache
+def accuracy_of(network: Network) -> Callable[[Variables, Batch], jax.Array]:
+    """(student, split) -> the share that it gets right, compiled."""
+
+    @jit
+    def accuracy(variables: Variables, split: Batch) -> jax.Array:
+        logits = logits_of(network.apply, variables, split.inputs, batch_size=EV3().eval_batch_size)
+        return (logits.argmax(-1) == split.labels).mean()
+
+    found: Callable[[Variables, Batch], jax.Array] = accuracy
+    return found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

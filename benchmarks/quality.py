@@ -28,13 +28,12 @@ import students
 from benchmarks import growth, portfolio
 from benchmarks import rows as statistics
 from ev3_distill import losses, pool
-from ev3_distill.arms import CONVOLUTIONAL_FAMILIES, MUON_RATE, RATE, arms_named, default_names, up_and_down
-from ev3_distill.arms.gradient import gradient_arm
-from ev3_distill.arms.optimizers import adamw, muon
+from ev3_distill.arms import arms_named, default_names
 from ev3_distill.bounds import clopper_pearson_lower
+from ev3_distill.compiling import jit
 from ev3_distill.loop import Distillation
 from ev3_distill.sources import Dataset
-from ev3_distill.types import Arm, Batch, Loss, Network, Pools, Variables
+from ev3_distill.types import Batch, Pools, Variables
 from teachers.flax import forward
 
 KEY = ("data", "seed", "contender")  # names a row
@@ -114,13 +113,14 @@ class _Bench:
         self.tuned = Distillation(
             student, arms_named(student.apply, (*names, "tuned-temperature-mix"), network=student)
         )
-        self.alone = {name: portfolio.bare_trajectory(student, _arm(student, losses.LOSSES[name]())) for name in ALONE}
+        self.alone = {
+            name: portfolio.bare_trajectory(student, portfolio.arm_of(student, losses.LOSSES[name]())) for name in ALONE
+        }
 
-        @jax.jit
+        @jit
         def on_grid(pools: Pools, seed: int, steps: int, temperature: jax.Array, alpha: jax.Array) -> Variables:
             mixed = losses.mix((alpha, losses.kd(temperature=temperature)), (1 - alpha, losses.cross_entropy()))
-            made: Variables = portfolio.bare_trajectory(student, _arm(student, mixed))(pools, seed, steps)
-            return made
+            return portfolio.whole_trajectory(student, portfolio.arm_of(student, mixed))(pools, seed, steps)[1]
 
         self.on_grid = on_grid
 
@@ -162,13 +162,6 @@ class _Bench:
             "accuracy": float(right.mean()),
             "bound": clopper_pearson_lower(int(right.sum()), len(right), confidence=statistics.CONFIDENCE),
         }
-
-
-def _arm(student: Network, loss: Loss) -> Arm:
-    """A loss with the optimizer of the default portfolio."""
-    if student.spec["family"] in CONVOLUTIONAL_FAMILIES:
-        return gradient_arm("bare", student.apply, loss, muon(MUON_RATE), anneal=up_and_down)
-    return gradient_arm("bare", student.apply, loss, adamw(RATE))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -261,7 +261,7 @@ def test_what_a_search_came_to():
             "swiftness",
             1,
             "full",
-            "a suite is one of coverage, evolution, growth, guards, hypergrad, int8, memory, portfolio, protonet, "
+            "a suite is one of coverage, evolution, growth, guards, hypergrad, int8, memory, noise, portfolio, protonet, "
             "pytorch, quality, rescue, rotation, safety, search, speed, sweeps, throughput, "
             "tuning; got 'swiftness'",
         ),
