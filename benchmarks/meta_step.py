@@ -20,6 +20,7 @@ import optax
 import students
 from benchmarks import rows as statistics
 from ev3_distill import losses
+from ev3_distill.arms.tuned import PARTS
 from ev3_distill.compiling import jit
 from ev3_distill.hypergrad import TrainLoss, ValLoss, hypergradient
 from ev3_distill.hyperparameters import distillation, student_losses
@@ -97,6 +98,7 @@ def losses_of(network: Network, variables: Variables, train: Batch, val: Batch) 
     return student_losses(
         network.apply, variables, train, val,
         loss=lambda hyper, logits, batch: distillation(hyper)(logits, batch), val_loss=losses.cross_entropy(),
+        parts=PARTS,
     )  # fmt: skip
 
 

@@ -180,6 +180,7 @@ def student_losses(
     key: jax.Array | None = None,
     batch_statistics: bool = True,
     inputs_of: Callable[[PyTree, Batch], jax.Array] | None = None,
+    parts: int = 1,
 ) -> tuple[TrainLoss, ValLoss]:
     """A student's losses as functions of its parameters, which is what `hypergradient` takes.
 
@@ -198,6 +199,8 @@ def student_losses(
         has hardly gathered.
       inputs_of: (hyper, batch) -> [B, ...], the inputs that a training pass sees; None: the batch's own. The loss takes the
         batch as it is.
+      parts: of the held-out batch, which they divide; its loss is the mean of theirs. Gradients are made of one part after the
+        other, so that memory is that of one; to BatchNorm each is a batch of its own.
     """
 
     def forward(params: Any, inputs: jax.Array, train: bool) -> jax.Array:
@@ -207,7 +210,32 @@ def student_losses(
         inputs = train_batch.inputs if inputs_of is None else inputs_of(hyper, train_batch)
         return loss(hyper, forward(params, inputs, True), train_batch)
 
-    def validation(params: PyTree) -> jax.Array:
-        return val_loss(forward(params, val_batch.inputs, batch_statistics), val_batch)
+    def validation(params: PyTree, batch: Batch) -> jax.Array:
+        return val_loss(forward(params, batch.inputs, batch_statistics), batch)
 
-    return training, validation
+    return training, _mean_of_parts(validation, val_batch, parts)
+
+
+def _mean_of_parts(loss: Callable[[PyTree, Batch], jax.Array], batch: Batch, parts: int) -> ValLoss:
+    """The mean loss of a batch's parts, whose gradient is made and added up where the value is: no part's pass is kept."""
+    if parts == 1:
+        return lambda params: loss(params, batch)
+    stacked = jax.tree.map(lambda leaf: leaf.reshape(parts, len(leaf) // parts, *leaf.shape[1:]), batch)
+
+    @jax.custom_jvp
+    def mean(params: PyTree) -> jax.Array:
+        return jax.lax.map(lambda part: loss(params, part), stacked).mean()
+
+    @mean.defjvp
+    def _(primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[jax.Array, jax.Array]:
+        (params,), (tangent,) = primals, tangents
+
+        def add(total: PyTree, part: Batch) -> tuple[PyTree, jax.Array]:
+            value, gradient = jax.value_and_grad(loss)(params, part)
+            return jax.tree.map(lambda t, g: t + g / parts, total, gradient), value
+
+        gradient, values = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), stacked)
+        along = jax.tree.map(jnp.vdot, gradient, tangent)
+        return values.mean(), jnp.stack(jax.tree.leaves(along)).sum()
+
+    return mean

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import hypergrad, meta_step, one_dimension, rotation, tuning
+from benchmarks import hypergrad, meta_step, noise, one_dimension, rotation, tuning
+from ev3_distill.sources import load_data
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_table_of_rotation():
 
 def test_table_of_tuning():
     rows = [
-        {"contender": name, "seed": i, "assess": right, "accuracy": right + 0.001 * i}
+        {"data": "mnist", "contender": name, "seed": i, "assess": right, "accuracy": right + 0.001 * i}
         for name, right in (
             *((tuning._cell(cell), 0.94 if cell == (4.0, 0.9) else 0.9) for cell in tuning.cells("full")),
             ("default, longer", 0.95),
@@ -113,10 +114,78 @@ def test_table_of_tuning():
         for name in (tuning._from(start), f"frozen, {tuning._from(start)}"):
             found = {"temperature": 3.0, "mix": 0.6}
             rows += [
-                {"contender": name, "seed": i, "assess": 0, "accuracy": 0.939 + 0.001 * i, **found} for i in range(3)
+                {"data": "mnist", "contender": name, "seed": i, "assess": 0, "accuracy": 0.939 + 0.001 * i, **found}
+                for i in range(3)
             ]
     told = tuning.table(rows)
+    assert told.startswith("**mnist**, 3 seeds") and told.count("**") == 2
     assert "the best cell (T = 4, mix 0.9)" in told
     assert "-0.10 (-0.10 to -0.10) over the best cell (T = 4, mix 0.9)" in told
     assert "Target ≥ -0.2 over the best cell: held" in told
     assert "temperature 3.00, mix 0.60" in told
+
+
+def test_flipped_labels():
+    """Two classes in five labels are wrong, and each class is mistaken for two others, evenly."""
+    labels = jnp.asarray(np.random.default_rng(0).integers(0, 10, 20_000), jnp.int32)
+    given = np.asarray(noise.flip(labels, 3))
+    wrong = given != labels
+    np.testing.assert_allclose(wrong.mean(), 0.4, atol=0.02)
+    for label in range(10):
+        taken, counts = np.unique(given[wrong & (labels == label)], return_counts=True)
+        assert len(taken) == 2 and label not in taken and abs(counts[0] / counts.sum() - 0.5) < 0.07
+    assert (given == noise.flip(labels, 3)).all() and (given != noise.flip(labels, 4)).any()
+
+
+def test_a_misled_teacher_takes_three_classes_for_the_next():
+    labels = jnp.arange(10)
+    says = 9 * jnp.eye(10)[None] + jnp.arange(10.0)  # [V, N, K]: right, with second thoughts
+    misled = noise.mislead(says, labels)
+    wanted = [label + 1 if label in noise.MISLED else label for label in range(10)]
+    assert misled[0].argmax(-1).tolist() == wanted
+    np.testing.assert_array_equal(jnp.sort(misled, -1), jnp.sort(says, -1))  # as sure as it was
+    sound = np.setdiff1d(np.arange(10), noise.MISLED)
+    np.testing.assert_array_equal(misled[0, sound], says[0, sound])
+
+
+def test_auroc_by_hand():
+    positive = np.array([True, True, False, False])
+    assert noise.auroc(np.array([4.0, 3.0, 2.0, 1.0]), positive) == 1
+    assert noise.auroc(np.array([1.0, 2.0, 3.0, 4.0]), positive) == 0
+    assert noise.auroc(np.array([3.0, 1.0, 2.0, 0.0]), positive) == 0.75
+    assert noise.auroc(np.ones(4), positive) == 0.5
+
+
+def test_noise_measures_every_contender(monkeypatch):
+    subject = noise.SUBJECTS["smoke"]._replace(steps=20)
+    monkeypatch.setitem(noise.SUBJECTS, "smoke", subject)
+    digits = load_data("digits")
+    says = 6 * np.eye(10, dtype=np.float32)[digits.labels]
+    monkeypatch.setattr(noise.growth, "taught", lambda name, cost: (digits, lambda seed: says))
+    rows = list(noise.collect(seeds=1, size="smoke", done=[("labels", "labels as given, longer", 0)]))
+    named = [(row["wrong"], row["contender"]) for row in rows]
+    wanted = [(wrong, name) for wrong, names in noise.CONTENDERS.items() for name in names]
+    assert named == [key for key in wanted if key != ("labels", "labels as given, longer")]
+    steps = {row["contender"]: row["steps"] for row in rows}
+    assert steps["KD, misled, longer"] == 28 and steps["weights"] == 20
+    areas = {key: row.get("auroc") for key, row in zip(named, rows, strict=True)}
+    assert areas["teacher", "KD, misled"] == 1  # the teacher's loss by a label that is right
+    assert areas["labels", "right labels"] is None is areas["labels", "known labels alone"]
+    assert 0 <= areas["labels", "weights"] <= 1
+
+
+def test_table_of_noise():
+    def row(wrong, contender, seed, accuracy, **more):
+        return {"wrong": wrong, "contender": contender, "seed": seed, "accuracy": accuracy, "steps": 100} | more
+
+    rows = [
+        row(wrong, name, seed, 0.9 + 0.01 * (name == "weights") + 0.001 * seed, **({"auroc": 0.89 + 0.01 * seed}))
+        for wrong, names in noise.CONTENDERS.items()
+        for name in names
+        for seed in range(3)
+    ]
+    told = noise.table(rows)
+    assert "| weights | 91.10 ± 0.25 | 0.900 ± 0.025 | 100 |" in told
+    assert "1.00 (1.00 to 1.00) over labels as given (target > 0: held)" in told
+    assert "1.00 (1.00 to 1.00) over KD, misled (target > 0: held)" in told
+    assert told.count("Their least AUROC: 0.890, target ≥ 0.9: missed.") == 2

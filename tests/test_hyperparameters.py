@@ -1,5 +1,7 @@
 """Hyperparameters stay in range, move as plain SGD moves their free numbers, and lower the held-out loss."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,6 +235,67 @@ def test_inputs_as_they_are_where_nothing_else_is_said():
         assert val_loss({}) == of.inputs[:, :2].sum()
     assert [train for train, _ in seen] == [True, False] * 2
     assert seen[0][1] is of.inputs and seen[3][1] is of.inputs
+
+
+def halves_of(parts, seen=None):
+    """A network that sees its batch's mean, as BatchNorm does, and the loss of held-out examples in parts."""
+
+    def apply(variables, inputs, *, train, key=None):
+        if seen is not None:
+            seen.append(len(inputs))
+        return jnp.tanh((inputs - inputs.mean(0)) @ variables.params["w"]), variables
+
+    def loss(hyper, logits, of):
+        return hyper * losses.cross_entropy()(logits, of)
+
+    def of_whole(params, of):
+        return losses.cross_entropy()(apply(Variables(params, {}), of.inputs, train=True)[0], of)
+
+    train, val = batch(0, 12), batch(1, 12)
+    made = hp.student_losses(
+        apply, Variables({}, {}), train, val, loss=loss, val_loss=losses.cross_entropy(), parts=parts
+    )
+    params = {"w": jax.random.normal(jax.random.key(0), (3, 2))}
+    rows = np.split(np.arange(12), parts)
+
+    def wanted(params):
+        return jnp.stack([of_whole(params, jax.tree.map(operator.itemgetter(of), val)) for of in rows]).mean()
+
+    return params, made, wanted
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_a_held_out_loss_in_parts_is_the_mean_of_theirs(parts):
+    params, (_, val_loss), wanted = halves_of(parts)
+    tangent = {"w": jnp.ones((3, 2))}
+    for of in (val_loss, jax.jit(val_loss)):
+        np.testing.assert_allclose(of(params), wanted(params), rtol=1e-6)
+        value, gradient = jax.value_and_grad(of)(params)
+        np.testing.assert_allclose(value, wanted(params), rtol=1e-6)
+        np.testing.assert_allclose(gradient["w"], jax.grad(wanted)(params)["w"], rtol=1e-5, atol=1e-7)
+        along = jax.jvp(of, (params,), (tangent,))[1]
+        np.testing.assert_allclose(along, jnp.vdot(gradient["w"], tangent["w"]), rtol=1e-5)
+    assert parts == 1 or not np.isclose(wanted(params), halves_of(1)[2](params), rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["jvp", "t1t2", "forward"])
+def test_every_method_takes_a_held_out_loss_in_parts(method):
+    params, (train_loss, val_loss), _ = halves_of(2)
+    given = jax.random.key(0), params, jnp.float32(1.3), train_loss, val_loss
+    exact, _ = hypergradient(*given, method="unrolled", optimizer=optax.sgd(0.1))
+    assert abs(exact) > 1e-4
+    np.testing.assert_allclose(hypergradient(*given, method=method, optimizer=optax.sgd(0.1))[0], exact, rtol=1e-4)
+
+
+def test_a_held_out_gradient_in_parts_keeps_the_passes_of_none():
+    """At most half of the widest array of the whole batch is ever there."""
+
+    def widest(parts):
+        params, (_, val_loss), _ = halves_of(parts)
+        text = jax.jit(jax.grad(val_loss)).lower(params).compile().as_text()
+        return "f32[12,2]" in text  # the logits of the whole batch
+
+    assert widest(1) and not widest(2)
 
 
 def test_weights_of_examples():

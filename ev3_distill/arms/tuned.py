@@ -11,6 +11,7 @@ References:
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ from ev3_distill.hyperparameters import (
 from ev3_distill.types import Apply, Arm, Batch, Draw, Loss, PyTree, Stretch, Variables
 
 TUNABLE = ("temperature", "mix", "weights", "rate", "noise")
+PARTS = 2  # of a held-out batch: an outer step then needs less memory than the training step before it
 NOISE = 0x6E6F6973  # folded into a step's key: far from the small numbers that dropout and held-out batches fold in
 
 
@@ -139,8 +141,9 @@ def tuned_arm(
             def tuning(tuned: Tuned) -> Tuned:
                 held_out, _ = held(stretch.start + i)
                 train_loss, of_student = student_losses(
-                    apply, before.iterate, batch, held_out, loss=loss, val_loss=val_loss, key=key, inputs_of=sees
-                )
+                    apply, before.iterate, batch, held_out, loss=loss, val_loss=val_loss, key=key, inputs_of=sees,
+                    parts=math.gcd(PARTS, len(held_out.index)),
+                )  # fmt: skip
 
                 def of_proposal(params: PyTree) -> jax.Array:
                     proposed = averaged(before.average, Variables(params, stats), age, average)
