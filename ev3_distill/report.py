@@ -82,6 +82,7 @@ def render(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         bounds={claim["metric"]: claim.get("lower_bound") for claim in report["certificate"]["claims"]},
         verdicts=[verdict(guard) for guard in report.get("guards", [])],
         compression=compression(report),
+        tuned={arm["name"]: tuned(arm["name"], rows) for arm in arms},
         tests=[row for row in rows if row["test"] is not None],
         history={"wide": charts.history(report, rows, (9.6, 3.7)), "narrow": charts.history(report, rows, (3.9, 3.3))},
         spending=charts.spending(arms, rows, (4.4, 3.0)),
@@ -138,6 +139,13 @@ def promise(report: dict[str, Any]) -> str:
     return (
         f"This student{'' if precision == 'float32' else f', in {precision},'} has {told}, with {confidence} confidence"
     )
+
+
+def tuned(arm: str, rows: list[dict[str, Any]]) -> str:
+    """What the hyperparameters of an arm that tunes any were in the end, by its last row of the ledger; else nothing."""
+    told = next((row["tuned"][arm] for row in reversed(rows) if arm in row.get("tuned", {})), {})
+    numbers = {name: value if isinstance(value, list) else [value] for name, value in told.items()}
+    return ", ".join(f"{name} {' : '.join(f'{x:.3g}' for x in values)}" for name, values in numbers.items())
 
 
 def claim_line(claim: dict[str, Any], confidence: float) -> str:

@@ -454,3 +454,15 @@ def test_a_reopened_split_is_told(report):
 )
 def test_numbers(function, value, shown):
     assert getattr(report_page, function)(value) == shown
+
+
+def test_what_an_arm_tuned_came_to_is_told():
+    """By the last row that has it; of an arm that tunes nothing nothing is said."""
+    rows = make_rows()
+    rows[10]["tuned"] = {HOSTILE: {"temperature": 9.0, "mix": [0.9, 0.1]}}
+    rows[20]["tuned"] = {HOSTILE: {"temperature": 2.7182, "mix": [0.6543, 0.3457]}}
+    assert report_page.tuned(HOSTILE, rows) == "temperature 2.72, mix 0.654 : 0.346"
+    assert report_page.tuned(ARMS[0], rows) == ""
+    page = Page(report_page.render(make_report(rows), rows))
+    words = " ".join(" ".join(page.words).split())
+    assert words.count("came to") == 1 and "came to temperature 2.72, mix 0.654 : 0.346" in words
