@@ -32,10 +32,11 @@ class Subject(NamedTuple):
     student: str
     steps: int
     teacher_cost: int  # see growth.Subject
+    most: int = 1000  # seeds
 
 
 SUBJECTS = {
-    "full": {"mnist": Subject("mlp:hidden=16", 4000, 3000), "cifar10": Subject("resnet8:width=4", 528, 0)},
+    "full": {"mnist": Subject("mlp:hidden=16", 4000, 3000), "cifar10": Subject("resnet8:width=4", 528, 0, 5)},
     "smoke": {"digits": Subject("mlp:hidden=16", 40, 300)},
 }
 GRID = {"full": ((1.0, 2.0, 4.0, 8.0, 20.0), (0.1, 0.3, 0.5, 0.7, 0.9)), "smoke": ((1.0, 4.0), (0.9,))}
@@ -49,7 +50,8 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     """One row per data set, contender and seed: accuracy on assess and on test, and the hyperparameters in the end.
 
     Args:
-      seeds: from FIRST_SEED, each with splits, initial parameters and, but for the pretrained one, a teacher of its own.
+      seeds: from FIRST_SEED, each with splits, initial parameters and, but for the pretrained one, a teacher of its own; of a
+        subject that is dear `most` at most.
       size: full, or smoke: digits, short runs, a small grid.
       done: keys of rows to leave out; a seed of which any is missing is run again as a whole.
 
@@ -58,7 +60,8 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     """
     for name, subject in SUBJECTS[size].items():
         contenders = [*map(_cell, cells(size)), LONGER, *(of(start) for start in STARTS for of in (_from, _frozen))]
-        missing = [seed for seed in range(seeds) if not all((name, who, seed) in done for who in contenders)]
+        of_subject = range(min(seeds, subject.most))
+        missing = [seed for seed in of_subject if not all((name, who, seed) in done for who in contenders)]
         if not missing:
             continue
         dataset, teach = growth.taught(name, subject.teacher_cost)

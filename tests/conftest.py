@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ev3-distill-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Compiling is what takes the tests' time: without optimisation it takes half. README's commands and the benches have it.
+# Compiling is what takes the tests' time: without optimisation it takes half, and half of that without emitters that fuse by
+# MLIR, whose programs run twice as fast: README's commands and the benches have both. An unknown flag ends a process.
+if metadata.version("jaxlib").startswith("0.10."):
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true",
+    )
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 if "EV3_DISTILL_CACHE" not in os.environ:  # never the user's own
     os.environ["EV3_DISTILL_CACHE"] = tempfile.mkdtemp(prefix="ev3-distill-cache-")
