@@ -1,6 +1,6 @@
 """Do weights of examples, tuned while a student trains, tell labels and teachers that are wrong?
 
-MNIST, an MLP of 256 units, 20 epochs of AdamW at 1e-2, and its average iterate, without EV3 around it. Beside explore there are
+MNIST, an MLP of 256 units, 14 epochs of AdamW at 1e-2, and its average iterate, without EV3 around it. Beside explore there are
 1,000 examples whose labels are known to be right: every fifth step moves a net from an example's losses to its weights
 (`tuned-weights`) by the hypergradient of the loss on these.
 
@@ -53,7 +53,7 @@ class Subject(NamedTuple):
 
 
 SUBJECTS = {
-    "full": Subject("mnist", "mlp:hidden=256", 8000, 3000, 1000),
+    "full": Subject("mnist", "mlp:hidden=256", 4000, 3000, 1000),
     "smoke": Subject("digits", "mlp:hidden=16", 60, 150, 100),
 }
 FLIPPED = 0.4  # of the labels
