@@ -143,7 +143,7 @@ def promise(report: dict[str, Any]) -> str:
 
 def tuned(arm: str, rows: list[dict[str, Any]]) -> str:
     """What the hyperparameters of an arm that tunes any were in the end, by its last row of the ledger; else nothing."""
-    told = next((row["tuned"][arm] for row in reversed(rows) if arm in row.get("tuned", {})), {})
+    told: dict[str, Any] = next((row["tuned"][arm] for row in reversed(rows) if arm in row.get("tuned", {})), {})
     numbers = {name: value if isinstance(value, list) else [value] for name, value in told.items()}
     return ", ".join(f"{name} {' : '.join(f'{x:.3g}' for x in values)}" for name, values in numbers.items())
 
