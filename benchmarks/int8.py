@@ -115,7 +115,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{sum(judged)} of {len(judged)}" if judged else "",
         ])  # fmt: skip
     heads = ["file", "accuracy, %", "bytes", "p50 ms", "p50 ms, 64 at once", "training s", "guard certified"]
-    told = [_against(contender, by) for contender in CONTENDERS[1:] if by[contender] and by["float32"]]
+    told = filter(None, (_against(contender, by) for contender in CONTENDERS[1:]))
     return statistics.markdown(heads, lines) + "\n\n" + "; ".join(told) + f". Guard: {rows[0]['guard']}."
 
 
@@ -123,6 +123,8 @@ def _against(contender: str, by: dict[str, list[dict[str, Any]]]) -> str:
     """Points of accuracy against float32: over seeds, and per seed over images."""
     floats = {row["seed"]: row for row in by["float32"]}
     pairs = [(row, floats[row["seed"]]) for row in by[contender] if row["seed"] in floats]
+    if not pairs:
+        return ""
     each = []
     for one, other in pairs:
         right, reference = (
@@ -131,9 +133,8 @@ def _against(contender: str, by: dict[str, list[dict[str, Any]]]) -> str:
         gain = statistics.paired(list(100 * right), list(100 * reference))
         each.append(f"seed {one['seed']} {statistics.spread(gain, 2)}")
     told = f"{contender} less float32, points, image by image: {', '.join(each)}"
+    over = ""
     if len(pairs) > 1:
-        gain = statistics.paired(
-            [100 * one["accuracy"] for one, _ in pairs], [100 * other["accuracy"] for _, other in pairs]
-        )
-        told += f"; over seeds {statistics.spread(gain, 2)}, target ≥ {TARGET:g}: {statistics.verdict(gain, TARGET)}"
-    return told
+        gain = statistics.paired(*[[100 * pair[i]["accuracy"] for pair in pairs] for i in (0, 1)])
+        over = f"; over seeds {statistics.spread(gain, 2)}"
+    return f"{told}{over}, target ≥ {TARGET:g}: {statistics.verdict(gain, TARGET)}"
