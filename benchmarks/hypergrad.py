@@ -88,7 +88,7 @@ def _cosines(*, seeds: int, size: str, done: Collection[tuple[Any, ...]]) -> Ite
         batch = _batches(size, seed)
         if network is None:
             shape = batch(0).inputs.shape[1:]
-            network = students.build({"family": "resnet", "depth": 8, "input_shape": list(shape), "num_classes": 10})
+            network = students.named(next(iter(meta_step.NETWORKS[size].values())), shape, 10)
             asks = {name: _ask(network, options) for name, options in contenders.items()}
             train = jit(functools.partial(meta_step.train, network))
         student = meta_step.begun(network, seed)
@@ -158,7 +158,7 @@ def _told_of_cosines(rows: Sequence[dict[str, Any]]) -> str:
         least = min(row["cosine"][name] for row in rows)
         verdicts.append(f"{name}: least {least:.5f}, target ≥ {target:g}: {'held' if least >= target else 'missed'}")
     header = [
-        "ResNet-8, hypergradient of T, mix, weights",
+        "hypergradient of T, mix, weights",
         *[f"{cell}, {age}" for age in ages for cell in ("cosine", "weights alone", "length")],
     ]
     return statistics.markdown(header, body) + "\n\n" + "; ".join(verdicts) + "."

@@ -27,7 +27,10 @@ from ev3_distill.hyperparameters import distillation, student_losses
 from ev3_distill.types import Batch, Network, PyTree, Variables
 
 BATCH = {"full": 128, "smoke": 8}
-DEPTHS = {"full": (8, 14, 20, 32), "smoke": (8,)}
+NETWORKS = {  # by what rows call them
+    "full": {f"resnet{depth}": f"resnet:depth={depth}" for depth in (8, 14, 20, 32)},
+    "smoke": {"mlp": "mlp:hidden=8"},
+}
 IMAGE = {"full": (32, 32, 3), "smoke": (8, 8, 3)}
 OPTIMIZER = optax.sgd(0.05, momentum=0.9)
 EVERY = 5  # training steps to a meta step
@@ -57,20 +60,21 @@ class Given(NamedTuple):
 
 def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """A row of temporary bytes per network, then one of seconds per turn."""
-    for depth in DEPTHS[size]:
-        if ("memory", f"resnet{depth}", 0) not in done:
-            field, given, params = programs(depth, size)
-            temporary = {name: _temporary(program, given) for name, program in field.items()}
-            facts = {"question": "memory", "contender": f"resnet{depth}", "seed": 0}
+    for name in NETWORKS[size]:
+        if ("memory", name, 0) not in done:
+            field, given, params = programs(name, size)
+            temporary = {program: _temporary(run, given) for program, run in field.items()}
+            facts = {"question": "memory", "contender": name, "seed": 0}
             yield facts | {"params": params, "temporary": temporary}
-    left = [seed for seed in range(seeds) if ("time", "resnet8", seed) not in done]
+    smallest = next(iter(NETWORKS[size]))
+    left = [seed for seed in range(seeds) if ("time", smallest, seed) not in done]
     if left:
-        field, given, _ = programs(8, size)
+        field, given, _ = programs(smallest, size)
         field.pop(MANY)
         for program in field.values():
             jax.block_until_ready(program(given))  # compiles
         for seed in left:
-            yield {"question": "time", "contender": "resnet8", "seed": seed, "seconds": _turn(field, given, seed)}
+            yield {"question": "time", "contender": smallest, "seed": seed, "seconds": _turn(field, given, seed)}
 
 
 def _temporary(program: Any, given: Given) -> int:
@@ -121,10 +125,10 @@ def begun(network: Network, seed: int) -> Student:
     return Student(variables, OPTIMIZER.init(variables.params))
 
 
-def programs(depth: int, size: str) -> tuple[dict[str, Any], Given, int]:
+def programs(name: str, size: str) -> tuple[dict[str, Any], Given, int]:
     """Jitted programs by name, what all of them are given, and the network's parameters."""
     shape = IMAGE[size]
-    network = students.build({"family": "resnet", "depth": depth, "input_shape": list(shape), "num_classes": 10})
+    network = students.named(NETWORKS[size][name], shape, 10)
     student = begun(network, 0)
     rng, n = np.random.default_rng(0), BATCH[size]
     batch, val = (
@@ -225,7 +229,8 @@ def table_of_time(rows: Sequence[dict[str, Any]]) -> str:
             f"{one} / {other}: {statistics.spread(ratio, 2)}, target ≤ {target:g}: {_held(ratio.center, target)}"
         )
     of = f"Medians of {len(rows)} turns ({medians['plain KD'].confidence:.0%} interval)"
-    return f"{statistics.markdown(['ResNet-8, one program', 'ms'], body)}\n\n{of}. {'; '.join(verdicts)}."
+    shown = statistics.markdown([f"{rows[0]['contender']}, one program", "ms"], body)
+    return f"{shown}\n\n{of}. {'; '.join(verdicts)}."
 
 
 def _held(value: float, target: float) -> str:

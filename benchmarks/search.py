@@ -28,7 +28,7 @@ from ev3_distill.errors import InputError
 KEY = ("data", "seed", "run")  # names a row
 FIRST_SEED = 4100  # how a search decides was chosen on seeds below 4000, and mended for what 4000 to 4004 had shown
 LADDER = (2, 3, 4, 6, 8, 12, 16, 24)  # units; tiny, and what `wider` makes of it
-SIZES = {"full": LADDER, "smoke": LADDER[:3]}
+SIZES = {"full": LADDER, "smoke": LADDER[:2]}
 BUDGET = {"full": {"digits": 20000, "mnist": 10000}, "smoke": {"digits": 2000}}  # of each size alone,
 TIMES = 3  # and of a search, which has several sizes to pay
 TEACHER_BUDGET = {"full": 3000, "smoke": 300}
@@ -41,7 +41,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
 
     Args:
       seeds: counted from FIRST_SEED, each with splits, a teacher and initial parameters of its own.
-      size: full, or smoke: digits alone, three sizes, short runs.
+      size: full, or smoke: digits alone, two sizes, short runs.
       done: keys of rows to leave out.
     """
     names = ("digits",) if size == "smoke" else ("digits", "mnist")
