@@ -97,6 +97,11 @@ def _command(*options: str) -> int:
     return done.returncode
 
 
+def measures(row: dict[str, Any]) -> dict[str, float]:
+    """A row's numbers; what a guard says of a file, which not every file is asked, is none."""
+    return {field: row[field] for field in ("steps", "bytes", "accuracy", *TIMED)}
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Accuracy, size and latency of each file, and what int8 costs against float32, paired."""
     by = {contender: [row for row in rows if row["contender"] == contender] for contender in CONTENDERS}

@@ -160,8 +160,8 @@ def logits(tmp_path):
 
 
 def _begin(tmp_path, coordinator, i, argv=("bench", "protonet", "--seeds", "1", "--size", "smoke"), work=WORK):
-    """A process, with a cache of its own as on a machine of its own."""
-    alone = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"}
+    """A process, with a cache of its own as on a machine of its own, that compiles as this one does: results are compared."""
+    alone = {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"}
     environment = {**os.environ, **alone, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment["EV3_DISTILL_CACHE"] = str(tmp_path / str(i))
     group = ["--processes", "2", "--coordinator", coordinator, "--process-id", str(i)]
