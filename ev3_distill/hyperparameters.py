@@ -83,7 +83,7 @@ def outer_step(
     optimizer: optax.GradientTransformation,
     *,
     sound: jax.Array | bool = True,
-    decay: float = 0.9,
+    decay: jax.Array | float = 0.9,
 ) -> Tuned:
     """One step of the outer optimizer.
 

@@ -5,6 +5,10 @@ just made (`hypergrad.jvp`). The loss is that of the proposal, the average itera
 calms its last steps, such as a high temperature, and led away from the best settings. The temperature moves in log space: by
 softplus it hardly left 20. The hyperparameters are a part of the arm's state: what is rejected leaves nothing of them behind.
 
+Where examples are weighted, the loss is the Brier score. Cross-entropy counts how sure a student is of the few held-out
+examples that it gets wrong, and late in training these are most of it: labels that are wrong make it less sure, so that in one
+of five runs their weights, near 0 for thousands of steps, rose above all others within a hundred.
+
 References:
   Bishop, Training with noise is equivalent to Tikhonov regularization, Neural Computation 7(1), 1995.
   Kingma and Welling, Auto-encoding variational Bayes, 2014.
@@ -85,7 +89,8 @@ def tuned_arm(
       noise: its strength at the start, above 0, in units of the inputs' standard deviation.
       outer: of the hyperparameters' free numbers; None is Adam, which needs no scale, at 0.2, and at 0.01 for the net of
         weights: at 0.2 it soon says the same of all examples.
-      val_loss: what outer steps lower, for the student that is proposed; None is the labels' cross-entropy.
+      val_loss: what outer steps lower, for the student that is proposed; None is the labels' cross-entropy, and their Brier
+        score where "weights" are tuned.
       every: training steps to an outer step.
       method: of `hypergrad.METHODS`, for one step of an optimizer.
       average: eta of the proposal's polynomial-decay average, as of `gradient_arm`.
@@ -97,7 +102,7 @@ def tuned_arm(
     for what in tune:
         if what not in TUNABLE:
             raise InputError(f"what can be tuned is {', '.join(TUNABLE)}; got '{what}': name some of these")
-    val_loss = losses.cross_entropy() if val_loss is None else val_loss
+    val_loss = val_loss or (losses.brier() if "weights" in tune else losses.cross_entropy())
     space = {"temperature": LOG, "mix": SIMPLEX, "rate": LOG, "noise": LOG, "weights": FREE}
     fixed = {"temperature": jnp.float32(temperature), "mix": jnp.array([mix, 1 - mix])}
     starts = fixed | {"rate": jnp.float32(1), "noise": jnp.float32(noise)}
