@@ -1,5 +1,6 @@
 """Several processes on one command: what they are told, what they make, and work that outlives the death of one of them."""
 
+import functools
 import json
 import os
 import signal
@@ -78,7 +79,10 @@ def test_what_makes_no_group_is_told(cli, monkeypatch, argv, told):
 
 
 def test_a_training_outlives_the_death_of_a_process(tmp_path):
-    """Two processes train; one is killed; the other stops and says why; one process goes on where they were, as if alone."""
+    """Two processes train; one is killed; the other stops and says why; one process goes on where they were, as if alone.
+
+    But for rounding: it compiles otherwise than they did, see `_begin`.
+    """
     network = students.named("conv4:width=2", protonet.SHAPE, 1)
     whole, _ = protonet.trained_state(RECIPE, 0, network, CHARACTERS, tmp_path / "alone")
     coordinator = f"127.0.0.1:{free_port()}"
@@ -100,7 +104,7 @@ def test_a_training_outlives_the_death_of_a_process(tmp_path):
     assert not (tmp_path / "1" / "protonet").exists()  # process 0 alone writes
     resumed, log = protonet.trained_state(RECIPE, 0, network, CHARACTERS, kept.parent)
     assert [row["generation"] for row in log] == list(range(1, RECIPE.generations + 1))
-    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), whole, resumed)
 
 
 def test_two_processes_make_one_run(tmp_path, logits):
@@ -160,8 +164,11 @@ def logits(tmp_path):
 
 
 def _begin(tmp_path, coordinator, i, argv=("bench", "protonet", "--seeds", "1", "--size", "smoke"), work=WORK):
-    """A process, with a cache of its own as on a machine of its own, that compiles as this one does: results are compared."""
-    alone = {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"}
+    """A process, with a cache of its own as on a machine of its own.
+
+    It fuses by MLIR, as users' processes do: without, two of them wait for each other for ever where they share one core.
+    """
+    alone = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"}
     environment = {**os.environ, **alone, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment["EV3_DISTILL_CACHE"] = str(tmp_path / str(i))
     group = ["--processes", "2", "--coordinator", coordinator, "--process-id", str(i)]
