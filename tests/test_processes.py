@@ -1,14 +1,13 @@
 """Several processes on one command: what they are told, what they make, and work that outlives the death of one of them."""
 
-import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from test_sharding import ROOT, free_port
@@ -41,6 +40,13 @@ def started(*group):  # only then may the rest be imported
 
 sharding.start = started
 cli.main(sys.argv[1:])
+"""
+# The same, by one process alone.
+ALONE = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import test_processes as ours
+ours.train(sys.argv[1])
 """
 # A run, whose checkpoints take their time.
 RUN = """
@@ -79,12 +85,7 @@ def test_what_makes_no_group_is_told(cli, monkeypatch, argv, told):
 
 
 def test_a_training_outlives_the_death_of_a_process(tmp_path):
-    """Two processes train; one is killed; the other stops and says why; one process goes on where they were, as if alone.
-
-    But for rounding: it compiles otherwise than they did, see `_begin`.
-    """
-    network = students.named("conv4:width=2", protonet.SHAPE, 1)
-    whole, _ = protonet.trained_state(RECIPE, 0, network, CHARACTERS, tmp_path / "alone")
+    """Two processes train; one is killed; the other stops and says why; one process goes on where they were, as if alone."""
     coordinator = f"127.0.0.1:{free_port()}"
     begun = [_begin(tmp_path, coordinator, i) for i in (0, 1)]
     try:
@@ -98,13 +99,20 @@ def test_a_training_outlives_the_death_of_a_process(tmp_path):
             process.communicate()
     assert begun[0].returncode != 0 and time.monotonic() - died < 60
     assert "start all anew" in err or "another task died" in err, err[-3000:]
-    with np.load(kept) as saved:
-        log = json.loads(str(saved["log"]))
-    assert 0 < log[-1]["generation"] < RECIPE.generations
+    before = json.loads(str(_saved(kept)["log"]))
+    assert 0 < before[-1]["generation"] < RECIPE.generations
     assert not (tmp_path / "1" / "protonet").exists()  # process 0 alone writes
-    resumed, log = protonet.trained_state(RECIPE, 0, network, CHARACTERS, kept.parent)
+    for place in (kept.parent, tmp_path / "alone"):
+        alone = _begin(tmp_path, None, "cache", (str(place),), ALONE)
+        _, err = alone.communicate(timeout=200)
+        assert alone.returncode == 0, err[-3000:]
+    resumed, whole = _saved(kept), _saved(tmp_path / "alone" / kept.name)
+    log = json.loads(str(resumed.pop("log")))
+    assert log[: len(before)] == before  # went on, and did not begin anew
     assert [row["generation"] for row in log] == list(range(1, RECIPE.generations + 1))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), whole, resumed)
+    assert whole.pop("log") is not None and resumed.keys() == whole.keys() and len(whole) > 0
+    for name, array in whole.items():
+        np.testing.assert_array_equal(resumed[name], array)
 
 
 def test_two_processes_make_one_run(tmp_path, logits):
@@ -164,14 +172,14 @@ def logits(tmp_path):
 
 
 def _begin(tmp_path, coordinator, i, argv=("bench", "protonet", "--seeds", "1", "--size", "smoke"), work=WORK):
-    """A process, with a cache of its own as on a machine of its own.
+    """Process i of two, or one alone where there is no coordinator, with a cache of its own as on a machine of its own.
 
     It fuses by MLIR, as users' processes do: without, two of them wait for each other for ever where they share one core.
     """
     alone = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"}
     environment = {**os.environ, **alone, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment["EV3_DISTILL_CACHE"] = str(tmp_path / str(i))
-    group = ["--processes", "2", "--coordinator", coordinator, "--process-id", str(i)]
+    group = ["--processes", "2", "--coordinator", coordinator, "--process-id", str(i)] if coordinator else []
     return subprocess.Popen(
         [sys.executable, "-c", work, *argv, *group],
         env=environment,
@@ -179,6 +187,16 @@ def _begin(tmp_path, coordinator, i, argv=("bench", "protonet", "--seeds", "1", 
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def train(place):
+    """In a process of its own: see ALONE."""
+    protonet.trained_state(RECIPE, 0, students.named("conv4:width=2", protonet.SHAPE, 1), CHARACTERS, Path(place))
+
+
+def _saved(path):
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
 
 
 def _kept(place, begun, name="protonet/*/state.npz"):
