@@ -2,7 +2,7 @@
 
 Logits are finite float32 and K is at least 2; a loss is in nats unless its docstring says otherwise. Over examples
 every loss is the mean weighted by `batch.weight`, 0 where the weights sum to 0. Losses that ask for the label
-(cross_entropy, brier, dkd, nkd) leave examples with label -1 out of that mean. Nothing here stops gradients: the teacher's
+(cross_entropy, dkd, nkd) leave examples with label -1 out of that mean. Nothing here stops gradients: the teacher's
 logits are data. Hyperparameters are checked when the factory is called, except where JAX traces them (hypergradients).
 
 In the formulas s and t are the logits of student and teacher, y the label, q and p the softmax of s / T and t / T.
@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ev3_distill.types import Batch, Loss
+from ev3_distill.types import Batch, Loss, Objective
 
 __all__ = [
     "LOSSES",
     "balanced",
-    "brier",
     "cross_entropy",
     "dist",
     "dkd",
@@ -29,6 +28,7 @@ __all__ = [
     "kd",
     "logit_mse",
     "mix",
+    "negated",
     "nkd",
     "reverse_kl",
     "standardized_kd",
@@ -62,26 +62,6 @@ def cross_entropy(*, label_smoothing: Scalar = 0.0) -> Loss:
         log_q = jax.nn.log_softmax(logits)
         hard, uniform = _target(log_q, batch.labels), log_q.mean(-1)
         return _mean(-(1 - label_smoothing) * hard - label_smoothing * uniform, _labelled_weight(batch))
-
-    return loss
-
-
-def brier() -> Loss:
-    """The Brier score: sum_k (q_k - onehot(y)_k)^2 at T = 1, in [0, 2]; not in nats.
-
-    A proper score, as cross-entropy is, of which one example that is surely wrong cannot have more than its share: a measure
-    for held-out examples rather than a loss to train by, since such an example has no slope. Ignores the teacher.
-
-    Returns:
-      The loss.
-
-    References:
-      Brier, Verification of forecasts expressed in terms of probability, Monthly Weather Review 78(1), 1950.
-    """
-
-    def loss(logits: jax.Array, batch: Batch) -> jax.Array:
-        hard = jax.nn.one_hot(batch.labels, logits.shape[-1], dtype=logits.dtype)
-        return _mean(jnp.square(jax.nn.softmax(logits) - hard).sum(-1), _labelled_weight(batch))
 
     return loss
 
@@ -320,7 +300,7 @@ def mix(*weighted: tuple[Scalar, Loss]) -> Loss:
     return loss
 
 
-LOSSES: dict[str, Callable[..., Loss]] = {  # to train by
+LOSSES: dict[str, Callable[..., Loss]] = {
     "kd": kd,
     "ce": cross_entropy,
     "mse": logit_mse,
@@ -358,6 +338,19 @@ def balanced(loss: Loss, *, power: float = 1.0) -> Loss:
         return loss(logits, batch._replace(weight=jnp.where(batch.labels >= 0, share, batch.weight)))
 
     return by_class
+
+
+def negated(objective: Objective) -> Loss:
+    """The loss that falls as a score per example rises: its negated mean over labelled examples, in the score's units.
+
+    Args:
+      objective: one of `objectives.py` or `goals.py` that has a gradient, such as `goals.brier`.
+    """
+
+    def loss(logits: jax.Array, batch: Batch) -> jax.Array:
+        return -_mean(objective(logits, batch), _labelled_weight(batch))
+
+    return loss
 
 
 def taught_by(loss: Loss, feature: str, *, share: float = 1.0) -> Loss:

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ev3_distill import losses
+from ev3_distill import goals, losses
 from ev3_distill.losses import LOSSES, mix
 from ev3_distill.types import Batch
 
@@ -432,16 +432,17 @@ def test_a_weight_of_two_is_the_example_twice(name):
     assert weighted == pytest.approx(repeated, rel=1e-4)
 
 
-def test_brier_is_the_squared_distance_to_the_label():
-    """By hand; what has no label or no weight does not count, and an example that is surely wrong has 2 and no slope."""
+def test_a_negated_score_is_the_loss_of_labelled_examples():
+    """The Brier score by hand; what has no label or no weight does not count; one that is surely wrong has 1 and no slope."""
     q = np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.2, 0.2, 0.6], [1 / 3, 1 / 3, 1 / 3]], np.float32)
     batch = make_batch(np.zeros_like(q), np.array([0, 2, -1, 1]), [1.0, 3.0, 1.0, 0.0])
-    by_hand = (1 * (0.25 + 2 * 0.0625) + 3 * (0.01 + 0.04 + 0.09)) / 4
-    assert losses.brier()(jnp.log(q), batch) == pytest.approx(by_hand, rel=1e-5)
+    by_hand = (1 * (0.25 + 2 * 0.0625) + 3 * (0.01 + 0.04 + 0.09)) / 4 / 2  # halved
+    loss = losses.negated(goals.brier)
+    assert loss(jnp.log(q), batch) == pytest.approx(by_hand, rel=1e-5)
     sure = jnp.array([[60.0, 0.0, 0.0]])
     wrong = make_batch(np.zeros((1, 3)), np.array([1]))
-    value, slope = jax.value_and_grad(losses.brier())(sure, wrong)
-    assert value == pytest.approx(2) and jnp.abs(slope).max() < 1e-6
+    value, slope = jax.value_and_grad(loss)(sure, wrong)
+    assert value == pytest.approx(1) and jnp.abs(slope).max() < 1e-6
 
 
 def test_optax_agrees():

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ev3_distill import losses
+from ev3_distill import goals, losses
 from ev3_distill.arms.gradient import GradientState, averaged
 from ev3_distill.errors import InputError
 from ev3_distill.hypergrad import hypergradient
@@ -102,7 +102,7 @@ def tuned_arm(
     for what in tune:
         if what not in TUNABLE:
             raise InputError(f"what can be tuned is {', '.join(TUNABLE)}; got '{what}': name some of these")
-    val_loss = val_loss or (losses.brier() if "weights" in tune else losses.cross_entropy())
+    val_loss = val_loss or (losses.negated(goals.brier) if "weights" in tune else losses.cross_entropy())
     space = {"temperature": LOG, "mix": SIMPLEX, "rate": LOG, "noise": LOG, "weights": FREE}
     fixed = {"temperature": jnp.float32(temperature), "mix": jnp.array([mix, 1 - mix])}
     starts = fixed | {"rate": jnp.float32(1), "noise": jnp.float32(noise)}
