@@ -8,8 +8,7 @@ steps from theta lead to. One step of an optimizer, theta' = theta + u(g), has e
 
 for SGD w = -eta v. Its unit is that of V over that of lambda, for the given optimizer: no method is scaled otherwise, so that
 they may change places under one outer optimizer, plain SGD included. `jvp` is the method to take; the others are there to
-compare with, or for longer horizons. `carried` is for one that training goes through while it is tuned: what a step does to V
-is then not what the hyperparameter will have done, and one step's slopes may settle beside the optimum.
+compare with, or for longer horizons. `tangents.py` has another, for training that goes on while it is tuned.
 
 Losses are functions of their arguments alone. What else they use, such as batches, keys of dropout and augmentation, and
 statistics of BatchNorm, they hold fixed, and they drop the statistics that a training pass would leave behind: then copies
@@ -18,7 +17,7 @@ such losses of a student.
 
 References:
   Luketina et al., Scalable gradient-based tuning of continuous regularization hyperparameters, 2016 (T1-T2).
-  Franceschi et al., Forward and reverse gradient-based hyperparameter optimization, 2017 (3.2; 3.3: in real time).
+  Franceschi et al., Forward and reverse gradient-based hyperparameter optimization, 2017.
   Liu et al., DARTS: Differentiable architecture search, 2019, equation 8 (two copies along v).
   Bohdal et al., EvoGrad: Efficient gradient-based meta-learning and hyperparameter optimization, 2021.
   Kemaev et al., Scalable meta-learning via mixed-mode differentiation, 2025.
@@ -34,10 +33,7 @@ from jax.flatten_util import ravel_pytree
 
 from ev3_distill.types import PyTree
 
-__all__ = [
-    "METHODS", "NOISE", "Carried", "Info", "carried", "carrying", "evograd", "forward", "guided", "hypergradient", "jvp",
-    "t1t2", "unrolled",
-]  # fmt: skip
+__all__ = ["METHODS", "NOISE", "Info", "evograd", "forward", "guided", "hypergradient", "jvp", "t1t2", "unrolled"]
 
 TrainLoss = Callable[
     [PyTree, PyTree, Any], jax.Array
@@ -325,88 +321,6 @@ def forward(
     values, slopes = jax.lax.map(slope, jnp.eye(len(flat), dtype=flat.dtype))
     gradient, log_rate = unravel(slopes)
     return gradient, Info(values[0], log_rate, jnp.int32(0), jnp.bool_(True))
-
-
-class Carried(NamedTuple):
-    """A training that knows how it depends on H hyperparameters."""
-
-    params: PyTree
-    opt_state: PyTree
-    tangents: list[jax.Array]  # [H, ...] of every floating leaf of both, d leaf / dlambda
-
-
-def carrying(params: PyTree, opt_state: PyTree, hyper: PyTree) -> Carried:
-    """Before the first step, which nothing depends on yet."""
-    count = len(ravel_pytree(hyper)[0])
-    floats, _ = _floats((params, opt_state))
-    return Carried(params, opt_state, [jnp.zeros((count, *leaf.shape), leaf.dtype) for leaf in floats])
-
-
-def carried(
-    carry: Carried,
-    hyper: PyTree,
-    train_loss: TrainLoss,
-    val_loss: ValLoss,
-    *,
-    optimizer: optax.GradientTransformation,
-    decay: float = 0.98,
-) -> tuple[Carried, PyTree, Info]:
-    """A step of training, and the hypergradient after it through all the steps before, the older the less.
-
-    With a decay of 1 and fixed hyperparameters it is that of `forward` over all steps; with 0, that of `jvp`. A step costs one
-    of training and, per number in `hyper`, a backward pass with tangents; memory does not grow with the steps.
-
-    Args:
-      carry: of the step before, or of `carrying`.
-      hyper: lambda, a pytree of floating arrays, H numbers in all.
-      train_loss: l, asked for step 0.
-      val_loss: V.
-      optimizer: of the step. Where it has no derivative, as Adam has none at gradients of 0 from a start, tangents are 0.
-      decay: of the tangents, a step, in [0, 1]: what an older step did counts decay^age.
-
-    Returns:
-      (after the step, dV / dlambda shaped like `hyper` and 0 where it is not finite, info).
-
-    References:
-      Franceschi et al. 2017, equation 7, and section 3.3 (in real time; there without a decay).
-    """
-    flat, unravel = ravel_pytree(hyper)
-    floats, rebuilt = _floats((carry.params, carry.opt_state))
-
-    def step(floats: list[jax.Array], flat: jax.Array) -> tuple[list[jax.Array], PyTree]:
-        params, opt_state = rebuilt(floats)
-        updates, opt_state = optimizer.update(jax.grad(train_loss)(params, unravel(flat), 0), opt_state, params)
-        after = optax.apply_updates(params, updates), opt_state
-        return _floats(after)[0], after
-
-    def along(tangents: list[jax.Array], unit: jax.Array) -> tuple[PyTree, list[jax.Array]]:
-        _, moved, after = jax.jvp(step, (floats, flat), (tangents, unit), has_aux=True)
-        return after, moved
-
-    older = [decay * tangent for tangent in carry.tangents]
-    (params, opt_state), moved = jax.vmap(along, out_axes=(None, 0))(older, jnp.eye(len(flat), dtype=flat.dtype))
-    tangents = [jnp.where(jnp.isfinite(tangent), tangent, 0) for tangent in moved]
-    val, v = jax.value_and_grad(val_loss)(params)
-    gradient = jnp.stack([
-        jnp.tensordot(tangent, slope, slope.ndim)
-        for tangent, slope in zip(tangents, jax.tree.leaves(v), strict=False)  # the parameters' come first
-    ]).sum(0)  # fmt: skip
-    finite = _finite((val, gradient))
-    info = Info(val, jnp.full_like(val, jnp.nan), jnp.int32(0), finite)
-    return Carried(params, opt_state, tangents), unravel(jnp.where(finite, gradient, 0)), info
-
-
-def _floats(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
-    """The floating leaves of a tree, and what puts others in their place."""
-    leaves, treedef = jax.tree.flatten(tree)
-    floating = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves]
-
-    def rebuilt(floats: list[jax.Array]) -> PyTree:
-        given = iter(floats)
-        own = zip(leaves, floating, strict=True)
-        return jax.tree.unflatten(treedef, [next(given) if is_float else leaf for leaf, is_float in own])
-
-    return [leaf for leaf, is_float in zip(leaves, floating, strict=True) if is_float], rebuilt
 
 
 METHODS: dict[str, Callable[..., tuple[PyTree, Info]]] = {

@@ -116,9 +116,9 @@ def test_the_core_knows_no_arm_loss_or_network(module):
 
 
 HELPERS = members(*(f"ev3_distill.{room}" for room in (
-    "arms", "losses", "features", "objectives", "hypergrad", "hyperparameters", "sources", "splits", "order", "augment", "pool",
-    "supply", "files", "counter", "ledger", "checkpoint", "certificate", "claims", "bounds", "latency", "guards", "goals",
-    "charts", "pages", "sharding", "formats",
+    "arms", "losses", "features", "objectives", "hypergrad", "hyperparameters", "tangents", "sources", "splits", "order",
+    "augment", "pool", "supply", "files", "counter", "ledger", "checkpoint", "certificate", "claims", "bounds", "latency",
+    "guards", "goals", "charts", "pages", "sharding", "formats",
 )))  # fmt: skip
 
 

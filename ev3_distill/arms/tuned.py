@@ -6,8 +6,8 @@ calms its last steps, such as a high temperature, and led away from the best set
 softplus it hardly left 20. The hyperparameters are a part of the arm's state: what is rejected leaves nothing of them behind.
 
 Where examples are weighted, the loss is the Brier score. Cross-entropy counts how sure a student is of the few held-out
-examples that it gets wrong, and late in training these are most of it: labels that are wrong make it less sure, so that in one
-of five runs their weights, near 0 for thousands of steps, rose above all others within a hundred.
+examples that it gets wrong, and labels that are wrong make it less sure: in one of five runs their weights, near 0 for
+thousands of steps, rose above all others within a hundred. By scores that count it less, or not at all, they did not.
 
 References:
   Bishop, Training with noise is equivalent to Tikhonov regularization, Neural Computation 7(1), 1995.
