@@ -58,8 +58,9 @@ class Devices:
 
             return of_all
 
-        features = None if network.features is None else parallel(network.features)
-        return dataclasses.replace(network, apply=parallel(network.apply), features=features)
+        made = {name: getattr(network, name) for name in ("apply", "features", "straight")}
+        forms: dict[str, Any] = {name: parallel(form) for name, form in made.items() if form is not None}
+        return dataclasses.replace(network, **forms)
 
     def share(
         self, work: Callable[[jax.Array, PyTree], tuple[PyTree, ...]], active: jax.Array, given: PyTree

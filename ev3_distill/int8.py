@@ -8,10 +8,11 @@ scale times a whole number. `formats` writes the same as a file whose operators 
 by bit: a sum in another order that falls to the other side of a half is another whole number, one in 100,000 at first, and each
 layer makes some ten of one, up to a fifth of the entries of a ResNet-8's last layers, by one step.
 
-In training weights are rounded and the gradient passes straight through (Jacob et al., Quantization and training of neural
-networks for efficient integer-arithmetic-only inference, CVPR 2018; arXiv:1712.05877). Activations are not: their ranges are
-watched, a moving average of the least and the greatest of each batch, part of the student's statistics. So gradients are biased
-on purpose, and what assess and decide score is not: it is the student as deployed, up to that.
+Training has two forms, and in both gradients are biased on purpose, while what assess and decide score is not: it is the
+student as deployed, up to that. `apply` trains in float32. `straight` rounds the weights, and the gradient passes straight
+through (Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference, CVPR 2018;
+arXiv:1712.05877). Which of the two is better for a student is for its arms to find out. Activations are rounded in neither:
+their ranges are watched, a moving average of the least and the greatest of a batch now and then, part of the statistics.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ WHOLE, RANGES = "network", "ranges"  # in the statistics: the network's own, and
 LARGEST = 64  # of a weight, as a whole number
 LEVELS = 255  # of an activation
 MOMENTUM = 0.9  # of ranges, as of BatchNorm
+EVERY = 8  # training passes between two batches whose ranges are watched, each for the cost of another forward pass
 PRODUCTS = ("conv_general_dilated", "dot_general")
 LAYOUT = ("reshape", "transpose", "squeeze", "copy", "stop_gradient")  # what leaves the entries as they are
 AFFINE = ("add", "sub", "mul", "div")
@@ -68,7 +70,7 @@ def as_int8(network: Network, *, tracing: Tracing = contextlib.nullcontext) -> N
         variables = network.init(key)
         inputs = jax.ShapeDtypeStruct((2, *network.spec["input_shape"]), jnp.float32)
         count = len(plan_of(jax.eval_shape(network.init, key), inputs).sites)
-        ranges = {"low": jnp.zeros(count), "high": jnp.zeros(count)}
+        ranges = {"low": jnp.zeros(count), "high": jnp.zeros(count), "age": jnp.int32(0)}
         return Variables(variables.params, {WHOLE: variables.stats, RANGES: ranges})
 
     def straight(plan: _Plan, variables: Variables) -> Variables:
@@ -79,48 +81,72 @@ def as_int8(network: Network, *, tracing: Tracing = contextlib.nullcontext) -> N
         return Variables(jax.tree.unflatten(tree, leaves), variables.stats)
 
     def watched(plan: _Plan, ranges: Any, variables: Variables, inputs: jax.Array) -> Any:
-        """The ranges, moved by those of a batch."""
+        """The ranges, moved by those of a batch; the weights are rounded here, whether they train so or not."""
         found: dict[int, tuple[jax.Array, jax.Array]] = {}
 
         def watch(site: int, array: jax.Array) -> jax.Array:
             found[site] = array.min(), array.max()
             return array
 
-        _run(plan, jax.lax.stop_gradient(variables), inputs, watch)
+        _run(plan, variables, inputs, watch)
         low, high = (jnp.stack([found[site][i] for site in range(len(found))]) for i in (0, 1))
         new = ranges["high"] == ranges["low"]
         return {
+            **ranges,
             "low": jnp.where(new, low, MOMENTUM * ranges["low"] + (1 - MOMENTUM) * low),
             "high": jnp.where(new, high, MOMENTUM * ranges["high"] + (1 - MOMENTUM) * high),
         }
 
-    def trained(call: Callable[..., Any], variables: Variables, inputs: jax.Array, key: Any) -> tuple[Any, Variables]:
-        whole = Variables(variables.params, variables.stats[WHOLE])
-        plan = plan_of(whole, inputs)
-        outputs, after = call(straight(plan, whole), inputs, train=True, key=key)
-        ranges = watched(plan, variables.stats[RANGES], Variables(variables.params, after.stats), inputs)
-        return outputs, Variables(variables.params, {WHOLE: after.stats, RANGES: ranges})
+    def moved(plan: _Plan, ranges: Any, variables: Variables, inputs: jax.Array) -> Any:
+        """The ranges after one more training pass, `age` of which there were."""
+        given = jax.lax.stop_gradient((ranges, variables, inputs))
+        now = jax.lax.cond(
+            ranges["age"] % EVERY == 0, functools.partial(watched, plan), lambda before, *_: before, *given
+        )
+        return {**now, "age": ranges["age"] + 1}
 
-    def apply(
-        variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None
-    ) -> tuple[jax.Array, Variables]:
-        if train:
-            return trained(network.apply, variables, inputs, key)
+    def trained(call: Callable[..., Any], rounds: bool) -> Callable[..., Any]:
+        """The training pass of a forward pass of the network's, with rounded weights or in float32."""
+
+        def train(variables: Variables, inputs: jax.Array, key: jax.Array | None) -> tuple[Any, Variables]:
+            whole = Variables(variables.params, variables.stats[WHOLE])
+            plan = plan_of(whole, inputs)
+            outputs, after = call(straight(plan, whole) if rounds else whole, inputs, train=True, key=key)
+            ranges = moved(plan, variables.stats[RANGES], Variables(variables.params, after.stats), inputs)
+            return outputs, Variables(variables.params, {WHOLE: after.stats, RANGES: ranges})
+
+        return train
+
+    def evaluated(variables: Variables, inputs: jax.Array) -> tuple[jax.Array, Variables]:
         whole, ranges = Variables(variables.params, variables.stats[WHOLE]), variables.stats[RANGES]
         at_site = functools.partial(_at_site, ranges["low"], ranges["high"])
         return _run(plan_of(whole, inputs), whole, inputs, at_site), variables
 
-    show = network.features
-    features = None
-    if show is not None:
+    def form(training: Callable[..., Any], evaluating: Callable[..., Any]) -> Callable[..., Any]:
+        def apply(
+            variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None
+        ) -> tuple[Any, Variables]:
+            made: tuple[Any, Variables] = training(variables, inputs, key) if train else evaluating(variables, inputs)
+            return made
 
-        def features(variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None) -> Any:
-            if train:
-                return trained(show, variables, inputs, key)
+        return apply
+
+    features = None
+    if (show := network.features) is not None:
+
+        def shown(variables: Variables, inputs: jax.Array) -> Any:
             whole = Variables(variables.params, variables.stats[WHOLE])
             return show(straight(plan_of(whole, inputs), whole), inputs, train=False)[0], variables
 
-    return Network(init, apply, {**network.spec, "deploy": "int8"}, features)
+        features = form(trained(show, rounds=False), shown)
+
+    return Network(
+        init,
+        form(trained(network.apply, rounds=False), evaluated),
+        {**network.spec, "deploy": "int8"},
+        features,
+        form(trained(network.apply, rounds=True), evaluated),
+    )
 
 
 def normalises(variables: Variables) -> bool:

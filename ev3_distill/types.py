@@ -71,6 +71,9 @@ class Network:
     apply: Apply
     spec: Mapping[str, Any]
     features: Features | None = None  # where the network shows any; the logits are those of `apply`
+    straight: Apply | None = (
+        None  # of one that is deployed rounded: trains rounded, too, with gradients straight through
+    )
 
 
 Loss = Callable[[jax.Array, Batch], jax.Array]  # (student logits [B, K], batch) -> scalar

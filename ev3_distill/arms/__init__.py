@@ -106,13 +106,16 @@ BALANCING = ("worst_class_accuracy", "balanced_accuracy", "macro_f1")  # goals f
 PEERS, CONVOLUTIONAL_PEERS = ("kd4-peer", "kd4-ensemble"), ("kd4-muon-peer", "kd4-muon-ensemble")
 BY_PEERS = PEERS + CONVOLUTIONAL_PEERS
 CONVOLUTIONAL_FAMILIES = ("resnet", "mobilenet", "conv4", "convnet1d")
+STRAIGHT = (
+    "-straight"  # ends the name of an arm that trains what is deployed, rounded; late, too, for it learns more slowly
+)
 
 
 def default_names(spec: Mapping[str, Any], *, labels: bool = True, goals: Sequence[str] = ()) -> tuple[str, ...]:
     """The default portfolio of a network.
 
     Args:
-      spec: the network's; its family decides.
+      spec: the network's; its family decides, and whether it is deployed rounded: then training rounded challenges, too.
       labels: whether there are any; without, arms that follow nothing else are left out.
       goals: metrics that the run steers by; for some a way to train that serves them joins.
     """
@@ -120,6 +123,8 @@ def default_names(spec: Mapping[str, Any], *, labels: bool = True, goals: Sequen
     names: tuple[str, ...] = CONVOLUTIONAL if convolutional else DEFAULT
     if any(metric in BALANCING for metric in goals):
         names = (*CONVOLUTIONAL, "kd4-muon-balanced") if convolutional else GUARDED
+    if spec.get("deploy", "float32") != "float32":
+        names = (*names, names[0] + STRAIGHT)
     return tuple(name for name in names if labels or not name.startswith("ce"))
 
 
@@ -144,13 +149,15 @@ def arms_named(
         learning rate of their own after an @ if wanted: `0.5*dkd+1*ce@0.003`. Or kd4's loss with one on features, by its
         name in `features.FEATURE_LOSSES`: `at:stage3=layer3` draws the student's `stage3` to the teacher's `layer3`; its
         own weight after a * and rate after an @ if wanted, `at:stage3=layer3*500@0.003`. Or kd4's loss with what follows the
-        loss on assess while it trains, of `tuned.TUNABLE`: `tuned-temperature-mix`.
+        loss on assess while it trains, of `tuned.TUNABLE`: `tuned-temperature-mix`. A name of either of the first two kinds
+        with `-straight` behind it trains with rounded weights, of a student that is deployed so.
       network: the student, for losses on features (its spec must tell its `input_shape`), and for the optimizer of one that
         tunes its loss.
       teacher_features: shapes [...] of what the teacher shows of one example.
 
     Raises:
-      InputError: an unknown name, one given twice, a mix that is none, or a feature that is not there or does not fit.
+      InputError: an unknown name, one given twice, a mix that is none, a feature that is not there or does not fit, or
+        training rounded for a student that is not.
     """
     names = tuple(names) or DEFAULT
     for name in names:
@@ -162,7 +169,9 @@ def arms_named(
             return _featured(name, network, teacher_features or {})
         if name.startswith("tuned-"):
             return _tuned(name, apply, network)
-        return (ARMS[name] if name in ARMS else _mixed(name))(name, apply)
+        kind = name.removesuffix(STRAIGHT)
+        make = ARMS[kind] if kind in ARMS else _mixed(kind)
+        return make(name, apply) if kind == name else _challenger(make)(name, _straight(name, network))
 
     return tuple(map(named, names))
 
@@ -220,6 +229,16 @@ def _tuned(name: str, apply: Apply, network: Network | None) -> Arm:
     if network is not None and network.spec.get("family") in CONVOLUTIONAL_FAMILIES:
         return tuned_arm(name, apply, muon(MUON_RATE), tune=tune, anneal=up_and_down)
     return tuned_arm(name, apply, adamw(RATE), tune=tune)
+
+
+def _straight(name: str, network: Network | None) -> Apply:
+    """The forward pass of training with rounded weights."""
+    if network is None or network.straight is None:
+        raise InputError(
+            f"an arm that ends in {STRAIGHT} trains rounded what is deployed rounded; got '{name}' for a student in float32: "
+            f"add --deploy int8, or leave {STRAIGHT} out"
+        )
+    return network.straight
 
 
 def _featured(name: str, network: Network | None, teacher: Shapes) -> Arm:
