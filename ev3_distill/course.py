@@ -124,7 +124,13 @@ def course_of(
     network = task.devices.network(task.network)
     distillation = Distillation(
         network,
-        arms_named(network.apply, arm_names, network=network, teacher_features=task.teacher_features),
+        arms_named(
+            network.apply,
+            arm_names,
+            network=network,
+            teacher_features=task.teacher_features,
+            mesh=task.devices.of_steps,
+        ),
         config=dataclasses.replace(chosen.ev3, eval_batch_size=at_once),
         sample=sample,
         goals=goals,

@@ -1,8 +1,9 @@
 """A run on many devices: every batch in parts, or the arms of an iteration side by side.
 
 All devices hold the whole state and the whole data. Where batches are spread, a network's forward pass takes a part of the
-examples on each device, and XLA adds up what gradients and statistics need of the others (data parallelism): a run computes
-what it would on one device, but adds floats up in another order. Where arms are spread, each device rolls out and scores
+examples on each device, and XLA adds up what gradients and statistics need of the others (data parallelism); an arm that
+evolves a population has a part of that on each device, see `sharding.py`. A run computes what it would on one device, but adds
+floats up in another order. Where arms are spread, each device rolls out and scores
 proposals of its own and tells the others what came of them: nothing is sent within a trajectory, so it is that of one device;
 but a device idles where there are fewer arms than devices, as where the leader trains alone.
 
@@ -41,19 +42,24 @@ class Devices:
         (spread,) = self.mesh.axis_names
         return f"{self.mesh.size}, {spread} spread" + (f", {processes} processes" if processes > 1 else "")
 
+    @property
+    def of_steps(self) -> Mesh | None:
+        """The mesh over which each step is spread, the examples of a batch or the members of a population; None over none."""
+        return self.mesh if self.mesh is not None and self.mesh.axis_names == (BATCH,) else None
+
     def network(self, network: Network) -> Network:
         """The same network, whose examples are spread over the devices if batches are."""
-        if self.mesh is None or self.mesh.axis_names != (BATCH,):
+        if (mesh := self.of_steps) is None:
             return network
-        parts = NamedSharding(self.mesh, PartitionSpec(BATCH))
+        parts = NamedSharding(mesh, PartitionSpec(BATCH))
 
         def parallel(forward: Callable[..., Any]) -> Callable[..., Any]:
             def of_all(
                 variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None
             ) -> tuple[Any, Variables]:
-                made: tuple[Any, Variables] = forward(
-                    variables, jax.lax.with_sharding_constraint(inputs, parts), train=train, key=key
-                )
+                if BATCH not in jax.sharding.get_abstract_mesh().manual_axes:  # else each device has work of its own
+                    inputs = jax.lax.with_sharding_constraint(inputs, parts)
+                made: tuple[Any, Variables] = forward(variables, inputs, train=train, key=key)
                 return made
 
             return of_all

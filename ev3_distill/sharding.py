@@ -79,7 +79,7 @@ def spread_over(mesh: Mesh, *, fixed_order: bool = False) -> Spread:
     """A population's spread over a mesh.
 
     Args:
-      mesh: of one axis, AXIS.
+      mesh: of one axis.
       fixed_order: whether sums come out bit by bit the same whatever the number of devices; that must then divide LANES.
 
     Raises:
@@ -90,7 +90,8 @@ def spread_over(mesh: Mesh, *, fixed_order: bool = False) -> Spread:
             f"a sum in fixed order is spread over a number of devices that divides {LANES}; got {mesh.size}: take fewer, "
             "or let the order be free"
         )
-    return Spread(mesh.size, AXIS, LANES if fixed_order else None)
+    (axis,) = mesh.axis_names
+    return Spread(mesh.size, axis, LANES if fixed_order else None)
 
 
 def mesh_of(devices: int | None = None) -> Mesh:
@@ -110,7 +111,7 @@ def everywhere(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
     Args:
       function: it must return the same on all of them.
-      mesh: of axis AXIS.
+      mesh: of one axis.
     """
     whole = PartitionSpec()
     return jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)

@@ -15,6 +15,7 @@ from ev3_distill.arms import (
     ARMS,
     CONVOLUTIONAL,
     DEFAULT,
+    EVOLVING,
     arms_named,
     default_arms,
     default_names,
@@ -293,7 +294,7 @@ def test_dropout_follows_the_step_and_is_common_to_all_arms():
 # The zoo.
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", (*ARMS, *EVOLVING))
 def test_every_arm_of_the_zoo(name):
     (arm,) = arms_named(MLP.apply, [name])
     assert arm.name == name
@@ -302,7 +303,7 @@ def test_every_arm_of_the_zoo(name):
     rested, same = propose(arm, start, 0, 0)
     assert_same(rested, start)  # zero steps: nothing happens
     assert_same(same, START)
-    moved, proposed = propose(arm, start, 0, 60 if name.startswith("es-") else 6)  # a generation takes 21 steps
+    moved, proposed = propose(arm, start, 0, 60 if name in EVOLVING else 6)  # a generation takes 21 steps
     shape = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (start, START))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (moved, proposed)) == shape
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((moved, proposed)))

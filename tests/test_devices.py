@@ -20,6 +20,8 @@ import json, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import jax, numpy as np, optax
 import ev3_distill as ev3
+from ev3_distill import objectives
+from ev3_distill.arms.evolution import evolution_arm
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.core import initial_state
 from ev3_distill.devices import ONE, devices_of
@@ -32,13 +34,16 @@ config = ev3.EV3(batch_size=8, eval_batch_size=16, length=2, max_length=4)
 pools = pools_of()
 
 
-def run(devices, name="conv4:width=2", supplied=False):
+def run(devices, name="conv4:width=2", supplied=False, population=False):
     network = devices.network(students.named(name, (16, 16, 1), 3))
     arms = (
         gradient_arm("mse", network.apply, squared, optax.sgd(0.05)),
         gradient_arm("ce", network.apply, cross_entropy, optax.adam(0.01)),
         gradient_arm("fast", network.apply, squared, optax.sgd(0.2)),
     )
+    if population:
+        adam, how = optax.adam(0.05), dict(pairs=8, sigma=0.1, mesh=devices.of_steps)
+        arms = (arms[1], evolution_arm("es", network.apply, objectives.accuracy, adam, **how))
     made = Distillation(network, arms, config=config, devices=devices)
     supply = (lambda first, last: iter([(pools.explore, first, last)])) if supplied else None
     state = made.begin(pools, 0)
@@ -57,6 +62,7 @@ found = {{name: run(devices) for name, devices in dict(one=ONE, parts=devices_of
 found["parts, supplied"] = run(devices_of(4), supplied=True)
 meshes = dict(alone=ONE, arms=devices_of(3, spread="arms"), fewer=devices_of(2, spread="arms"))
 found |= {{name: run(devices, "mlp:hidden=4") for name, devices in meshes.items()}}
+found |= {{f"population, {{name}}": run(on, population=True) for name, on in dict(one=ONE, parts=devices_of(4)).items()}}
 print(json.dumps(found))
 """
 
@@ -131,6 +137,15 @@ def test_arms_send_only_what_came_of_them(runs):
     """No gradient travels: no collective within a trajectory's loop."""
     sends = [line for line in runs["arms"]["text"].splitlines() if re.search(r"= .*(all-reduce|all-gather)\(", line)]
     assert sends and all("shard_map/psum" in line for line in sends), sends[:3]
+
+
+def test_a_population_in_parts_is_the_same(runs):
+    """Beside an arm whose batches are in parts, each of four devices scores two of eight pairs, on whole batches."""
+    one, parts = runs["population, one"], runs["population, parts"]
+    assert parts["told"] == one["told"] and any(row[2][1] for row in one["told"])
+    np.testing.assert_allclose(parts["state"], one["state"], rtol=1e-3, atol=1e-4)
+    gathered = re.findall(r"= f32\[(?:8,2|4,2,2)\]\S* all-gather\(", parts["text"])
+    assert gathered and "all-gather" not in one["text"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from ev3_distill import goals, losses, objectives
 from ev3_distill.arms.evolution import evolution_arm
@@ -38,8 +39,9 @@ def up_and_down(spent: jax.Array) -> jax.Array:
     return jnp.clip(jnp.minimum(0.05 + spent / 0.05, (1 - spent) / 0.95), 0, 1)
 
 
-def _evolving(objective: Callable[[], Objective]) -> Callable[[str, Apply], Arm]:
-    return lambda name, apply: evolution_arm(name, apply, objective(), optax.adam(3e-3), pairs=32, sigma=0.02)
+def _evolving(objective: Callable[[], Objective]) -> Callable[[str, Apply, Mesh | None], Arm]:
+    how: dict[str, Any] = {"pairs": 32, "sigma": 0.02}
+    return lambda name, apply, mesh: evolution_arm(name, apply, objective(), optax.adam(3e-3), mesh=mesh, **how)
 
 
 def _with_labels(teacher: Loss) -> Loss:
@@ -85,6 +87,8 @@ ARMS: dict[str, Callable[[str, Apply], Arm]] = {
     "kd4-muon-peer": _challenger(_muon(_by_peer(1.0))),
     "kd4-muon-ensemble": _challenger(_muon(_by_peer(0.5))),
     "kd4-muon-balanced": _muon(_balanced(lambda: _with_labels(losses.kd(temperature=4.0)))),
+}
+EVOLVING: dict[str, Callable[[str, Apply, Mesh | None], Arm]] = {
     "es-accuracy": _evolving(lambda: objectives.accuracy),
     "es-worst-class": _evolving(lambda: goals.goal("worst_class_accuracy", 0).score),
 }
@@ -139,7 +143,12 @@ def name_for_labels(spec: Mapping[str, Any]) -> str:
 
 
 def arms_named(
-    apply: Apply, names: Sequence[str] = (), *, network: Network | None = None, teacher_features: Shapes | None = None
+    apply: Apply,
+    names: Sequence[str] = (),
+    *,
+    network: Network | None = None,
+    teacher_features: Shapes | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Arm, ...]:
     """Arms for a student's forward pass, by name; the default portfolio where none is named.
 
@@ -154,6 +163,7 @@ def arms_named(
       network: the student, for losses on features (its spec must tell its `input_shape`), and for the optimizer of one that
         tunes its loss.
       teacher_features: shapes [...] of what the teacher shows of one example.
+      mesh: over whose devices populations are spread, `Devices.of_steps`.
 
     Raises:
       InputError: an unknown name, one given twice, a mix that is none, a feature that is not there or does not fit, or
@@ -169,6 +179,8 @@ def arms_named(
             return _featured(name, network, teacher_features or {})
         if name.startswith("tuned-"):
             return _tuned(name, apply, network)
+        if name in EVOLVING:
+            return EVOLVING[name](name, apply, mesh)
         kind = name.removesuffix(STRAIGHT)
         make = ARMS[kind] if kind in ARMS else _mixed(kind)
         return make(name, apply) if kind == name else _challenger(make)(name, _straight(name, network))
@@ -269,8 +281,9 @@ def _mixed(text: str) -> Callable[[str, Apply], Arm]:
         mixed = losses.mix(*weighted)
         return _adamw(lambda: mixed, _positive(rate or str(RATE)))
     except (KeyError, ValueError):
+        known = ", ".join((*ARMS, *EVOLVING))
         raise InputError(
-            f"an arm is one of {', '.join(ARMS)}, or a mix WEIGHT*LOSS+WEIGHT*LOSS@RATE of {', '.join(losses.LOSSES)}, "
+            f"an arm is one of {known}, or a mix WEIGHT*LOSS+WEIGHT*LOSS@RATE of {', '.join(losses.LOSSES)}, "
             f"or LOSS:STUDENT_FEATURE=TEACHER_FEATURE of {', '.join(FEATURE_LOSSES)}; got '{text}': for example 0.7*kd+0.3*ce"
         ) from None
 

@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from ev3_distill.arms.noise import Noise, full_rank, low_rank
 from ev3_distill.arms.subspace import Subspace, whole
-from ev3_distill.sharding import Spread
-from ev3_distill.types import Apply, Arm, Draw, Objective, PyTree, Stretch, Variables
+from ev3_distill.sharding import LANES, Spread, everywhere, spread_over
+from ev3_distill.types import Apply, Arm, Batch, Draw, Objective, PyTree, Stretch, Variables
 
 # Of noise and members at once, if nobody says how many pairs that is; on CPUs what caches hold.
 CHUNK_BYTES = {True: 2**20, False: 2**26}
@@ -300,7 +301,7 @@ def evolution_arm(
     elitism: bool = False,
     subspace: Callable[[PyTree], Subspace] = whole,
     chunk: int | None = None,
-    spread: Spread = Spread(),  # noqa: B008  a tuple
+    mesh: Mesh | None = None,
     length: float = 1.0,
 ) -> Arm:
     """An arm that follows the estimated gradient of any objective on explore, differentiable or not.
@@ -315,9 +316,11 @@ def evolution_arm(
         of a whole split comes from `goals.py`, for example goal("worst_class_accuracy", 0).score.
       optimizer: any optax transformation; it sees the parameters that move.
       subspace: which these are, see `subspace.py`.
+      mesh: of one axis, over whose devices each population is spread, in fixed order where their number allows.
       length: of the trajectory, relative to the run's.
-      pairs, sigma, shaping, rank, decay, elitism, chunk, spread: as of `evolution`.
+      pairs, sigma, shaping, rank, decay, elitism, chunk: as of `evolution`.
     """
+    spread = Spread() if mesh is None else spread_over(mesh, fixed_order=LANES % mesh.size == 0)
     how: dict[str, Any] = {"shaping": shaping, "rank": rank, "decay": decay, "elitism": elitism}
     strategy = evolution(optimizer, pairs=pairs, sigma=sigma, chunk=chunk, spread=spread, **how)
     cost = max(1, round(2 * pairs / FORWARD_PASSES))  # steps of a generation
@@ -326,21 +329,25 @@ def evolution_arm(
         return ArmState(strategy.init(subspace(student.params).moving), student, jnp.int32(0))
 
     def propose(state: ArmState, draw: Draw, stretch: Stretch) -> tuple[ArmState, Variables]:
-        params, stats = state.student
-        join = subspace(params).join
-
-        def advance(i: jax.Array, now: EvolutionState) -> EvolutionState:
-            batch, key = draw(stretch.start + jnp.minimum(i * cost, stretch.steps - 1))
+        def generation(key: jax.Array, now: EvolutionState, student: Variables, batch: Batch) -> EvolutionState:
+            join = subspace(student.params).join
 
             def fitness(moving: PyTree, _: jax.Array) -> jax.Array:
-                logits = apply(Variables(join(moving), stats), batch.inputs, train=False)[0]
+                logits = apply(Variables(join(moving), student.stats), batch.inputs, train=False)[0]
                 return jnp.mean(objective(logits, batch))
 
             return strategy.step(key, now, fitness)[0]
 
+        step = generation if mesh is None else everywhere(generation, mesh)
+
+        def advance(i: jax.Array, now: EvolutionState) -> EvolutionState:
+            batch, key = draw(stretch.start + jnp.minimum(i * cost, stretch.steps - 1))
+            moved: EvolutionState = step(key, now, state.student, batch)
+            return moved
+
         given = state.owed + stretch.steps
         now = jax.lax.fori_loop(0, given // cost, advance, state.evolution)
-        student = Variables(join(now.mean), stats)
+        student = Variables(subspace(state.student.params).join(now.mean), state.student.stats)
         return ArmState(now, student, given % cost), student
 
     return Arm(name, init, propose, length)
