@@ -203,7 +203,7 @@ def test_the_suite_tells_what_int8_costs():
         packed = base64.b64encode(np.packbits(bits).tobytes()).decode()
         facts = {
             "steps": 10,
-            "seconds": 20.0,
+            "step": 1.25,
             "bytes": 1234,
             "p50_ms": 0.5,
             "p50_ms_of_64": 7.0,
@@ -219,8 +219,8 @@ def test_the_suite_tells_what_int8_costs():
         } | facts
 
     told = int8.table([row(seed, contender) for seed in (0, 1) for contender in right])
-    assert "| float32 | 93.75 ± 0.00 | 1,234 | 0.50 | 7.0 | 20 | 1 of 2 |" in told
-    assert "| after training | 87.50 ± 0.00 | 1,234 | 0.50 | 7.0 | 20 |  |" in told
+    assert "| float32 | 93.75 ± 0.00 | 1,234 | 0.50 | 7.0 | 1.25 | 1 of 2 |" in told
+    assert "| after training | 87.50 ± 0.00 | 1,234 | 0.50 | 7.0 | 1.25 |  |" in told
     assert "after training less float32, points, image by image: seed 0 -6.25 (-19.57 to 7.07), seed 1 -6.25" in told
     assert "in the loop less float32, points, image by image: seed 0 -6.25 (-29.83 to 17.33), seed 1 0.00" in told
     assert "over seeds -3.12 (-42.83 to 36.58), target ≥ -0.5" in told
