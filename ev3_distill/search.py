@@ -8,9 +8,9 @@ each gets a short trial, assess compares them, and a larger one takes the place 
 standard errors. With a ladder of sizes the next one is it.
 
 Down. The student that met the guards is a peer from whom smaller ones learn beside the teacher, from a fresh start, next
-smaller first, as long as each meets the guards in its turn, with half of what is left at most. The one that is found goes on
-with the rest for as long as it gets anywhere: it had stopped as soon as decide was sure, and the more it is beyond its guards
-the surer the sealed split will prove them.
+smaller first, as long as each meets the guards in its turn: with half of what is left, and with the rest where it may yet get
+there. What is still left is for the one that is found, for as long as it gets anywhere: it had stopped as soon as decide was
+sure, and the more it is beyond its guards the surer the sealed split will prove them.
 
 Further passes do the same for every size that there is an entry of (EV3, arXiv 2310.18893, section 4: synergy).
 
@@ -55,7 +55,7 @@ PATIENCE = 6.0  # of a search, where none is named: what growth has added, or an
 TRIAL = 0.1  # share of the steps so far that each proposal's trial has
 STAGE = 10  # first trajectories, after which a size on the way up is first asked whether it will get there
 SHARE = 10  # of the budget that is left, the part that a size on the way up may take
-DESCENT = 2  # and on the way down: what is found goes on with the rest
+DESCENT = 2  # and on the way down, before it is asked whether it will get there
 
 
 def search(
@@ -294,12 +294,12 @@ class _Search:
 
         return self._rung(network, course, f"{name}, from {rung.number}", start, shares=True)
 
-    def _longer_rung(self, rung: Rung, state: State) -> Rung:
+    def _longer_rung(self, rung: Rung, state: State, *, shares: bool = True) -> Rung:
         def start() -> State:
             again = rung.course.distillation.again(rung.course.pools, state)
             return again._replace(tested_cost=jnp.maximum(again.tested_cost, again.cost))
 
-        return self._rung(rung.network, rung.course, f"longer, from {rung.number}", start, shares=True)
+        return self._rung(rung.network, rung.course, f"longer, from {rung.number}", start, shares=shares)
 
     # Down, and again.
 
@@ -310,11 +310,24 @@ class _Search:
             smaller = [entry for entry in self._by_size() if entry.params < found.params]
             if not smaller or self._spent() >= self._limit():
                 return
-            limit = self._spent() + (self._limit() - self._spent()) // DESCENT
+            limit, begun = self._spent() + (self._limit() - self._spent()) // DESCENT, int(self.last.position)
             entry = self._taught(smaller[-1], found, f"taught by {found.number}", limit)
+            if not entry.met and self._may_yet(begun):
+                rung = self.rungs[-1]
+                longer = self._longer_rung(rung, rung.known(), shares=False)
+                entry = self._enter(longer, self._trained(longer))
             if not entry.met:
                 return
             found = entry
+
+    def _may_yet(self, begun: int) -> bool:
+        """Whether the rung that ended last, at the limit of its cost, is on the way to its guards; since that global step."""
+        state, told = self.last, list(rows(self.rungs[-1].folder / "ledger.jsonl"))
+        if isinstance(state.progress, Progressed) and bool(state.progress.stuck):
+            return False
+        if self._spent() + self.chosen.ev3.length > self._limit():
+            return False
+        return not falls_behind(told, begun, int(state.position) - begun, until=self._limit())
 
     def polish(self) -> None:
         """The student that met the guards goes on, and takes its own place where decide ranks it higher."""

@@ -85,6 +85,18 @@ def test_it_went_up_by_growth_down_by_peers_and_again(searched):
     assert how[taught + 1].startswith("longer, from ")  # what was found goes on with what is left
 
 
+@pytest.mark.parametrize(("least", "goes_on"), [(0.93, True), (0.9, False)])
+def test_a_size_on_the_way_to_its_guards_has_what_is_left(cli, here, least, goes_on):
+    """Else the larger one that met them has it."""
+    write_data()
+    assert cli("compress", *SEARCH, "--guard", f"accuracy >= {least}", "--out", "run")[0] == 0
+    report = report_of(here / "run")
+    missed, last = report["search"]["sizes"][-2:]
+    assert missed["how"].startswith("taught by ") and not missed["met"] and last["met"]
+    assert last["how"] == f"longer, from {missed['number'] if goes_on else missed['how'].split()[-1]}"
+    assert report["search"]["delivered"] == last["number"] and report["cost"]["steps"] == 6000
+
+
 def state_of(run):
     """All that a run leaves but times."""
     kept = {}
