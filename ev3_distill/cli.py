@@ -6,19 +6,16 @@ import io
 import shlex
 import sys
 import time
-import tomllib
-import typing
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import tyro
 
 from ev3_distill import config
+from ev3_distill.config_file import C, config_of_run, read_config
 from ev3_distill.errors import InputError
 
 SPREAD_SUITES = ("evolution", "protonet")
-
-C = TypeVar("C", bound=config.Compress | config.Teach)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,88 +214,14 @@ def _defaults(kind: type[C], argv: list[str]) -> C:
         if option == "--config" and value:
             return read_config(kind, Path(value))
         if option == "--resume" and value:
-            return _config_of_run(kind, Path(value))
+            return config_of_run(kind, Path(value))
     return kind()
-
-
-def _config_of_run(kind: type[C], directory: Path) -> C:
-    if not (directory / "config.toml").is_file():
-        raise InputError(
-            f"--resume needs the directory of a run; {directory} has no config.toml: name another, or start one by --out"
-        )
-    path = directory / "config.toml"
-    try:
-        return read_config(kind, path)
-    except InputError as error:
-        name, other = "compress", "teach"
-        of_other: type[config.Compress | config.Teach] = config.Teach
-        if kind is config.Teach:
-            name, other, of_other = other, name, config.Compress
-        try:
-            read_config(of_other, path)
-        except InputError:
-            raise error from None
-    raise InputError(f"{name} --resume needs a run of {name}; {directory} is one of {other}: use {other} --resume")
-
-
-def read_config(kind: type[C], path: Path) -> C:
-    """Reads a TOML configuration.
-
-    Raises:
-      InputError: no such file, not TOML, an unknown key or a value of a wrong type.
-    """
-    try:
-        content = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise InputError(
-            f"a configuration is a readable TOML file; got {path} ({error.strerror}): name another"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"a configuration is a TOML file; {path} is not ({error}): mend it") from None
-    return _from_dict(kind, content, str(path))
-
-
-def _from_dict(kind: Any, content: dict[str, Any], where: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
-    values: dict[str, Any] = {}
-    for name, value in content.items():
-        if name not in fields:
-            raise InputError(f"a configuration's keys are {', '.join(fields)}; got '{name}' in {where}: remove it")
-        default = fields[name].default
-        if dataclasses.is_dataclass(default):
-            if not isinstance(value, dict):
-                raise InputError(f"'{name}' in {where} is a table; got {value!r}: write [{name}]")
-            values[name] = _from_dict(type(default), value, f"[{name}] of {where}")
-            continue
-        values[name] = _like(hints[name], value)
-        if not _is(hints[name], values[name]):
-            raise InputError(
-                f"'{name}' in {where} is a {type(default).__name__}; got {value!r}: write it like {default!r}"
-            )
-    return kind(**values)
-
-
-def _like(hint: Any, value: Any) -> Any:
-    """TOML has no tuples, and 1 may stand for 1.0."""
-    if typing.get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(_like(typing.get_args(hint)[0], part) for part in value)
-    if hint is float and type(value) is int:
-        return float(value)
-    return value
-
-
-def _is(hint: Any, value: Any) -> bool:
-    """Whether a value is of a type, or is a tuple of such."""
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(type(part) is typing.get_args(hint)[0] for part in value)
-    return type(value) is hint
 
 
 def _execute(name: str, where: _Where, chosen: config.Compress | config.Teach) -> None:
     """Starts or resumes a run of compress or teach, and prints its summary."""
     if where.resume is not None:
-        stored = _config_of_run(type(chosen), where.resume)
+        stored = config_of_run(type(chosen), where.resume)
         changed = [f.name for f in dataclasses.fields(stored) if getattr(stored, f.name) != getattr(chosen, f.name)]
         if changed or where.config or where.out:
             told = ", ".join(changed) or ("--config" if where.config else "--out")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ev3_distill import config, report
-from ev3_distill.cli import read_config
+from ev3_distill.config_file import read_config
 from ev3_distill.counter import Counter
 from ev3_distill.course import limit_of, share_of
 from ev3_distill.errors import warn

@@ -35,18 +35,18 @@ from ev3_distill.arms import PEER, names_for_peers
 from ev3_distill.certifying import metrics_asked
 from ev3_distill.core import adapt
 from ev3_distill.course import CHUNK, Course, Task, course_of, evaluated_at_once
-from ev3_distill.errors import InputError, warn
-from ev3_distill.guards import KNOWN
+from ev3_distill.errors import InputError
 from ev3_distill.ledger import rows
 from ev3_distill.lessons import Lessons, Recorded, WithPeer
 from ev3_distill.network import count_params
 from ev3_distill.progress import Progress
 from ev3_distill.run import read_json, write_json, write_lines
 from ev3_distill.rungs import Rung, falls_behind, leads, level_of, of_rung, until_of
+from ev3_distill.sizes import Sizes
 from ev3_distill.training import Final, concluded, iterated
 from ev3_distill.types import Network, State, Variables
 from ev3_distill.types import Progress as Progressed
-from students.grow import growth, moves
+from students.grow import growth
 from teachers.flax import forward
 
 TRIALS = "trials.json"
@@ -169,14 +169,8 @@ class _Search:
         level = (1 - chosen.confidence) / len(claims)
         decide, test = len(task.rows["decide"]), len(task.rows["test"])
         self.sure = level_of(level, decide / test, LIKELY) / (1 - chosen.confidence)
-        self._asked: dict[str, dict[str, dict[str, Any]]] = {}  # what networks may become, by name
         self.total = (task.steps or 0) // chosen.passes
-        ladder = [students.named(text, *self._shape()) for text in chosen.sizes]
-        self.ladder = [dict(network.spec) for network in ladder]
-
-    def _shape(self) -> tuple[Sequence[int], int]:
-        spec = self.task.network.spec
-        return spec["input_shape"], spec["num_classes"]
+        self.sizes = Sizes(chosen, task, factory=self.factory)
 
     # Up.
 
@@ -199,7 +193,7 @@ class _Search:
     def _risen(self, rung: Rung, position: int) -> State:
         """Trains a size from that global step on, and leaves it early where it is not on the way to its guards."""
         steps = STAGE * self.chosen.ev3.length
-        while self.task.guards and self._larger(rung.network.spec):
+        while self.task.guards and self.sizes.larger(rung.network.spec):
             state = self._trained(rung, pause=position + steps)
             told = list(rows(rung.folder / "ledger.jsonl"))
             if bool(state.closed) or falls_behind(told, position, steps, until=until_of(state)):
@@ -209,10 +203,10 @@ class _Search:
 
     def _grown(self, rung: Rung, state: State) -> Rung | None:
         """The rung that a stuck one goes on as."""
-        proposals = self._larger(rung.network.spec)
+        proposals = self.sizes.larger(rung.network.spec)
         if not proposals:
             return None
-        if len(proposals) == 1 and (self.ladder or not bool(state.closed)):
+        if len(proposals) == 1 and (self.sizes.ladder or not bool(state.closed)):
             ((name, spec),) = proposals.items()
             return self._larger_rung(rung, state, spec, name)
         count = 1 + len(proposals)
@@ -248,36 +242,6 @@ class _Search:
             "taken": tried[best].number,
             "lost": sum(int(after.cost) - int(state.cost) for i, after in enumerate(ended) if i != best),
         }
-
-    def _larger(self, spec: Any) -> dict[str, dict[str, Any]]:
-        """What a network may become within the limits, by name."""
-        text = students.text_of(spec)
-        if text not in self._asked:
-            self._asked[text] = self._allowed(spec)
-        return self._asked[text]
-
-    def _allowed(self, spec: Any) -> dict[str, dict[str, Any]]:
-        proposals: dict[str, dict[str, Any]] = {}
-        if self.ladder:
-            following = self.ladder[self.ladder.index(dict(spec)) + 1 :]
-            proposals = {"the next size": following[0]} if following else {}
-        else:
-            try:
-                proposals = moves(spec, factory=self.factory)
-                proposals = {name: proposals[name] for name in self.chosen.moves or proposals if name in proposals}
-            except InputError as error:
-                warn(f"the student does not grow: {error}")
-                return {}
-        return {name: one for name, one in proposals.items() if self._fits(one)}
-
-    def _fits(self, spec: Any) -> bool:
-        """Whether the limits on size leave room for a network."""
-        shapes = jax.eval_shape(students.build(spec, factory=self.factory).init, jax.random.key(0))
-        params = count_params(shapes)
-        sizes = {"params": params, "bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))}
-        limits = [(guard.metric, guard.threshold) for guard in self.task.guards if guard.metric in KNOWN]
-        limits += [("params", self.chosen.max_params)] if self.chosen.max_params else []
-        return all(sizes[metric] <= most for metric, most in limits)
 
     def _larger_rung(self, rung: Rung, state: State, spec: dict[str, Any], name: str) -> Rung:
         network = students.build(spec, factory=self.factory)
@@ -402,7 +366,7 @@ class _Search:
         number = len(self.rungs) + 1
         folder = self._folder(number)
         folder.mkdir(parents=True, exist_ok=True)
-        shares = shares and bool(self._larger(network.spec))
+        shares = shares and bool(self.sizes.larger(network.spec))
 
         def begin() -> State:
             state = of_rung(start(), number)

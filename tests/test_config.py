@@ -7,8 +7,8 @@ import tomllib
 import pytest
 import tomli_w
 
-from ev3_distill.cli import read_config
 from ev3_distill.config import EV3, Budget, Compress, Fractions, Teach
+from ev3_distill.config_file import read_config
 from ev3_distill.errors import InputError
 
 

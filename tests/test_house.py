@@ -154,6 +154,7 @@ COMPOSERS = (
     "ev3_distill.training",
     "ev3_distill.course",
     "ev3_distill.search",
+    "ev3_distill.sizes",
     "ev3_distill.stopwatch",
 )
 
