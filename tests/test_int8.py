@@ -179,6 +179,8 @@ def test_a_run_in_int8(tmp_path, monkeypatch, capsys):
     assert report["student"]["deploy"] == "int8"
     network, variables = students.load(tmp_path / "run")
     assert network.spec["deploy"] == "int8" and set(variables.stats) == {WHOLE, RANGES}
+    rounds, not_rounded = network.apply(variables, inputs, train=False)[0], int8.unrounded(tmp_path / "run", inputs)
+    assert 0.95 < (rounds.argmax(axis=1) == not_rounded).mean() < 1
     main(["export", "run", "--format", "onnx", "--out", "file"])
     told = json.loads((tmp_path / "file/model.json").read_text())
     assert told["precision"] == "int8" and told["certificate"]["claims"]
@@ -204,6 +206,9 @@ def test_the_suite_tells_what_int8_costs():
         facts = {
             "steps": 10,
             "step": 1.25,
+            "unrounded": ""
+            if contender != "in the loop"
+            else base64.b64encode(np.packbits([1] * 16).tobytes()).decode(),
             "bytes": 1234,
             "p50_ms": 0.5,
             "p50_ms_of_64": 7.0,
@@ -224,6 +229,10 @@ def test_the_suite_tells_what_int8_costs():
     assert "after training less float32, points, image by image: seed 0 -6.25 (-19.57 to 7.07), seed 1 -6.25" in told
     assert "in the loop less float32, points, image by image: seed 0 -6.25 (-29.83 to 17.33), seed 1 0.00" in told
     assert "over seeds -3.12 (-42.83 to 36.58), target ≥ -0.5" in told
+    assert (
+        "in the loop less itself in float32, points, image by image: seed 0 -12.50 (-30.70 to 5.70), seed 1 -6.25"
+        in told
+    )
     assert told.endswith("Guard: accuracy >= 0.5.")
 
 
