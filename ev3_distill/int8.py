@@ -12,7 +12,8 @@ Training has two forms, and in both gradients are biased on purpose, while what 
 student as deployed, up to that. `apply` trains in float32. `straight` rounds the weights, and the gradient passes straight
 through (Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference, CVPR 2018;
 arXiv:1712.05877). Which of the two is better for a student is for its arms to find out. Activations are rounded in neither:
-their ranges are watched, a moving average of the least and the greatest of a batch now and then, part of the statistics.
+their ranges, the least and the greatest of some batches, are part of the statistics, and `fit` finds them anew for each student
+that is proposed: those of the iterates of a trajectory are not those of their average.
 """
 
 import contextlib
@@ -31,8 +32,6 @@ from ev3_distill.types import Network, Variables
 WHOLE, RANGES = "network", "ranges"  # in the statistics: the network's own, and those of activations
 LARGEST = 64  # of a weight, as a whole number
 LEVELS = 255  # of an activation
-MOMENTUM = 0.9  # of ranges, as of BatchNorm
-EVERY = 8  # training passes between two batches whose ranges are watched, each for the cost of another forward pass
 PRODUCTS = ("conv_general_dilated", "dot_general")
 LAYOUT = ("reshape", "transpose", "squeeze", "copy", "stop_gradient")  # what leaves the entries as they are
 AFFINE = ("add", "sub", "mul", "div")
@@ -70,7 +69,7 @@ def as_int8(network: Network, *, tracing: Tracing = contextlib.nullcontext) -> N
         variables = network.init(key)
         inputs = jax.ShapeDtypeStruct((2, *network.spec["input_shape"]), jnp.float32)
         count = len(plan_of(jax.eval_shape(network.init, key), inputs).sites)
-        ranges = {"low": jnp.zeros(count), "high": jnp.zeros(count), "age": jnp.int32(0)}
+        ranges = {"low": jnp.zeros(count), "high": jnp.zeros(count)}
         return Variables(variables.params, {WHOLE: variables.stats, RANGES: ranges})
 
     def straight(plan: _Plan, variables: Variables) -> Variables:
@@ -80,40 +79,26 @@ def as_int8(network: Network, *, tracing: Tracing = contextlib.nullcontext) -> N
             leaves[place] += jax.lax.stop_gradient(rounded(leaves[place], axes) - leaves[place])
         return Variables(jax.tree.unflatten(tree, leaves), variables.stats)
 
-    def watched(plan: _Plan, ranges: Any, variables: Variables, inputs: jax.Array) -> Any:
-        """The ranges, moved by those of a batch; the weights are rounded here, whether they train so or not."""
+    def fit(variables: Variables, inputs: jax.Array) -> Variables:
+        whole = Variables(variables.params, variables.stats[WHOLE])
         found: dict[int, tuple[jax.Array, jax.Array]] = {}
 
         def watch(site: int, array: jax.Array) -> jax.Array:
             found[site] = array.min(), array.max()
             return array
 
-        _run(plan, variables, inputs, watch)
+        _run(plan_of(whole, inputs), whole, inputs, watch)
         low, high = (jnp.stack([found[site][i] for site in range(len(found))]) for i in (0, 1))
-        new = ranges["high"] == ranges["low"]
-        return {
-            **ranges,
-            "low": jnp.where(new, low, MOMENTUM * ranges["low"] + (1 - MOMENTUM) * low),
-            "high": jnp.where(new, high, MOMENTUM * ranges["high"] + (1 - MOMENTUM) * high),
-        }
-
-    def moved(plan: _Plan, ranges: Any, variables: Variables, inputs: jax.Array) -> Any:
-        """The ranges after one more training pass, `age` of which there were."""
-        given = jax.lax.stop_gradient((ranges, variables, inputs))
-        now = jax.lax.cond(
-            ranges["age"] % EVERY == 0, functools.partial(watched, plan), lambda before, *_: before, *given
-        )
-        return {**now, "age": ranges["age"] + 1}
+        return Variables(variables.params, {**variables.stats, RANGES: {"low": low, "high": high}})
 
     def trained(call: Callable[..., Any], rounds: bool) -> Callable[..., Any]:
         """The training pass of a forward pass of the network's, with rounded weights or in float32."""
 
         def train(variables: Variables, inputs: jax.Array, key: jax.Array | None) -> tuple[Any, Variables]:
             whole = Variables(variables.params, variables.stats[WHOLE])
-            plan = plan_of(whole, inputs)
-            outputs, after = call(straight(plan, whole) if rounds else whole, inputs, train=True, key=key)
-            ranges = moved(plan, variables.stats[RANGES], Variables(variables.params, after.stats), inputs)
-            return outputs, Variables(variables.params, {WHOLE: after.stats, RANGES: ranges})
+            given = straight(plan_of(whole, inputs), whole) if rounds else whole
+            outputs, after = call(given, inputs, train=True, key=key)
+            return outputs, Variables(variables.params, {**variables.stats, WHOLE: after.stats})
 
         return train
 
@@ -146,6 +131,7 @@ def as_int8(network: Network, *, tracing: Tracing = contextlib.nullcontext) -> N
         {**network.spec, "deploy": "int8"},
         features,
         form(trained(network.apply, rounds=True), evaluated),
+        fit,
     )
 
 

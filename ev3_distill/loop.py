@@ -13,6 +13,7 @@ from ev3_distill import objectives
 from ev3_distill.config import EV3
 from ev3_distill.core import adapt, allocate, initial_state, make_parts, make_step, prioritise
 from ev3_distill.core.assess import Measures, logits_of, score
+from ev3_distill.core.explore import fitting
 from ev3_distill.core.packing import Packed, Packing
 from ev3_distill.core.trial import on_seen
 from ev3_distill.devices import ONE, Devices
@@ -80,6 +81,7 @@ class Distillation:
         The run is spread over `devices`; student and arms must then be of `devices.network`.
         """
         config = config or EV3()
+        arms = tuple(arms if student.fit is None else (fitting(arm, student.fit) for arm in arms))
         sample = sample or sampler(batch_size=config.batch_size)
         rules: dict[str, Any] = {"select": select, "promise": promise, "goals": tuple(goals)}
         measures = Measures(**rules)
@@ -121,7 +123,7 @@ class Distillation:
         def seen(variables: Variables, pools: Pools) -> jax.Array:
             return on_seen(student.apply, variables, pools, promise, config=config)
 
-        self._begin, self._seen, self._arms, self._length = begin, seen, tuple(arms), config.length
+        self._begin, self._seen, self._arms, self._length = begin, seen, arms, config.length
         self._evaluate, self._agreement = evaluate, agreement
         self._first = allocate.racers_of(arms).index(True)  # who leads a fresh student's first race
 

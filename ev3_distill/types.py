@@ -63,6 +63,9 @@ class Features(Protocol):
         """Returns (logits [B, K], features [B, ...] by name) and the variables as `Apply` does."""
 
 
+Fit = Callable[[Variables, jax.Array], Variables]  # (variables, inputs [B, ...]) -> with statistics of such inputs
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
     """A student or a teacher as pure functions, and the plain data it is rebuilt from."""
@@ -71,9 +74,8 @@ class Network:
     apply: Apply
     spec: Mapping[str, Any]
     features: Features | None = None  # where the network shows any; the logits are those of `apply`
-    straight: Apply | None = (
-        None  # of one that is deployed rounded: trains rounded, too, with gradients straight through
-    )
+    straight: Apply | None = None  # of one that is deployed rounded: trains rounded, with gradients straight through
+    fit: Fit | None = None  # where evaluation has to know of inputs what training does not tell
 
 
 Loss = Callable[[jax.Array, Batch], jax.Array]  # (student logits [B, K], batch) -> scalar

@@ -12,6 +12,7 @@ import students
 from benchmarks import int8
 from ev3_distill.arms import arms_named, default_names
 from ev3_distill.cli import main
+from ev3_distill.core.explore import fitting
 from ev3_distill.errors import InputError
 from ev3_distill.formats import onnx as onnx_format
 from ev3_distill.int8 import RANGES, WHOLE, normalises, rounded
@@ -55,12 +56,12 @@ def test_a_linear_classifier_by_hand():
 
 
 def trained(network, inputs, steps=6):
-    """After some training passes, without a step of any optimizer: statistics and ranges have moved."""
+    """After some training passes, without a step of any optimizer, and fitted: statistics and ranges have moved."""
     variables = network.init(jax.random.key(1))
     watch = jax.jit(lambda variables, inputs, key: network.apply(variables, inputs, train=True, key=key)[1])
     for i in range(steps):
         variables = watch(variables, inputs[32 * i : 32 * (i + 1)], jax.random.key(i))
-    return variables
+    return jax.jit(network.fit)(variables, inputs)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -119,23 +120,37 @@ def test_gradients_pass_through_the_rounding():
         )  # the weights stay as fine as they are
 
 
-def test_ranges_follow_the_batches():
-    """Of the first pass, and of every eighth after it."""
+def test_ranges_are_those_of_the_inputs_and_of_what_is_made_of_them():
     network = students.deployed(students.named("mlp:hidden=4", (6,), 3), "int8")
     variables = network.init(jax.random.key(0))
     np.testing.assert_array_equal(variables.stats[RANGES]["high"], [0, 0])  # the inputs, and what the ReLU makes
-    batches = jax.random.normal(jax.random.key(1), (9, 16, 6))
-    once = network.apply(variables, batches[0], train=True)[1]
-    assert float(once.stats[RANGES]["high"][0]) == pytest.approx(float(batches[0].max()))
-    assert float(once.stats[RANGES]["low"][1]) == 0.0
-    many = once
-    for apply, batch in zip((network.apply, network.straight) * 4, batches[1:], strict=True):
-        before, many = many, apply(many, batch, train=True)[1]
-    np.testing.assert_array_equal(before.stats[RANGES]["low"], once.stats[RANGES]["low"])
-    moved = 0.9 * float(batches[0].min()) + 0.1 * float(batches[8].min())
-    assert float(many.stats[RANGES]["low"][0]) == pytest.approx(moved)
-    assert int(many.stats[RANGES]["age"]) == 9
-    assert not normalises(many)
+    inputs = jax.random.normal(jax.random.key(1), (16, 6))
+    ranges = network.fit(variables, inputs).stats[RANGES]
+    layer = variables.params["layers"][0]
+    made = jax.nn.relu(inputs @ rounded(layer["kernel"], (1,)) + layer["bias"])
+    np.testing.assert_allclose(ranges["low"], [inputs.min(), made.min()], rtol=1e-6)
+    np.testing.assert_allclose(ranges["high"], [inputs.max(), made.max()], rtol=1e-6)
+    trained_on = network.apply(variables, inputs, train=True)[1]
+    np.testing.assert_array_equal(trained_on.stats[RANGES]["high"], [0, 0])  # training asks for none
+    assert not normalises(variables)
+
+
+def test_what_an_arm_proposes_is_fitted_to_its_stretch():
+    """Batches 10, 12, 15 and 17 of steps 10 to 19; an arm that rests leaves ranges as they are."""
+    network = students.deployed(students.named("mlp:hidden=4", (6,), 3), "int8")
+    variables = network.init(jax.random.key(0))
+    inputs = jax.random.normal(jax.random.key(1), (20, 16, 6))
+
+    def draw(step):
+        return Batch(inputs[step], jnp.zeros(16, jnp.int32), jnp.zeros((16, 3)), jnp.arange(16), jnp.ones(16)), None
+
+    (arm,) = arms_named(network.apply, ("kd4",), network=network)
+    for steps, batches in ((10, [10, 12, 15, 17]), (1, [10]), (0, [])):
+        stretch = Stretch(jnp.int32(10), jnp.int32(steps), jnp.float32(0), jnp.float32(0.01))
+        plain = arm.propose(arm.init(variables), draw, stretch)[1]
+        student = jax.jit(fitting(arm, network.fit).propose, static_argnums=1)(arm.init(variables), draw, stretch)[1]
+        wanted = network.fit(plain, jnp.concatenate(inputs[jnp.array(batches)])) if batches else variables
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), student, wanted)
 
 
 def test_arms_train_rounded_what_is_deployed_rounded():

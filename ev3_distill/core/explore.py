@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from ev3_distill.types import Arm, Batch, Draw, Proposals, PyTree, Sample, Stretch, Variables
+from ev3_distill.types import Arm, Batch, Draw, Fit, Proposals, PyTree, Sample, Stretch, Variables
+
+FITTED = 4  # batches of a stretch, see `fitting`
 
 
 def draw_from(pool: PyTree, sample: Sample, key: jax.Array) -> Draw:
@@ -68,6 +70,22 @@ def roll(
     """
     made = [arm.propose(arm_states[i], draw, stretches[i], *([held] if arm.held else [])) for i, arm in enumerate(arms)]
     return tuple(arm_state for arm_state, _ in made), tuple(student for _, student in made)
+
+
+def fitting(arm: Arm, fit: Fit) -> Arm:
+    """The arm with its proposals fitted to FITTED batches of their stretch, for a network that needs it to be evaluated."""
+
+    def propose(state: PyTree, draw: Draw, stretch: Stretch, *held: Draw) -> tuple[PyTree, Variables]:
+        after, student = arm.propose(state, draw, stretch, *held)
+
+        def fitted(student: Variables) -> Variables:
+            steps = stretch.start + stretch.steps * jnp.arange(FITTED) // FITTED
+            inputs = jax.lax.map(lambda step: draw(step)[0].inputs, steps)
+            return fit(student, inputs.reshape(-1, *inputs.shape[2:]))
+
+        return after, jax.lax.cond(stretch.steps > 0, fitted, lambda student: student, student)
+
+    return arm._replace(propose=propose)
 
 
 def proposals_of(arm_states: tuple[PyTree, ...], students: Sequence[Variables], steps: jax.Array) -> Proposals:
