@@ -89,7 +89,7 @@ RECIPES = {
     "full": (
         Recipe(8, (16, 48, 128, 256), 20000, 0.02, way=20, shot=2, query=1, chunks=LARGER),
         Recipe(8, None, 4000, 0.005, way=20),
-        Recipe(16, (16, 64, 192, 384), 6000, 0.02, way=20, shot=2, query=1, chunks=LARGER),
+        Recipe(16, (16, 64, 192, 384), 12000, 0.02, way=20, shot=2, query=1, chunks=LARGER),
         Recipe(16, None, 4000, 0.005, way=20),
     ),
     "accelerator": (Recipe(64, (2048,), 20000, 0.01, rank=1), Recipe(64, None, 20000, 0.001, way=60)),
