@@ -211,8 +211,8 @@ class Compress:
     """CSV file for a guard on cost: what it costs to say a class (column) of an example of a class (row)."""
     deploy: str = "float32"
     """What the student is scored as, all along, and certified: float32, or int8, simulated, on the same grid as the ONNX file
-    that export then writes. It trains in float32, and rounded by arms with -straight behind their names, one of which then
-    challenges."""
+    that export then writes. It trains with rounded weights in the last quarter of the budget, by arms with -straight behind
+    their names all along."""
     control: bool = False
     """Train the same student by labels alone too, at the same cost again: the report then tells by how much distillation
     helped, and where decide prefers that student, it is the one delivered."""

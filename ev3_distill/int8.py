@@ -11,9 +11,9 @@ layer makes some ten of one, up to a fifth of the entries of a ResNet-8's last l
 Training has two forms, and in both gradients are biased on purpose, while what assess and decide score is not: it is the
 student as deployed, up to that. `apply` trains in float32. `straight` rounds the weights, and the gradient passes straight
 through (Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference, CVPR 2018;
-arXiv:1712.05877). Which of the two is better for a student is for its arms to find out. Activations are rounded in neither:
-their ranges, the least and the greatest of some batches, are part of the statistics, and `fit` finds them anew for each student
-that is proposed: those of the iterates of a trajectory are not those of their average.
+arXiv:1712.05877). Arms take it from a share of the budget on, when the student has nearly learned what it will (`arms/`).
+Activations are rounded in neither: their ranges, the least and the greatest of some batches, are part of the statistics, and
+`fit` finds them anew for each student that is proposed: those of the iterates of a trajectory are not those of their average.
 """
 
 import contextlib
@@ -72,15 +72,15 @@ def as_int8(network: Network, *, tracing: Tracing = contextlib.nullcontext) -> N
         ranges = {"low": jnp.zeros(count), "high": jnp.zeros(count)}
         return Variables(variables.params, {WHOLE: variables.stats, RANGES: ranges})
 
-    def straight(plan: _Plan, variables: Variables) -> Variables:
-        """With weights that are rounded, and gradients that pass through."""
+    def straightened(plan: _Plan, variables: Variables, share: jax.typing.ArrayLike = 1.0) -> Variables:
+        """With weights that are rounded, or on their way, and gradients that pass through."""
         leaves, tree = jax.tree.flatten(variables.params)
         for place, axes in plan.leaves.items():
-            leaves[place] += jax.lax.stop_gradient(rounded(leaves[place], axes) - leaves[place])
+            leaves[place] += share * jax.lax.stop_gradient(rounded(leaves[place], axes) - leaves[place])
         return Variables(jax.tree.unflatten(tree, leaves), variables.stats)
 
     def fit(variables: Variables, inputs: jax.Array) -> Variables:
-        whole = Variables(variables.params, variables.stats[WHOLE])
+        whole = _own(variables)
         found: dict[int, tuple[jax.Array, jax.Array]] = {}
 
         def watch(site: int, array: jax.Array) -> jax.Array:
@@ -91,48 +91,54 @@ def as_int8(network: Network, *, tracing: Tracing = contextlib.nullcontext) -> N
         low, high = (jnp.stack([found[site][i] for site in range(len(found))]) for i in (0, 1))
         return Variables(variables.params, {**variables.stats, RANGES: {"low": low, "high": high}})
 
-    def trained(call: Callable[..., Any], rounds: bool) -> Callable[..., Any]:
-        """The training pass of a forward pass of the network's, with rounded weights or in float32."""
-
-        def train(variables: Variables, inputs: jax.Array, key: jax.Array | None) -> tuple[Any, Variables]:
-            whole = Variables(variables.params, variables.stats[WHOLE])
-            given = straight(plan_of(whole, inputs), whole) if rounds else whole
-            outputs, after = call(given, inputs, train=True, key=key)
-            return outputs, Variables(variables.params, {**variables.stats, WHOLE: after.stats})
-
-        return train
+    def trained(call: Callable[..., Any], variables: Variables, whole: Variables, inputs: jax.Array, key: Any) -> Any:
+        """The training pass of a forward pass of the network's, of its own variables as they are given."""
+        outputs, after = call(whole, inputs, train=True, key=key)
+        return outputs, Variables(variables.params, {**variables.stats, WHOLE: after.stats})
 
     def evaluated(variables: Variables, inputs: jax.Array) -> tuple[jax.Array, Variables]:
-        whole, ranges = Variables(variables.params, variables.stats[WHOLE]), variables.stats[RANGES]
+        whole, ranges = _own(variables), variables.stats[RANGES]
         at_site = functools.partial(_at_site, ranges["low"], ranges["high"])
         return _run(plan_of(whole, inputs), whole, inputs, at_site), variables
 
-    def form(training: Callable[..., Any], evaluating: Callable[..., Any]) -> Callable[..., Any]:
-        def apply(
-            variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None
-        ) -> tuple[Any, Variables]:
-            made: tuple[Any, Variables] = training(variables, inputs, key) if train else evaluating(variables, inputs)
-            return made
+    def apply(
+        variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Variables]:
+        if not train:
+            return evaluated(variables, inputs)
+        made: tuple[jax.Array, Variables] = trained(network.apply, variables, _own(variables), inputs, key)
+        return made
 
-        return apply
+    def straight(
+        variables: Variables,
+        inputs: jax.Array,
+        *,
+        train: bool,
+        key: jax.Array | None = None,
+        share: jax.typing.ArrayLike = 1.0,
+    ) -> tuple[jax.Array, Variables]:
+        if not train:
+            return evaluated(variables, inputs)
+        whole = _own(variables)
+        given = straightened(plan_of(whole, inputs), whole, share)
+        made: tuple[jax.Array, Variables] = trained(network.apply, variables, given, inputs, key)
+        return made
 
     features = None
     if (show := network.features) is not None:
 
-        def shown(variables: Variables, inputs: jax.Array) -> Any:
-            whole = Variables(variables.params, variables.stats[WHOLE])
-            return show(straight(plan_of(whole, inputs), whole), inputs, train=False)[0], variables
+        def features(variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None) -> Any:
+            whole = _own(variables)
+            if train:
+                return trained(show, variables, whole, inputs, key)
+            return show(straightened(plan_of(whole, inputs), whole), inputs, train=False)[0], variables
 
-        features = form(trained(show, rounds=False), shown)
+    return Network(init, apply, {**network.spec, "deploy": "int8"}, features, straight, fit)
 
-    return Network(
-        init,
-        form(trained(network.apply, rounds=False), evaluated),
-        {**network.spec, "deploy": "int8"},
-        features,
-        form(trained(network.apply, rounds=True), evaluated),
-        fit,
-    )
+
+def _own(variables: Variables) -> Variables:
+    """The network's, without ranges."""
+    return Variables(variables.params, variables.stats[WHOLE])
 
 
 def normalises(variables: Variables) -> bool:

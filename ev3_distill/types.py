@@ -54,6 +54,21 @@ class Apply(Protocol):
         """Returns logits [B, K] and the variables with their statistics updated (unchanged unless `train`)."""
 
 
+class Straight(Protocol):
+    """A forward pass that trains with weights rounded as they are deployed, with gradients that pass straight through."""
+
+    def __call__(
+        self,
+        variables: Variables,
+        inputs: jax.Array,
+        *,
+        train: bool,
+        key: jax.Array | None = None,
+        share: jax.typing.ArrayLike = 1.0,
+    ) -> tuple[jax.Array, Variables]:
+        """Returns what `Apply` does, of weights that went this share of the way to the rounded ones."""
+
+
 class Features(Protocol):
     """A network's forward pass that shows its features, too."""
 
@@ -74,7 +89,7 @@ class Network:
     apply: Apply
     spec: Mapping[str, Any]
     features: Features | None = None  # where the network shows any; the logits are those of `apply`
-    straight: Apply | None = None  # of one that is deployed rounded: trains rounded, with gradients straight through
+    straight: Straight | None = None  # of one that is deployed rounded
     fit: Fit | None = None  # where evaluation has to know of inputs what training does not tell
 
 

@@ -16,22 +16,41 @@ from ev3_distill.arms.tuned import tuned_arm
 from ev3_distill.errors import InputError
 from ev3_distill.features import FEATURE_LOSSES, with_features
 from ev3_distill.network import features_of
-from ev3_distill.types import Apply, Arm, Loss, Network, Objective
+from ev3_distill.types import Apply, Arm, Loss, Network, Objective, Straight
 
 RATE, MUON_RATE = 1e-2, 5e-2
+ROUNDS = 0.75  # of the budget, from which on a student that is deployed rounded trains so
 Shapes = Mapping[str, Sequence[int]]  # of features by name, without the batch axis
 
 
-def _adamw(loss: Callable[[], Loss], rate: float = RATE) -> Callable[[str, Apply], Arm]:
-    return lambda name, apply: gradient_arm(name, apply, loss(), adamw(rate))
+Shares = Callable[[jax.Array], jax.Array]  # of the budget that is spent -> of the rounding
 
 
-def _muon(loss: Callable[[], Loss], rate: float = MUON_RATE) -> Callable[[str, Apply], Arm]:
-    return lambda name, apply: gradient_arm(name, apply, loss(), muon(rate), anneal=up_and_down)
+class _Pass(NamedTuple):
+    """The forward pass that an arm trains by."""
+
+    apply: Apply | Straight
+    share: Shares | None = None  # of a `Straight`'s rounding; None where all of it is rounded, or nothing
 
 
-def _challenger(make: Callable[[str, Apply], Arm]) -> Callable[[str, Apply], Arm]:
-    return lambda name, apply: make(name, apply)._replace(races=False)
+Make = Callable[[str, _Pass], Arm]
+
+
+def _adamw(loss: Callable[[], Loss], rate: float = RATE) -> Make:
+    return lambda name, by: gradient_arm(name, by.apply, loss(), adamw(rate), share=by.share)
+
+
+def _muon(loss: Callable[[], Loss], rate: float = MUON_RATE) -> Make:
+    return lambda name, by: gradient_arm(name, by.apply, loss(), muon(rate), anneal=up_and_down, share=by.share)
+
+
+def _challenger(make: Make) -> Make:
+    return lambda name, by: make(name, by)._replace(races=False)
+
+
+def late(spent: jax.Array) -> jax.Array:
+    """The share of rounding: none until ROUNDS of the budget is spent, then all."""
+    return jnp.where(spent >= ROUNDS, 1.0, 0.0)
 
 
 def up_and_down(spent: jax.Array) -> jax.Array:
@@ -56,7 +75,7 @@ def _balanced(loss: Callable[[], Loss], power: float = 1.0) -> Callable[[], Loss
     return lambda: losses.balanced(loss(), power=power)
 
 
-ARMS: dict[str, Callable[[str, Apply], Arm]] = {
+ARMS: dict[str, Make] = {
     "ce": _adamw(losses.cross_entropy),
     "ce-challenger": _challenger(_adamw(losses.cross_entropy)),
     "ce-slow": _adamw(losses.cross_entropy, 1e-3),
@@ -119,7 +138,7 @@ def default_names(spec: Mapping[str, Any], *, labels: bool = True, goals: Sequen
     """The default portfolio of a network.
 
     Args:
-      spec: the network's; its family decides, and whether it is deployed rounded: then training rounded challenges, too.
+      spec: the network's; its family decides.
       labels: whether there are any; without, arms that follow nothing else are left out.
       goals: metrics that the run steers by; for some a way to train that serves them joins.
     """
@@ -127,8 +146,6 @@ def default_names(spec: Mapping[str, Any], *, labels: bool = True, goals: Sequen
     names: tuple[str, ...] = CONVOLUTIONAL if convolutional else DEFAULT
     if any(metric in BALANCING for metric in goals):
         names = (*CONVOLUTIONAL, "kd4-muon-balanced") if convolutional else GUARDED
-    if spec.get("deploy", "float32") != "float32":
-        names = (*names, names[0] + STRAIGHT)
     return tuple(name for name in names if labels or not name.startswith("ce"))
 
 
@@ -158,10 +175,11 @@ def arms_named(
         learning rate of their own after an @ if wanted: `0.5*dkd+1*ce@0.003`. Or kd4's loss with one on features, by its
         name in `features.FEATURE_LOSSES`: `at:stage3=layer3` draws the student's `stage3` to the teacher's `layer3`; its
         own weight after a * and rate after an @ if wanted, `at:stage3=layer3*500@0.003`. Or kd4's loss with what follows the
-        loss on assess while it trains, of `tuned.TUNABLE`: `tuned-temperature-mix`. A name of either of the first two kinds
-        with `-straight` behind it trains with rounded weights, of a student that is deployed so.
-      network: the student, for losses on features (its spec must tell its `input_shape`), and for the optimizer of one that
-        tunes its loss.
+        loss on assess while it trains, of `tuned.TUNABLE`: `tuned-temperature-mix`. Of a student that is deployed rounded,
+        the first two kinds train with rounded weights once ROUNDS of the budget is spent, and with `-straight` behind their
+        names all along.
+      network: the student, for losses on features (its spec must tell its `input_shape`), for the optimizer of one that
+        tunes its loss, and for training rounded.
       teacher_features: shapes [...] of what the teacher shows of one example.
       mesh: over whose devices populations are spread, `Devices.of_steps`.
 
@@ -183,7 +201,7 @@ def arms_named(
             return EVOLVING[name](name, apply, mesh)
         kind = name.removesuffix(STRAIGHT)
         make = ARMS[kind] if kind in ARMS else _mixed(kind)
-        return make(name, apply) if kind == name else _challenger(make)(name, _straight(name, network))
+        return make(name, _pass(name, apply, network))
 
     return tuple(map(named, names))
 
@@ -243,14 +261,17 @@ def _tuned(name: str, apply: Apply, network: Network | None) -> Arm:
     return tuned_arm(name, apply, adamw(RATE), tune=tune)
 
 
-def _straight(name: str, network: Network | None) -> Apply:
-    """The forward pass of training with rounded weights."""
-    if network is None or network.straight is None:
+def _pass(name: str, apply: Apply, network: Network | None) -> _Pass:
+    """What an arm of that name trains by: what is deployed rounded trains rounded late, or all along."""
+    straight = None if network is None else network.straight
+    if name.endswith(STRAIGHT) and straight is None:
         raise InputError(
             f"an arm that ends in {STRAIGHT} trains rounded what is deployed rounded; got '{name}' for a student in float32: "
             f"add --deploy int8, or leave {STRAIGHT} out"
         )
-    return network.straight
+    if straight is None:
+        return _Pass(apply)
+    return _Pass(straight, None if name.endswith(STRAIGHT) else late)
 
 
 def _featured(name: str, network: Network | None, teacher: Shapes) -> Arm:
@@ -272,7 +293,7 @@ def _listed(shapes: Shapes) -> str:
     return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "none"
 
 
-def _mixed(text: str) -> Callable[[str, Apply], Arm]:
+def _mixed(text: str) -> Make:
     """The arm of a mix such as `0.7*kd+0.3*ce@0.01`."""
     formula, _, rate = text.partition("@")
     try:

@@ -36,6 +36,7 @@ def gradient_arm(
     extra: PyTree = (),
     average: float | None = 8.0,
     anneal: Callable[[jax.Array], jax.Array] | None = None,
+    share: Callable[[jax.Array], jax.Array] | None = None,
     length: float = 1.0,
 ) -> Arm:
     """An arm that follows the gradient of a loss on explore.
@@ -50,6 +51,7 @@ def gradient_arm(
       average: eta of the polynomial-decay average; the proposal is then the average with weights
         (eta + 1) / (t + eta) for step t, a window of about t / (eta + 1) steps. None proposes the last iterate.
       anneal: (share of the budget spent since the student began or grew) -> factor on every update, such as `linear_to_zero`.
+      share: (the same) -> what `apply` is given as its `share`, such as that of the rounding by `Network.straight`.
       length: of the trajectory, relative to the run's.
 
     Returns:
@@ -75,10 +77,13 @@ def gradient_arm(
     def propose(state: GradientState, draw: Draw, stretch: Stretch) -> tuple[PyTree, Variables]:
         def advance(i: jax.Array, state: GradientState) -> GradientState:
             batch, key = draw(stretch.start + i)
+            spent = stretch.spent + i * stretch.each
+            how = {} if share is None else {"share": share(spent)}
 
             def objective(trained: PyTree) -> tuple[jax.Array, PyTree]:
                 params, beside = part(trained)
-                outputs, variables = apply(Variables(params, state.iterate.stats), batch.inputs, train=True, key=key)
+                student = Variables(params, state.iterate.stats)
+                outputs, variables = apply(student, batch.inputs, train=True, key=key, **how)
                 value = loss(outputs, batch, beside) if pairs else loss(outputs, batch)
                 return value, variables.stats
 
@@ -86,7 +91,7 @@ def gradient_arm(
             gradient, stats = jax.grad(objective, has_aux=True)(trained)
             updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
             if anneal is not None:
-                updates = optax.tree.scale(anneal(stretch.spent + i * stretch.each), updates)
+                updates = optax.tree.scale(anneal(spent), updates)
             params, beside = part(optax.apply_updates(trained, updates))
             iterate = Variables(params, stats)
             age = state.age + 1
