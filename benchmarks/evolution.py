@@ -1,7 +1,7 @@
 """What does a population cost? Evaluations per second, bytes per member, and memory against reverse mode.
 
-Speed: a generation of 64 antithetic pairs, all contenders in turns within one process, in another order each time; evaluations
-of members per second, compilation excluded.
+Speed: generations of 64 antithetic pairs, all contenders in turns of a second within one process, in another order each time;
+evaluations of members per second, compilation excluded.
 
 - `full rank` and `rank 1`: `ev3_distill.arms.evolution.estimate`, as it comes, noise held where it fits, spread over all
   devices of all processes, while the others have one;
@@ -57,6 +57,7 @@ STEPS = {"full": (1, 4, 16, 32, 64, 256), "smoke": (2,)}
 IMAGES = {"full": (50, 200, 800, 3200), "smoke": (50,)}
 PART = 50  # images that an evaluation embeds at once
 SIGMA = 0.05
+TURN_S = {"full": 1.0, "smoke": 0.01}  # that each contender has in a turn, about: whole generations
 TARGETS = {"full rank": ("ask, vmap, tell", 1.0), "rank 1": ("no noise", 0.7)}
 BYTES_PER_MEMBER, AT_MOST = 16, 64 * 2**20  # of a population; of noise and optimizer state at the largest
 MANY = 40  # times less memory than reverse mode: the paper's figure
@@ -77,17 +78,25 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
         field = contenders(name, STUDENTS[size][name], PAIRS[size])
         for work in field.values():
             jax.block_until_ready(work(jax.random.key(0)))  # compiles
+        times = {name: max(1, round(TURN_S[size] / _seconds(work, 1))) for name, work in field.items()}
         for seed in range(seeds):
             if (seed, "speed", name) in done:
                 continue
             speed = {}
             for i in range(len(field)):
                 contender = list(field)[(seed + i) % len(field)]
-                began = time.perf_counter()
-                jax.block_until_ready(field[contender](jax.random.key(seed)))
-                speed[contender] = round(2 * PAIRS[size] / (time.perf_counter() - began), 2)
+                members = 2 * PAIRS[size] * times[contender]
+                speed[contender] = round(members / _seconds(field[contender], times[contender], seed), 2)
             speed = {contender: speed[contender] for contender in field}
             yield {"seed": seed, "question": "speed", "at": name, "per_s": speed, "devices": jax.device_count()}
+
+
+def _seconds(work: Callable[[jax.Array], PyTree], times: int, seed: int = 0) -> float:
+    """That so many generations take."""
+    began = time.perf_counter()
+    for _ in range(times):
+        jax.block_until_ready(work(jax.random.key(seed)))
+    return time.perf_counter() - began
 
 
 def contenders(name: str, shape: Sequence[int], pairs: int) -> dict[str, Callable[[jax.Array], PyTree]]:

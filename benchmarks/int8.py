@@ -6,8 +6,7 @@ deployed, an ONNX file run by onnxruntime in a process of its own:
 - `float32`: `compress --student resnet8 --budget 10e`, then `export --format onnx`;
 - `after training`: the same student, `export --format onnx --int8`, onnxruntime's quantiser on explore images;
 - `in the loop`: `compress ... --deploy int8`, as many steps, then `export --format onnx`: scored in int8 all along, and trained
-  rounded in the last quarter;
-- `rounded all along`: the same by arms that train rounded from the start, of the first seed alone.
+  rounded in the last quarter.
 
 Each run has a guard on accuracy, by which `evaluate` judges the file that computes what was certified. Accuracy is on the
 folder's 10,000 test images, which chose nothing. Differences are paired image by image: to the run in float32, which is another
@@ -47,13 +46,11 @@ GUARD = {"full": "accuracy >= 0.75", "smoke": "accuracy >= 0.05"}
 RUNS: dict[str, tuple[str, ...]] = {
     "float32": (),
     "loop": ("--deploy", "int8"),
-    "rounded": ("--deploy", "int8", "--arms", "kd4-muon-straight", "ce-muon-straight"),
 }
 FILES: dict[str, tuple[str, tuple[str, ...]]] = {  # the run that each comes of, and how it is exported
     "float32": ("float32", ()),
     "after training": ("float32", ("--int8",)),
     "in the loop": ("loop", ()),
-    "rounded all along": ("rounded", ()),
 }
 CONTENDERS = tuple(FILES)
 BATCHES, TURNS, PASSES = (1, 64), 10, 10  # of timing files
@@ -68,34 +65,31 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
 
     Args:
       seeds: of splits, initial parameters and batches, from FIRST_SEED.
-      size: full, or smoke: a fiftieth of an epoch, and nobody rounded all along, which proves nothing.
+      size: full, or smoke: a fiftieth of an epoch, which proves nothing.
       done: keys of rows to leave out; a seed of which any is missing is run again as a whole.
     """
     archive, onnx = pytorch.files()
     dataset = load_data(f"folder:{archive}")
     for seed in range(seeds):
-        files = FILES if size == "full" and seed == 0 else {name: FILES[name] for name in CONTENDERS[:-1]}
-        if all((seed, contender) in done for contender in files):
+        if all((seed, contender) in done for contender in FILES):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            runs = {run: Path(folder) / run for run in RUNS if run in {made_of for made_of, _ in files.values()}}
+            runs = {run: Path(folder) / run for run in RUNS}
             for run, out in runs.items():
                 _command(
                     *("compress", "--teacher", f"onnx:{onnx}", *pytorch.TEACHER, "--data", f"folder:{archive}"),
                     *("--student", "resnet8", "--budget", f"{EPOCHS[size]:g}e", "--guard", GUARD[size]),
                     *("--seed", str(FIRST_SEED + seed), "--out", str(out), *RUNS[run]),
                 )
-            yield from _rows(Path(folder), dataset, runs, files, seed=seed, size=size)
+            yield from _rows(Path(folder), dataset, runs, seed=seed, size=size)
 
 
-def _rows(
-    folder: Path, dataset: Dataset, runs: dict[str, Path], made: dict[str, Any], *, seed: int, size: str
-) -> Iterator[dict[str, Any]]:
+def _rows(folder: Path, dataset: Dataset, runs: dict[str, Path], *, seed: int, size: str) -> Iterator[dict[str, Any]]:
     """Of the files that come of a seed's runs, timed in turns."""
     assert dataset.test_rows is not None
     inputs, labels = dataset.inputs[dataset.test_rows], dataset.labels[dataset.test_rows]
-    outs = {contender: folder / f"{contender.replace(' ', '-')}-file" for contender in made}
-    for contender, (run, options) in made.items():
+    outs = {contender: folder / f"{contender.replace(' ', '-')}-file" for contender in FILES}
+    for contender, (run, options) in FILES.items():
         _command("export", str(runs[run]), "--format", "onnx", "--out", str(outs[contender]), *options)
     with contextlib.ExitStack() as opened:
         files = {name: opened.enter_context(deployed(out / "model.onnx")) for name, out in outs.items()}
@@ -108,8 +102,8 @@ def _rows(
             name: np.concatenate([file.outputs(inputs[i : i + AT_ONCE]) for i in starts]).argmax(axis=1)
             for name, file in files.items()
         }
-    times = steps_s(tuple(runs), turns=TURNS if size == "full" else 1)
-    for contender, (run, options) in made.items():
+    times = steps_s(turns=TURNS if size == "full" else 1)
+    for contender, (run, options) in FILES.items():
         cost = json.loads((runs[run] / "report.json").read_text())["cost"]
         judged = ("evaluate", str(outs[contender]), "--of", str(runs[run]), "--guard", GUARD[size])
         right = said[contender] == labels
@@ -142,10 +136,10 @@ def _unpacked(text: str) -> list[float]:
     return list(100.0 * np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8)))
 
 
-def steps_s(runs: Sequence[str], *, turns: int) -> dict[str, list[float]]:
+def steps_s(*, turns: int) -> dict[str, list[float]]:
     """Seconds that each run's leading arm trains for STEPS steps, in turns; the teacher and all scoring are left out."""
     base = students.named("resnet8", (32, 32, 3), 10)
-    networks = {run: students.deployed(base, "int8" if RUNS[run] else "float32") for run in runs}
+    networks = {run: students.deployed(base, "int8" if options else "float32") for run, options in RUNS.items()}
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (128, 32, 32, 3)), jnp.uint8)
     logits, labels = (
@@ -157,15 +151,13 @@ def steps_s(runs: Sequence[str], *, turns: int) -> dict[str, list[float]]:
 
     def trajectory(run: str) -> Callable[[], Any]:
         network = networks[run]
-        (arm,) = arms_named(
-            network.apply, RUNS[run][-2:-1] if "--arms" in RUNS[run] else CONVOLUTIONAL[:1], network=network
-        )
+        (arm,) = arms_named(network.apply, CONVOLUTIONAL[:1], network=network)
         state, key = arm.init(network.init(jax.random.key(0))), jax.random.key(1)
         propose = jit(lambda state, batch, stretch: arm.propose(state, lambda step: (batch, key), stretch))
         return lambda: jax.block_until_ready(propose(state, batch, stretch))
 
-    trajectories = {run: trajectory(run) for run in runs}
-    found: dict[str, list[float]] = {run: [] for run in runs}
+    trajectories = {run: trajectory(run) for run in RUNS}
+    found: dict[str, list[float]] = {run: [] for run in RUNS}
     for turn in range(-1, turns):  # the first compiles
         for run, train in trajectories.items():
             began = time.perf_counter()

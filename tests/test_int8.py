@@ -217,7 +217,6 @@ def test_a_run_in_int8(tmp_path, monkeypatch, capsys):
 def test_the_suite_tells_what_int8_costs():
     """Of 16 images one is lost, or two are lost and one won; intervals by Student's t, worked out apart."""
     right = {"float32": [1] * 15 + [0], "after training": [1] * 14 + [0, 0], "in the loop": [0, 0] + [1] * 14}
-    assert set(right) < set(int8.CONTENDERS)  # rows of some seeds may lack one
 
     def row(seed, contender):
         bits = np.array(right[contender] if seed == 0 or contender != "in the loop" else right["float32"], np.uint8)

@@ -175,14 +175,13 @@ def _estimated(
 
     held = 4 * noise.size * own <= HOLD_BYTES if hold is None else hold
 
-    def draw(start: jax.Array) -> jax.Array:
-        return jax.vmap(lambda pair: noise.draw(jax.random.fold_in(key, 2 * pair)))(start + jnp.arange(size))
+    def draw(start: jax.Array, count: int = size) -> jax.Array:
+        return jax.vmap(lambda pair: noise.draw(jax.random.fold_in(key, 2 * pair)))(start + jnp.arange(count))
 
-    def score(start: jax.Array) -> tuple[jax.Array, PyTree]:
-        drawn, keys = (
-            draw(start),
-            jax.vmap(lambda pair: jax.random.fold_in(key, 2 * pair + 1))(start + jnp.arange(size)),
-        )
+    def score(given: tuple[jax.Array, PyTree]) -> jax.Array:
+        start, kept = given
+        drawn = kept if held else draw(start)
+        keys = jax.vmap(lambda pair: jax.random.fold_in(key, 2 * pair + 1))(start + jnp.arange(size))
 
         def one(member: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             drawn, of_data, sign = member
@@ -191,9 +190,11 @@ def _estimated(
         members = jnp.repeat(drawn, 2, axis=0), jnp.repeat(keys, 2, axis=0), jnp.tile(jnp.array([1.0, -1.0]), size)
         apart = size == 1 and rank is None  # then one after the other, as nothing is shared
         scores = jax.lax.map(one, members) if apart else jax.vmap(one)(members)
-        return scores.reshape(size, 2), drawn if held else ()
+        return scores.reshape(size, 2)
 
-    scores, kept = jax.lax.map(score, at)
+    # All at once where all is kept: a loop over chunks would draw a chunk's noise once for each use of it.
+    kept = draw(first, own).reshape(len(at), size, -1) if held else ()
+    scores = jax.lax.map(score, (at, kept))
     scores, report = _checked(spread.gather(scores.reshape(own, 2))[:pairs])
     weights = SHAPINGS[shaping](scores) / (2 * pairs * sigma)
     weights = jnp.pad(weights, (0, blocks * chunks * size - pairs))
