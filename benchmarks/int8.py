@@ -218,6 +218,8 @@ def _less(contender: str, by: dict[str, list[dict[str, Any]]], other: str) -> st
     gain, over = gains[0][1], ""
     if len(gains) > 1:
         gain = statistics.mean([gain.center for _, gain in gains])
-        over = f"; over seeds {statistics.spread(gain, 2)}"
+        ours, theirs = (np.mean([pair[i] for pair in pairs], axis=0) for i in (1, 2))
+        together = statistics.spread(statistics.paired(list(ours), list(theirs)), 2)
+        over = f", these students together {together}; over seeds {statistics.spread(gain, 2)}"
     target = f"target ≥ {TARGET:g}: {statistics.verdict(gain, TARGET)}"
     return f"{contender} less {other}, points, image by image: {each}{over}, {target}"
