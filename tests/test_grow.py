@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import students
-from ev3_distill.arms import ARMS
+from ev3_distill.arms import arms_named
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.arms.optimizers import adamw, muon
 from ev3_distill.errors import InputError
@@ -458,7 +458,7 @@ def batch(inputs):
 
 
 def arm_of(name, network, inputs) -> tuple[Callable, Callable, Callable]:
-    arm = ARMS[name](name, network.apply)
+    (arm,) = arms_named(network.apply, [name])
 
     @quick
     def run(state, steps):
