@@ -134,7 +134,7 @@ def test_a_sweep_trains_what_it_changes_and_tests_on_validation_characters(monke
 
 
 def test_a_wider_network_is_guessed_by_a_power_of_the_width():
-    """Errors of 8 % and 4 % at widths 8 and 16 halve with each doubling: 1 % at 64; its interval by a thousand draws."""
+    """Errors of 8 % and 4 % at widths 8 and 16 halve with each doubling: 1 % at 64; its interval by draws."""
     errors = {16: (0.04, 0.004), 8: (0.08, 0.004)}
     guess = protonet.extrapolated(errors, 64)
     assert guess.center == pytest.approx(0.99)

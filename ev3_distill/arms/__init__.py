@@ -16,7 +16,7 @@ from ev3_distill.arms.tuned import tuned_arm
 from ev3_distill.errors import InputError
 from ev3_distill.features import FEATURE_LOSSES, with_features
 from ev3_distill.network import features_of
-from ev3_distill.types import Apply, Arm, Loss, Network, Objective, Straight
+from ev3_distill.types import Apply, Arm, Loss, Network, Objective
 
 RATE, MUON_RATE = 1e-2, 5e-2
 ROUNDS = 0.75  # of the budget, from which on a student that is deployed rounded trains so
@@ -29,7 +29,7 @@ Shares = Callable[[jax.Array], jax.Array]  # of the budget that is spent -> of t
 class _Pass(NamedTuple):
     """The forward pass that an arm trains by."""
 
-    apply: Apply | Straight
+    apply: Apply
     share: Shares | None = None  # of a `Straight`'s rounding; None where all of it is rounded, or nothing
 
 
@@ -129,9 +129,7 @@ BALANCING = ("worst_class_accuracy", "balanced_accuracy", "macro_f1")  # goals f
 PEERS, CONVOLUTIONAL_PEERS = ("kd4-peer", "kd4-ensemble"), ("kd4-muon-peer", "kd4-muon-ensemble")
 BY_PEERS = PEERS + CONVOLUTIONAL_PEERS
 CONVOLUTIONAL_FAMILIES = ("resnet", "mobilenet", "conv4", "convnet1d")
-STRAIGHT = (
-    "-straight"  # ends the name of an arm that trains what is deployed, rounded; late, too, for it learns more slowly
-)
+STRAIGHT = "-straight"  # ends the name of an arm that trains rounded all along what is deployed rounded
 
 
 def default_names(spec: Mapping[str, Any], *, labels: bool = True, goals: Sequence[str] = ()) -> tuple[str, ...]:
