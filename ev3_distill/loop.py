@@ -1,9 +1,8 @@
 """The host loop: iterates the core's step under a budget. The only place where a student grows or is swapped."""
 
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from ev3_distill.core.explore import fitting
 from ev3_distill.core.packing import Packed, Packing
 from ev3_distill.core.trial import on_seen
 from ev3_distill.devices import ONE, Devices
+from ev3_distill.dispatch import AT_ONCE, Programs, Several
 from ev3_distill.int8 import normalises
 from ev3_distill.pool import sampler
 from ev3_distill.sharding import agreed
@@ -43,15 +43,7 @@ Supply = Callable[[int, int], Iterator[tuple[PyTree, int, int]]]
 UNLIMITED = 2**30  # steps, where wall time is the budget
 DRAWS = 8  # of initial parameters, at most,
 DRAWING = 20  # as long as they cost no more than this part of the budget
-AT_ONCE = 64  # iterations that one dispatch may hold,
-IDLE_S = 0.1  # as long as it ends within about this: a checkpoint, a row and Ctrl-C wait for it
-
-
-class _Carry(NamedTuple):
-    packed: Packed
-    decisions: Packed  # [AT_ONCE, ...] of the iterations so far
-    made: jax.Array  # int32, their number
-    ends: jax.Array  # bool, whether the run is closed or pauses
+IDLE_S = 0.1  # within about this a dispatch of several iterations ends: a checkpoint, a row and Ctrl-C wait for it
 
 
 class Distillation:
@@ -60,7 +52,7 @@ class Distillation:
     Attributes:
       goals: what must hold.
       devices: that the run is spread over.
-      compile_s: seconds spent compiling so far.
+      programs: that it has compiled so far.
     """
 
     def __init__(
@@ -90,11 +82,10 @@ class Distillation:
         self._step = make_step(student.apply, arms, sample, **core)
         self._parts = make_parts(student.apply, arms, sample, **core)
         self.devices = devices
-        self._programs: dict[str, Callable[..., Any]] = {}
-        self._decisions: Packing
+        self.programs = Programs(devices)
+        self._several: Several | None = None
         self._pack: Callable[[State], Packed]
         self._unpack: Callable[[Packed], State]
-        self.compile_s = 0.0
 
         @devices.jit
         def begin(pools: Pools, seed: jax.Array, draw: jax.Array) -> State:
@@ -127,6 +118,11 @@ class Distillation:
         self._evaluate, self._agreement = evaluate, agreement
         self._first = allocate.racers_of(arms).index(True)  # who leads a fresh student's first race
 
+    @property
+    def compile_s(self) -> float:
+        """Seconds spent compiling so far."""
+        return self.programs.compile_s
+
     def evaluate(self, variables: Variables, split: Batch) -> Evidence:
         """Scores of a student on a split, leaves [N]."""
         scores: Evidence = self._evaluate(self.devices.place(variables), self.devices.place(split))
@@ -140,7 +136,7 @@ class Distillation:
     def begin(self, pools: Pools, seed: int, *, draw: int = 0) -> State:
         """The state before the first iteration; with other initial parameters for each draw, and all else the same."""
         pools = self.devices.place(pools)
-        return self._timed(lambda: jax.block_until_ready(self._begin(pools, np.int32(seed), np.int32(draw))))
+        return self.programs.timed(lambda: jax.block_until_ready(self._begin(pools, np.int32(seed), np.int32(draw))))
 
     def drawn(
         self,
@@ -285,32 +281,33 @@ class Distillation:
                 if int(decisions[-1].position) >= pause:
                     return
             return
-        steps = functools.partial(self._several(pools, state), pools)
+        several = self._several = self._several or Several(self._step, self.programs, pools, state)
         packed = self._pack(state)
         if seconds is not None:
             cost = int(state.cost)
             limit_at, closed = _limits(budget, seconds, cost), False
             while not closed:
-                packed, decisions = self._told(steps(packed, limit_at(cost), np.int32(1), np.int32(pause)))
+                block = several(pools, packed, limit_at(cost), 1, pause)
+                packed, decisions = block.packed, several.told(block)
                 yield packed, decisions
                 cost = int(decisions[-1].cost)
                 closed = bool(decisions[-1].closed) or int(decisions[-1].position) >= pause
             return
         limit, most, began = np.int32(budget), 1, time.perf_counter()
         looks_ahead = jax.process_count() == 1
-        ahead = steps(packed, limit, np.int32(most), np.int32(pause))
+        ahead = several(pools, packed, limit, most, pause)
         while True:
             block = ahead
             if looks_ahead:
-                ahead = steps(block[0], limit, np.int32(most), np.int32(pause))
-            packed, decisions = self._told(block)
-            yield packed, decisions
+                ahead = several(pools, block.packed, limit, most, pause)
+            decisions = several.told(block)
+            yield block.packed, decisions
             if decisions[-1].closed or int(decisions[-1].position) >= pause:
                 return
             took, began = agreed(time.perf_counter() - began), time.perf_counter()
             most = int(np.clip(len(decisions) * IDLE_S / took, 1, at_once))
             if not looks_ahead:
-                ahead = steps(packed, limit, np.int32(most), np.int32(pause))
+                ahead = several(pools, block.packed, limit, most, pause)
 
     def _supplied(
         self, pools: Pools, state: State, supply: Supply, limit_at: Callable[[int], np.int32]
@@ -319,11 +316,11 @@ class Distillation:
         closed = False
         state = self._unpack(self._pack(state))
         while not closed:
-            plan = self._program("plan", self._parts.plan, state, limit_at(int(state.cost)))
+            plan = self.programs.call("plan", self._parts.plan, state, limit_at(int(state.cost)))
             first = int(state.position)
             arm_states, students = state.arm_states, (state.current,) * len(state.arm_states)
             for pool, begin, end in supply(first, first + int(plan.steps.max())):
-                arm_states, students = self._program(
+                arm_states, students = self.programs.call(
                     "roll",
                     self._parts.roll,
                     (self.devices.place(pool), pools.assess),
@@ -332,22 +329,10 @@ class Distillation:
                     plan,
                     (np.int32(begin), np.int32(end)),
                 )
-            state, decision = self._program("settle", self._parts.settle, pools, state, arm_states, students, plan)
+            state, decision = self.programs.call("settle", self._parts.settle, pools, state, arm_states, students, plan)
             decision = jax.device_get(decision)
             closed = bool(decision.closed)
             yield self._pack(state), [decision]
-
-    def _program(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        """Calls a function of arrays, compiled once."""
-        if name not in self._programs:
-            self._programs[name] = self._timed(lambda: self.devices.jit(function).lower(*args).compile())
-        return self._programs[name](*args)
-
-    def _told(self, block: tuple[Packed, Packed, jax.Array]) -> tuple[Packed, list[Decision]]:
-        """The state after one dispatch, and its decisions; waits for the device."""
-        packed, decisions, made = block
-        decisions = jax.device_get(decisions)
-        return packed, [self._decisions.unpack(tuple(rows[i] for rows in decisions)) for i in range(int(made))]
 
     def _prepare(self, state: State) -> None:
         """How states travel."""
@@ -355,44 +340,6 @@ class Distillation:
             return
         states = Packing(state)
         self._pack, self._unpack = self.devices.jit(states.pack), self.devices.jit(states.unpack)
-
-    def _several(self, pools: Pools, state: State) -> Callable[..., Any]:
-        """Several steps on packed states, compiled once.
-
-        (pools, packed state, limit, most, pause) -> (packed state, the decisions along the way, their number): at most `most`
-        and AT_ONCE iterations, none after the closing one or the one that reaches `pause`.
-        """
-        if "several" in self._programs:
-            return self._programs["several"]
-        limit = most = pause = np.int32(0)
-        states = Packing(state)
-        decision = jax.eval_shape(self._step, pools, state, limit)[1]
-        decisions = self._decisions = Packing(decision)
-
-        def advance(pools: Pools, limit: jax.Array, pause: jax.Array, carry: _Carry) -> _Carry:
-            state, decision = self._step(pools, states.unpack(carry.packed), limit)
-            made = zip(carry.decisions, decisions.pack(decision), strict=True)
-            told = tuple(rows.at[carry.made].set(row) for rows, row in made)
-            return _Carry(states.pack(state), told, carry.made + 1, state.closed | (state.position >= pause))
-
-        def steps(
-            pools: Pools, packed: Packed, limit: jax.Array, most: jax.Array, pause: jax.Array
-        ) -> tuple[Packed, Packed, jax.Array]:
-            before = states.unpack(packed)
-            blank = decisions.pack(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), decision))
-            rows = tuple(jnp.zeros((AT_ONCE, *vector.shape), vector.dtype) for vector in blank)
-            carry = jax.lax.while_loop(
-                lambda carry: (carry.made < jnp.minimum(most, AT_ONCE)) & ~carry.ends,
-                functools.partial(advance, pools, limit, pause),
-                _Carry(packed, rows, jnp.int32(0), before.closed | (before.position >= pause)),
-            )
-            return carry.packed, carry.decisions, carry.made
-
-        packed = states.pack(state)
-        self._programs["several"] = self._timed(
-            lambda: self.devices.jit(steps).lower(pools, packed, limit, most, pause).compile()
-        )
-        return self._programs["several"]
 
     def unpack(self, packed: Packed) -> State:
         """The state that `stream` told of."""
@@ -437,12 +384,6 @@ class Distillation:
             return 0, 0.0, promise
         risks = np.asarray(prioritise.risks_of(evidence, prioritise.least_of(self.goals)))
         return int((risks >= 0).sum()), min(float(risks.min()), prioritise.AT_RISK), promise
-
-    def _timed(self, work: Callable[[], Any]) -> Any:
-        began = time.perf_counter()
-        result = work()
-        self.compile_s += time.perf_counter() - began
-        return result
 
 
 def _limits(budget: int, seconds: float | None, first: int) -> Callable[[int], np.int32]:

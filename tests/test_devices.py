@@ -54,7 +54,7 @@ def run(devices, name="conv4:width=2", supplied=False, population=False):
     which, delivered = made.delivered(pools, state)
     accuracy = float(made.evaluate(delivered, pools.assess).promise.mean())
     flat = jax.flatten_util.ravel_pytree((state.current, state.champion, state.arm_states))[0]
-    text = "" if supplied else made._programs["several"].as_text()
+    text = "" if supplied else made.programs.text("several")
     return dict(state=np.asarray(flat, np.float64).tolist(), told=told, accuracy=accuracy, text=text)
 
 
