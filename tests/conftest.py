@@ -1,4 +1,4 @@
-"""What tests of whole runs share: caches for all processes, one small run, and what "the same run" means."""
+"""What tests share: caches for all processes and of one test alone, one small run, and what "the same run" means."""
 
 import atexit
 import fcntl
@@ -35,6 +35,7 @@ import pytest
 
 from ev3_distill.cli import main
 
+pytest.register_assert_rewrite("refusals", "stores", "walkers")  # what they assert is told in full, as in tests
 SMALL = (
     *("--arms", "ce", "mse", "--student", "mlp:hidden=8", "--budget", "1500"),
     *("--teacher-network", "mlp:hidden=16", "--teacher-budget", "300", "--checkpoint-s", "0"),
@@ -70,6 +71,19 @@ def here(tmp_path, monkeypatch):
     """A fresh working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own: its folder of decoded images."""
+    monkeypatch.setenv("EV3_DISTILL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "decoded"
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Stores of logits that append 16 rows at a time."""
+    monkeypatch.setattr("teachers.logits.CHUNK_ROWS", 16)
 
 
 def once(factory, name, make):

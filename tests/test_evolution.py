@@ -1,4 +1,4 @@
-"""Evolution strategies: right in mean and spread, the same whatever the chunks, deaf to what is broken; and the arm."""
+"""Evolution strategies: right in mean and spread, the same whatever the chunks, and deaf to what is broken."""
 
 import functools
 import math
@@ -11,30 +11,15 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from landscapes import CURVES, KEY, MEAN, arrays_like, cubic, quadratic
 
 import students
-from ev3_distill import goals, objectives
 from ev3_distill.arms import evolution, lowrank
-from ev3_distill.arms.evolution import SHAPINGS, estimate, evolution_arm
+from ev3_distill.arms.evolution import SHAPINGS, estimate
 from ev3_distill.arms.layerwise import Part, estimate_by_parts
 from ev3_distill.arms.noise import full_rank, low_rank
 from ev3_distill.arms.subspace import named
-from ev3_distill.arms.unrolls import noise_reuse
-from ev3_distill.errors import InputError
-from ev3_distill.types import Batch, Stretch, Variables
-
-KEY = jax.random.key(0)
-CURVES = jnp.array([1.0, 2.0, 3.0, 0.5, 1.5, 4.0])
-MEAN = {"w": jnp.array([[1.0, -1.0], [0.5, 2.0]]), "b": jnp.array([0.3, -0.7])}
-
-
-def quadratic(params, key=None):
-    x = jax.flatten_util.ravel_pytree(params)[0]
-    return -0.5 * (CURVES * x * x).sum() + x.sum()
-
-
-def cubic(params, key=None):
-    return (jax.flatten_util.ravel_pytree(params)[0] ** 3).sum()
+from ev3_distill.types import Variables
 
 
 @functools.cache
@@ -279,14 +264,6 @@ FAMILIES = {
 }
 
 
-def arrays_like(network, seed=0):
-    """Variables of a network's shapes, drawn without compiling its own way to begin."""
-    rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(network.init, KEY)
-    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, jnp.float32), shapes.params)
-    return Variables(params, jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes.stats))
-
-
 def case(name):
     network = students.named(name, FAMILIES[name], 4)
     inputs = jnp.asarray(np.random.default_rng(1).normal(size=(3, *FAMILIES[name])), jnp.float32)
@@ -389,144 +366,3 @@ def test_no_buffer_holds_the_noise_of_all():
     shapes = re.findall(r"[fsu]\d+\[([\d,]+)\]", program.as_text())
     largest = max(math.prod(int(n) for n in shape.split(",")) for shape in shapes)
     assert largest <= 2 * 4 * size
-
-
-# The arm.
-
-N, F, K = 64, 4, 3
-
-
-def make_batch(seed):
-    rng = np.random.default_rng(seed)
-    inputs = rng.normal(size=(N, F))
-    labels = np.argmax(inputs @ np.random.default_rng(9).normal(size=(F, K)), -1)
-    blank = jnp.zeros((N, K))
-    return Batch(jnp.asarray(inputs, jnp.float32), jnp.asarray(labels, jnp.int32), blank, jnp.arange(N), jnp.ones(N))
-
-
-BATCH = make_batch(0)
-MLP = students.named("mlp:hidden=8", (F,), K)
-START = arrays_like(MLP)
-
-
-def draw(step):
-    return BATCH, jax.random.fold_in(KEY, step)
-
-
-@functools.cache
-def proposing(arm):
-    return jax.jit(lambda state, stretch: arm.propose(state, draw, stretch))
-
-
-def propose(arm, state, start, steps):
-    return proposing(arm)(state, Stretch(jnp.int32(start), jnp.int32(steps), jnp.float32(0), jnp.float32(0)))
-
-
-@functools.cache
-def an_arm(objective=objectives.accuracy, **how):
-    how = {"pairs": 6, "sigma": 0.1} | how
-    return evolution_arm("es", MLP.apply, objective, optax.adam(0.05), **how)
-
-
-OBJECTIVES = {
-    "accuracy": objectives.accuracy,
-    "worst class": goals.goal("worst_class_accuracy", 0).score,
-    "a scalar": lambda logits, batch: -jnp.square(logits - jax.nn.one_hot(batch.labels, K)).mean(),
-}
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_an_arm_improves_what_has_no_gradient(objective):
-    score = OBJECTIVES[objective]
-    arm = an_arm(score, pairs=24, sigma=0.2)
-    _, student = propose(arm, arm.init(START), 0, 16 * 60)
-    before, after = (
-        float(jnp.mean(score(MLP.apply(variables, BATCH.inputs, train=False)[0], BATCH)))
-        for variables in (START, student)
-    )
-    assert after > before + 0.1
-
-
-def test_a_trajectory_in_parts_is_the_whole():
-    """A generation of 6 pairs costs 4 steps; what is left of a stretch is spent in the next."""
-    arm = an_arm()
-    state, student = propose(arm, arm.init(START), 0, 22)
-    assert int(state.evolution.generation) == 5 and int(state.owed) == 2
-    in_parts = arm.init(START)
-    for start, steps in ((0, 3), (3, 0), (3, 9), (12, 10)):
-        in_parts, last = propose(arm, in_parts, start, steps)
-    assert int(in_parts.evolution.generation) == 5 and int(in_parts.owed) == 2
-    assert jax.tree.structure(last) == jax.tree.structure(student) == jax.tree.structure(START)
-
-
-def test_an_arm_that_rests_proposes_what_it_had():
-    arm = an_arm()
-    state, student = propose(arm, arm.init(START), 0, 0)
-    jax.tree.map(np.testing.assert_array_equal, (state, student), (arm.init(START), START))
-
-
-@pytest.mark.parametrize(
-    ("family", "name", "moving"),
-    [
-        ("conv4:width=4", "norms", ["norms"]),
-        ("conv4:width=4", "head", ["head"]),
-        ("mlp:hidden=8", "biases", ["bias"]),
-        ("mlp:hidden=8", "head", ["[1]"]),
-        ("conv4:width=4", r"\['convs'\]\[0\]", ["['convs'][0]"]),
-    ],
-)
-def test_a_subspace_moves_alone(family, name, moving):
-    shape = (16, 16, 1) if "conv" in family else (F,)
-    params = jax.tree.map(np.asarray, arrays_like(students.named(family, shape, K)).params)
-    part = named(name)(params)
-    assert 0 < len(part.moving) < len(jax.tree.leaves(params))
-    assert all(any(word in path for word in moving) for path in part.moving)
-    joined = part.join(jax.tree.map(lambda leaf: leaf + 1, part.moving))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(joined):
-        before = dict(jax.tree_util.tree_leaves_with_path(params))[path]
-        expected = 1 if jax.tree_util.keystr(path) in part.moving else 0
-        np.testing.assert_array_equal(leaf, before + expected)
-
-
-def test_a_subspace_that_is_none_is_told():
-    with pytest.raises(InputError, match="no parameter is one of norms; the network has"):
-        an_arm(subspace=named("norms")).init(START)
-
-
-def test_an_arm_leaves_the_rest_of_the_student_alone():
-    arm = an_arm(subspace=named("head"))
-    _, student = propose(arm, arm.init(START), 0, 40)
-    layers = student.params["layers"], START.params["layers"]
-    np.testing.assert_array_equal(layers[0][0]["kernel"], layers[1][0]["kernel"])
-    assert float(jnp.abs(layers[0][1]["kernel"] - layers[1][1]["kernel"]).max()) > 0
-
-
-# Unrolled computations.
-
-
-def test_noise_reuse_is_unbiased_along_an_episode():
-    """x_t = 0.9 x_(t-1) + theta, loss x_t^2 / 2 over 8 steps: quadratic in theta, so smoothing changes no gradient."""
-    horizon, window, theta = 8, 2, {"theta": jnp.array([0.4, -0.2])}
-
-    def advance(params, x, t):
-        x = 0.9 * x + params["theta"]
-        return x, 0.5 * (x * x).sum()
-
-    def mean_loss(params):
-        x, total = jnp.ones(2), 0.0
-        for t in range(horizon):
-            x, loss = advance(params, x, t)
-            total += loss
-        return total / horizon
-
-    pairs = 4000
-    ours = noise_reuse(lambda key: jnp.ones(2), advance, pairs=pairs, sigma=0.1, horizon=horizon, window=window)
-    state = jax.jit(ours.init)(KEY, theta)
-    estimates = []
-    run = jax.jit(ours.estimate)
-    for _ in range(4):  # theta stays: the mean over a whole episode
-        gradient, state, _ = run(KEY, theta, state)
-        estimates.append(gradient["theta"])
-    assert sorted(np.unique(state.at)) == [0, 2, 4, 6] and (state.episode >= 1).all()
-    expected = jax.grad(mean_loss)(theta)["theta"]
-    np.testing.assert_allclose(np.mean(estimates, axis=0), expected, atol=0.1 * float(jnp.abs(expected).max()))

@@ -2,186 +2,41 @@
 
 import functools
 import json
-import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax import nnx
+from zoo import (
+    CLASSES,
+    DRAWN,
+    MEMBERS,
+    MOVES,
+    Own,
+    at,
+    away,
+    bits,
+    both,
+    case,
+    every_case,
+    every_member,
+    factory_of,
+    member,
+    own_grows,
+    quick,
+    shapes,
+    trained,
+)
 
 import students
 from ev3_distill.arms import arms_named
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.arms.optimizers import adamw, muon
 from ev3_distill.errors import InputError
-from ev3_distill.types import Batch, Network, PyTree, Stretch, Variables
-from students.grow import Growth, grow, growth, moves
-from students.layout import Layer, Layout, Space, next_size, reads, writes
-from students.spreading import copies_of
-
-CLASSES, STEPS = 3, 10
-
-
-class Own(nnx.Module):
-    """A user's own student, with all that a layer may hold and a shape of its own."""
-
-    def __init__(self, width, rngs):
-        self.first = nnx.Linear(7, width, rngs=rngs)
-        self.norm = nnx.BatchNorm(width, rngs=rngs)
-        self.gate = nnx.Param(jnp.ones(width))
-        self.last = nnx.Linear(width, CLASSES, rngs=rngs)
-
-    def __call__(self, inputs):
-        return self.last(jnp.tanh(self.norm(self.first(inputs))) * self.gate[...])
-
-
-def make(input_shape, num_classes, rngs, width=5):
-    return Own(width, rngs)
-
-
-def own_grows(input_shape, num_classes, width=5):
-    layers = {
-        "first": Layer(("first",), (None, writes("units"))),
-        "norm": Layer(("norm",), (writes("units"),)),
-        "gate": Layer(("gate",), (writes("units"),)),
-        "last": Layer(("last",), (reads("units"), None)),
-    }
-    return Layout({"units": Space(width)}, layers, {"wider": {"width": next_size(width)}})
-
-
-make.grow = own_grows
-MEMBERS = {  # one tiny network of each family, and the shape of its inputs
-    "mlp": ("mlp:hidden=6-5", (7,)),
-    "convnet1d": ("convnet1d:filters=4-6", (10, 3)),
-    "conv4": ("conv4:width=3", (32, 16, 1)),
-    "resnet": ("resnet8:width=3", (12, 12, 2)),
-    "mobilenet": ("mobilenet:filters=8-8-16-24,blocks=1-1", (8, 8, 2)),
-    "vit": ("vit:width=6,depth=1,heads=2", (8, 8, 2)),
-    "transformer": ("transformer:width=8,depth=1,heads=2", (5, 3)),
-    "own": (f"{__name__}:make", (7,)),
-}
-MOVES = {  # by name, or the options that change
-    "mlp": ("wider", "deeper", {"hidden": [6, 9, 13]}),
-    "convnet1d": ("wider",),
-    "conv4": ("wider",),
-    "resnet": ("wider", "deeper"),
-    "mobilenet": ("wider", "deeper"),
-    "vit": ("wider", "deeper", "heads"),
-    "transformer": ("wider", "deeper", "heads", {"width": 24, "depth": 2, "heads": 3}),
-    "own": ("wider",),
-}
-DRAWN = ("mlp",)  # families whose added units are drawn
-CASES = [(name, json.dumps(move)) for name, of_name in MOVES.items() for move in of_name]
-every_case = pytest.mark.parametrize(("name", "move"), CASES, ids=[" ".join(case) for case in CASES])
-every_member = pytest.mark.parametrize("name", MEMBERS)
-
-
-def factory_of(name):
-    return make if name == "own" else None
-
-
-class Member(NamedTuple):
-    network: Network
-    variables: Variables  # as training leaves them: nothing is 0 or 1 any more
-    inputs: jax.Array
-    eval_logits: jax.Array
-    train_logits: jax.Array
-
-
-@functools.cache
-def member(name):
-    text, shape = MEMBERS[name]
-    network = students.named(text, shape, CLASSES)
-    variables = lived(jax.eval_shape(network.init, jax.random.key(0)))
-    count = 512 if name in DRAWN else 24  # a unit that is drawn may be shut for few
-    inputs = jnp.asarray(np.random.default_rng(1).normal(size=(count, *shape)), jnp.float32)
-    return Member(network, variables, inputs, *quick(functools.partial(both, network))(variables, inputs))
-
-
-def lived(shapes):
-    rng = np.random.default_rng(0)
-
-    def param(leaf):
-        if leaf.ndim == 1:  # biases and scales
-            return jnp.asarray(rng.uniform(0.1, 0.9, leaf.shape), leaf.dtype)
-        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(math.prod(leaf.shape[:-1])), leaf.dtype)
-
-    stats = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype), shapes.stats)
-    return Variables(jax.tree.map(param, shapes.params), stats)
-
-
-def quick(function):
-    """Compiled without optimisation: the networks are tiny, and compiling is what takes the time."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def both(network, variables, inputs):
-    """Logits in evaluation and in training."""
-    return tuple(network.apply(variables, inputs, train=t, key=jax.random.key(2))[0] for t in (False, True))
-
-
-def trained(network, variables, inputs):
-    """After some steps of Adam, which moves what has a gradient and nothing else; logits and gradient of the first."""
-    optimizer, labels = optax.flatten(optax.adam(1e-2)), jnp.arange(len(inputs)) % CLASSES
-
-    def step(carry, _):
-        variables, memory = carry
-
-        def loss(params):
-            logits, after = network.apply(variables._replace(params=params), inputs, train=True, key=jax.random.key(2))
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (logits, after.stats)
-
-        gradient, (logits, stats) = jax.grad(loss, has_aux=True)(variables.params)
-        updates, memory = optimizer.update(gradient, memory)
-        return (Variables(optax.apply_updates(variables.params, updates), stats), memory), (logits, gradient)
-
-    (variables, _), of_steps = jax.lax.scan(step, (variables, optimizer.init(variables.params)), length=STEPS)
-    return variables, *jax.tree.map(lambda leaf: leaf[0], of_steps)
-
-
-class Case(NamedTuple):
-    member: Member
-    growth: Growth
-    variables: Variables  # grown
-    eval_logits: jax.Array
-    trained: Variables
-    train_logits: jax.Array
-    gradient: PyTree
-
-
-@functools.cache
-def case(name, move):
-    one, move = member(name), json.loads(move)
-    target = move if isinstance(move, str) else one.network.spec | move
-    map_ = growth(jax.random.key(3), one.network.spec, target, factory=factory_of(name))
-    variables = map_.variables(one.variables)
-
-    def all_of_it(variables, inputs):
-        return map_.network.apply(variables, inputs, train=False)[0], *trained(map_.network, variables, inputs)
-
-    return Case(one, map_, variables, *quick(all_of_it)(variables, one.inputs))
-
-
-def away(one, other):
-    """The greatest difference, relative to the scale of the logits."""
-    one, other = np.asarray(one), np.asarray(other)
-    return np.abs(one - other).max() / np.abs(other).max()
-
-
-def bits(tree):
-    return [(np.asarray(leaf).dtype.str, leaf.shape, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
-
-
-def at(tree, path):
-    return functools.reduce(lambda tree, part: tree[part], path, tree)
-
-
-def shapes(tree):
-    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+from ev3_distill.types import Batch, Stretch
+from students.grow import grow, growth, moves
+from students.layout import Space
 
 
 def test_every_family_grows():
@@ -295,145 +150,6 @@ def test_the_key_decides(name, move):
     assert bits(of[0]) == bits(of[1])
     assert (bits(of[0]) != bits(of[2])) == ((name, move) != ("mlp", "deeper"))  # there nothing is random
     assert jax.tree.structure(of[0]) == jax.tree.structure(of[2])
-
-
-# What is copied, by hand.
-
-
-class Two(nnx.Module):
-    """Two layers, of a user who has nothing drawn."""
-
-    def __init__(self, width, rngs):
-        self.layers = nnx.List([nnx.Linear(1, width, rngs=rngs), nnx.Linear(width, 1, rngs=rngs)])
-
-    def __call__(self, inputs):
-        return self.layers[1](nnx.relu(self.layers[0](inputs)))
-
-
-def make_two(input_shape, num_classes, rngs, width=2):
-    return Two(width, rngs)
-
-
-def two_grows(input_shape, num_classes, width=2):
-    layers = {
-        "first": Layer(("layers", 0), (None, writes("units"))),
-        "last": Layer(("layers", 1), (reads("units"), None)),
-    }
-    return Layout({"units": Space(width)}, layers, {})
-
-
-make_two.grow = two_grows
-
-
-def test_drawn_by_hand():
-    """What writes the new unit is as a new network has it, what reads it zero, and the rest as it was."""
-    spec = {"family": "mlp", "hidden": [2], "input_shape": [1], "num_classes": 1}
-    map_ = growth(jax.random.key(0), spec, spec | {"hidden": [3]})
-    tree = {
-        "layers": {
-            0: {"kernel": jnp.array([[1.0, 2.0]]), "bias": jnp.array([3.0, 4.0])},
-            1: {"kernel": jnp.array([[5.0], [6.0]]), "bias": jnp.array([7.0])},
-        }
-    }
-    fresh = map_.network.init(jax.random.key(0)).params["layers"]
-    grown = map_.like_params(tree)["layers"]
-    np.testing.assert_array_equal(grown[0]["kernel"], [[1, 2, fresh[0]["kernel"][0, 2]]])
-    np.testing.assert_array_equal(grown[0]["bias"], [3, 4, fresh[0]["bias"][2]])
-    np.testing.assert_array_equal(grown[1]["kernel"], [[5], [6], [0]])
-    np.testing.assert_array_equal(grown[1]["bias"], [7])
-    gradient = map_.like_gradient(tree)["layers"]
-    np.testing.assert_array_equal(gradient[0]["kernel"], [[1, 2, 0]])
-    np.testing.assert_array_equal(gradient[1]["kernel"], [[5], [6], [0]])
-    like = int(map_.params["layers", 0, "bias"].copies[0][1][2])
-    second_moment = map_.like_second_moment(tree)["layers"]
-    np.testing.assert_array_equal(second_moment[0]["bias"], [3, 4, 3 + like])  # of the unit whose place it would take
-    np.testing.assert_array_equal(second_moment[1]["kernel"], [[5], [6], [5 + like]])
-
-
-def test_wider_by_hand():
-    spec = {"factory": f"{__name__}:make_two", "width": 2, "input_shape": [1], "num_classes": 1}
-    map_ = growth(jax.random.key(0), spec, spec | {"width": 3}, factory=make_two)
-    tree = {
-        "layers": {
-            0: {"kernel": jnp.array([[1.0, 2.0]]), "bias": jnp.array([3.0, 4.0])},
-            1: {"kernel": jnp.array([[5.0], [6.0]]), "bias": jnp.array([7.0])},
-        }
-    }
-    grown = map_.like_params(tree)["layers"]
-    twice = int(map_.params["layers", 0, "bias"].copies[0][1][2])
-    once = 1 - twice
-    np.testing.assert_array_equal(grown[0]["kernel"], [[1, 2, 1 + twice]])
-    np.testing.assert_array_equal(grown[0]["bias"], [3, 4, 3 + twice])
-    read = map_.params["layers", 1, "kernel"]
-    shares = read.value[:, 0]
-    np.testing.assert_allclose(grown[1]["kernel"][:, 0], np.array([5, 6, 5 + twice]) * shares + read.offset[:, 0])
-    assert (shares[once], read.offset[once, 0]) == (1, 0)
-    assert 0.3 <= shares[2] <= 0.7
-    assert read.offset[2, 0] != 0
-    np.testing.assert_allclose(grown[1]["kernel"][twice, 0] + grown[1]["kernel"][2, 0], 5 + twice, rtol=1e-6)
-    np.testing.assert_array_equal(grown[1]["bias"], [7])
-
-    gradient = map_.like_gradient(tree)["layers"]
-    halved = np.where(np.array([0, 1, twice]) == twice, 0.5, 1)
-    np.testing.assert_array_equal(gradient[0]["bias"], halved * [3, 4, 3 + twice])
-    np.testing.assert_array_equal(gradient[1]["kernel"][:, 0], [5, 6, 5 + twice])
-    second_moment = map_.like_second_moment(tree)["layers"]
-    np.testing.assert_array_equal(second_moment[0]["bias"], halved**2 * [3, 4, 3 + twice])
-    np.testing.assert_allclose(second_moment[1]["kernel"][2, 0], (5 + twice) / shares[2] ** 2, rtol=1e-5)
-
-
-def test_deeper_by_hand():
-    spec = {"family": "mlp", "hidden": [2], "input_shape": [1], "num_classes": 1}
-    map_ = growth(jax.random.key(0), spec, "deeper")
-    tree = {
-        "layers": {
-            0: {"kernel": jnp.array([[1.0, 3.0]]), "bias": jnp.array([3.0, 4.0])},
-            1: {"kernel": jnp.array([[5.0], [6.0]]), "bias": jnp.array([7.0])},
-        }
-    }
-    grown = map_.like_params(tree)["layers"]
-    np.testing.assert_array_equal(grown[1]["kernel"], np.eye(2))
-    np.testing.assert_array_equal(grown[1]["bias"], [0, 0])
-    assert bits((grown[0], grown[2])) == bits((tree["layers"][0], tree["layers"][1]))
-    np.testing.assert_array_equal(map_.like_gradient(tree)["layers"][1]["kernel"], np.zeros((2, 2)))
-    np.testing.assert_array_equal(map_.like_second_moment(tree)["layers"][1]["kernel"], np.full((2, 2), 2))
-
-
-@pytest.mark.parametrize(("width", "wider"), [(3, 4), (2, 3), (1, 5), (4, 8)])
-def test_a_padded_shortcut_keeps_its_place(width, wider):
-    """What stage 1 pads into stage 2 is, there, what its own copies are."""
-    old, new = (
-        students.layout_of({"family": "resnet", "depth": 8, "width": w, "input_shape": [8, 8, 1], "num_classes": 2})
-        for w in (width, wider)
-    )
-    copies = copies_of(np.random.default_rng(0), old, new, {name: name for name in old.spaces})
-    for before, after, size, grown in (("stage1", "stage2", width, wider), ("stage2", "stage3", 2 * width, 2 * wider)):
-        padded, old_padded = np.full(2 * grown, -1), np.full(2 * size, -1)
-        padded[grown // 2 : grown // 2 + grown] = copies[before].indices
-        old_padded[size // 2 : size // 2 + size] = np.arange(size)
-        np.testing.assert_array_equal(padded, old_padded[copies[after].indices])
-        assert set(copies[after].indices) == set(range(2 * size))
-
-
-def test_copies_are_as_even_as_they_can_be():
-    spec = {"family": "mlp", "hidden": [3], "input_shape": [2], "num_classes": 2}
-    for size, counts in ((3, [1, 1, 1]), (4, [1, 1, 2]), (6, [2, 2, 2]), (8, [2, 3, 3])):
-        map_ = growth(jax.random.key(1), spec, spec | {"hidden": [size]})
-        copies = dict(map_.params["layers", 0, "kernel"].copies)
-        assert sorted(np.bincount(copies.get(1, np.arange(3)))) == counts
-
-
-def test_sizes_of_moves():
-    assert [next_size(n) for n in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 96)] == [2, 3, 4, 6, 8, 8, 12, 16, 16, 24, 128]
-    shape = {"input_shape": [8, 8, 1], "num_classes": 2}
-    proposed = moves({"family": "mobilenet", "width": 100, "blocks": [1, 2], **shape})
-    assert proposed["wider"] == {"family": "mobilenet", "filters": [48, 24, 40, 1920], "blocks": [1, 2], **shape}
-    assert proposed["deeper"] == {"family": "mobilenet", "width": 100, "blocks": [2, 3], **shape}
-    vit = {"family": "vit", "patch": 4, "width": 12, "depth": 3, "heads": 3, **shape}
-    assert moves(vit)["wider"] == vit | {"width": 24}
-    assert moves(vit)["heads"] == vit | {"heads": 4, "head_size": 4}
-    assert "deeper" not in moves({"family": "resnet", "depth": 56, "width": 4, **shape})
-    assert moves({"family": "mlp", "hidden": [], **shape}) == {}
 
 
 # The memory of arms.

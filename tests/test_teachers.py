@@ -2,81 +2,35 @@
 
 import dataclasses
 import sys
-import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import SHARED
-from flax import nnx
+from small_network import (
+    BIAS,
+    CLASSES,
+    HEAD,
+    IMAGES,
+    KERNEL,
+    MEAN,
+    STD,
+    STEPS,
+    expected,
+    flax_network,
+    load,
+    logits_of,
+    module,
+    onnx_file,
+    pt2_file,
+)
 
 from ev3_distill.config import Preprocessing
 from ev3_distill.errors import InputError
-from ev3_distill.network import from_nnx
 from ev3_distill.types import Variables
-from teachers import KINDS, load_teacher
+from teachers import KINDS
 from teachers.flax import flax_teacher, forward
-from teachers.teacher import BatchError, in_chunks, picked
-
-SHAPE, CLASSES = (8, 8, 3), ("ant", "bee", "cat", "dog", "elk")
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-STEPS = Preprocessing(mean=MEAN, std=STD)
-RNG = np.random.default_rng(0)
-KERNEL = RNG.normal(size=(3, 3, 3, 6)).astype(np.float32) / 3  # height, width, in, out
-BIAS = RNG.normal(size=6).astype(np.float32)
-HEAD = RNG.normal(size=(6, 5)).astype(np.float32)
-IMAGES = RNG.integers(0, 256, size=(11, *SHAPE), dtype=np.uint8)
-
-
-def hidden_of(inputs):
-    """The feature of the small network [B, H, W, 6], in plain NumPy."""
-    padded = np.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))  # [B, H, W, C, 3, 3]
-    return np.maximum(np.einsum("bhwcij,ijco->bhwo", windows, KERNEL) + BIAS, 0)
-
-
-def logits_of(inputs):
-    return hidden_of(inputs).mean(axis=(1, 2)) @ HEAD
-
-
-def expected(images=IMAGES):
-    return logits_of((images / np.float32(255) - np.array(MEAN)) / np.array(STD))
-
-
-def load(text, *, steps=STEPS, shape=SHAPE, classes=CLASSES, **more):
-    return load_teacher(
-        text, preprocessing=steps, input_shape=shape, num_classes=len(classes), class_names=classes, **more
-    )
-
-
-def module():
-    """A module of a user's own, as a file in the working directory."""
-    names = ("KERNEL", "BIAS", "HEAD")
-    np.savez("weights.npz", **{name: globals()[name] for name in names})
-    Path("own.py").write_text("""
-import numpy as np
-with np.load("weights.npz") as file:
-    W = dict(file)
-def hidden(x):
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), axis=(1, 2))
-    return np.maximum(np.einsum("bhwcij,ijco->bhwo", windows, W["KERNEL"]) + W["BIAS"], 0)
-def logits(x):
-    return hidden(x).mean(axis=(1, 2)) @ W["HEAD"]
-def both(x):
-    return {"logits": logits(x), "hidden": hidden(x)}
-def broken(x):
-    raise OverflowError("out of cheese")
-def infinite(x):
-    result = logits(x)
-    result[3, 1] = np.inf
-    return result
-def vector(x):
-    return logits(x)[:, 0]
-def nothing(x):
-    return {"hidden": hidden(x)}
-NUMBER = 3
-""")
+from teachers.teacher import BatchError, picked
 
 
 @pytest.fixture
@@ -87,91 +41,6 @@ def own(here, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     return here
-
-
-def onnx_file(path, *, batch="n", extra=(), dtype="FLOAT", input_shape=(3, 8, 8), layout="NCHW", inputs=1):
-    """The small network as ONNX."""
-    onnx = pytest.importorskip("onnx", reason="makes the ONNX file of this test")
-    helper, kind = onnx.helper, getattr(onnx.TensorProto, dtype)
-    real = kind if dtype == "FLOAT16" else onnx.TensorProto.FLOAT
-    own_type = helper.tensor_dtype_to_np_dtype(real)
-    weights = {"w": KERNEL.transpose(3, 2, 0, 1), "b": BIAS, "h": HEAD}
-    nodes, entry = [], "x"
-    if real != kind:
-        nodes.append(helper.make_node("Cast", [entry], ["cast"], to=onnx.TensorProto.FLOAT))
-        entry = "cast"
-    if layout == "NHWC":
-        nodes.append(helper.make_node("Transpose", [entry], ["first"], perm=[0, 3, 1, 2]))
-        entry = "first"
-    nodes += [
-        helper.make_node("Conv", [entry, "w", "b"], ["conv"], pads=[1, 1, 1, 1]),
-        helper.make_node("Relu", ["conv"], ["hidden"]),
-        helper.make_node("GlobalAveragePool", ["hidden"], ["pooled"]),
-        helper.make_node("Flatten", ["pooled"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "h"], ["logits"]),
-    ]
-    shapes = {"logits": [batch, 5], "hidden": [batch, 6, 8, 8], "flat": [batch, 6], "pooled": [batch, 6, 1, 1]}
-    nodes += [helper.make_node("Identity", ["logits"], ["again"])] if "again" in extra else []
-    shapes["again"] = [batch, 5]
-    graph = helper.make_graph(
-        nodes,
-        "small",
-        [helper.make_tensor_value_info(f"{'xyz'[i]}", kind, [batch, *input_shape]) for i in range(inputs)],
-        [helper.make_tensor_value_info(name, real, shapes[name]) for name in ("logits", *extra)],
-        [onnx.numpy_helper.from_array(array.astype(own_type), name) for name, array in weights.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(model, str(path))
-    return path
-
-
-def torch_network(output="logits"):
-    torch = pytest.importorskip("torch", reason="torch teachers need the extra [torch]")
-
-    class Small(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = torch.nn.Conv2d(3, 6, 3, padding=1)
-            self.drop = torch.nn.Dropout(0.5)
-            self.head = torch.nn.Linear(6, 5, bias=False)
-
-        def forward(self, x):
-            hidden = torch.relu(self.conv(x))
-            logits = self.head(self.drop(hidden.mean((2, 3))))
-            return {"logits": logits, "dict": {"hidden": hidden, "logits": logits}, "tuple": (hidden, logits)}[output]
-
-    network = Small()
-    with torch.no_grad():
-        network.conv.weight.copy_(torch.tensor(KERNEL.transpose(3, 2, 0, 1)))
-        network.conv.bias.copy_(torch.tensor(BIAS))
-        network.head.weight.copy_(torch.tensor(HEAD.T))
-    return network
-
-
-def pt2_file(path, *, fixed=0, train=False, output="logits", at_most=None):
-    network = torch_network(output).train(train)
-    import torch
-
-    dim = None if fixed else {0: torch.export.Dim("n", min=1, max=at_most)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(network, (torch.zeros(fixed or 4, 3, 8, 8),), dynamic_shapes=(dim,))
-        torch.export.save(program, path)
-    return path
-
-
-def flax_network():
-    class Small(nnx.Module):
-        def __init__(self, rngs):
-            self.conv = nnx.Conv(3, 6, (3, 3), rngs=rngs)
-            self.head = nnx.Linear(6, 5, use_bias=False, rngs=rngs)
-
-        def __call__(self, inputs):
-            return self.head(nnx.relu(self.conv(inputs)).mean((1, 2)))
-
-    network = from_nnx(Small, {"input_shape": list(SHAPE), "num_classes": 5})
-    params = {"conv": {"kernel": KERNEL, "bias": BIAS}, "head": {"kernel": HEAD}}
-    return network, Variables(params, {})
 
 
 def make(kind):
@@ -223,209 +92,6 @@ def test_other_weights_make_another_digest(own):
     data[place] ^= 1
     Path("small.onnx").write_bytes(data)
     assert load("onnx:small.onnx").digest != digests[0]
-
-
-def test_external_weights_are_part_of_the_digest(here):
-    onnx = pytest.importorskip("onnx")
-    path = onnx_file("small.onnx")
-    onnx.save(onnx.load(path), "big.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
-    first = load("onnx:big.onnx")
-    np.testing.assert_allclose(first.outputs(IMAGES)["logits"], expected(), atol=1e-4)
-    data = bytearray(Path("weights.bin").read_bytes())
-    data[-1] ^= 1
-    Path("weights.bin").write_bytes(data)
-    assert load("onnx:big.onnx").digest != first.digest
-
-
-@pytest.mark.parametrize("batch", [1, 4, 11, 16])
-def test_a_fixed_batch_is_split_and_padded(here, batch):
-    for text in (f"onnx:{onnx_file('small.onnx', batch=batch)}", f"torch:{pt2_file('small.pt2', fixed=batch)}"):
-        teacher = load(text)
-        np.testing.assert_allclose(teacher.outputs(IMAGES)["logits"], expected(), atol=1e-4)
-        np.testing.assert_allclose(teacher.outputs(IMAGES[:3])["logits"], expected(IMAGES[:3]), atol=1e-4)
-
-
-def test_a_bounded_batch_is_split(here):
-    teacher = load(f"torch:{pt2_file('small.pt2', at_most=6)}")
-    np.testing.assert_allclose(teacher.outputs(IMAGES)["logits"], expected(), atol=1e-4)
-
-
-def test_chunks():
-    seen = []
-
-    def run(batch):
-        seen.append(len(batch))
-        return {"logits": batch * 2}
-
-    inputs = np.arange(10.0)[:, None]
-    np.testing.assert_array_equal(in_chunks(run, least=3, most=4)(inputs)["logits"], inputs * 2)
-    assert seen == [4, 4, 3]
-
-
-@pytest.mark.parametrize(("dtype", "steps", "tolerance"), [
-    ("FLOAT16", STEPS, 2e-2), ("DOUBLE", STEPS, 1e-5), ("UINT8", Preprocessing(), 1e-2),
-])  # fmt: skip
-def test_onnx_input_types(here, dtype, steps, tolerance):
-    teacher = load(f"onnx:{onnx_file('small.onnx', dtype=dtype)}", steps=steps)
-    right = expected() if steps == STEPS else logits_of(IMAGES.astype(np.float32))  # bytes come as bytes
-    got = teacher.outputs(IMAGES)["logits"]
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, right, rtol=tolerance, atol=tolerance)
-
-
-def test_onnx_layout_is_found_in_its_shape(here):
-    teacher = load(f"onnx:{onnx_file('small.onnx', layout='NHWC', input_shape=(8, 8, 3))}")
-    assert teacher.preprocessing.layout == "NHWC"
-    np.testing.assert_allclose(teacher.outputs(IMAGES)["logits"], expected(), atol=1e-4)
-    free = onnx_file("free.onnx", input_shape=("c", "h", "w"))
-    with pytest.raises(InputError, match=r"takes \[\?, \?, \?\], which says nothing: give --teacher-input.layout NCHW"):
-        load(f"onnx:{free}")
-    teacher = load(f"onnx:{free}", steps=dataclasses.replace(STEPS, layout="NCHW"))
-    np.testing.assert_allclose(teacher.outputs(IMAGES)["logits"], expected(), atol=1e-4)
-
-
-def test_onnx_of_two_outputs(here):
-    np.testing.assert_allclose(
-        load(f"onnx:{onnx_file('a.onnx', extra=('hidden',))}").outputs(IMAGES)["logits"], expected(), atol=1e-4
-    )
-    twice = onnx_file("b.onnx", extra=("again",))
-    with pytest.raises(InputError, match=r"has logits \[\?, 5\], again \[\?, 5\]: pick one, as in onnx:b.onnx#logits"):
-        load(f"onnx:{twice}")
-    np.testing.assert_allclose(load(f"onnx:{twice}#again").outputs(IMAGES)["logits"], expected(), atol=1e-4)
-
-
-@pytest.mark.parametrize("extra", [(), ("hidden",)])
-def test_onnx_features_by_name(here, extra):
-    """Outputs of the graph, and tensors inside it; channels come last whatever the teacher's layout."""
-    teacher = load(f"onnx:{onnx_file('a.onnx', extra=extra)}#logits,hidden,flat")
-    outputs = teacher.outputs(IMAGES)
-    assert outputs.keys() == {"logits", "hidden", "flat"}
-    hidden = hidden_of((IMAGES / np.float32(255) - np.array(MEAN)) / np.array(STD))
-    np.testing.assert_allclose(outputs["hidden"], hidden, atol=1e-4)
-    np.testing.assert_allclose(outputs["flat"], hidden.mean((1, 2)), atol=1e-4)
-    assert teacher.digest != load("onnx:a.onnx#logits,hidden").digest
-    with pytest.raises(InputError, match=r"got 'hiden' in onnx:a.onnx#logits,hiden: did you mean hidden"):
-        load("onnx:a.onnx#logits,hiden")
-
-
-def test_bad_onnx(here):
-    Path("broken.onnx").write_bytes(b"\0" * 100)
-    with pytest.raises(InputError, match=r"needs a model that onnxruntime can load; broken.onnx fails with"):
-        load("onnx:broken.onnx")
-    with pytest.raises(InputError, match=r"onnx:FILE needs a file; got 'none.onnx', which is missing"):
-        load("onnx:none.onnx")
-    with pytest.raises(InputError, match=r"has one input, the examples; .* has 2 \(x, y\)"):
-        load(f"onnx:{onnx_file('two.onnx', inputs=2)}")
-    with pytest.raises(InputError, match=r"one output per class of the data, 4; onnx:small.onnx has 5"):
-        load(f"onnx:{onnx_file('small.onnx')}", classes=CLASSES[:4])
-
-
-def test_sizes_and_channels_that_differ(here):
-    text = f"onnx:{onnx_file('small.onnx')}"
-    plain = Preprocessing()
-    for shape, way in {
-        (8, 8, 1): "--teacher-input.channels 3$",
-        (28, 24, 3): "--teacher-input.resize 8 8$",
-        (28, 28, 1): "--teacher-input.channels 3 --teacher-input.resize 8 8$",
-        (8, 8, 4): "take another teacher or other data$",
-        (192,): "take another teacher or other data$",
-    }.items():
-        with pytest.raises(InputError, match=rf"takes \[3, 8, 8\], the examples are .*: .*{way}"):
-            load(text, steps=plain, shape=shape)
-    teacher = load(text, steps=Preprocessing(channels=3, resize=(8, 8)), shape=(28, 28, 1))
-    assert teacher.outputs(np.zeros((2, 28, 28, 1), np.uint8))["logits"].shape == (2, 5)
-    with pytest.raises(InputError, match=r"\[8, 8, 3\] in layout NHWC: give --teacher-input.layout NCHW"):
-        load(text, steps=Preprocessing(layout="NHWC"))
-
-
-def test_torch_outputs_by_name(here):
-    for output, names in (("dict", "logits,hidden"), ("tuple", "1,0")):
-        file = pt2_file("small.pt2", output=output)
-        teacher = load(f"torch:{file}")
-        np.testing.assert_allclose(teacher.outputs(IMAGES)["logits"], expected(), atol=1e-4)
-        outputs = load(f"torch:{file}#{names}").outputs(IMAGES)
-        feature = outputs[names.split(",")[1]]
-        hidden = hidden_of((IMAGES / np.float32(255) - np.array(MEAN)) / np.array(STD))
-        np.testing.assert_allclose(feature, hidden, atol=1e-4)
-    with pytest.raises(InputError, match=r"got 7 in torch:small.pt2#7: it has 0, 1"):
-        load("torch:small.pt2#7")
-
-
-def test_bad_torch_files(here):
-    network = torch_network()
-    import torch
-
-    for name in ("weights.pth", "weights.pt"):
-        torch.save(network.state_dict(), name)
-        with pytest.raises(
-            InputError, match=r"bare state dict .* got weights.*torch.export.save\(torch.export.export\("
-        ):
-            load(f"torch:{name}")
-    torch.save(network.state_dict(), "weights.pt2")
-    with pytest.raises(InputError, match=r"whole archive of torch.export; weights.pt2 is not .*models/model.json"):
-        load("torch:weights.pt2")
-    Path("cut.pt2").write_bytes(Path(pt2_file("small.pt2")).read_bytes()[:2000])
-    with pytest.raises(InputError, match=r"whole archive of torch.export; cut.pt2 is not"):
-        load("torch:cut.pt2")
-    with pytest.raises(InputError, match=r"dropout.default in training mode: call model.eval\(\)"):
-        load(f"torch:{pt2_file('train.pt2', train=True)}")
-
-
-class Trap:
-    """Unpickling this makes a file."""
-
-    def __reduce__(self):
-        return (open, ("trapped", "w"))
-
-
-def tampered(change):
-    """The small archive with entries changed: a function of name and bytes."""
-    source = zipfile.ZipFile(pt2_file("small.pt2"))
-    with zipfile.ZipFile("bad.pt2", "w") as bad:
-        for name in source.namelist():
-            bad.writestr(name, change(name, source.read(name)))
-    return "torch:bad.pt2"
-
-
-def test_pt2_never_unpickles(here):
-    import pickle
-
-    trap = pickle.dumps(Trap())
-    text = tampered(lambda name, data: trap if "sample_inputs" in name else data)
-    np.testing.assert_allclose(load(text).outputs(IMAGES)["logits"], expected(), atol=1e-4)
-    text = tampered(
-        lambda name, data: data.replace(b'"use_pickle": false', b'"use_pickle": true') if name.endswith("config.json")
-        else trap if name.endswith("weight_0") else data
-    )  # fmt: skip
-    with pytest.raises(InputError, match=r"bad.pt2 has pickled objects"):
-        load(text)
-    assert not Path("trapped").exists()
-
-
-@pytest.mark.parametrize(("old", "new", "told"), [
-    (b'"torch.ops.aten.relu.default"', b'"torch.hub.load"', "the operator torch.hub.load"),
-    (b'"torch.ops.aten.relu.default"', b'"torch.ops.load_library"', "the operator torch.ops.load_library"),
-    (b'"torch.ops.aten.relu.default"', b'"torch.ops.aten.__class__"', "the operator torch.ops.aten.__class__"),
-    (b'"torch.ops.aten.relu.default"', b'"_operator.attrgetter"', "the operator _operator.attrgetter"),
-    (b'"name": "relu"', b'"name": "relu = open(1)"', "a name that is none"),
-    (b'"name": "relu"', b'"name": "torch.load"', "a name that is none"),
-    (b'"expr_str": "Symbol(', b'"expr_str": "().__class__.mro(', "a size that is no expression"),
-    (b'"expr_str": "Symbol(', b'"expr_str": "open(', "a size that is no expression"),
-    (b'builtins.tuple', b'os.system', "inputs or outputs in a os.system"),
-])  # fmt: skip
-def test_pt2_names_no_code(here, old, new, told):
-    changed = []
-
-    def change(name, data):
-        if name.endswith("model.json") and old in data:
-            changed.append(name)
-            return data.replace(old, new)
-        return data
-
-    text = tampered(change)
-    assert changed
-    with pytest.raises(InputError, match=told):
-        load(text)
 
 
 def test_missing_packages_are_named(own, monkeypatch):
@@ -539,68 +205,6 @@ def test_the_file_beside_is_read_and_options_win(own):
     np.testing.assert_allclose(
         load("python:own:logits", steps=Preprocessing()).outputs(IMAGES)["logits"], expected(), atol=1e-4
     )
-
-
-def estimator(name):
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.naive_bayes import GaussianNB
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    made = {
-        "linear": make_pipeline(StandardScaler(), LogisticRegression(max_iter=200)),
-        "bayes": GaussianNB(),
-    }
-    return made[name]
-
-
-@pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("name", ["linear", "bayes"])
-def test_sklearn(here, name, classes):
-    skops = pytest.importorskip("skops.io", reason="sklearn teachers need the extra [sklearn]")
-    labels = np.array(["elk", "bee", "ant"])[np.arange(60) % classes]
-    rows = RNG.normal(size=(60, 12)).astype(np.float32) + (np.arange(60) % classes)[:, None]
-    fitted = estimator(name).fit(rows, labels)
-    skops.dump(fitted, "model.skops")
-    data_order = ("elk", "bee", "ant")[:classes]
-    teacher = load("sklearn:model.skops", steps=Preprocessing(), shape=(2, 2, 3), classes=data_order)
-    logits = teacher.outputs(rows.reshape(-1, 2, 2, 3))["logits"]
-    assert logits.shape == (60, classes)
-    softmax = np.exp(logits - logits.max(1, keepdims=True))
-    softmax /= softmax.sum(1, keepdims=True)
-    columns = [list(fitted.classes_).index(label) for label in data_order]
-    np.testing.assert_allclose(softmax, fitted.predict_proba(rows)[:, columns], atol=1e-5)
-
-
-def test_sklearn_of_labels_without_names(here):
-    skops = pytest.importorskip("skops.io")
-    rows, labels = RNG.normal(size=(60, 4)), np.arange(60) % 3
-    skops.dump(estimator("bayes").fit(rows, labels), "model.skops")
-    assert load("sklearn:model.skops", steps=Preprocessing(), shape=(4,), classes=("x", "y", "z")).class_names == (
-        "x",
-        "y",
-        "z",
-    )
-    with pytest.raises(InputError, match=r"takes \[4\], the examples are \[5\]"):
-        load("sklearn:model.skops", steps=Preprocessing(), shape=(5,), classes=("x", "y", "z"))
-    with pytest.raises(InputError, match=r"takes 4 numbers, the examples .* have 192"):
-        load("sklearn:model.skops", steps=Preprocessing(), classes=("x", "y", "z"))
-
-
-def test_bad_sklearn_files(here):
-    skops = pytest.importorskip("skops.io")
-    from sklearn.linear_model import LinearRegression
-    from sklearn.preprocessing import FunctionTransformer
-
-    skops.dump(FunctionTransformer(np.load), "untrusted.skops")
-    with pytest.raises(InputError, match=r"holds numpy.load: if you trust them, .* python:MODULE:FUNCTION"):
-        load("sklearn:untrusted.skops")
-    Path("broken.skops").write_bytes(b"nothing")
-    with pytest.raises(InputError, match=r"that skops.io.dump wrote; broken.skops fails with"):
-        load("sklearn:broken.skops")
-    skops.dump(LinearRegression().fit(RNG.normal(size=(9, 2)), np.arange(9.0)), "line.skops")
-    with pytest.raises(InputError, match=r"line.skops holds LinearRegression: save another"):
-        load("sklearn:line.skops")
 
 
 def test_ensembles(own):
