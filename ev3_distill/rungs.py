@@ -81,7 +81,13 @@ def falls_behind(told: Sequence[dict[str, Any]], position: int, steps: int, *, u
       until: cost that it may reach.
     """
     then, now = (next((row for row in told if row["position"] >= position + n), None) for n in (steps // 2, steps))
-    if then is None or now is None or None in (*then["risks"].values(), *now["risks"].values()) or not now["risks"]:
+    if (
+        then is None
+        or now is None
+        or now["position"] <= position
+        or None in (*then["risks"].values(), *now["risks"].values())
+        or not now["risks"]
+    ):
         return False
     before, risk = min(then["risks"].values()), min(now["risks"].values())
     doublings = math.log2(1 + max(until - now["cost"], 0) / (now["position"] - position))

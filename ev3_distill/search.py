@@ -8,9 +8,10 @@ each gets a short trial, assess compares them, and a larger one takes the place 
 standard errors. With a ladder of sizes the next one is it.
 
 Down. The student that met the guards is a peer from whom smaller ones learn beside the teacher, from a fresh start, next
-smaller first, as long as each meets the guards in its turn: with half of what is left, and with the rest where it may yet get
-there. What is still left is for the one that is found, for as long as it gets anywhere: it had stopped as soon as decide was
-sure, and the more it is beyond its guards the surer the sealed split will prove them.
+smaller first, as long as each meets the guards in its turn: with half of what is left. Where it does not, the best of its size
+that may yet get there goes on with the rest, this one or its ancestor from the way up. What is still left is for the one that
+is found, for as long as it gets anywhere: it had stopped as soon as decide was sure, and the more it is beyond its guards the
+surer the sealed split will prove them.
 
 Further passes do the same for every size that there is an entry of (EV3, arXiv 2310.18893, section 4: synergy).
 
@@ -258,12 +259,12 @@ class _Search:
 
         return self._rung(network, course, f"{name}, from {rung.number}", start, shares=True)
 
-    def _longer_rung(self, rung: Rung, state: State, *, shares: bool = True) -> Rung:
+    def _longer_rung(self, rung: Rung, state: State) -> Rung:
         def start() -> State:
             again = rung.course.distillation.again(rung.course.pools, state)
             return again._replace(tested_cost=jnp.maximum(again.tested_cost, again.cost))
 
-        return self._rung(rung.network, rung.course, f"longer, from {rung.number}", start, shares=shares)
+        return self._rung(rung.network, rung.course, f"longer, from {rung.number}", start, shares=True)
 
     # Down, and again.
 
@@ -274,39 +275,51 @@ class _Search:
             smaller = [entry for entry in self._by_size() if entry.params < found.params]
             if not smaller or self._spent() >= self._limit():
                 return
-            limit, begun = self._spent() + (self._limit() - self._spent()) // DESCENT, int(self.last.position)
+            limit = self._spent() + (self._limit() - self._spent()) // DESCENT
             entry = self._taught(smaller[-1], found, f"taught by {found.number}", limit)
-            if not entry.met and self._may_yet(begun):
-                rung = self.rungs[-1]
-                longer = self._longer_rung(rung, rung.known(), shares=False)
+            if not entry.met:
+                hopeful = [one for one in self.entries if one.params == entry.params and self._may_yet(one)]
+                if not hopeful:
+                    return
+                longer = self._on_again(archive.best(hopeful))
                 entry = self._enter(longer, self._trained(longer))
             if not entry.met:
                 return
             found = entry
 
-    def _may_yet(self, begun: int) -> bool:
-        """Whether the rung that ended last, at the limit of its cost, is on the way to its guards; since that global step."""
-        state, told = self.last, list(rows(self.rungs[-1].folder / "ledger.jsonl"))
-        if isinstance(state.progress, Progressed) and bool(state.progress.stuck):
+    def _may_yet(self, entry: Entry) -> bool:
+        """Whether a student that was left before it was stuck is on the way to its guards, with all the steps that are left."""
+        rung, left = self._of(entry), self._limit() - self._spent()
+        state, told = rung.known(), list(rows(rung.folder / "ledger.jsonl"))
+        cost, begun = int(state.cost), told[0]["position"] - max(told[0]["steps"].values())
+        if isinstance(state.progress, Progressed) and bool(state.progress.stuck) and cost < until_of(state):
             return False
-        if self._spent() + self.chosen.ev3.length > self._limit():
+        if left < self.chosen.ev3.length:
             return False
-        return not falls_behind(told, begun, int(state.position) - begun, until=self._limit())
+        return not falls_behind(told, begun, int(state.position) - begun, until=cost + left)
+
+    def _on_again(self, entry: Entry, **changes: Any) -> Rung:
+        """The rung that the student of an earlier one goes on as, now."""
+        rung, spent = self._of(entry), self.last
+        distillation = rung.course.distillation
+
+        def start() -> State:
+            state = distillation.again(rung.course.pools, rung.known())
+            begun = spent.cost - (state.cost - state.begun)  # it has had as much as it had
+            state = state._replace(cost=spent.cost, begun=begun, budget=spent.budget, tested_cost=spent.cost)
+            return state._replace(**changes)
+
+        return self._rung(rung.network, rung.course, f"longer, from {entry.number}", start)
+
+    def _of(self, entry: Entry) -> Rung:
+        return next(one for one in self.rungs if one.number == entry.number)
 
     def polish(self) -> None:
         """The student that met the guards goes on, and takes its own place where decide ranks it higher."""
         found = archive.chosen(self.entries)
         if not found.met or self._spent() + self.chosen.ev3.length > self._limit():
             return
-        rung = next(one for one in self.rungs if one.number == found.number)
-        distillation, spent = rung.course.distillation, self.last
-
-        def start() -> State:
-            state = distillation.again(rung.course.pools, rung.known())
-            state = state._replace(met_cost=jnp.int32(adapt.NO_END))  # decide has said so
-            return state._replace(cost=spent.cost, budget=spent.budget, tested_cost=spent.cost)
-
-        longer = self._rung(rung.network, rung.course, f"longer, from {found.number}", start)
+        longer = self._on_again(found, met_cost=jnp.int32(adapt.NO_END))  # decide has said so
         self._enter(longer, self._trained(longer), above=found)
 
     def again(self, number: int) -> None:

@@ -231,6 +231,7 @@ def told(*risks, every=250):
         ((-12.0, -8.0, -1.0, 3.0), 500, 1200 + 500 * 2, True),  # what came later does not count
         ((-12.0, -8.0, -7.0, -6.0), 1000, 1200 + 1000 * 3, True),
         ((None, -8.0), 500, 1300, False),
+        ((-12.0,), -250, 10**6, False),  # it has not begun
     ],
 )
 def test_a_size_that_will_miss_its_guards_is_left(risks, steps, until, behind):
