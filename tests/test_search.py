@@ -97,6 +97,19 @@ def test_a_size_on_the_way_to_its_guards_has_what_is_left(cli, here, least, goes
     assert report["search"]["delivered"] == last["number"] and report["cost"]["steps"] == 6000
 
 
+def test_a_size_goes_on_from_its_ancestor_where_that_is_better(cli, here, monkeypatch):
+    """The student of the way up had spent its share and was not stuck; the fresh one has had few steps."""
+    monkeypatch.setattr("ev3_distill.search.SHARE", 12)
+    monkeypatch.setattr("ev3_distill.search.DESCENT", 20)
+    write_data()
+    assert cli("compress", *SEARCH, "--start", "mlp:hidden=6", "--guard", "accuracy >= 0.97", "--out", "run")[0] == 0
+    ancestor, larger, fresh, again, *_ = report_of(here / "run")["search"]["sizes"]
+    assert ancestor["params"] == fresh["params"] == again["params"] < larger["params"]
+    assert not ancestor["met"] and larger["met"] and not fresh["met"] and again["met"]
+    assert (fresh["how"], again["how"]) == (f"taught by {larger['number']}", f"longer, from {ancestor['number']}")
+    assert fresh["accuracy"] < ancestor["accuracy"] <= again["accuracy"] and again["cost"] > fresh["cost"]
+
+
 def state_of(run):
     """All that a run leaves but times."""
     kept = {}
@@ -231,7 +244,6 @@ def told(*risks, every=250):
         ((-12.0, -8.0, -1.0, 3.0), 500, 1200 + 500 * 2, True),  # what came later does not count
         ((-12.0, -8.0, -7.0, -6.0), 1000, 1200 + 1000 * 3, True),
         ((None, -8.0), 500, 1300, False),
-        ((-12.0,), -250, 10**6, False),  # it has not begun
     ],
 )
 def test_a_size_that_will_miss_its_guards_is_left(risks, steps, until, behind):
@@ -247,6 +259,10 @@ def test_decide_promises_what_the_sealed_split_will_prove():
     right = rng.binomial(more, true)
     proven = right / more - stats.norm.isf(0.025) * (least * (1 - least) / more) ** 0.5 >= least
     assert proven.mean() == pytest.approx(0.9, abs=0.02)
+
+
+def test_a_size_that_had_no_step_is_not_left():
+    assert not falls_behind(told(-12.0, every=0), 1000, 0, until=10**6)
 
 
 def test_without_goals_no_size_is_left():
