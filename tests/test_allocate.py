@@ -220,6 +220,23 @@ def test_the_length_stays_within_its_bounds(length, gain, gain_se, moved, cost):
     assert CONFIG.length <= after <= CONFIG.max_length  # false for nan
 
 
+def test_the_length_by_hand():
+    """Of a student that began 300 steps ago: trajectories have a fifth of that, unless they were in vain."""
+    config, cost = EV3(length=50, max_length=1000, max_share=0.2), np.int32(300)
+
+    def after(length, z, moved):
+        gain, gain_se, moved = np.float32(z), np.float32(1), np.bool_(moved)
+        return float(allocate.next_length(np.float32(length), gain, gain_se, moved, cost, config=config))
+
+    assert after(50, 1.0, True) == 60  # and not 75
+    assert after(50, 4.0, True) == 50
+    assert [after(length, -1.0, False) for length in (50, 100, 150, 200)] == [100, 200, 200, 200]
+    assert after(200, 4.0, True) == 60
+    short = EV3(length=50, max_length=80)
+    args = np.float32(50), np.float32(-1), np.float32(1), np.bool_(False), cost
+    assert float(allocate.next_length(*args, config=short)) == 80
+
+
 # Shares follow payoff.
 
 SPEEDS = (0.0, 1.0, 3.0, -1.0, 0.5)

@@ -15,12 +15,9 @@ from ev3_distill.core.assess import paired
 from ev3_distill.types import Arm, State
 
 SOFT = 2.0
-LATE = (
-    0.25  # share of a student's budget from which arms challenge that do not race: by then trajectories look far ahead
-)
-REST = (
-    0.85  # what is left of a resting arm's distance from level: what the start of a run showed says little of its end
-)
+LATE = 0.25  # share of a student's budget from which arms challenge that do not race: by then they look far ahead
+REST = 0.85  # what is left of a resting arm's distance from level: a run's start says little of its end
+IN_VAIN = 4  # times the shortest trajectory one may be, whatever its student's cost, where the last brought nothing
 
 
 def racers_of(arms: Sequence[Arm]) -> tuple[bool, ...]:
@@ -149,8 +146,11 @@ def next_length(
     student, grows by half where the gain was under two standard errors, shrinks by a quarter where it was over eight, and is
     left alone in between; it stays within [config.length, config.max_length] and
     under config.max_share of the cost since the student began or grew, so that it makes many decisions whatever its budget.
+    Where nothing beat the current student that share is no obstacle up to IN_VAIN times config.length: one that has just grown
+    may have to get worse before it gets better, and would try in vain, again and again, for as long as it is kept short.
     """
     z = gain / jnp.maximum(gain_se, 1e-12)
     factor = jnp.where(~moved, 2.0, jnp.where(z < 2, 1.5, jnp.where(z > 8, 0.75, 1.0)))
-    longest = jnp.clip(config.max_share * cost, config.length, config.max_length)
+    shortest = jnp.where(moved, 1, IN_VAIN) * config.length
+    longest = jnp.clip(config.max_share * cost, jnp.minimum(shortest, config.max_length), config.max_length)
     return jnp.clip(length * factor, config.length, longest)
