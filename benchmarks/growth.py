@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KEY = ("data", "seed", "contender", "width")  # names a row
-FIRST_SEED = 3100  # how a student grows was chosen on seeds below 3000, and mended once for what 3000 to 3004 had shown
+FIRST_SEED = (
+    3200  # how a student grows was chosen on seeds below 3000, and mended twice for what 3000 to 3108 had shown
+)
 
 
 class Subject(NamedTuple):
