@@ -6,6 +6,7 @@ from learners import (
     GOOD,
     LEARNABLE,
     LEARNERS,
+    LENGTH,
     NAN_LOSS,
     SICK,
     SLOW,
@@ -104,7 +105,7 @@ def test_an_arm_recovers_from_a_broken_iteration():
     pools = LEARNABLE._replace(explore=LEARNABLE.explore._replace(inputs=inputs))
     state, verdicts = begin_good(pools), []
     for _ in range(2):
-        state, decision = step_good(pools, state, np.int32(MANY))
+        state, decision = step_good(pools, state, state.cost + LENGTH)  # longer ones would meet these batches again
         verdicts.append((int(decision.discarded), int(decision.verdict) in (ADOPT, PROMOTE)))
     assert verdicts == [(1, False), (0, True)]
     assert finite(state)
