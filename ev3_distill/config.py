@@ -25,7 +25,7 @@ class EV3:
     max_length: int = 2000
     """Longest trajectory, in steps."""
     max_share: float = 0.2
-    """Longest trajectory, as a share of the steps so far."""
+    """Longest trajectory, as a share of the steps that the student has had; after one in vain, 4 x length if that is more."""
     exploration: float = 0.2
     """Probability that an iteration gives a challenger the same steps as the leading arm; falls in a line to 0 at the end of
     the budget, where a better arm would pay off no more."""
