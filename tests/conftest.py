@@ -101,9 +101,9 @@ def once(factory, name, make):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A small run of compress that nobody disturbed."""
+    """A small run of compress that nobody disturbed, a copy for each worker: one process at a time may work in a run."""
     place = once(tmp_path_factory, "finished", lambda place: main(["compress", *SMALL, "--out", str(place / "run")]))
-    return place / "run"
+    return shutil.copytree(place / "run", tmp_path_factory.mktemp("copy") / "run")
 
 
 @pytest.fixture(scope="session")
