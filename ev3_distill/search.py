@@ -215,7 +215,7 @@ class _Search:
         steps = min(max(2 * self.chosen.ev3.length, round(TRIAL * int(state.cost))), each)
         if steps < self.chosen.ev3.length:
             return None
-        tried = [self._longer_rung(rung, state)] if bool(state.closed) else []
+        tried = [self._longer_rung(rung, state, shares=True)] if bool(state.closed) else []
         tried += [self._larger_rung(rung, state, spec, name) for name, spec in proposals.items()]
         if not (decided := [trial for trial in self.trials if trial["after"] == rung.number]):
             decided = [self._tried(rung, state, tried, steps=steps, limit=int(state.cost) + each)]
@@ -259,12 +259,17 @@ class _Search:
 
         return self._rung(network, course, f"{name}, from {rung.number}", start, shares=True)
 
-    def _longer_rung(self, rung: Rung, state: State) -> Rung:
-        def start() -> State:
-            again = rung.course.distillation.again(rung.course.pools, state)
-            return again._replace(tested_cost=jnp.maximum(again.tested_cost, again.cost))
+    def _longer_rung(self, rung: Rung, spent: State, *, shares: bool = False, **changes: Any) -> Rung:
+        """The rung that the student of an earlier one goes on as, where the run has come to what was spent."""
+        distillation = rung.course.distillation
 
-        return self._rung(rung.network, rung.course, f"longer, from {rung.number}", start, shares=True)
+        def start() -> State:
+            state = distillation.again(rung.course.pools, rung.known())
+            begun = spent.cost - (state.cost - state.begun)  # it has had as much as it had
+            state = state._replace(cost=spent.cost, begun=begun, budget=spent.budget, tested_cost=spent.cost)
+            return state._replace(**changes)
+
+        return self._rung(rung.network, rung.course, f"longer, from {rung.number}", start, shares=shares)
 
     # Down, and again.
 
@@ -281,7 +286,7 @@ class _Search:
                 hopeful = [one for one in self.entries if one.params == entry.params and self._may_yet(one)]
                 if not hopeful:
                     return
-                longer = self._on_again(archive.best(hopeful))
+                longer = self._longer_rung(self._of(archive.best(hopeful)), self.last)
                 entry = self._enter(longer, self._trained(longer))
             if not entry.met:
                 return
@@ -298,19 +303,6 @@ class _Search:
             return False
         return not falls_behind(told, begun, int(state.position) - begun, until=cost + left)
 
-    def _on_again(self, entry: Entry, **changes: Any) -> Rung:
-        """The rung that the student of an earlier one goes on as, now."""
-        rung, spent = self._of(entry), self.last
-        distillation = rung.course.distillation
-
-        def start() -> State:
-            state = distillation.again(rung.course.pools, rung.known())
-            begun = spent.cost - (state.cost - state.begun)  # it has had as much as it had
-            state = state._replace(cost=spent.cost, begun=begun, budget=spent.budget, tested_cost=spent.cost)
-            return state._replace(**changes)
-
-        return self._rung(rung.network, rung.course, f"longer, from {entry.number}", start)
-
     def _of(self, entry: Entry) -> Rung:
         return next(one for one in self.rungs if one.number == entry.number)
 
@@ -319,7 +311,8 @@ class _Search:
         found = archive.chosen(self.entries)
         if not found.met or self._spent() + self.chosen.ev3.length > self._limit():
             return
-        longer = self._on_again(found, met_cost=jnp.int32(adapt.NO_END))  # decide has said so
+        met = jnp.int32(adapt.NO_END)  # decide has said so
+        longer = self._longer_rung(self._of(found), self.last, met_cost=met)
         self._enter(longer, self._trained(longer), above=found)
 
     def again(self, number: int) -> None:
