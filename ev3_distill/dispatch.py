@@ -33,7 +33,7 @@ class Programs:
     def __init__(self, devices: Devices):
         self.compile_s = 0.0
         self._devices = devices
-        self._compiled: dict[str, Callable[..., Any]] = {}
+        self._compiled: dict[str, jax.stages.Compiled] = {}
 
     def timed(self, work: Callable[[], Any]) -> Any:
         """What work returns; its time is of compiling."""
@@ -50,7 +50,7 @@ class Programs:
 
     def text(self, name: str) -> str:
         """The compiled program, as XLA tells it."""
-        return str(self._compiled[name].as_text())  # type: ignore[attr-defined]
+        return str(self._compiled[name].as_text())
 
 
 class Block(NamedTuple):

@@ -249,9 +249,8 @@ def test_what_a_search_came_to():
     rows += [searched(0, 0.7, 10, 0.72), searched(1, 0.7, 20, 0.8), searched(0, 0.85, 40, 0.86)]
     rows += [searched(1, 0.85, 40, 0.8), searched(0, 0.99, 40, 0.9), searched(1, 0.99, 40, 0.91)]
     text = search.table(rows)
-    assert (
-        "| d | 0.7 | 20, 10 | 20, 20 | 10, 20 | 0 | 1 | 1 | 0 | 100 | 300 |" in text
-    )  # 0.71 would come again 3 times in 4
+    # at 0.7 a bound of 0.71 would come again 3 times in 4, which is too seldom
+    assert "| d | 0.7 | 20, 10 | 20, 20 | 10, 20 | 0 | 1 | 1 | 0 | 100 | 300 |" in text
     assert "| d | 0.85 | 40, 40 | 40, 40 | 40, none, 80.0% | 1 | 0 | 0 | 1 | 100 | 300 |" in text
     assert "| d | 0.99 | none, none | none, none | none, 90.0%, none, 91.0% | 2 | 0 | 0 | 0 | 100 | 300 |" in text
     assert "none where none does: 4 of 6 searches; as any that would again: 5 of 6." in text
