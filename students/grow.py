@@ -170,7 +170,7 @@ def growth(
     network = build(_target(spec, move, factory), factory=factory)
     old, new = layout_of(spec, factory=factory), layout_of(network.spec, factory=factory)
     standing = standing_of(old, new)
-    _check(spec, network.spec, old, new, standing)
+    check(spec, network.spec, old, new, standing)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     copies = copies_of(rng, old, new, standing)
     drawn = [layer.path for name, layer in new.layers.items() if name not in old.layers or _writes_drawn(layer, new)]
@@ -216,10 +216,10 @@ def _changed(spec: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, A
     return {name: value for name, value in {**spec, **options}.items() if value is not None}
 
 
-def _check(
+def check(
     spec: Mapping[str, Any], target: Mapping[str, Any], old: Layout, new: Layout, standing: Mapping[str, str]
 ) -> None:
-    """Raises InputError where the growth cannot keep the function."""
+    """Raises InputError where the growth from one spec to another, which have these layouts, cannot keep the function."""
 
     def refuse(rule: str, got: str, way_out: str) -> InputError:
         return InputError(f"{rule}; got {got}, from {_told(spec)} to {_told(target)}: {way_out}")

@@ -132,11 +132,11 @@ def leaves_of(
             like = new.layers[like].like or ""
         source = (*old.layers[like].path, *path[len(layer.path) :])
         if owner in old.layers:
-            leaves[path] = _spread(rng, source, array, _axes(layer, path, array.shape, new), copies)
+            leaves[path] = _spread(rng, source, array, axes_of(layer, path, array.shape, new), copies)
         elif trained and layer.start == "zero":
             leaves[path] = _begun(source, np.zeros(array.shape, array.dtype))
         elif trained and layer.start == "identity":
-            spread = _spread(rng, source, array, _axes(layer, path, array.shape, new), copies)
+            spread = _spread(rng, source, array, axes_of(layer, path, array.shape, new), copies)
             first = np.eye(*spread.shape) if len(spread.shape) == 2 else np.zeros(spread.shape)
             leaves[path] = _begun(source, spread.of_parameter(first.astype(array.dtype)))
         else:
@@ -153,7 +153,7 @@ def _begun(source: Path, new: np.ndarray) -> Leaf:
     return Leaf(source, (), new=new)
 
 
-def _axes(layer: Layer, path: Path, shape: Sequence[int], new: Layout) -> dict[int, Axis]:
+def axes_of(layer: Layer, path: Path, shape: Sequence[int], new: Layout) -> dict[int, Axis]:
     """By dimension; checked against the array's shape."""
     count = min(len(shape), len(layer.axes))
     axes = {len(shape) - count + i: axis for i, axis in enumerate(layer.axes[len(layer.axes) - count :])}
