@@ -1,7 +1,8 @@
 """The certificate: what may be promised of the final student, from the sealed test split.
 
 Every bound is for the population that the test split was drawn from, example by example, independently. It holds for one
-student, fixed before the split was opened, and says nothing of other populations.
+student, fixed before the split was opened, and says nothing of other populations. Where a few students were fixed then, each
+has its share of the error probability (Bonferroni): so the bounds of all hold together, and any of them may be delivered.
 
 There are up to three statements, each with the certificate's confidence by itself: that all claims hold together; that the
 accuracy on every class is at least what the table of classes says; the same of groups.
@@ -28,7 +29,7 @@ NOT_COVERED = (
     "data from elsewhere: another source, another time, another camera, an adversary",
     "single examples, and classes or groups that no claim and no table names",
     "this student once its weights, their precision or its inputs' preparation are changed",
-    "a student that was chosen among several by their certificates on this split",
+    "a student that was chosen by certificates on this split, but among the candidates that its own counts",
     "latency_ms: other machines, or this one under another load",
 )
 ASKED = tuple(name for name in (*METRICS, *FORMS) if name not in KNOWN)  # what a reopened split may be asked about
@@ -58,11 +59,12 @@ class Certificate:
     claims: tuple[Claim, ...]
     tables: tuple[Table, ...] = ()
     reopened: int = 0  # how often the split had been opened before
+    among: int = 1  # students for which it was opened
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON: {"confidence", "claims": [{"metric", "point", "lower_bound" or "upper_bound", "n"}]}.
 
-        Where there are any, `tables`, see Table, and `reopened` stand beside these.
+        Where there are any, `tables`, see Table, `reopened` and, above 1, `among` stand beside these.
         """
         claims = [
             {name: value for name, value in dataclasses.asdict(claim).items() if value is not None}
@@ -70,7 +72,8 @@ class Certificate:
         ]
         tables = {"tables": [table.as_dict() for table in self.tables]} if self.tables else {}
         reopened = {"reopened": self.reopened} if self.reopened else {}
-        return {"confidence": self.confidence, "claims": claims, **tables, **reopened}
+        among = {"among": self.among} if self.among > 1 else {}
+        return {"confidence": self.confidence, "claims": claims, **tables, **reopened, **among}
 
 
 def certify(
@@ -78,17 +81,19 @@ def certify(
     *,
     confidence: float = 0.95,
     shares: Mapping[str, float] | None = None,
+    among: int = 1,
 ) -> Certificate:
     """The certificate of one student.
 
-    Each of m claims gets the level (1 - confidence) / m, so that by Bonferroni's inequality all m bounds hold together
-    with the given confidence, however the metrics depend on each other.
+    Each of m claims on each of k students gets the level (1 - confidence) / (k m), so that by Bonferroni's inequality all
+    bounds hold together with the given confidence, however metrics and students depend on each other.
 
     Args:
       claims: by metric, as from `claims_of`: functions of their own confidence. Or a score per example, [N] of 0 and 1 on
         the sealed split, for the share of ones.
       confidence: of all claims together, in (0, 1).
       shares: of the error probability 1 - confidence that the claims get, 1 in all at most; alike by default.
+      among: k, students for which the split was opened.
 
     Raises:
       InputError: the split is empty or confidence is out of range.
@@ -100,8 +105,8 @@ def certify(
     made = []
     for metric, claim in claims.items():
         bound = claim if callable(claim) else share(metric, claim)
-        made.append(bound(1 - (1 - confidence) * shares[metric]))
-    return Certificate(confidence, tuple(made))
+        made.append(bound(1 - (1 - confidence) * shares[metric] / among))
+    return Certificate(confidence, tuple(made), among=among)
 
 
 def shares_of(metrics: Mapping[str, Any] | Sequence[str]) -> dict[str, float]:
@@ -144,20 +149,21 @@ class Parts(NamedTuple):
     names: Sequence[str]
 
 
-def accuracy_by(outputs: Outputs, parts: Parts, *, confidence: float) -> Table:
+def accuracy_by(outputs: Outputs, parts: Parts, *, confidence: float, among: int = 1) -> Table:
     """The accuracy on each part, with bounds that all hold together with the given confidence.
 
-    Each of K parts has Clopper and Pearson's bound at the level (1 - confidence) / K (Bonferroni). One without examples
-    has no point, and the bound 0.
+    Each of K parts has Clopper and Pearson's bound at the level (1 - confidence) / K (Bonferroni), for each of the students for
+    which the split was opened. One without examples has no point, and the bound 0.
 
     Args:
       outputs: of the sealed split, [N].
       parts: classes or groups of the same examples.
       confidence: of the table as a whole, in (0, 1).
+      among: students for which the split was opened.
     """
     labelled = np.where(outputs.labels >= 0, parts.members, -1)
     hits = in_top(outputs.logits, outputs.labels, 1)
-    each = 1 - (1 - confidence) / len(parts.names)
+    each = 1 - (1 - confidence) / len(parts.names) / among
     found = by_part(hits, labelled, len(parts.names), confidence=each)
     rows = [(name, k / n if n else None, bound, n) for name, (k, n, bound) in zip(parts.names, found, strict=True)]
     return Table(parts.of, confidence, tuple(rows))

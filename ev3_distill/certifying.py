@@ -1,16 +1,17 @@
-"""Certifying: the sealed split is opened, on record, and the student that is final is certified from it."""
+"""Certifying: the sealed split is opened, on record, for the student that is final, or a few, and one is certified from it."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ev3_distill import opening, run
 from ev3_distill.certificate import Certificate
-from ev3_distill.claims import Bound, digest_of_costs, latency, said
-from ev3_distill.guards import KNOWN, Guard
+from ev3_distill.claims import Bound, Outputs, digest_of_costs, latency, said
+from ev3_distill.guards import KNOWN, Guard, judge
 from ev3_distill.latency import passes_ms
 from ev3_distill.network import count_params
 from ev3_distill.sources import Dataset
@@ -33,49 +34,75 @@ def metrics_asked(guards: Iterable[Guard], *, labelled: bool, teacher: bool) -> 
     return list(dict.fromkeys([*promised, *(guard.metric for guard in guards if guard.metric not in KNOWN)]))
 
 
+class Certified(NamedTuple):
+    """What came of it."""
+
+    which: int  # of the candidates
+    certificate: Certificate
+    guards: list[dict[str, Any]]  # see `guards.judge`
+    of_teacher: float | None  # its own accuracy
+
+
 def certified(
     directory: Path,
-    network: Network,
-    variables: Variables,
+    candidates: Sequence[tuple[Network, Variables]],
     dataset: Dataset,
     *,
-    test: Iterable[Batch],
+    test: Callable[[], Iterable[Batch]],
     asked: Asked,
+    guards: Sequence[Guard],
     teacher: bool,
     batch_size: int,
-) -> tuple[Certificate, float | None]:
-    """Opens a run's sealed split for its student, and writes what may be promised; also the teacher's own accuracy there.
+) -> Certified:
+    """Opens a run's sealed split for its student, and writes what may be promised.
+
+    Of several candidates it is the first whose guards all are certified, or the last.
 
     Args:
       directory: of the run.
-      network: the student's.
-      variables: the student's, final.
+      candidates: students, final, the most wanted first.
       dataset: that the split is of.
       test: the split in parts, which nobody has looked at before this.
       asked: what is to be promised.
+      guards: what must hold.
       teacher: whether there is one.
       batch_size: examples of one forward pass.
     """
     labelled = bool((dataset.labels >= 0).any())
-    student = opening.digest_of(variables)
+    names, among = [opening.digest_of(variables) for _, variables in candidates], len(candidates)
     opening.open_split(
-        directory, student, asked.metrics, confidence=asked.confidence, costs=digest_of_costs(asked.costs)
-    )
-    outputs = run.outputs_of(network, variables, test, labelled=labelled, teacher=teacher, batch_size=batch_size)
-    certificate = run.certificate_of(
-        outputs._replace(num_groups=len(dataset.group_names)),
+        directory,
+        names[0],
         asked.metrics,
-        class_names=asked.class_names,
-        group_names=dataset.group_names,
         confidence=asked.confidence,
-        costs=asked.costs,
-        measured=measured(asked.metrics, network, variables, dataset),
+        costs=digest_of_costs(asked.costs),
+        others=names[1:],
     )
-    run.write_certificate(directory, certificate, student)
-    if not labelled or outputs.teacher_logits is None:
-        return certificate, None
-    right = said(outputs.teacher_logits) == outputs.labels
-    return certificate, float(right[outputs.labels >= 0].mean())
+    for which, (network, variables) in enumerate(candidates):
+        outputs = run.outputs_of(network, variables, test(), labelled=labelled, teacher=teacher, batch_size=batch_size)
+        certificate = run.certificate_of(
+            outputs._replace(num_groups=len(dataset.group_names)),
+            asked.metrics,
+            class_names=asked.class_names,
+            group_names=dataset.group_names,
+            confidence=asked.confidence,
+            costs=asked.costs,
+            measured=measured(asked.metrics, network, variables, dataset),
+            among=among,
+        )
+        judged = judge(guards, certificate.claims, known=known_of(variables))
+        if which + 1 == among or all(guard["certified"] for guard in judged):
+            run.write_certificate(directory, certificate, names[which])
+            return Certified(which, certificate, judged, _of_teacher(outputs))
+    raise ValueError("a split is opened for at least one student; got none")
+
+
+def _of_teacher(outputs: Outputs) -> float | None:
+    """The teacher's own accuracy, where there are labels and a teacher."""
+    labelled = outputs.labels >= 0
+    if outputs.teacher_logits is None or not labelled.any():
+        return None
+    return float((said(outputs.teacher_logits) == outputs.labels)[labelled].mean())
 
 
 def measured(metrics: Sequence[str], network: Network, variables: Variables, dataset: Dataset) -> dict[str, Bound]:

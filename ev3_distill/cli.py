@@ -293,8 +293,8 @@ def _evaluate(command: EvaluateCommand) -> None:
     told = certificate.as_dict()
     for claim in told["claims"]:
         print(report.claim_line(claim, told["confidence"]))
-    if certificate.reopened:
-        print(f"{report.reopened(told)}.")
+    if said := report.corrected(told):
+        print(f"{said}.")
     for guard in guards:
         print(report.verdict(guard))
     _exit_by(guards)

@@ -276,9 +276,8 @@ def _certified(
 ) -> certificate.Certificate:
     """The certificate at that level; some claims may be found already."""
     all_of = {**found, **certificate.claims_of([name for name in metrics if name not in found], outputs, costs=costs)}
-    made = certificate.certify(
-        {metric: all_of[metric] for metric in metrics}, confidence=level.confidence, shares=level.shares
-    )
+    of_metrics = {metric: all_of[metric] for metric in metrics}
+    made = certificate.certify(of_metrics, confidence=level.confidence, shares=level.shares, among=level.among)
     return dataclasses.replace(made, reopened=level.reopened)
 
 
@@ -286,6 +285,7 @@ class _Level(NamedTuple):
     confidence: float
     shares: dict[str, float]  # of the error probability, by claim
     reopened: int
+    among: int  # students for which the split was opened
 
 
 def _level(
@@ -310,7 +310,7 @@ def _level(
     if confidence is not None and not 0 < confidence < 1:
         raise InputError(f"confidence is a probability above 0 and below 1; got {confidence}: try 0.95")
     if directory is None:
-        return _Level(0.95 if confidence is None else confidence, certificate.shares_of(metrics), 0)
+        return _Level(0.95 if confidence is None else confidence, certificate.shares_of(metrics), 0, 1)
     finished = _report_of(directory)
     own = finished["certificate"]["confidence"]
     digest = claims.digest_of_costs(costs)
@@ -318,13 +318,14 @@ def _level(
         claimed = [claim["metric"] for claim in finished["certificate"]["claims"]]
         opening.open_split(directory, student, claimed, confidence=own)
     first, *_ = opening.openings(directory)
+    among = len(opening.candidates_of(first))
     same = (
-        first["student"] == student
+        student in opening.candidates_of(first)
         and confidence in (None, own)
         and ("cost" not in metrics or first["costs"] == digest)
     )
     if same and set(metrics) <= set(first["claims"]):
-        return _Level(own, certificate.shares_of(first["claims"]), 0)
+        return _Level(own, certificate.shares_of(first["claims"]), 0, among)
     if confidence not in (None, own):
         raise InputError(
             f"a sealed split keeps the confidence that it was opened at; that of {directory} is {own:.10g}, got "
@@ -332,7 +333,7 @@ def _level(
         )
     with run.held(directory):
         reopened = opening.open_split(directory, student, metrics, confidence=own, costs=digest, reopen=reopen)
-    return _Level(own, certificate.shares_when_reopened(metrics, reopened), reopened)
+    return _Level(own, certificate.shares_when_reopened(metrics, reopened), reopened, among)
 
 
 def _check_fits(dataset: Dataset, expected: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """The sealed split's openings, on record before anybody looks.
 
-opened.json of a run: {"openings": [{"student", "time", "confidence", "claims", "costs"}]}, the run's own opening first. A
-run that is killed while it scores its student finishes the same opening when it is resumed; whatever would be another one
-must say so.
+opened.json of a run: {"openings": [{"student", "time", "confidence", "claims", "costs"}]}, the run's own opening first; one
+with `others` is for these students, too, any of which may then be delivered. A run that is killed while it scores its students
+finishes the same opening when it is resumed; whatever would be another one must say so.
 """
 
 import hashlib
@@ -44,6 +44,11 @@ def openings(directory: Path) -> list[dict[str, Any]]:
     return told
 
 
+def candidates_of(opening: dict[str, Any]) -> list[str]:
+    """The students that a split was opened for."""
+    return [opening["student"], *opening.get("others", [])]
+
+
 def open_split(
     directory: Path,
     student: str,
@@ -52,8 +57,9 @@ def open_split(
     confidence: float,
     costs: str | None = None,
     reopen: bool = False,
+    others: Sequence[str] = (),
 ) -> int:
-    """Opens the sealed split of a run for one student and a family of claims that is now fixed.
+    """Opens the sealed split of a run for one student, or a few, and a family of claims that is now fixed.
 
     The opening is on disk when this returns. One that is on record already goes on, and is no further one.
 
@@ -64,6 +70,7 @@ def open_split(
       confidence: of the certificate.
       costs: digest of the table of costs, for a claim on them.
       reopen: open a split again that was opened for other claims.
+      others: digests of those that may be delivered in its place.
 
     Returns:
       How many openings came before it.
@@ -72,14 +79,16 @@ def open_split(
       InputError: the split was opened for another student, or for other claims and is not to be reopened.
     """
     told = openings(directory)
-    row = {"student": student, "confidence": confidence, "claims": list(claims), "costs": costs}
+    family = {"confidence": confidence, "claims": list(claims), "costs": costs}
+    ours = bool(told) and {student, *others} <= set(candidates_of(told[0]))
     for i, other in enumerate(told):
-        if {name: other[name] for name in row} == row:
+        if ours and {name: other[name] for name in family} == family:
             return i
-    if told and told[0]["student"] != student:
+    if told and not ours:
         raise InputError(
-            f"a sealed split certifies one student; that of {directory} was opened for {told[0]['student'][:12]} and is asked "
-            f"about {student[:12]}: start anew with --out, or score other data by --data"
+            f"a sealed split certifies those that it was opened for; that of {directory} was opened for "
+            f"{' and '.join(name[:12] for name in candidates_of(told[0]))} and is asked about {student[:12]}: start anew with "
+            "--out, or score other data by --data"
         )
     if told and not reopen:
         first = told[0]
@@ -89,6 +98,7 @@ def open_split(
             "--data, or give --reopen, and the bounds are corrected for it"
         )
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    row = {"student": student, **family, **({"others": list(others)} if others else {})}
     write_json(directory / NAME, {"openings": [*told, {**row, "time": moment}]})
     _sync(directory)
     return len(told)

@@ -76,7 +76,7 @@ def render(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         promise=promise(report),
         reached=[_reached(claim) for claim in report["certificate"]["claims"]],
         exact=all(_is_share(claim["metric"]) for claim in report["certificate"]["claims"]),
-        reopened=reopened(report["certificate"]),
+        corrected=corrected(report["certificate"]),
         tables=report["certificate"].get("tables", []),
         unfolded=OPEN,
         bounds={claim["metric"]: claim.get("lower_bound") for claim in report["certificate"]["claims"]},
@@ -157,13 +157,14 @@ def claim_line(claim: dict[str, Any], confidence: float) -> str:
     return f"{metric}: {point} of {claim['n']} {things}; {told} with {100 * confidence:.10g}% confidence"
 
 
-def reopened(certificate: dict[str, Any]) -> str:
-    """That the split was opened before, where it was; else nothing."""
-    times = certificate.get("reopened", 0)
-    if not times:
-        return ""
-    told = "once" if times == 1 else f"{times} times"
-    return f"The sealed split had been opened {told} before; the bounds are corrected for it"
+def corrected(certificate: dict[str, Any]) -> str:
+    """That the split was opened before, or for several students, where it was; else nothing."""
+    times, among, told = certificate.get("reopened", 0), certificate.get("among", 1), []
+    if among > 1:
+        told = [f"was opened for {among} students, any of which could have been delivered"]
+    if times:
+        told.append(f"had been opened {'once' if times == 1 else f'{times} times'} before")
+    return f"The sealed split {' and '.join(told)}; the bounds are corrected for it" if told else ""
 
 
 def label(metric: str) -> str:

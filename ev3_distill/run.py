@@ -323,6 +323,7 @@ def certificate_of(
     confidence: float,
     costs: np.ndarray | None = None,
     measured: Mapping[str, Bound] | None = None,
+    among: int = 1,
 ) -> Certificate:
     """The certificate of a student from what it says of the sealed split, with the accuracy by class (and by group).
 
@@ -334,14 +335,17 @@ def certificate_of(
       confidence: of all claims together, and of each table.
       costs: [K, K], for a claim on them.
       measured: claims that stand on other measurements.
+      among: students for which the split was opened.
     """
     measured = measured or {}
     claims = claims_of([metric for metric in metrics if metric not in measured], outputs, costs=costs)
-    certificate = certify({metric: {**claims, **measured}[metric] for metric in metrics}, confidence=confidence)
+    of_metrics = {metric: {**claims, **measured}[metric] for metric in metrics}
+    certificate = certify(of_metrics, confidence=confidence, among=among)
     parts = [Parts("class", outputs.labels, class_names)]
     if outputs.groups is not None:
         parts.append(Parts("group", outputs.groups, group_names))
-    tables = [accuracy_by(outputs, part, confidence=confidence) for part in parts if (outputs.labels >= 0).any()]
+    labelled = (outputs.labels >= 0).any()
+    tables = [accuracy_by(outputs, part, confidence=confidence, among=among) for part in parts if labelled]
     return dataclasses.replace(certificate, tables=tuple(tables))
 
 

@@ -12,10 +12,9 @@ import numpy as np
 import students
 from ev3_distill import config, report, run
 from ev3_distill.certificate import clopper_pearson_lower
-from ev3_distill.certifying import Asked, certified, known_of, metrics_asked
+from ev3_distill.certifying import Asked, certified, metrics_asked
 from ev3_distill.course import Course, Task, course_of, evaluated_at_once, test_of
 from ev3_distill.errors import warn
-from ev3_distill.guards import judge
 from ev3_distill.lessons import Lessons, Recorded
 from ev3_distill.loop import UNLIMITED, Distillation
 from ev3_distill.network import count_params
@@ -120,22 +119,29 @@ def concluded(
     *,
     teacher: dict[str, Any] | None,
     helped: Callable[[Iterator[Batch]], dict[str, float]] | None = None,
+    surer: Final | None = None,
 ) -> dict[str, Any]:
-    """Saves the final student, certifies it from the sealed split and reports; returns the content of report.json."""
-    dataset, variables = task.dataset, final.variables
-    students.save(directory / "student", final.network, variables)
+    """Saves the final student, certifies it from the sealed split and reports; returns the content of report.json.
+
+    Where that split does not prove the guards of it, and there is a surer one, that one is delivered.
+    """
+    dataset, finals = task.dataset, [final, *([surer] if surer else [])]
+    students.save(directory / "student", final.network, final.variables)
     classes = list(dataset.class_names or map(str, range(lessons.num_classes)))
     metrics = metrics_asked(task.guards, labelled=task.labelled, teacher=teacher is not None)
-    certificate, of_teacher = certified(
+    which, certificate, guards, of_teacher = certified(
         directory,
-        final.network,
-        variables,
+        [(one.network, one.variables) for one in finals],
         dataset,
-        test=test_of(task, lessons),
+        test=functools.partial(test_of, task, lessons),
         asked=Asked(metrics, classes, chosen.confidence, task.costs),
+        guards=task.guards,
         teacher=teacher is not None,
         batch_size=evaluated_at_once(dataset, task.memory, chosen.ev3.eval_batch_size),
     )
+    if which:
+        final = finals[which]
+        students.save(directory / "student", final.network, final.variables)
     points = {claim.metric: claim.point for claim in certificate.claims}
     facts = {
         "teacher": {"source": "labels", "params": None, "accuracy": None}
@@ -143,7 +149,7 @@ def concluded(
         else {**teacher, "accuracy": of_teacher},
         "student": {
             "network": final.name or (chosen.network if teacher is None else chosen.student),
-            "params": count_params(variables),
+            "params": count_params(final.variables),
             "deploy": final.network.spec.get("deploy", "float32"),
             "accuracy": points.get("accuracy"),
             "agreement": points.get("agreement"),
@@ -151,7 +157,7 @@ def concluded(
         },
         "certificate": certificate.as_dict(),
         "control": helped(test_of(task, lessons)) if helped else None,
-        "guards": judge(task.guards, certificate.claims, known=known_of(variables)),
+        "guards": guards,
         "devices": str(task.devices),
         "seed": chosen.seed,
         "budget": chosen.budget,

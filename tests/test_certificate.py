@@ -64,6 +64,35 @@ def test_joint_coverage_of_exclusive_metrics():
         assert held >= confidence
 
 
+def test_whichever_of_two_students_is_delivered_the_promise_holds():
+    """The wanted one if its bound reaches the threshold, else the other: all outcomes. The whole risk for each breaks it."""
+    n, confidence, threshold = 30, 0.9, 0.6
+
+    def broken(among):
+        scores = (np.repeat([1, 0], [k, n - k]) for k in range(n + 1))
+        made = (certify({"accuracy": right}, confidence=confidence, among=among) for right in scores)
+        bounds = np.array([certificate.claims[0].lower_bound for certificate in made])
+        worst = 0.0
+        for wanted in np.linspace(0.4, 0.99, 60):
+            for other in np.linspace(0.4, 0.99, 60):
+                of_wanted, of_other = (binom.pmf(np.arange(n + 1), n, p) for p in (wanted, other))
+                first = bounds >= threshold
+                false = of_wanted[first & (bounds > wanted)].sum()
+                false += of_wanted[~first].sum() * of_other[bounds > other].sum()
+                worst = max(worst, false)
+        return worst
+
+    assert broken(2) <= 1 - confidence < broken(1)
+
+
+def test_each_of_several_students_has_its_share_of_a_table():
+    outputs = Outputs(np.eye(2)[[0, 0, 0, 1, 1, 0]], np.array([0, 0, 0, 0, 1, 1]))
+    table = accuracy_by(outputs, Parts("class", outputs.labels, ["a", "b"]), confidence=0.9, among=2)
+    expected = [clopper_pearson_lower(k, n, confidence=1 - 0.1 / 4) for k, n in ((3, 4), (1, 2))]
+    assert [row[2] for row in table.rows] == pytest.approx(expected)
+    assert table.confidence == 0.9
+
+
 def test_all_claims_of_one_student_hold_together():
     """Everything that can be claimed of a student at once, on splits of a population that is known."""
     rng = np.random.default_rng(0)

@@ -47,7 +47,8 @@ def test_an_opening_goes_on_and_another_is_refused(here):
             opening.open_split(here, "ab" * 32, claims, confidence=confidence, costs=costs)
     for reopen in (False, True):
         with pytest.raises(
-            InputError, match=r"certifies one student; .* was opened for abababababab and is asked about cdcd"
+            InputError,
+            match=r"certifies those that it was opened for; .* was opened for abababababab and is asked about cdcd",
         ):
             opening.open_split(here, "cd" * 32, ["accuracy"], confidence=0.95, reopen=reopen)
     assert (here / "opened.json").read_bytes() == before
@@ -55,6 +56,22 @@ def test_an_opening_goes_on_and_another_is_refused(here):
     assert opening.open_split(here, "ab" * 32, ["brier"], confidence=0.95, reopen=True) == 2
     assert opening.open_split(here, "ab" * 32, ["ece"], confidence=0.95) == 1  # goes on
     assert opening.open_split(here, "ab" * 32, ["accuracy"], confidence=0.95) == 0
+
+
+def test_an_opening_for_several_goes_on_for_each(here):
+    one, other, third = ("ab" * 32, "cd" * 32, "ef" * 32)
+    assert opening.open_split(here, one, ["accuracy"], confidence=0.95, others=[other]) == 0
+    (row,) = opening.openings(here)
+    assert opening.candidates_of(row) == [one, other]
+    before = (here / "opened.json").read_bytes()
+    for student in (one, other):
+        assert opening.open_split(here, student, ["accuracy"], confidence=0.95) == 0
+    assert opening.open_split(here, one, ["accuracy"], confidence=0.95, others=[other]) == 0
+    for student, others in ((third, ()), (one, (third,))):
+        with pytest.raises(InputError, match=r"was opened for abababababab and cdcdcdcdcdcd and is asked about"):
+            opening.open_split(here, student, ["accuracy"], confidence=0.95, others=others, reopen=True)
+    assert (here / "opened.json").read_bytes() == before
+    assert opening.open_split(here, other, ["ece"], confidence=0.95, reopen=True) == 1
 
 
 def test_a_student_is_named_by_all_of_its_arrays():
@@ -148,7 +165,7 @@ def test_a_sealed_split_keeps_its_student(run, cli):
     for options in ((), ("--reopen",)):
         answer = cli("evaluate", run, *options)
         assert answer.code == 2
-        assert "a sealed split certifies one student" in answer.err
+        assert "a sealed split certifies those that it was opened for" in answer.err
 
 
 def test_a_run_from_before_openings_were_kept(run, cli):

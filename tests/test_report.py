@@ -420,6 +420,11 @@ def test_a_reopened_split_is_told(report):
     again = changed(report, "certificate", {**report["certificate"], "reopened": 2})
     assert "The sealed split had been opened 2 times before; the bounds are corrected for it." in said(again)
     assert "had been opened" not in said(report)
+    both = changed(report, "certificate", {**report["certificate"], "reopened": 1, "among": 2})
+    assert (
+        "The sealed split was opened for 2 students, any of which could have been delivered and had been opened once before; "
+        "the bounds are corrected for it."
+    ) in said(both)
 
 
 @pytest.mark.parametrize(
