@@ -30,6 +30,7 @@ class Measured(NamedTuple):
     right: np.ndarray  # [N] promise scores, 0 or 1
     goals_met: int
     least_risk: float  # see `Distillation.rank`
+    p_value: float = 1.0  # see `Distillation.p_value`
 
     @property
     def rank(self) -> tuple[int, float, float]:
@@ -54,6 +55,7 @@ class Entry:
     goals_met: int
     least_risk: float
     met: bool  # whether decide proved all goals of it
+    p_value: float = 1.0  # at which it would
 
     @property
     def rank(self) -> tuple[int, float, float]:
@@ -105,6 +107,7 @@ class Archive:
             bound=clopper_pearson_lower(right, n, confidence=self._confidence),
             goals_met=measured.goals_met,
             least_risk=measured.least_risk,
+            p_value=measured.p_value,
             met=meets(measured),
         )
         self.entries.append(entry)

@@ -102,6 +102,12 @@ class Distillation:
             )
 
         @devices.jit
+        def begin_with(pools: Pools, seed: jax.Array, variables: Variables) -> State:
+            _, run_key = jax.random.split(jax.random.key(seed))
+            key = jax.random.key_data(run_key)
+            return initial_state(key, variables, pools, apply=student.apply, arms=arms, **rules, config=config)
+
+        @devices.jit
         def evaluate(variables: Variables, split: Batch) -> Evidence:
             return score(student.apply, variables, split, measures, batch_size=config.eval_batch_size)
 
@@ -111,11 +117,17 @@ class Distillation:
             return objectives.agreement(logits, split)
 
         @devices.jit
+        def refuted(variables: Variables, split: Batch) -> list[jax.Array]:
+            logits = logits_of(student.apply, variables, split.inputs, batch_size=config.eval_batch_size)
+            return [goal.refuted(logits, split) for goal in goals]
+
+        @devices.jit
         def seen(variables: Variables, pools: Pools) -> jax.Array:
             return on_seen(student.apply, variables, pools, promise, config=config)
 
-        self._begin, self._seen, self._arms, self._length = begin, seen, arms, config.length
-        self._evaluate, self._agreement = evaluate, agreement
+        self._begin, self._begin_with, self._seen = begin, begin_with, seen
+        self._arms, self._length = arms, config.length
+        self._evaluate, self._agreement, self._refuted = evaluate, agreement, refuted
         self._first = allocate.racers_of(arms).index(True)  # who leads a fresh student's first race
 
     @property
@@ -133,10 +145,24 @@ class Distillation:
         agree: jax.Array = self._agreement(self.devices.place(variables), self.devices.place(split))
         return agree
 
-    def begin(self, pools: Pools, seed: int, *, draw: int = 0) -> State:
-        """The state before the first iteration; with other initial parameters for each draw, and all else the same."""
+    def begin(self, pools: Pools, seed: int, *, draw: int = 0, variables: Variables | None = None) -> State:
+        """The state before the first iteration.
+
+        Args:
+          pools: the data.
+          seed: of initial parameters, and of what the run draws.
+          draw: other initial parameters for each, and all else the same.
+          variables: to begin with in their place.
+        """
         pools = self.devices.place(pools)
-        return self.programs.timed(lambda: jax.block_until_ready(self._begin(pools, np.int32(seed), np.int32(draw))))
+        given = self.devices.place(variables) if variables is not None else None
+
+        def begun() -> State:
+            if given is not None:
+                return self._begin_with(pools, np.int32(seed), given)
+            return self._begin(pools, np.int32(seed), np.int32(draw))
+
+        return self.programs.timed(lambda: jax.block_until_ready(begun()))
 
     def drawn(
         self,
@@ -376,6 +402,10 @@ class Distillation:
         """Whether decide ranks one student strictly higher than another."""
         ours, theirs = (self.rank(self.evaluate(student, pools.decide)) for student in (one, other))
         return ours > theirs
+
+    def p_value(self, variables: Variables, split: Batch) -> float:
+        """The greatest level at which the split leaves open whether a student meets all goals, 1 where there is none."""
+        return max((float(p) for p in self._refuted(*self.devices.place((variables, split)))), default=1.0)
 
     def rank(self, evidence: Evidence) -> tuple[int, float, float]:
         """Goals met on decide; how far it lies above the nearest goal, up to where none is at risk; its mean promise score."""

@@ -25,7 +25,7 @@ def student(size, value):
 def measure(variables):
     """Scores that follow from the student alone."""
     share = float(jnp.tanh(variables.params["w"].sum()) ** 2)
-    return Measured((share > TRUTH).astype(np.float32), int(share > 0.5), share)
+    return Measured((share > TRUTH).astype(np.float32), int(share > 0.5), share, 1 - share)
 
 
 def entry(number, params, accuracy, bound, met=False, goals_met=0):
@@ -85,7 +85,7 @@ def test_every_entry_has_its_own_score(tmp_path, made):
             .low
         )
         assert one.bound == pytest.approx(low, abs=1e-9)
-        assert (one.goals_met, one.least_risk) == scores[1:]
+        assert (one.goals_met, one.least_risk, one.p_value) == scores[1:]
 
 
 def test_a_rung_that_was_entered_stays_as_it_was(tmp_path):

@@ -124,7 +124,7 @@ HELPERS = members(*(f"ev3_distill.{room}" for room in (
 
 @pytest.mark.parametrize("module", HELPERS)
 def test_the_rooms_beside_the_core_do_not_know_it(module):
-    above = ["core", "cli", "commands", "training", "course", "search", "lessons", "run", "loop"]
+    above = ["core", "cli", "commands", "training", "course", "search", "climb", "lessons", "run", "loop"]
     above = [*(f"ev3_distill.{room}" for room in above), *PACKAGES[1:]]
     assert [name for name in imports(module) if any(inside(name, room) for room in above)] == []
 
@@ -153,6 +153,7 @@ COMPOSERS = (
     "ev3_distill.lessons",
     "ev3_distill.training",
     "ev3_distill.course",
+    "ev3_distill.climb",
     "ev3_distill.search",
     "ev3_distill.sizes",
     "ev3_distill.stopwatch",
