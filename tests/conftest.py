@@ -35,7 +35,9 @@ import pytest
 
 from ev3_distill.cli import main
 
-pytest.register_assert_rewrite("refusals", "stores", "walkers")  # what they assert is told in full, as in tests
+pytest.register_assert_rewrite(
+    "refusals", "reported", "stores", "walkers"
+)  # what they assert is told in full, as in tests
 SMALL = (
     *("--arms", "ce", "mse", "--student", "mlp:hidden=8", "--budget", "1500"),
     *("--teacher-network", "mlp:hidden=16", "--teacher-budget", "300", "--checkpoint-s", "0"),

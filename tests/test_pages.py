@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from reported import Page, make_report, make_rows
 from test_compare import BASIS, HOSTILE
-from test_report import Page, make_report, make_rows
 
 import benchmarks
 from benchmarks import compare, folder, page, rows
