@@ -214,7 +214,9 @@ class Climb:
         while self._left() >= each:
             course = course or self._course_with(like, found)
             for _ in range(DRAWS):
-                entry = self._begun(course, like, f"narrower, from {found.number}", self._spent() + each, larger=found)
+                part = self._part_of(found, like)
+                how = f"{'taught by' if part is None else 'narrower, from'} {found.number}"
+                entry = self._begun(course, like, how, self._spent() + each, part=part)
                 if entry.met:
                     return entry
                 if self._left() < each:
@@ -283,26 +285,31 @@ class Climb:
         )
         return self._course(network, task=task, names=names, lessons=lessons)
 
-    def _begun(self, course: Course, like: Entry, how: str, limit: int, *, larger: Entry | None = None) -> Entry:
-        """A student of a size that begins in a run that goes on: afresh, or with a part of a larger one."""
-        network = students.build(like.spec, factory=self.factory)
-        before, seed = self.last, self.chosen.seed + len(self.rungs)
+    def _part_of(self, larger: Entry, like: Entry) -> Variables | None:
+        """What a student of a smaller size may begin with; none where nothing of the larger one is of use."""
+        variables = students.load(self._folder(larger.number), factory=self.factory)[1]
+        try:
+            return narrow(jax.random.key(self._seed()), larger.spec, variables, like.spec, factory=self.factory)[1]
+        except InputError:
+            return None
+
+    def _begun(self, course: Course, like: Entry, how: str, limit: int, *, part: Variables | None = None) -> Entry:
+        """A student of a size that begins in a run that goes on: with a part of another, while that is of use, or afresh."""
+        network, before, seed = students.build(like.spec, factory=self.factory), self.last, self._seed()
 
         def start() -> State:
-            if larger is None:
+            if part is None:
                 return self._fresh(course, before, seed)
-            variables = students.load(self._folder(larger.number), factory=self.factory)[1]
-            try:
-                _, part = narrow(jax.random.key(seed), larger.spec, variables, network.spec, factory=self.factory)
-            except InputError:  # nothing of the larger one is of use
-                return self._fresh(course, before, seed)
-            state = course.distillation.begin(course.pools, seed, variables=part)
-            return self._goes_on(course, before, state)
+            return self._goes_on(course, before, course.distillation.begin(course.pools, seed, variables=part))
 
         rung = self._rung(network, course, how, start)
-        if larger is None:
+        if part is None:
             return self._enter(rung, self._trained(rung, limit=limit))
         return self._enter(rung, self._risen(rung, int(before.position), limit=limit))
+
+    def _seed(self) -> int:
+        """Of the next rung."""
+        return int(self.chosen.seed) + len(self.rungs)
 
     def _fresh(self, course: Course, before: State, seed: int) -> State:
         """A fresh student, the best of several draws."""

@@ -258,6 +258,17 @@ def test_a_ladder(cli, here):
     assert [one["how"] for one in sizes] == ["begun", "the next size, from 1", "the next size, from 2"]
 
 
+def test_a_size_that_nothing_narrows_to_starts_afresh(cli, here):
+    """On the way back from a network whose first layer is smaller; the report does not say otherwise."""
+    write_data()
+    ladder = ("mlp:hidden=4", "mlp:hidden=3-16")
+    options = [*SEARCH[:4], *SEARCH[8:14], *SEARCH[16:]]
+    assert cli("compress", *options, "--guard", "accuracy >= 0.95", "--sizes", *ladder, "--out", "run")[0] == 0
+    first, second, third, *_ = report_of(here / "run")["search"]["sizes"]
+    assert (first["met"], second["how"], second["met"]) == (False, "the next size, from 1", True)
+    assert (third["params"], third["how"]) == (first["params"], "taught by 2")
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
