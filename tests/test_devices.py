@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import once
 from test_sharding import ROOT
 
 from ev3_distill.devices import ONE, devices_of
@@ -62,7 +63,8 @@ found = {{name: run(devices) for name, devices in dict(one=ONE, parts=devices_of
 found["parts, supplied"] = run(devices_of(4), supplied=True)
 meshes = dict(alone=ONE, arms=devices_of(3, spread="arms"), fewer=devices_of(2, spread="arms"))
 found |= {{name: run(devices, "mlp:hidden=4") for name, devices in meshes.items()}}
-found |= {{f"population, {{name}}": run(on, population=True) for name, on in dict(one=ONE, parts=devices_of(4)).items()}}
+meshes = dict(one=ONE, parts=devices_of(4))
+found |= {{f"population, {{name}}": run(on, "mlp:hidden=4", population=True) for name, on in meshes.items()}}
 print(json.dumps(found))
 """
 
@@ -95,13 +97,18 @@ def pools_of():
 
 
 @pytest.fixture(scope="module")
-def runs():
+def runs(tmp_path_factory):
     """What each mesh made of the same run, four devices being there."""
+    place = once(tmp_path_factory, "devices", lambda place: (place / "runs.json").write_text(made_of_it()))
+    return json.loads((place / "runs.json").read_text())
+
+
+def made_of_it():
     flags = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", WORK], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return done.stdout.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("mesh", ["arms", "fewer"])

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from conftest import once
 
 from ev3_distill import sharding
 from ev3_distill.errors import InputError
@@ -115,9 +116,13 @@ RUNS = [[1, True, None], [8, True, None], *[[d, True, 1] for d in (1, 2, 4, 8)],
 
 
 @pytest.fixture(scope="module")
-def trajectories():
+def trajectories(tmp_path_factory):
     """20 generations of 13 pairs, some members broken, on 1, 2, 4 and 8 devices of one process."""
-    return told(begin({"runs": RUNS, "generations": 20}, devices=8))[0]
+
+    def make(place):
+        (place / "told.json").write_text(json.dumps(told(begin({"runs": RUNS, "generations": 20}, devices=8))[0]))
+
+    return json.loads((once(tmp_path_factory, "trajectories", make) / "told.json").read_text())
 
 
 @pytest.mark.parametrize(("devices", "rank"), [(2, 1), (4, 1), (8, 1), (8, None)])
