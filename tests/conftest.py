@@ -44,6 +44,8 @@ SMALL = (
 )
 TIMES = ("wall_s", "compile_s")
 SHARED = Path(os.environ.get("EV3_DISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+if SHARED.is_dir():
+    os.environ.setdefault("EV3_DISTILL_DATA", str(SHARED))  # commands look there, too
 
 
 class Answer(NamedTuple):
