@@ -31,7 +31,7 @@ from ev3_distill.climb import LIKELY
 from ev3_distill.errors import InputError
 
 KEY = ("data", "seed", "run")  # names a row
-FIRST_SEED = 4400  # how a search decides was chosen on seeds below 4000, and mended for what 4000 to 4304 had shown
+FIRST_SEED = 4500  # how a search decides was chosen on seeds below 4000, and mended for what 4000 to 4404 had shown
 LADDER = (2, 3, 4, 6, 8, 12, 16, 24)  # units; tiny, and what `wider` makes of it
 SIZES = {"full": LADDER, "smoke": LADDER[:2]}
 BUDGET = {"full": {"digits": 20000, "mnist": 10000}, "smoke": {"digits": 2000}}  # of each size alone,

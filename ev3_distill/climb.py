@@ -9,11 +9,11 @@ standard errors. With a ladder of sizes the next one is it.
 
 Down. A smaller student begins with a part of the one that met the guards (`students.narrow`) and learns from it beside the
 teacher, next smaller first, as long as each meets the guards in its turn. Of small networks it is in part luck what becomes of
-them, so a size has several such draws, one after the other, which are left as soon as their guards are clearly out of reach;
-then the best of its size that may yet get there goes on with half of what is left, one of these or its ancestor from the way
-up; and again, as long as enough is left and decide sees the best of them above its guards, if not surely. What is still left is
-for the one that is found, for as long as it gets anywhere: it had stopped as soon as decide was sure, and the more it is beyond
-its guards the surer the sealed split will prove them.
+them, so a size has two such draws, which are left as soon as their guards are clearly out of reach, and one that begins afresh,
+for parts of one student may all miss the same. Then the best of its size that may yet get there goes on with half of what is
+left, one of these or its ancestor from the way up; and again, as long as enough is left and decide sees the best of them above
+its guards, if not surely. What is still left is for the one that is found, for as long as it gets anywhere: it had stopped as
+soon as decide was sure, and the more it is beyond its guards the surer the sealed split will prove them.
 
 Further passes do the same for every size that there is an entry of (EV3, arXiv 2310.18893, section 4: synergy).
 
@@ -61,7 +61,8 @@ CANDIDATES = 2  # students for which the sealed split may be opened
 TRIAL = 0.1  # share of the steps so far that each proposal's trial has
 STAGE = 10  # first trajectories, after which a size on the way up is first asked whether it will get there
 SHARE = 10  # of the budget that is left, the part that a size on the way up may take
-DRAWS = 3  # on the way down, parts of the larger student that a size begins with before the best of them goes on
+DRAWS = 3  # on the way down, students of a size before the best of them goes on
+PARTS = 2  # of these begin with a part of the larger one, the others afresh: parts of one student may all miss the same
 
 
 class Climb:
@@ -213,8 +214,8 @@ class Climb:
         course: Course | None = None
         while self._left() >= each:
             course = course or self._course_with(like, found)
-            for _ in range(DRAWS):
-                part = self._part_of(found, like)
+            for draw in range(DRAWS):
+                part = self._part_of(found, like) if draw < PARTS else None
                 how = f"{'taught by' if part is None else 'narrower, from'} {found.number}"
                 entry = self._begun(course, like, how, self._spent() + each, part=part)
                 if entry.met:

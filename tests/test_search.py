@@ -88,12 +88,13 @@ def test_it_went_up_by_growth_down_by_parts_and_again(searched):
     assert how[0] == "begun"
     assert any(one.startswith("wider, from ") for one in how)
     assert any(one.startswith("pass 2, taught by ") for one in how)
-    narrower = max(i for i, one in enumerate(how) if one.startswith("narrower, from "))
-    assert how[narrower + 1].startswith("longer, from ")  # what was found goes on with what is left
+    assert any(one.startswith("narrower, from ") for one in how)
+    before = max(i for i, one in enumerate(how) if not one.startswith("pass 2, "))
+    assert how[before].startswith("longer, from ")  # what was found goes on with what is left
 
 
 def test_a_size_has_several_draws_and_the_best_of_them_goes_on(cli, here, monkeypatch):
-    """Each begins with a part of the larger student; decide is then not sure of the best, but the sealed split proves it."""
+    """Two begin with a part of the larger student; decide is then not sure of the best, but the sealed split proves it."""
     given, begin = [], Distillation.begin
 
     def begun(self, *args, variables=None, **options):
@@ -108,13 +109,14 @@ def test_a_size_has_several_draws_and_the_best_of_them_goes_on(cli, here, monkey
     larger = next(one for one in found["sizes"] if one["met"] and one["params"] == 39)
     own = [one for one in found["sizes"] if one["number"] > larger["number"]]
     draws, longer = own[:3], own[3]
-    assert [one["how"] for one in draws] == [f"narrower, from {larger['number']}"] * 3
+    how = [f"{how} {larger['number']}" for how in ("narrower, from", "narrower, from", "taught by")]
+    assert [one["how"] for one in draws] == how
     best = max(draws, key=lambda one: one["accuracy"])
     assert longer["how"] == f"longer, from {best['number']}" and longer["accuracy"] > best["accuracy"]
     assert len(given) == sum(one["how"].startswith("narrower, from ") for one in found["sizes"])
     whole = units_of(students.load(here / "run" / "sizes" / f"{larger['number']:02d}")[1])
     parts = [part for part in map(units_of, given) if len(part) == 4]
-    assert len(parts) >= 3 and all(part < whole for part in parts) and len({*map(frozenset, parts)}) > 1
+    assert len(parts) >= 2 and all(part < whole for part in parts) and len({*map(frozenset, parts)}) > 1
     assert report["cost"]["steps"] == 6000
     wanted, surer = (next(one for one in found["sizes"] if one["number"] == n) for n in found["candidates"])
     assert (wanted["params"], wanted["met"], surer["number"]) == (27, False, larger["number"])
