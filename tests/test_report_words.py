@@ -7,14 +7,9 @@ from rich.console import Console
 from ev3_distill import report as report_page
 
 
-@pytest.fixture(scope="module")
-def rows():
-    return make_rows()
-
-
-@pytest.fixture(scope="module")
-def report(rows):
-    return make_report(rows)
+@pytest.fixture
+def report():
+    return make_report(make_rows())
 
 
 def test_summary_fits_a_terminal(report):
