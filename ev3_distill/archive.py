@@ -30,7 +30,7 @@ class Measured(NamedTuple):
     right: np.ndarray  # [N] promise scores, 0 or 1
     goals_met: int
     least_risk: float  # see `Distillation.rank`
-    p_value: float = 1.0  # see `Distillation.p_value`
+    p_value: float  # see `Distillation.p_value`
 
     @property
     def rank(self) -> tuple[int, float, float]:
@@ -55,7 +55,7 @@ class Entry:
     goals_met: int
     least_risk: float
     met: bool  # whether decide proved all goals of it
-    p_value: float = 1.0  # at which it would
+    p_value: float = 1.0  # of these, the greatest; archives of older versions do not tell
 
     @property
     def rank(self) -> tuple[int, float, float]:

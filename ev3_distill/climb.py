@@ -59,7 +59,7 @@ LIKELY = 0.9  # so probable must decide make it that the sealed split will prove
 EVEN = 0.5  # and of a smaller one for which it is opened, too
 CANDIDATES = 2  # students for which the sealed split may be opened
 TRIAL = 0.1  # share of the steps so far that each proposal's trial has
-STAGE = 10  # first trajectories, after which a size on the way up is first asked whether it will get there
+STAGE = 10  # first trajectories, after which a size is first asked whether it will get there
 SHARE = 10  # of the budget that is left, the part that a size on the way up may take
 DRAWS = 3  # on the way down, students of a size before the best of them goes on
 PARTS = 2  # of these begin with a part of the larger one, the others afresh: parts of one student may all miss the same
@@ -174,11 +174,11 @@ class Climb:
         course = self._course(network)
 
         def start() -> State:
-            key = jax.random.key(self.chosen.seed + len(self.rungs))
+            seed = self._seed()
             try:
-                map_ = growth(key, rung.network.spec, network.spec, factory=self.factory)
+                map_ = growth(jax.random.key(seed), rung.network.spec, network.spec, factory=self.factory)
             except InputError:  # no growth keeps the function: the larger student starts afresh
-                return self._fresh(course, state, self.chosen.seed + len(self.rungs))
+                return self._fresh(course, state, seed)
             grown = course.distillation.grown(course.pools, state, map_)
             return grown._replace(tested_cost=jnp.maximum(grown.tested_cost, grown.cost))
 
@@ -230,7 +230,7 @@ class Climb:
                 if entry.met:
                     return entry
                 own.append(entry)
-            if archive.best(own).least_risk < 0:  # decide sees it below its guards, and not too close above them
+            if archive.best(own).least_risk < 0:  # decide sees even the best below its guards
                 return None
         return None
 

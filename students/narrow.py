@@ -23,10 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import students
 from ev3_distill.errors import InputError
 from ev3_distill.types import Network, Variables
-from students import build, layout_of
+from students import build, layout_of, text_of
 from students.grow import Factory, check
 from students.layout import Layout
 from students.spreading import Standing, axes_of, path_of, standing_of
@@ -55,7 +54,7 @@ def narrow(
     network, whole = build(target, factory=factory), build(spec, factory=factory)
     if _shapes(variables) != _shapes(jax.eval_shape(whole.init, key)):
         raise InputError(
-            f"what narrows has the arrays of its spec; got others, narrowing into {students.text_of(network.spec)}: give the "
+            f"what narrows has the arrays of its spec; got others, narrowing into {text_of(network.spec)}: give the "
             "variables that belong to the spec"
         )
     large, small = layout_of(whole.spec, factory=factory), layout_of(network.spec, factory=factory)
