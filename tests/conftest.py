@@ -1,12 +1,14 @@
 """What tests share: caches for all processes and of one test alone, one small run, and what "the same run" means."""
 
 import atexit
+import contextlib
 import fcntl
 import io
 import json
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 import zipfile
 from importlib import metadata
@@ -101,6 +103,22 @@ def once(factory, name, make):
             make(place)
             (place / "made").touch()
     return place
+
+
+@contextlib.contextmanager
+def small_disk(path, size):
+    """A file system of its own where that is permitted.
+
+    It goes once nothing reads there: the threads of tensorstore may close a file some milliseconds after they answered.
+    """
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("no permission to mount a tmpfs; the test of a limit on a file's size stands for it")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", path], check=True)
 
 
 @pytest.fixture(scope="session")

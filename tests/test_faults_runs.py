@@ -1,6 +1,5 @@
 """What can go wrong with runs: broken surroundings lose nothing, and a run that is not what was asked for is refused."""
 
-import contextlib
 import os
 import resource
 import shutil
@@ -9,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import SMALL, assert_same_run
+from conftest import SMALL, assert_same_run, small_disk
 from refusals import refused, save_npz
 
 # The run directory.
@@ -176,19 +175,6 @@ def test_ledger_shorter_than_its_checkpoint(cli, interrupted):
 
 
 # A full disk.
-
-
-@contextlib.contextmanager
-def small_disk(path, size):
-    """A file system of its own where that is permitted."""
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("no permission to mount a tmpfs; test_file_size_limit stands for it")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", path], check=True)
 
 
 def compress(*argv, limit=resource.RLIM_INFINITY):

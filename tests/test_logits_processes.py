@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import small_disk
 from stores import CHUNK, Counting, contents, filled, mend, pixels_of, read_back, right, teacher
 
 from ev3_distill.errors import InputError
@@ -189,11 +190,7 @@ def test_memory_does_not_follow_the_size_of_the_file(tmp_path):
 
 def test_a_full_disk(tmp_path):
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("no permission to mount a tmpfs; test_a_file_size_limit stands for it")
-    try:
+    with small_disk(disk, "128k"):
         ballast = disk / "ballast"
         ballast.write_bytes(bytes(90 << 10))
         with pytest.MonkeyPatch.context() as patch:
@@ -212,8 +209,6 @@ def test_a_full_disk(tmp_path):
         ballast.write_bytes(bytes(shutil.disk_usage(disk).free))
         with pytest.raises(OSError, match="No space left on device"):
             LogitStore(contents(view="other"), root=disk)
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_file_size_limit(tmp_path):
