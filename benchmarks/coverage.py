@@ -204,7 +204,7 @@ def _train(distillation: Distillation, pools: Pools, seed: int, budget: int) -> 
         right = round(float(decision.current_accuracy) * n)
         if right > best_right:
             best, best_right = state.current, right
-    which, delivered = distillation.delivered(pools, state)
+    which, delivered = distillation.judge.delivered(pools, state)
     return Ended(which, delivered, int(state.iteration), best, best_right)
 
 

@@ -165,7 +165,7 @@ class _Bench:
         """Those of one seed: of all contenders, or of those that are compared."""
 
         def row(contender: str, width: int, variables: Variables, steps: int, cost: float) -> dict[str, Any]:
-            right = self.once[width].evaluate(variables, test).promise
+            right = self.once[width].judge.evaluate(variables, test).promise
             return {
                 "contender": contender,
                 "width": width,
@@ -198,7 +198,7 @@ class _Bench:
     def _alone(self, width: int, pools: Pools, seed: int, steps: int) -> Variables:
         distillation = self.once[width]
         pools = pools._replace(seen=None)
-        return distillation.delivered(pools, distillation.complete(pools, seed, budget=steps))[1]
+        return distillation.judge.delivered(pools, distillation.complete(pools, seed, budget=steps))[1]
 
     def _grown(self, pools: Pools, seed: int) -> Iterator[tuple[int, Variables, int]]:
         """Each size with what it delivers and its steps."""
@@ -218,14 +218,14 @@ class _Bench:
             steps = int(state.cost) - began
             left -= steps * self.params[width]
             before = width
-            yield width, distillation.delivered(pools, state)[1], steps
+            yield width, distillation.judge.delivered(pools, state)[1], steps
 
 
 def _to_the_end(distillation: Distillation, pools: Pools, state: State, limit: int, *, again: bool) -> State:
     """Until stuck or the limit; the final size goes on when it is stuck."""
     while True:
         for packed, _ in distillation.stream(pools, state, budget=limit):
-            state = distillation.unpack(packed)
+            state = distillation.stream.unpack(packed)
         if not again or int(state.cost) >= limit:
             return state
         state = distillation.again(pools, state)

@@ -99,7 +99,7 @@ def rows_of(
             else:
                 run = runs[contender]
                 state = run.complete(pools, seed, budget=COST[size])
-                which, variables = run.delivered(pools, state)
+                which, variables = run.judge.delivered(pools, state)
                 spent = np.asarray(state.arm_cost / state.cost).round(3)
                 facts = {
                     "which": which,

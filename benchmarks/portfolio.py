@@ -81,9 +81,9 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
                 if contender not in missing:
                     continue
                 state = distillation.complete(pools, own, budget=cost)
-                which, variables = distillation.delivered(pools, state)
+                which, variables = distillation.judge.delivered(pools, state)
                 accuracy = {
-                    key: float(distillation.evaluate(v, test).promise.mean())
+                    key: float(distillation.judge.evaluate(v, test).promise.mean())
                     for key, v in (("delivered", variables), ("champion", state.champion), ("current", state.current))
                 }
                 yield {
@@ -96,7 +96,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
                 if f"bare {arm}" not in missing:
                     continue
                 variables = train(pools, own, cost)
-                scores = contenders["portfolio"].evaluate(variables, test).promise
+                scores = contenders["portfolio"].judge.evaluate(variables, test).promise
                 yield {"data": name, "seed": seed, "contender": f"bare {arm}", "cost": cost,
                        "accuracy": float(scores.mean())}  # fmt: skip
 

@@ -144,17 +144,19 @@ class _Bench:
             peer = forward(self.student, first)(np.asarray(dataset.inputs))
             both, _ = pool.split(dataset, (logits + peer) / 2, seed=seed, fractions=portfolio.FRACTIONS)
             second = self._delivered(self.ours, both, seed + 1, budget)
-            better = second if self.ours.outranks(pools, second, first) else first
+            better = second if self.ours.judge.outranks(pools, second, first) else first
             yield row(synergy, better, 2 * budget)
         if (name := f"{OURS}, tuning") in contenders:
             yield row(name, self._delivered(self.tuned, pools, seed, budget), budget)
 
     def _delivered(self, distillation: Distillation, pools: Pools, seed: int, budget: int) -> Variables:
-        return distillation.delivered(pools, distillation.complete(pools, seed, budget=budget))[1]
+        return distillation.judge.delivered(pools, distillation.complete(pools, seed, budget=budget))[1]
 
     def _row(self, contender: str, variables: Variables, cost: int, *, pools: Pools, test: Batch) -> dict[str, Any]:
-        held = [np.asarray(self.ours.evaluate(variables, split).promise) for split in (pools.assess, pools.decide)]
-        right = np.asarray(self.ours.evaluate(variables, test).promise) > 0
+        held = [
+            np.asarray(self.ours.judge.evaluate(variables, split).promise) for split in (pools.assess, pools.decide)
+        ]
+        right = np.asarray(self.ours.judge.evaluate(variables, test).promise) > 0
         return {
             "contender": contender,
             "cost": cost,

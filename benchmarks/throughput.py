@@ -160,7 +160,7 @@ def _ev3(distillation: Distillation, steps: int, ledger: Ledger | None = None) -
                 if ledger is not None:
                     wall_s = time.perf_counter() - began
                     ledger.append([row_of(decision, ["ce"], wall_s=wall_s) for decision in decisions])
-            return distillation.unpack(packed).current.params
+            return distillation.stream.unpack(packed).current.params
 
         return work
 

@@ -386,12 +386,12 @@ class Climb:
     def _enter(self, rung: Rung, state: State, *, above: Entry | None = None) -> Entry:
         """The rung's student, saved and in the archive; met, too, where decide ranks it above an entry that was."""
         distillation, pools = rung.course.distillation, rung.course.pools
-        _, variables = distillation.delivered(pools, state)
+        _, variables = distillation.judge.delivered(pools, state)
 
         def measure(variables: Variables) -> Measured:
-            evidence = distillation.evaluate(variables, pools.decide)
-            met, risk, _ = distillation.rank(evidence)
-            p_value = distillation.p_value(variables, pools.decide)
+            evidence = distillation.judge.evaluate(variables, pools.decide)
+            met, risk, _ = distillation.judge.rank(evidence)
+            p_value = distillation.judge.p_value(variables, pools.decide)
             return Measured(np.asarray(evidence.promise), met, risk, p_value)
 
         def meets(measured: Measured) -> bool:

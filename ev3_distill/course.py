@@ -20,10 +20,11 @@ from ev3_distill.errors import InputError
 from ev3_distill.goals import goal, steers
 from ev3_distill.guards import Guard
 from ev3_distill.lessons import Labels, Lessons, Recorded, chunked
-from ev3_distill.loop import UNLIMITED, Distillation, Supply
+from ev3_distill.loop import Distillation
 from ev3_distill.pool import held_out, sampler
 from ev3_distill.sources import Dataset
 from ev3_distill.splits import split_rows
+from ev3_distill.stream import UNLIMITED, Supply
 from ev3_distill.supply import ResidentSupply, Views, WindowSupply
 from ev3_distill.types import Batch, Network, Pools, Variables
 

@@ -1,7 +1,7 @@
 """The host loop: iterates the core's step under a budget. The only place where a student grows or is swapped."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,49 +10,43 @@ import numpy as np
 
 from ev3_distill import objectives
 from ev3_distill.config import EV3
-from ev3_distill.core import adapt, allocate, initial_state, make_parts, make_step, prioritise
-from ev3_distill.core.assess import Measures, logits_of, score
+from ev3_distill.core import adapt, allocate, initial_state, make_parts, make_step
+from ev3_distill.core.assess import Measures
 from ev3_distill.core.explore import fitting
-from ev3_distill.core.packing import Packed, Packing
 from ev3_distill.core.trial import on_seen
 from ev3_distill.devices import ONE, Devices
-from ev3_distill.dispatch import AT_ONCE, Programs, Several
+from ev3_distill.dispatch import Programs
 from ev3_distill.int8 import normalises
+from ev3_distill.judge import Judge
 from ev3_distill.pool import sampler
 from ev3_distill.sharding import agreed
+from ev3_distill.stream import UNLIMITED, Stream, Supply
 from ev3_distill.types import (
     Arm,
-    Batch,
     Decision,
-    Evidence,
     Goal,
     Growth,
     Network,
     Objective,
     Pools,
     Progress,
-    PyTree,
     Sample,
     State,
     Variables,
 )
 
-Supply = Callable[[int, int], Iterator[tuple[PyTree, int, int]]]
-# (first, last) -> (explore pool, first, last) of consecutive parts of the global steps [first, last)
-
-UNLIMITED = 2**30  # steps, where wall time is the budget
 DRAWS = 8  # of initial parameters, at most,
 DRAWING = 20  # as long as they cost no more than this part of the budget
-IDLE_S = 0.1  # within about this a dispatch of several iterations ends: a checkpoint, a row and Ctrl-C wait for it
 
 
 class Distillation:
     """A student, its arms and objectives, compiled once and run on any pools of one size.
 
     Attributes:
-      goals: what must hold.
       devices: that the run is spread over.
       programs: that it has compiled so far.
+      stream: the iterations from a state on.
+      judge: what it asks of students.
     """
 
     def __init__(
@@ -76,16 +70,13 @@ class Distillation:
         arms = tuple(arms if student.fit is None else (fitting(arm, student.fit) for arm in arms))
         sample = sample or sampler(batch_size=config.batch_size)
         rules: dict[str, Any] = {"select": select, "promise": promise, "goals": tuple(goals)}
-        measures = Measures(**rules)
-        self.goals = tuple(goals)
         core: dict[str, Any] = {**rules, "stop_level": stop_level, "config": config, "share": devices.share}
-        self._step = make_step(student.apply, arms, sample, **core)
-        self._parts = make_parts(student.apply, arms, sample, **core)
+        step = make_step(student.apply, arms, sample, **core)
+        parts = make_parts(student.apply, arms, sample, **core)
         self.devices = devices
         self.programs = Programs(devices)
-        self._several: Several | None = None
-        self._pack: Callable[[State], Packed]
-        self._unpack: Callable[[Packed], State]
+        self.stream = Stream(step, parts, self.programs, devices)
+        self.judge = Judge(student, Measures(**rules), goals, config=config, devices=devices)
 
         @devices.jit
         def begin(pools: Pools, seed: jax.Array, draw: jax.Array) -> State:
@@ -108,42 +99,17 @@ class Distillation:
             return initial_state(key, variables, pools, apply=student.apply, arms=arms, **rules, config=config)
 
         @devices.jit
-        def evaluate(variables: Variables, split: Batch) -> Evidence:
-            return score(student.apply, variables, split, measures, batch_size=config.eval_batch_size)
-
-        @devices.jit
-        def agreement(variables: Variables, split: Batch) -> jax.Array:
-            logits = logits_of(student.apply, variables, split.inputs, batch_size=config.eval_batch_size)
-            return objectives.agreement(logits, split)
-
-        @devices.jit
-        def refuted(variables: Variables, split: Batch) -> list[jax.Array]:
-            logits = logits_of(student.apply, variables, split.inputs, batch_size=config.eval_batch_size)
-            return [goal.refuted(logits, split) for goal in goals]
-
-        @devices.jit
         def seen(variables: Variables, pools: Pools) -> jax.Array:
             return on_seen(student.apply, variables, pools, promise, config=config)
 
         self._begin, self._begin_with, self._seen = begin, begin_with, seen
         self._arms, self._length = arms, config.length
-        self._evaluate, self._agreement, self._refuted = evaluate, agreement, refuted
         self._first = allocate.racers_of(arms).index(True)  # who leads a fresh student's first race
 
     @property
     def compile_s(self) -> float:
         """Seconds spent compiling so far."""
         return self.programs.compile_s
-
-    def evaluate(self, variables: Variables, split: Batch) -> Evidence:
-        """Scores of a student on a split, leaves [N]."""
-        scores: Evidence = self._evaluate(self.devices.place(variables), self.devices.place(split))
-        return scores
-
-    def agreement(self, variables: Variables, split: Batch) -> jax.Array:
-        """Whether student and teacher agree, [N]."""
-        agree: jax.Array = self._agreement(self.devices.place(variables), self.devices.place(split))
-        return agree
 
     def begin(self, pools: Pools, seed: int, *, draw: int = 0, variables: Variables | None = None) -> State:
         """The state before the first iteration.
@@ -195,7 +161,7 @@ class Distillation:
         for draw in range(DRAWS):
             begun = self.begin(pools, seed, draw=draw)
             *_, (packed, decisions) = self.stream(pools, begun, budget=budget, supply=supply, pause=1, at_once=1)
-            evidence = self.unpack(packed).current_evidence
+            evidence = self.stream.unpack(packed).current_evidence
             score = float(evidence.promise.mean()), float(evidence.select.mean())
             if score > highest:
                 best, highest = begun, score
@@ -275,160 +241,12 @@ class Distillation:
           supply: brings the explore pool part by part, in place of `pools.explore`.
         """
         for packed, (decision,) in self.stream(pools, state, budget=budget, seconds=seconds, supply=supply, at_once=1):
-            yield self.unpack(packed), decision
-
-    def stream(
-        self,
-        pools: Pools,
-        state: State,
-        *,
-        budget: int = UNLIMITED,
-        seconds: float | None = None,
-        supply: Supply | None = None,
-        pause: int = UNLIMITED,
-        at_once: int = AT_ONCE,
-    ) -> Iterator[tuple[Packed, list[Decision]]]:
-        """As `run`, with several decisions at a time, on the host, and the state after the last of them (see `unpack`).
-
-        Short iterations are dispatched up to `at_once` at a time, and the next ones before the host looks at these, so that
-        the device does not wait; but where several processes talk, which must not do so about two things at once. How many at
-        a time follows the clock, and changes no result. Where the host supplies the
-        examples or the budget is a wall time, iterations go one by one. With a `pause` it ends, not closed, after the iteration
-        that reaches this global step.
-        """
-        if bool(state.closed) or int(state.position) >= pause:
-            return
-        pools, state = self.devices.place((pools, state))
-        self._prepare(state)
-        if supply is not None:
-            limit_at = _limits(budget, seconds, int(state.cost))
-            for packed, decisions in self._supplied(pools._replace(explore=()), state, supply, limit_at):
-                yield packed, decisions
-                if int(decisions[-1].position) >= pause:
-                    return
-            return
-        several = self._several = self._several or Several(self._step, self.programs, pools, state)
-        packed = self._pack(state)
-        if seconds is not None:
-            cost = int(state.cost)
-            limit_at, closed = _limits(budget, seconds, cost), False
-            while not closed:
-                block = several(pools, packed, limit_at(cost), 1, pause)
-                packed, decisions = block.packed, several.told(block)
-                yield packed, decisions
-                cost = int(decisions[-1].cost)
-                closed = bool(decisions[-1].closed) or int(decisions[-1].position) >= pause
-            return
-        limit, most, began = np.int32(budget), 1, time.perf_counter()
-        looks_ahead = jax.process_count() == 1
-        ahead = several(pools, packed, limit, most, pause)
-        while True:
-            block = ahead
-            if looks_ahead:
-                ahead = several(pools, block.packed, limit, most, pause)
-            decisions = several.told(block)
-            yield block.packed, decisions
-            if decisions[-1].closed or int(decisions[-1].position) >= pause:
-                return
-            took, began = agreed(time.perf_counter() - began), time.perf_counter()
-            most = int(np.clip(len(decisions) * IDLE_S / took, 1, at_once))
-            if not looks_ahead:
-                ahead = several(pools, block.packed, limit, most, pause)
-
-    def _supplied(
-        self, pools: Pools, state: State, supply: Supply, limit_at: Callable[[int], np.int32]
-    ) -> Iterator[tuple[Packed, list[Decision]]]:
-        """Iterations in parts, each with the examples that the host brings for it."""
-        closed = False
-        state = self._unpack(self._pack(state))
-        while not closed:
-            plan = self.programs.call("plan", self._parts.plan, state, limit_at(int(state.cost)))
-            first = int(state.position)
-            arm_states, students = state.arm_states, (state.current,) * len(state.arm_states)
-            for pool, begin, end in supply(first, first + int(plan.steps.max())):
-                arm_states, students = self.programs.call(
-                    "roll",
-                    self._parts.roll,
-                    (self.devices.place(pool), pools.assess),
-                    state,
-                    arm_states,
-                    plan,
-                    (np.int32(begin), np.int32(end)),
-                )
-            state, decision = self.programs.call("settle", self._parts.settle, pools, state, arm_states, students, plan)
-            decision = jax.device_get(decision)
-            closed = bool(decision.closed)
-            yield self._pack(state), [decision]
-
-    def _prepare(self, state: State) -> None:
-        """How states travel."""
-        if hasattr(self, "_pack"):
-            return
-        states = Packing(state)
-        self._pack, self._unpack = self.devices.jit(states.pack), self.devices.jit(states.unpack)
-
-    def unpack(self, packed: Packed) -> State:
-        """The state that `stream` told of."""
-        return self._unpack(packed)
+            yield self.stream.unpack(packed), decision
 
     def complete(self, pools: Pools, seed: int, *, budget: int) -> State:
         """The final state of a whole run from a fresh start, where nobody looks at its decisions."""
         *_, (packed, _) = self.stream(pools, self.drawn(pools, seed, budget=budget), budget=budget)
-        return self.unpack(packed)
-
-    def delivered(self, pools: Pools, state: State, policy: str = "best") -> tuple[str, Variables]:
-        """The student to deliver: 'champion', 'current' or 'safest', and its variables.
-
-        The champion is proven; the current student has usually gone on since, by gains too small to prove on decide. Policy
-        `best` takes the one that decide ranks strictly higher, among these and, where the run has goals, the student that was
-        safest on assess; policy `champion` never takes another. A run that decide ended delivers what it proved.
-        """
-        which, delivered = self._delivered(pools, state, policy)
-        return which, self.devices.taken(delivered)
-
-    def _delivered(self, pools: Pools, state: State, policy: str) -> tuple[str, Variables]:
-        if policy != "best":
-            return "champion", state.champion
-        if bool(state.met):
-            return "current", state.current
-        champion = self.evaluate(state.champion, pools.decide)._replace(promise=state.champion_decide)
-        which, delivered, highest = "champion", state.champion, self.rank(champion)
-        for name, student in (("current", state.current), ("safest", state.safest)):
-            if isinstance(student, Variables) and (rank := self.rank(self.evaluate(student, pools.decide))) > highest:
-                which, delivered, highest = name, student, rank
-        return which, delivered
-
-    def outranks(self, pools: Pools, one: Variables, other: Variables) -> bool:
-        """Whether decide ranks one student strictly higher than another."""
-        ours, theirs = (self.rank(self.evaluate(student, pools.decide)) for student in (one, other))
-        return ours > theirs
-
-    def p_value(self, variables: Variables, split: Batch) -> float:
-        """The greatest level at which the split leaves open whether a student meets all goals, 1 where there is none."""
-        return max((float(p) for p in self._refuted(*self.devices.place((variables, split)))), default=1.0)
-
-    def rank(self, evidence: Evidence) -> tuple[int, float, float]:
-        """Goals met on decide; how far it lies above the nearest goal, up to where none is at risk; its mean promise score."""
-        promise = float(evidence.promise.mean())
-        if not self.goals:
-            return 0, 0.0, promise
-        risks = np.asarray(prioritise.risks_of(evidence, prioritise.least_of(self.goals)))
-        return int((risks >= 0).sum()), min(float(risks.min()), prioritise.AT_RISK), promise
-
-
-def _limits(budget: int, seconds: float | None, first: int) -> Callable[[int], np.int32]:
-    """The cost that a run may reach, by its cost so far: with a wall time, what the pace so far lets it reach in time."""
-    began = time.perf_counter()
-
-    def limit_at(cost: int) -> np.int32:
-        if seconds is None:
-            return np.int32(budget)
-        spent = agreed(time.perf_counter() - began)
-        pace = (cost - first) / spent
-        ahead = pace * (seconds - spent) if pace else float(seconds > spent) * UNLIMITED
-        return np.int32(min(budget, cost + max(ahead, 0)))
-
-    return limit_at
+        return self.stream.unpack(packed)
 
 
 def distill(

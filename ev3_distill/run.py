@@ -53,7 +53,8 @@ from ev3_distill.core.assess import logits_of
 from ev3_distill.core.packing import Packed
 from ev3_distill.errors import InputError
 from ev3_distill.ledger import Ledger, row_of, rows
-from ev3_distill.loop import UNLIMITED, Distillation, Supply
+from ev3_distill.loop import Distillation
+from ev3_distill.stream import UNLIMITED, Supply
 from ev3_distill.types import Batch, Network, Pools, State, Variables
 
 FILES = (
@@ -259,7 +260,7 @@ def iterate(
         reached: Packed | None = None  # the state of the ledger's last row, once there is one from here
 
         def written() -> State:
-            return state if reached is None else distillation.unpack(reached)
+            return state if reached is None else distillation.stream.unpack(reached)
 
         def save() -> None:
             ledger.sync()
@@ -273,7 +274,7 @@ def iterate(
             ):
                 with uninterrupted():
                     spent = time.perf_counter() - began - (distillation.compile_s - compiled)
-                    of_row = functools.partial(row_of, arms=arms, goals=distillation.goals, wall_s=past + spent)
+                    of_row = functools.partial(row_of, arms=arms, goals=distillation.judge.goals, wall_s=past + spent)
                     told = [{**(about or {}), **of_row(decision)} for decision in decisions]
                     ledger.append(told)
                     reached = following

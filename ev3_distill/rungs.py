@@ -96,7 +96,7 @@ def falls_behind(told: Sequence[dict[str, Any]], position: int, steps: int, *, u
 
 def leads(one: Evidence, other: Evidence, course: Course) -> bool:
     """Whether one student leads another on assess, in the goal that the other is the furthest below, or in the promise."""
-    least = prioritise.least_of(course.distillation.goals)
+    least = prioritise.least_of(course.distillation.judge.goals)
     ruling = prioritise.ruling_of(prioritise.risks_of(other, least))
     ours, theirs = (prioritise.ruled(evidence, ruling).promise for evidence in (one, other))
     gain, se = paired(ours, theirs)

@@ -16,10 +16,11 @@ from ev3_distill.certifying import Asked, certified, metrics_asked
 from ev3_distill.course import Course, Task, course_of, evaluated_at_once, test_of
 from ev3_distill.errors import warn
 from ev3_distill.lessons import Lessons, Recorded
-from ev3_distill.loop import UNLIMITED, Distillation
+from ev3_distill.loop import Distillation
 from ev3_distill.network import count_params
 from ev3_distill.progress import Progress
 from ev3_distill.splits import SPLITS
+from ev3_distill.stream import UNLIMITED
 from ev3_distill.types import Batch, Network, State, Variables
 
 
@@ -64,12 +65,12 @@ def train(
     title = "teacher" if teacher is None else "student"
     with Progress(title, steps=task.steps, seconds=seconds) as progress:
         state = iterated(directory, chosen, course, lessons, progress, budget=task.steps, seconds=seconds)
-    which, distilled = distillation.delivered(course.pools, state, getattr(chosen, "deliver", "best"))
+    which, distilled = distillation.judge.delivered(course.pools, state, getattr(chosen, "deliver", "best"))
     final = Final(task.network, distilled, which, state, course.arms, distillation.compile_s)
     if task.control is None:
         return concluded(directory, chosen, task, final, lessons, teacher=teacher)
     control = students.load(task.control, factory=students.factory_of(chosen.student))[1]
-    if distillation.outranks(course.pools, control, distilled):
+    if distillation.judge.outranks(course.pools, control, distilled):
         final = dataclasses.replace(final, variables=control, which="control")
     helped = functools.partial(_helped, distillation, distilled, control, confidence=chosen.confidence)
     return concluded(directory, chosen, task, final, lessons, teacher=teacher, helped=helped)
@@ -191,8 +192,8 @@ def _helped(
     """
     ours, theirs = [], []
     for part in test:
-        ours.append(np.asarray(distillation.evaluate(student, part).promise) > 0)
-        theirs.append(np.asarray(distillation.evaluate(control, part).promise) > 0)
+        ours.append(np.asarray(distillation.judge.evaluate(student, part).promise) > 0)
+        theirs.append(np.asarray(distillation.judge.evaluate(control, part).promise) > 0)
     right, reference = np.concatenate(ours), np.concatenate(theirs)
     n, each = len(right), 1 - (1 - confidence) / 4
     won, lost = int((right & ~reference).sum()), int((reference & ~right).sum())

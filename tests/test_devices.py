@@ -51,9 +51,9 @@ def run(devices, name="conv4:width=2", supplied=False, population=False):
     told = []
     for packed, decisions in made.stream(pools, state, budget=36, supply=supply, at_once=2):
         told += [[int(d.cost), int(d.selected), d.steps.tolist()] for d in decisions]
-    state = made.unpack(packed)
-    which, delivered = made.delivered(pools, state)
-    accuracy = float(made.evaluate(delivered, pools.assess).promise.mean())
+    state = made.stream.unpack(packed)
+    which, delivered = made.judge.delivered(pools, state)
+    accuracy = float(made.judge.evaluate(delivered, pools.assess).promise.mean())
     flat = jax.flatten_util.ravel_pytree((state.current, state.champion, state.arm_states))[0]
     text = "" if supplied else made.programs.text("several")
     return dict(state=np.asarray(flat, np.float64).tolist(), told=told, accuracy=accuracy, text=text)

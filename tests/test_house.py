@@ -124,7 +124,20 @@ HELPERS = members(*(f"ev3_distill.{room}" for room in (
 
 @pytest.mark.parametrize("module", HELPERS)
 def test_the_rooms_beside_the_core_do_not_know_it(module):
-    above = ["core", "cli", "commands", "training", "course", "search", "climb", "lessons", "run", "loop"]
+    above = [
+        "core",
+        "cli",
+        "commands",
+        "training",
+        "course",
+        "search",
+        "climb",
+        "lessons",
+        "run",
+        "loop",
+        "stream",
+        "judge",
+    ]
     above = [*(f"ev3_distill.{room}" for room in above), *PACKAGES[1:]]
     assert [name for name in imports(module) if any(inside(name, room) for room in above)] == []
 

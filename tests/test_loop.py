@@ -110,10 +110,10 @@ def test_the_ledger_is_consistent():
         assert int(state.budget.tests) == int(before.budget.tests) + int(decision.tested)
         assert float(decision.champion_accuracy) == pytest.approx(float(state.champion_decide.mean()))
         assert CONFIG.length <= float(decision.length) == float(state.length) <= CONFIG.max_length
-        scores = RUN.evaluate(state.champion, POOLS.decide).promise
+        scores = RUN.judge.evaluate(state.champion, POOLS.decide).promise
         np.testing.assert_array_equal(scores, state.champion_decide)  # what is written is true of the champion
-        assert_same(RUN.evaluate(state.champion, POOLS.assess).promise, state.champion_evidence.promise)
-        assert_same(RUN.evaluate(state.current, POOLS.assess).promise, state.current_evidence.promise)
+        assert_same(RUN.judge.evaluate(state.champion, POOLS.assess).promise, state.champion_evidence.promise)
+        assert_same(RUN.judge.evaluate(state.current, POOLS.assess).promise, state.current_evidence.promise)
         before = state
 
 
@@ -193,18 +193,18 @@ def test_wall_time_is_a_budget():
 
 def test_what_is_delivered():
     state = finished()[-1][0]
-    assert RUN.delivered(POOLS, state, "champion")[0] == "champion"
+    assert RUN.judge.delivered(POOLS, state, "champion")[0] == "champion"
     worse = state._replace(current=jax.tree.map(lambda leaf: -leaf, state.champion))
     same = state._replace(current=state.champion)
     for current in (worse, same):  # a tie goes to the champion
-        name, variables = RUN.delivered(POOLS, current)
+        name, variables = RUN.judge.delivered(POOLS, current)
         assert name == "champion"
         assert_same(variables, state.champion)
     humbled = worse._replace(champion_decide=jnp.zeros(N))
-    name, variables = RUN.delivered(POOLS, humbled)
+    name, variables = RUN.judge.delivered(POOLS, humbled)
     assert name == "current"
     assert_same(variables, worse.current)
-    assert RUN.delivered(POOLS, humbled, "champion")[0] == "champion"
+    assert RUN.judge.delivered(POOLS, humbled, "champion")[0] == "champion"
 
 
 class Own(nnx.Module):

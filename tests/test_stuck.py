@@ -129,15 +129,15 @@ def test_a_grown_run_goes_on():
         lambda leaf: (leaf.shape, leaf.dtype), template
     )
     for student in ("current", "champion"):
-        scores = distillation.evaluate(getattr(grown, student), pools.decide).promise
-        same = before_.evaluate(getattr(state, student), pools.decide).promise
+        scores = distillation.judge.evaluate(getattr(grown, student), pools.decide).promise
+        same = before_.judge.evaluate(getattr(state, student), pools.decide).promise
         assert float(jnp.abs(scores - same).sum()) <= 1  # a near tie may fall the other way
     for field in ("cost", "position", "budget", "champion_decide", "arm_cost", "leader"):
         jax.tree.map(np.testing.assert_array_equal, getattr(grown, field), getattr(state, field))
     assert not bool(grown.closed)
     assert not bool(grown.progress.stuck)
     *_, (packed, _) = distillation.stream(pools, grown, budget=int(grown.cost) + 4000)
-    further = distillation.unpack(packed)
+    further = distillation.stream.unpack(packed)
     assert float(further.champion_decide.mean()) > float(state.champion_decide.mean()) + 0.05
 
 
@@ -148,10 +148,10 @@ def test_a_pause_changes_nothing():
     state = distillation.begin(pools, 1)
     for pause in (100, 101, 350, 2**30):
         for packed, decisions in distillation.stream(pools, state, budget=800, pause=pause):
-            state = distillation.unpack(packed)
+            state = distillation.stream.unpack(packed)
             assert all(int(one.position) < pause for one in decisions[:-1])
         assert int(state.position) >= pause or bool(state.closed)
-    jax.tree.map(np.testing.assert_array_equal, state, distillation.unpack(whole))
+    jax.tree.map(np.testing.assert_array_equal, state, distillation.stream.unpack(whole))
 
 
 def test_patience_needs_examples_that_were_seen():
