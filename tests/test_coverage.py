@@ -72,7 +72,7 @@ def test_the_naive_promise_is_the_best_score_on_assess_and_of_its_student():
             (SimpleNamespace(current=f"student {i}", iteration=i), SimpleNamespace(current_accuracy=np.float32(score)))
             for i, score in enumerate(scores)
         ),
-        delivered=lambda pools, state: ("champion", f"champion at {state.iteration}"),
+        judge=SimpleNamespace(delivered=lambda pools, state: ("champion", f"champion at {state.iteration}")),
     )
     pools = SimpleNamespace(assess=SimpleNamespace(labels=np.zeros(8)))
     ended = coverage._train(run, pools, 0, 100)
