@@ -47,7 +47,7 @@ from teachers import load_teacher
 KEY = ("seed",)  # names a row
 TIMED = ("ms_per_step",)  # follow the machine
 BATCH = 128
-DEPTHS = (8, 20)
+DEPTHS = {"full": (8, 20), "smoke": (8,)}
 STEPS = {"full": 40, "smoke": 2}  # of a turn, for `step` and `iteration`
 EPOCH = {"full": 45_000, "smoke": 512}  # images
 HELD_OUT = {"full": 2500, "smoke": 64}  # images of assess and of decide, each
@@ -95,7 +95,7 @@ def contenders(size: str, directory: Path) -> dict[str, tuple[Work, int]]:
     steps, field = STEPS[size], {}
     data = images(EPOCH[size] + 2 * HELD_OUT[size])
     soft = _torch_teacher()
-    for depth in DEPTHS:
+    for depth in DEPTHS[size]:
         network = students.build({"family": "resnet", "depth": depth, "input_shape": [32, 32, 3], "num_classes": 10})
         field[f"step {depth}: ours"] = _steps(network, data, steps), steps
         if soft is not None:

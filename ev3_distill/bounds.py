@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from scipy import special
 
 from ev3_distill.errors import InputError
 
@@ -43,14 +44,12 @@ def clopper_pearson_lower(successes: int, n: int, *, confidence: float) -> float
       InputError: n or confidence is out of range.
       ValueError: successes is out of range.
     """
-    from scipy.stats import beta
-
     _check(n, confidence)
     if not 0 <= successes <= n:
         raise ValueError(f"0 <= successes <= n must hold; got {successes} of {n}: count each example once")
     if successes == 0:
         return 0.0
-    return float(beta.ppf(1 - confidence, successes, n - successes + 1))
+    return float(special.betaincinv(successes, n - successes + 1, 1 - confidence))
 
 
 def mean_lower(x: np.ndarray, low: float, high: float, *, confidence: float) -> float:
@@ -260,10 +259,9 @@ def median_upper(x: np.ndarray, *, confidence: float) -> float:
     Raises:
       InputError: no example, or confidence is out of range.
     """
-    from scipy.stats import binom
-
     _check(len(x), confidence)
-    tails = binom.sf(np.arange(len(x)), len(x), 0.5)  # at k - 1, for the k-th smallest
+    k = np.arange(1, len(x) + 1)
+    tails = special.betainc(k, len(x) - k + 1, 0.5)  # P[Binomial(n, p) >= k] = I_p(k, n - k + 1)
     enough = np.flatnonzero(tails <= 1 - confidence)
     return float(np.sort(x)[enough[0]]) if len(enough) else math.inf
 

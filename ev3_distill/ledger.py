@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from scipy import special
 
 from ev3_distill.errors import InputError
 from ev3_distill.types import VERDICTS, Decision, Goal
@@ -71,11 +72,9 @@ def _test(d: Any, goals: Sequence[Goal]) -> dict[str, Any]:
     Given which examples the two disagree on, wins are binomial; the Clopper-Pearson lower bound of their share theta, as
     a gain, is (2 theta - 1) (wins + losses) / n. It is above 0 just where the test promotes.
     """
-    from scipy.stats import beta
-
     wins, losses, n, alpha = int(d.wins), int(d.losses), int(d.decide_n), float(d.alpha)
     tested_for = goals[int(d.tested_for)] if d.tested_for >= 0 else None
-    theta = float(beta.ppf(alpha, wins, losses + 1)) if wins else 0.0
+    theta = float(special.betaincinv(wins, losses + 1, alpha)) if wins else 0.0
     return {
         "objective": PROMISE if tested_for is None else tested_for.name,
         "kept": bool(d.kept),

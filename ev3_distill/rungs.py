@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from scipy import stats
+from scipy import special
 
 from ev3_distill.core import adapt, prioritise
 from ev3_distill.core.assess import paired
@@ -59,8 +59,8 @@ def level_of(level: float, ratio: float, likely: float) -> float:
       ratio: examples of the first split for each of the second.
       likely: the probability.
     """
-    above = stats.norm.isf(level) * ratio**0.5 + stats.norm.ppf(likely) * (1 + ratio) ** 0.5
-    return float(stats.norm.sf(above))
+    above = -special.ndtri(level) * ratio**0.5 + special.ndtri(likely) * (1 + ratio) ** 0.5
+    return float(special.ndtr(-above))
 
 
 def until_of(state: State) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from scipy import special
 
 from ev3_distill.errors import InputError
 from teachers.mistakes import Changes, Repair, pairs, repairs
@@ -306,10 +307,8 @@ def _is_better(before: np.ndarray, after: np.ndarray, chance: float) -> bool:
 
 def _p_value(before: np.ndarray, after: np.ndarray) -> float:
     """Of the exact one-sided McNemar test that `after` is right no more often than `before`, both [n] of the same examples."""
-    from scipy.stats import binom
-
     wins, losses = int((after & ~before).sum()), int((before & ~after).sum())
-    return float(binom.sf(wins - 1, wins + losses, 0.5)) if wins else 1.0
+    return float(special.betainc(wins, losses + 1, 0.5)) if wins else 1.0
 
 
 def _classes(now: _Trial, names: tuple[str, ...], chance: float) -> tuple[Repair, _Trial] | None:
@@ -368,10 +367,8 @@ def _skill(accuracy: float, chance: float) -> float:
 
 def _interval(successes: int, n: int) -> tuple[float, float]:
     """Exact 95 % interval of a probability (Clopper and Pearson 1934)."""
-    from scipy.stats import beta
-
-    low = beta.ppf(0.025, successes, n - successes + 1) if successes else 0.0
-    high = beta.ppf(0.975, successes + 1, n - successes) if successes < n else 1.0
+    low = special.betaincinv(successes, n - successes + 1, 0.025) if successes else 0.0
+    high = special.betaincinv(successes + 1, n - successes, 0.975) if successes < n else 1.0
     return float(low), float(high)
 
 

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import fcntl
+import gc
 import io
 import json
 import os
@@ -25,7 +26,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 if metadata.version("jaxlib").startswith("0.10."):
     os.environ.setdefault(
         "XLA_FLAGS",
-        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true",
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true "
+        "--xla_cpu_parallel_codegen_split_count=1",
     )
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 if "EV3_DISTILL_CACHE" not in os.environ:  # never the user's own
@@ -35,8 +37,9 @@ if "EV3_DISTILL_CACHE" not in os.environ:  # never the user's own
 import numpy as np
 import pytest
 
-from ev3_distill.cli import main
+from ev3_distill.cli import PACE, main
 
+gc.set_threshold(*PACE)
 pytest.register_assert_rewrite(
     "refusals", "reported", "stores", "walkers"
 )  # what they assert is told in full, as in tests

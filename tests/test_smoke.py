@@ -8,10 +8,12 @@ from conftest import SHARED
 import benchmarks
 from ev3_distill.cli import main
 
+# What neither README's commands nor another test runs.
+SMOKED = ["evolution", "growth", "guards", "hypergrad", "protonet", "rescue", "rotation", "search", "tuning"]
 NEEDS = {"rotation": "mnist.npz", "protonet": "omniglot_images_background.zip"}
 
 
-@pytest.mark.parametrize("suite", ["evolution", "hypergrad", "protonet", "rescue", "rotation", "search", "tuning"])
+@pytest.mark.parametrize("suite", SMOKED)
 def test_smoke(suite, tmp_path, capfd):
     if suite in NEEDS and not (SHARED / NEEDS[suite]).is_file():
         pytest.skip(f"the real data are not there: {NEEDS[suite]}")
