@@ -89,9 +89,9 @@ class _Bench:
         self.directory, self.budget = directory, budget
         cache = Path(tempfile.gettempdir()) / "ev3-distill-bench-search"  # compiled programs, of all seeds
         self.environment = {
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
             **os.environ,
             "EV3_DISTILL_CACHE": str(directory / "cache"),
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         self.common = ("--data", source, "--seed", str(seed))

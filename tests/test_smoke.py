@@ -1,4 +1,4 @@
-"""Suites that README's quick look leaves out run at their smallest size, by the command line, and go on where they were."""
+"""Benches run at their smallest size, by the command line, and go on where they were: `pytest -m smoke`."""
 
 import json
 
@@ -8,11 +8,13 @@ from conftest import SHARED
 import benchmarks
 from ev3_distill.cli import main
 
-# What neither README's commands nor another test runs.
-SMOKED = ["evolution", "growth", "guards", "hypergrad", "protonet", "rescue", "rotation", "search", "tuning"]
+# What no other test runs, the longest first.
+SMOKED = ["speed", "search", "memory", "safety", "hypergrad", "protonet", "evolution", "growth", "rescue", "rotation", "guards",
+          "tuning"]  # fmt: skip
 NEEDS = {"rotation": "mnist.npz", "protonet": "omniglot_images_background.zip"}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("suite", SMOKED)
 def test_smoke(suite, tmp_path, capfd):
     if suite in NEEDS and not (SHARED / NEEDS[suite]).is_file():
