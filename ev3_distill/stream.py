@@ -45,9 +45,8 @@ class Stream:
 
         Short iterations are dispatched up to `at_once` at a time, and the next ones before the host looks at these, so that
         the device does not wait; but where several processes talk, which must not do so about two things at once. How many at
-        a time follows the clock, and changes no result. Where the host supplies the
-        examples or the budget is a wall time, iterations go one by one. With a `pause` it ends, not closed, after the iteration
-        that reaches this global step.
+        a time follows the clock, and changes no result. Where the host supplies the examples or the budget is a wall time,
+        iterations go one by one.
 
         Args:
           pools: the data.
@@ -55,7 +54,7 @@ class Stream:
           budget: training steps summed over all arms, those in `state` included.
           seconds: wall time from now; the run is then not reproducible bit by bit.
           supply: brings the explore pool part by part, in place of `pools.explore`.
-          pause: the global step to end after.
+          pause: it ends, not closed, after the iteration that reaches this global step.
           at_once: iterations that one call may hold.
         """
         if bool(state.closed) or int(state.position) >= pause:
