@@ -33,6 +33,9 @@ AXIS = "pairs"  # of a mesh
 LANES = 8  # of a sum in fixed order: for up to 8 devices
 SILENCE_S = 20  # after which a process that says nothing is taken for dead
 CONNECT_S = 60  # for all processes to meet
+THREADS = (
+    4  # of XLA at least: with one, as on one core, two processes may each wait in a sum that the other has yet to reach
+)
 
 
 class Spread(NamedTuple):
@@ -157,6 +160,9 @@ def start(
             )
         return 0, 1
     count = _checked(processes, coordinator, process_id)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores < THREADS:
+        os.environ.setdefault("NPROC", str(THREADS))  # read when XLA's client for CPUs is made
     try:
         jax.distributed.initialize(
             coordinator,

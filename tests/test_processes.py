@@ -48,9 +48,10 @@ sys.path.insert(0, {str(ROOT / "tests")!r})
 import test_processes as ours
 ours.train(sys.argv[1])
 """
-# A run, whose checkpoints take their time.
+# A run on one core, whose checkpoints take their time.
 RUN = """
-import sys, time
+import os, sys, time
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 from ev3_distill import checkpoint, cli, sharding
 sharding.SILENCE_S, save = 4, checkpoint.Checkpoints.save
 checkpoint.Checkpoints.save = lambda *given: (save(*given), time.sleep(0.2))
