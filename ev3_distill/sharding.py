@@ -27,6 +27,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ev3_distill.errors import InputError
+from ev3_distill.machine import cores
 from ev3_distill.types import PyTree
 
 AXIS = "pairs"  # of a mesh
@@ -160,8 +161,7 @@ def start(
             )
         return 0, 1
     count = _checked(processes, coordinator, process_id)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cores < THREADS:
+    if cores() < THREADS:
         os.environ.setdefault("NPROC", str(THREADS))  # read when XLA's client for CPUs is made
     try:
         jax.distributed.initialize(

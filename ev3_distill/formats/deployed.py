@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from ev3_distill.errors import InputError
 from ev3_distill.files import sha256_of
 from ev3_distill.formats import variables
 from ev3_distill.formats.about import BESIDE, About, from_dict, from_texts
+from ev3_distill.machine import cores
 
 FILES = ("model.onnx", "model.stablehlo", variables.FILE)  # as an exported folder has one of them
 WORKER = Path(__file__).with_name("worker.py")
@@ -136,7 +136,7 @@ def deployed(path: Path, *, threads: int = 0) -> Iterator[Deployed]:
             f"exported variables have their program beside them; {program} is missing: put it back, or export them again"
         )
     _check_whole(path)
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    there = cores()
     count = min(threads, there) if threads else there
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(

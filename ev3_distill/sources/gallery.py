@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ev3_distill.errors import InputError
+from ev3_distill.machine import cores
 from ev3_distill.sources.dataset import Reading
 from ev3_distill.sources.decoded import Notes, RowWriter, cached
 from ev3_distill.sources.pictures import Unreadable
@@ -148,7 +148,7 @@ def _write(
 
 def _in_order(gallery: Gallery) -> Iterator[tuple[range, list[np.ndarray | Unreadable]]]:
     """Spans of examples with what became of each, decoded ahead by as many spans as there are threads."""
-    n, threads, step = len(gallery.names), _threads(), _step(gallery)
+    n, threads, step = len(gallery.names), cores(), _step(gallery)
     waiting: collections.deque[tuple[range, Future]] = collections.deque()
     pool = ThreadPoolExecutor(threads)
     try:
@@ -179,7 +179,3 @@ def _step(gallery: Gallery) -> int:
     """Examples of a span: few enough that their rows take little memory."""
     first = _row(gallery, 0)
     return 16 if isinstance(first, Unreadable) else max(1, min(256, _CHUNK // max(1, first.nbytes)))
-
-
-def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
