@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from benchmarks import page
-from benchmarks import rows as statistics
-from benchmarks.folder import Results
+from ev3_distill.benchmarks import page
+from ev3_distill.benchmarks import rows as statistics
+from ev3_distill.benchmarks.folder import Results
 from ev3_distill.errors import InputError
 
 ALPHA = 1 - statistics.CONFIDENCE

@@ -41,20 +41,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import students
-from benchmarks import portfolio
-from benchmarks import rows as statistics
-from ev3_distill import certificate
+from ev3_distill import students
 from ev3_distill.arms import DEFAULT, arms_named
-from ev3_distill.compiling import jit
+from ev3_distill.benchmarks import portfolio
+from ev3_distill.benchmarks import rows as statistics
+from ev3_distill.certify import certificate
 from ev3_distill.config import EV3
 from ev3_distill.core.assess import logits_of
+from ev3_distill.data.batches import held_out, resident
+from ev3_distill.data.sources import load_data
 from ev3_distill.errors import InputError
-from ev3_distill.loop import Distillation
-from ev3_distill.pool import held_out, resident
-from ev3_distill.sources import load_data
+from ev3_distill.runtime.compile import jit
+from ev3_distill.teachers.kinds.flax import forward
+from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Network, Pools, Variables
-from teachers.flax import forward
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -234,7 +234,7 @@ def instead(best_right: int, assessed: int, best_truth: float, accuracy: Mapping
 def _certified(sealed: Answers) -> list[dict[str, Any]]:
     """What the certificate claims: metric, point, and lower_bound or upper_bound. The one place that calls it."""
     outputs = certificate.Outputs(sealed.student, sealed.labels, sealed.teacher)
-    certified = certificate.certify(certificate.claims_of(CLAIMS, outputs), confidence=CONFIDENCE)
+    certified = certificate.make_certificate(certificate.claims_of(CLAIMS, outputs), confidence=CONFIDENCE)
     claims: list[dict[str, Any]] = certified.as_dict()["claims"]
     return claims
 

@@ -34,11 +34,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import students
-from benchmarks import rows as statistics
-from ev3_distill import sharding
-from ev3_distill.arms.evolution import Fitness, estimate
-from ev3_distill.compiling import jit
+from ev3_distill import students
+from ev3_distill.benchmarks import rows as statistics
+from ev3_distill.evolution.strategy import Fitness, estimate
+from ev3_distill.runtime import distributed
+from ev3_distill.runtime.compile import jit
 from ev3_distill.types import Network, PyTree, Variables
 
 if TYPE_CHECKING:
@@ -107,15 +107,15 @@ def contenders(name: str, shape: Sequence[int], pairs: int) -> dict[str, Callabl
     fitness, params = problem.fitness, variables.params
 
     def ours(rank: int | None) -> Callable[[jax.Array], PyTree]:
-        mesh = sharding.mesh_of()
-        spread = sharding.spread_over(mesh) if mesh.size > 1 else sharding.Spread()
+        mesh = distributed.mesh_of()
+        spread = distributed.spread_over(mesh) if mesh.size > 1 else distributed.Spread()
 
         def generation(key: jax.Array, params: PyTree) -> PyTree:
             now = jax.random.wrap_key_data(key)
             return estimate(now, params, fitness, pairs=pairs, sigma=SIGMA, rank=rank, spread=spread)[0]
 
-        run = jit(generation if mesh.size == 1 else sharding.everywhere(generation, mesh))
-        given = params if mesh.size == 1 else sharding.replicate(params, mesh)
+        run = jit(generation if mesh.size == 1 else distributed.everywhere(generation, mesh))
+        given = params if mesh.size == 1 else distributed.replicate(params, mesh)
         return lambda key: run(np.asarray(jax.random.key_data(key)), given)
 
     field = {"full rank": ours(None), "rank 1": ours(1), "ask, vmap, tell": _usual(fitness, params, pairs)}
@@ -229,9 +229,13 @@ def _temporary(function: Callable[..., Any], *shapes: PyTree) -> int:
 
 def _resident(members: int) -> dict[str, Any]:
     """Peak resident bytes of a process that runs one generation of a small MLP."""
-    code = f"from benchmarks import evolution; evolution.resident({members})"
+    code = f"from ev3_distill.benchmarks import evolution; evolution.resident({members})"
     told = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).resolve().parents[1],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     found: dict[str, Any] = json.loads(told.stdout)
     return found

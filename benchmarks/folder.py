@@ -10,9 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from benchmarks import page
+from ev3_distill.benchmarks import page
 from ev3_distill.errors import InputError
-from ev3_distill.files import written_whole
+from ev3_distill.runtime.files import written_whole
 
 ROWS = "rows.jsonl"
 _BASIS = {"suite": str, "size": str, "seeds": int, "command": str, "machine": dict, "versions": dict, "code": str}

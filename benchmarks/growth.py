@@ -20,19 +20,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-import students
-from benchmarks import portfolio, pytorch
-from benchmarks import rows as statistics
-from ev3_distill import pool
+from ev3_distill import students
 from ev3_distill.arms import arms_named, default_names
+from ev3_distill.benchmarks import portfolio, pytorch
+from ev3_distill.benchmarks import rows as statistics
 from ev3_distill.config import EV3
+from ev3_distill.data import batches
+from ev3_distill.data.sources import Dataset, load_data
 from ev3_distill.errors import InputError
-from ev3_distill.loop import Distillation
-from ev3_distill.network import count_params
-from ev3_distill.sources import Dataset, load_data
+from ev3_distill.students.growth.grow import growth
+from ev3_distill.students.network import count_params
+from ev3_distill.teachers.kinds.flax import forward
+from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Batch, Pools, State, Variables
-from students.grow import growth
-from teachers.flax import forward
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,7 +100,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
         for seed in missing:
             own = FIRST_SEED + seed
             logits = teach(own)
-            pools, test = pool.split(dataset, logits, seed=own, fractions=portfolio.FRACTIONS)
+            pools, test = batches.split(dataset, logits, seed=own, fractions=portfolio.FRACTIONS)
             pools = pools._replace(seen=_seen(dataset, logits, own))
             for row in bench.rows(dataset, logits, pools, test, own, whole=seed < subject.most):
                 yield {"data": name, "seed": seed, **row}
@@ -129,9 +129,9 @@ def taught(name: str, teacher_cost: int) -> tuple[Dataset, Callable[[int], np.nd
 
 def _seen(dataset: Any, logits: np.ndarray, seed: int) -> Batch:
     """As many examples of explore as assess has, as they are."""
-    rows = pool.split_rows(dataset.labels, dataset.test_rows, seed=seed, fractions=portfolio.FRACTIONS)
+    rows = batches.split_rows(dataset.labels, dataset.test_rows, seed=seed, fractions=portfolio.FRACTIONS)
     among = np.random.default_rng(seed).permutation(rows["explore"])[: len(rows["assess"])]
-    return pool.held_out(np.asarray(dataset.inputs)[among], dataset.labels[among], among, logits[among])
+    return batches.held_out(np.asarray(dataset.inputs)[among], dataset.labels[among], among, logits[among])
 
 
 class _Bench:
@@ -189,7 +189,7 @@ class _Bench:
         if last is None:
             raise RuntimeError("a ladder has a size")
         peer = forward(self.networks[self.ladder[-1]], last)(np.asarray(dataset.inputs))
-        both, _ = pool.split(dataset, (logits + peer) / 2, seed=seed, fractions=portfolio.FRACTIONS)
+        both, _ = batches.split(dataset, (logits + peer) / 2, seed=seed, fractions=portfolio.FRACTIONS)
         for width in self.ladder if whole else ():
             steps = self.share
             variables = self._alone(width, both, seed, steps)

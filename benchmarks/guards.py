@@ -24,18 +24,18 @@ from typing import Any
 
 import numpy as np
 
-import students
-from benchmarks import portfolio
-from benchmarks import rows as statistics
-from ev3_distill import pool
+from ev3_distill import students
 from ev3_distill.arms import arms_named, default_names
+from ev3_distill.benchmarks import portfolio
+from ev3_distill.benchmarks import rows as statistics
 from ev3_distill.config import Fractions
+from ev3_distill.data import batches
+from ev3_distill.data.sources import Dataset, load_data
 from ev3_distill.errors import InputError
-from ev3_distill.goals import BINS, goal
 from ev3_distill.guards import Guard, parse
-from ev3_distill.loop import Distillation
-from ev3_distill.sources import Dataset, load_data
-from teachers.flax import forward
+from ev3_distill.tasks.classification.steering import BINS, goal
+from ev3_distill.teachers.kinds.flax import forward
+from ev3_distill.training.trainer import Distillation
 
 KEY = ("seed", "contender")  # names a row
 FIRST_SEED = 2000  # rules and thresholds were chosen on seeds below 2000
@@ -81,10 +81,10 @@ def rows_of(
             continue
         kept, left = imbalanced(dataset, seed)
         blank = np.zeros((len(kept.labels), dataset.num_classes), np.float32)
-        pools, _ = pool.split(kept, blank, seed=seed, fractions=FRACTIONS)
+        pools, _ = batches.split(kept, blank, seed=seed, fractions=FRACTIONS)
         taught = teaches.complete(pools, seed, budget=TEACHER_COST[size]).current
         logits = forward(teacher, taught)(np.asarray(kept.inputs))
-        pools, test = pool.split(kept, logits, seed=seed, fractions=FRACTIONS)
+        pools, test = batches.split(kept, logits, seed=seed, fractions=FRACTIONS)
         share = np.bincount(kept.labels, minlength=dataset.num_classes) / len(kept.labels)
         unseen = (
             np.concatenate([np.asarray(test.inputs), left.inputs]),

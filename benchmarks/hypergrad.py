@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-import students
-from benchmarks import meta_step, one_dimension
-from benchmarks import rows as statistics
-from benchmarks.meta_step import BATCH, OPTIMIZER, REVERSE, Student
-from benchmarks.portfolio import source_of
-from ev3_distill.compiling import jit
-from ev3_distill.hypergrad import hypergradient
-from ev3_distill.sources import load_data
+from ev3_distill import students
+from ev3_distill.benchmarks import meta_step, one_dimension
+from ev3_distill.benchmarks import rows as statistics
+from ev3_distill.benchmarks.meta_step import BATCH, OPTIMIZER, REVERSE, Student
+from ev3_distill.benchmarks.portfolio import source_of
+from ev3_distill.data.sources import load_data
+from ev3_distill.hypergrad.one_step import hypergradient
+from ev3_distill.runtime.compile import jit
 from ev3_distill.types import Batch, Network, PyTree
 
 if TYPE_CHECKING:

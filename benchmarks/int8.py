@@ -29,14 +29,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import students
-from benchmarks import pytorch
-from benchmarks import rows as statistics
+from ev3_distill import students
 from ev3_distill.arms import CONVOLUTIONAL, arms_named
-from ev3_distill.compiling import jit
-from ev3_distill.formats.deployed import deployed
-from ev3_distill.int8 import WHOLE
-from ev3_distill.sources import Dataset, load_data
+from ev3_distill.benchmarks import pytorch
+from ev3_distill.benchmarks import rows as statistics
+from ev3_distill.data.sources import Dataset, load_data
+from ev3_distill.export.formats.runtime import deployed
+from ev3_distill.runtime.compile import jit
+from ev3_distill.students.quantization import WHOLE
 from ev3_distill.types import Batch, Stretch, Variables
 
 KEY = ("seed", "contender")  # names a row

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import rows as statistics
+from ev3_distill.benchmarks import rows as statistics
 
 KEY = ("seed",)  # names a row
 TIMED = ("seconds",)  # follow the machine

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import students
-from benchmarks import rows as statistics
-from ev3_distill import losses
-from ev3_distill.arms.tuned import PARTS
-from ev3_distill.compiling import jit
-from ev3_distill.hypergrad import TrainLoss, ValLoss, hypergradient
-from ev3_distill.hyperparameters import distillation, student_losses
+from ev3_distill import students
+from ev3_distill.arms.tuned_arm import PARTS
+from ev3_distill.benchmarks import rows as statistics
+from ev3_distill.hypergrad.one_step import TrainLoss, ValLoss, hypergradient
+from ev3_distill.hypergrad.spaces import distillation, student_losses
+from ev3_distill.runtime.compile import jit
+from ev3_distill.tasks.classification import losses
 from ev3_distill.types import Batch, Network, PyTree, Variables
 
 BATCH = {"full": 128, "smoke": 8}

@@ -27,15 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-import students
-from benchmarks import growth, portfolio
-from benchmarks import rows as statistics
-from ev3_distill import losses, pool
-from ev3_distill.arms.tuned import seen
-from ev3_distill.compiling import jit
+from ev3_distill import students
+from ev3_distill.arms.tuned_arm import seen
+from ev3_distill.benchmarks import growth, portfolio
+from ev3_distill.benchmarks import rows as statistics
 from ev3_distill.config import EV3
 from ev3_distill.core.assess import logits_of
-from ev3_distill.hyperparameters import distillation, net_weights
+from ev3_distill.data import batches
+from ev3_distill.hypergrad.spaces import distillation, net_weights
+from ev3_distill.runtime.compile import jit
+from ev3_distill.tasks.classification import losses
 from ev3_distill.types import Batch, Loss, Network, Pools, Variables
 
 KEY = ("wrong", "contender", "seed")  # names a row
@@ -95,7 +96,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
         own = FIRST_SEED + seed
         if all((wrong, name, seed) in done for wrong, of in CONTENDERS.items() for name in of):
             continue
-        pools, test = pool.split(dataset, teach(own), seed=own, fractions=portfolio.FRACTIONS)
+        pools, test = batches.split(dataset, teach(own), seed=own, fractions=portfolio.FRACTIONS)
         pools = pools._replace(assess=jax.tree.map(lambda leaf: leaf[: subject.clean], pools.assess))
         for wrong, name, row in bench.rows(pools, test, own):
             if (wrong, name, seed) not in done:
@@ -183,7 +184,7 @@ def _clean_alone(pools: Pools) -> Pools:
     """The known examples in the place of explore's."""
     batch = pools.assess
     inputs, labels, index, logits = map(np.asarray, (batch.inputs, batch.labels, batch.index, batch.teacher_logits))
-    return pools._replace(explore=pool.resident(inputs, labels, index, {"logits": logits[None]}, seed=0))
+    return pools._replace(explore=batches.resident(inputs, labels, index, {"logits": logits[None]}, seed=0))
 
 
 def _plain(network: Network, loss: Loss, column: int) -> Train:

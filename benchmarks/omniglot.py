@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ev3_distill.errors import InputError
-from ev3_distill.files import cache_root, written_whole
+from ev3_distill.runtime.files import cache_root, written_whole
 
 ARCHIVES = ("omniglot_images_background.zip", "omniglot_images_evaluation.zip")
 SIDE, DRAWINGS = 28, 20

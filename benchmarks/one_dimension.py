@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import rows as statistics
-from ev3_distill.hypergrad import hypergradient
+from ev3_distill.benchmarks import rows as statistics
+from ev3_distill.hypergrad.one_step import hypergradient
 from ev3_distill.types import PyTree
 
 if TYPE_CHECKING:

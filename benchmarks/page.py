@@ -7,7 +7,7 @@ escaped: nothing in a row can become a tag, a link or a picture.
 import re
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ev3_distill import charts, pages
+from ev3_distill.monitor import charts, html
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -121,7 +121,7 @@ def machine(basis: dict[str, Any]) -> str:
 def _render(*, plot: str, **content: Any) -> str:
     wide = re.search(r'viewBox="0 0 ([\d.]+)', plot)  # in points, at which its text is as large as the page's
     content |= {"plot": plot, "points": round(float(wide[1])) if wide else 0}
-    return pages.environment("benchmarks").get_template("page.html.j2").render(**content)
+    return html.environment("ev3_distill.benchmarks").get_template("page.html.j2").render(**content)
 
 
 def _inline(figure: "Figure", title: str) -> str:

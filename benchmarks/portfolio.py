@@ -16,21 +16,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import students
-from benchmarks import rows as statistics
-from ev3_distill import pool
+from ev3_distill import students
 from ev3_distill.arms import CONVOLUTIONAL_FAMILIES, MUON_RATE, RATE, arms_named, up_and_down
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.arms.optimizers import adamw, muon
-from ev3_distill.arms.tuned import tuned_arm
-from ev3_distill.compiling import jit
+from ev3_distill.arms.tuned_arm import tuned_arm
+from ev3_distill.benchmarks import rows as statistics
 from ev3_distill.config import EV3, Fractions
 from ev3_distill.core.assess import logits_of
 from ev3_distill.core.explore import draw_from, held_from
-from ev3_distill.loop import Distillation
-from ev3_distill.sources import Dataset, load_data
+from ev3_distill.data import batches
+from ev3_distill.data.sources import Dataset, load_data
+from ev3_distill.runtime.compile import jit
+from ev3_distill.teachers.kinds.flax import forward
+from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Arm, Batch, Loss, Network, Pools, PyTree, Stretch, Variables
-from teachers.flax import forward
 
 COST = {"digits": 4000, "mnist": 8000}  # steps in all
 STUDENT = {"digits": "mlp:hidden=16", "mnist": "mlp:hidden=16"}
@@ -46,7 +46,9 @@ def source_of(name: str) -> str | None:
     """The data source of a name, None where this machine has not got it."""
     if name == "digits":
         return "digits"
-    path = Path(os.environ.get("EV3_DISTILL_DATA", Path(__file__).parents[2] / "shared" / "data")) / "mnist.npz"
+    path = (
+        Path(os.environ.get("EV3_DISTILL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "mnist.npz"
+    )
     return f"npz:{path}" if path.exists() else None
 
 
@@ -76,7 +78,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
             if not missing:
                 continue
             own = FIRST_SEED + seed
-            pools, test = pool.split(dataset, teach(own), seed=own, fractions=FRACTIONS)
+            pools, test = batches.split(dataset, teach(own), seed=own, fractions=FRACTIONS)
             for contender, distillation in contenders.items():
                 if contender not in missing:
                     continue
@@ -108,7 +110,7 @@ def trained_teacher(dataset: Dataset, cost: int) -> Callable[[int], np.ndarray]:
     distillation = Distillation(network, arms_named(network.apply, ("ce-slow",)))
 
     def teach(seed: int) -> np.ndarray:
-        pools, _ = pool.split(dataset, blank, seed=seed, fractions=FRACTIONS)
+        pools, _ = batches.split(dataset, blank, seed=seed, fractions=FRACTIONS)
         return forward(network, distillation.complete(pools, seed, budget=cost).current)(np.asarray(dataset.inputs))
 
     return teach
@@ -120,7 +122,7 @@ def whole_trajectory(network: Network, arm: Arm) -> Callable[[Pools, Any, Any], 
     def train(pools: Pools, seed: Any, steps: Any) -> tuple[PyTree, Variables]:
         init_key, run_key = jax.random.split(jax.random.key(seed))
         batch_size = EV3().batch_size
-        draw = draw_from(pools.explore, pool.sampler(batch_size=batch_size), run_key)
+        draw = draw_from(pools.explore, batches.sampler(batch_size=batch_size), run_key)
         held = [held_from(pools.assess, run_key, batch_size=batch_size)] if arm.held else []
         whole = Stretch(jnp.int32(0), jnp.int32(steps), jnp.float32(0), jnp.float32(1 / steps))
         return arm.propose(arm.init(network.init(init_key)), draw, whole, *held)

@@ -38,16 +38,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import students
-from benchmarks import omniglot
-from benchmarks import rows as statistics
-from ev3_distill import sharding
-from ev3_distill.arms import evolution, layerwise, lowrank, noise
-from ev3_distill.arms.subspace import named, whole
-from ev3_distill.compiling import compiler_options
-from ev3_distill.files import cache_root, written_whole
+from ev3_distill import students
+from ev3_distill.benchmarks import omniglot
+from ev3_distill.benchmarks import rows as statistics
+from ev3_distill.evolution import layerwise, lowrank, noise, strategy
+from ev3_distill.evolution.subspace import named, whole
+from ev3_distill.runtime import distributed
+from ev3_distill.runtime.compile import compiler_options
+from ev3_distill.runtime.files import cache_root, written_whole
+from ev3_distill.students.layers import conv
 from ev3_distill.types import Network, PyTree, Variables
-from students import conv
 
 KEY = ("seed", "contender")  # names a row
 TIMED = ("seconds",)  # follow the machine
@@ -154,16 +154,16 @@ def trained_state(
     recipe: Recipe, seed: int, network: Network, characters: omniglot.Characters, directory: Path
 ) -> tuple[Training, list[dict[str, float]]]:
     """The state after all generations, and what was seen every hundredth of the way."""
-    mesh = sharding.mesh_of()
+    mesh = distributed.mesh_of()
     advance = _advance(recipe, network, mesh)
     state = jax.tree.map(np.asarray, begun(recipe, network, jax.random.key(seed)))
     log: list[dict[str, float]] = []
     path = directory / "state.npz"
-    if kept := sharding.as_first(path.read_bytes() if sharding.first() and path.exists() else b""):
+    if kept := distributed.as_first(path.read_bytes() if distributed.first() and path.exists() else b""):
         state, log = _restored(kept, state)
     every = max(1, recipe.generations // 100)
-    fixed = sharding.replicate((np.asarray(jax.random.key_data(jax.random.key(seed))), characters.train), mesh)
-    state, kept_at, spent = sharding.replicate(state, mesh), time.monotonic(), log[-1]["seconds"] if log else 0.0
+    fixed = distributed.replicate((np.asarray(jax.random.key_data(jax.random.key(seed))), characters.train), mesh)
+    state, kept_at, spent = distributed.replicate(state, mesh), time.monotonic(), log[-1]["seconds"] if log else 0.0
     began = time.monotonic() - spent
     while (at := int(state.generation)) < recipe.generations:
         state, seen = advance(*fixed, state, np.int32(min(every, recipe.generations - at)))
@@ -174,7 +174,7 @@ def trained_state(
         if last or time.monotonic() - kept_at > KEEP_S:
             _keep(directory, state, log)
             kept_at = time.monotonic()
-            if sharding.first():
+            if distributed.first():
                 print(f"bench protonet: {recipe.contender}, {log[-1]}", file=sys.stderr, flush=True)
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), state), log
 
@@ -204,7 +204,7 @@ def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 def _advance(recipe: Recipe, network: Network, mesh: jax.sharding.Mesh) -> Callable[..., tuple[Training, jax.Array]]:
     """(key data, drawings, state, generations) -> (state, the last one's mean log-likelihood), jitted."""
-    spread = sharding.spread_over(mesh, fixed_order=True)
+    spread = distributed.spread_over(mesh, fixed_order=True)
     optimizer = _optimizer(recipe)
 
     def generation(key: jax.Array, drawings: jax.Array, state: Training) -> tuple[Training, jax.Array]:
@@ -238,7 +238,7 @@ def _advance(recipe: Recipe, network: Network, mesh: jax.sharding.Mesh) -> Calla
         moved: tuple[Training, jax.Array] = jax.lax.fori_loop(0, count, one, (state, jnp.float32(0)))
         return moved
 
-    return jax.jit(sharding.everywhere(advance, mesh), compiler_options=compiler_options())
+    return jax.jit(distributed.everywhere(advance, mesh), compiler_options=compiler_options())
 
 
 def _parts(recipe: Recipe) -> list[layerwise.Part]:
@@ -288,14 +288,23 @@ def tested(
 
 def digest(recipe: Recipe, seed: int) -> str:
     """Of all that a training follows from; what is only told of it is no part of that."""
-    rooms: list[Any] = [omniglot, evolution, layerwise, noise, lowrank, sharding, conv, sys.modules["students.conv4"]]
+    rooms: list[Any] = [
+        omniglot,
+        strategy,
+        layerwise,
+        noise,
+        lowrank,
+        distributed,
+        conv,
+        sys.modules["ev3_distill.students.families.conv4"],
+    ]
     rooms += [Recipe, Training, begun, variables_of, _annealed, _optimizer, _advance, _parts, likelihood]
     text = "".join(inspect.getsource(room) for room in rooms) + f"{LAYERS} {SHAPE} {recipe} {seed} {jax.__version__}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _keep(directory: Path, state: Training, log: list[dict[str, float]]) -> None:
-    if not sharding.first():
+    if not distributed.first():
         return
     directory.mkdir(parents=True, exist_ok=True)
     leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}

@@ -24,15 +24,15 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-import students
-from benchmarks import rows as statistics
-from benchmarks import torch_kd
-from benchmarks.speed import NORMALISED, teacher_file
+from ev3_distill import students
+from ev3_distill.benchmarks import rows as statistics
+from ev3_distill.benchmarks import torch_kd
+from ev3_distill.benchmarks.speed import NORMALISED, teacher_file
+from ev3_distill.data.sources import Dataset, load_data
+from ev3_distill.data.splits import split_rows
 from ev3_distill.errors import InputError
-from ev3_distill.sources import Dataset, load_data
-from ev3_distill.splits import split_rows
-from teachers import Teacher, load_teacher
-from teachers.flax import forward
+from ev3_distill.teachers import Teacher, load_teacher
+from ev3_distill.teachers.kinds.flax import forward
 
 KEY = ("seed", "contender")  # names a row
 TIMED = ("seconds",)  # follow the machine
@@ -72,7 +72,8 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
 def files() -> tuple[Path, Path]:
     """The images and the pretrained teacher."""
     archive = (
-        Path(os.environ.get("EV3_DISTILL_DATA", Path(__file__).parents[2] / "shared" / "data")) / "cifar10_jpeg.zip"
+        Path(os.environ.get("EV3_DISTILL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+        / "cifar10_jpeg.zip"
     )
     onnx = teacher_file()
     if onnx is None or not archive.exists():

@@ -24,17 +24,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import students
-from benchmarks import growth, portfolio
-from benchmarks import rows as statistics
-from ev3_distill import losses, pool
+from ev3_distill import students
 from ev3_distill.arms import arms_named, default_names
-from ev3_distill.bounds import clopper_pearson_lower
-from ev3_distill.compiling import jit
-from ev3_distill.loop import Distillation
-from ev3_distill.sources import Dataset
+from ev3_distill.benchmarks import growth, portfolio
+from ev3_distill.benchmarks import rows as statistics
+from ev3_distill.certify.bounds import clopper_pearson_lower
+from ev3_distill.data import batches
+from ev3_distill.data.sources import Dataset
+from ev3_distill.runtime.compile import jit
+from ev3_distill.tasks.classification import losses
+from ev3_distill.teachers.kinds.flax import forward
+from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Batch, Pools, Variables
-from teachers.flax import forward
 
 KEY = ("data", "seed", "contender")  # names a row
 FIRST_SEED = 5000  # nothing was chosen on these
@@ -126,7 +127,7 @@ class _Bench:
 
     def rows(self, dataset: Dataset, logits: np.ndarray, seed: int, contenders: set[str]) -> Iterator[dict[str, Any]]:
         """Those of one seed."""
-        pools, test = pool.split(dataset, logits, seed=seed, fractions=portfolio.FRACTIONS)
+        pools, test = batches.split(dataset, logits, seed=seed, fractions=portfolio.FRACTIONS)
         row = functools.partial(self._row, pools=pools, test=test)
         for name, train in self.alone.items():
             if name in contenders:
@@ -142,7 +143,7 @@ class _Bench:
             first = self._delivered(self.ours, pools, seed, budget)
             yield row(OURS, first, budget)
             peer = forward(self.student, first)(np.asarray(dataset.inputs))
-            both, _ = pool.split(dataset, (logits + peer) / 2, seed=seed, fractions=portfolio.FRACTIONS)
+            both, _ = batches.split(dataset, (logits + peer) / 2, seed=seed, fractions=portfolio.FRACTIONS)
             second = self._delivered(self.ours, both, seed + 1, budget)
             better = second if self.ours.judge.outranks(pools, second, first) else first
             yield row(synergy, better, 2 * budget)

@@ -1,4 +1,4 @@
-"""Puts measured tables into README.md, so that no figure in it is typed: `python -m benchmarks.readme [--check]`.
+"""Puts measured tables into README.md, so that no figure in it is typed: `python -m ev3_distill.benchmarks.readme [--check]`.
 
 Between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` stands the content of benchmarks/results/NAME/table.md.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ev3_distill.errors import InputError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 _MARKER = re.compile(r"^<!-- (/?)bench:(\S+) -->$", re.MULTILINE)
 
 
@@ -35,7 +35,7 @@ def render(text: str, results: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Renders, or with `--check` only tells whether that would change anything: exit code 1 then, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m ev3_distill.benchmarks.readme", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; fail where the text is not up to date")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
@@ -44,13 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         before = _read(options.readme)
         after = render(before, options.results)
     except InputError as error:
-        print(f"benchmarks.readme: error: {error}", file=sys.stderr)
+        print(f"ev3_distill.benchmarks.readme: error: {error}", file=sys.stderr)
         return 2
     if not options.check:
         options.readme.write_text(after)
         return 0
     if before != after:
-        print(f"{options.readme} differs from {options.results}: run python -m benchmarks.readme", file=sys.stderr)
+        print(
+            f"{options.readme} differs from {options.results}: run python -m ev3_distill.benchmarks.readme",
+            file=sys.stderr,
+        )
     return int(before != after)
 
 

@@ -27,20 +27,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import students
-from benchmarks import guards, portfolio
-from benchmarks import rows as statistics
-from ev3_distill import goals, objectives, pool
+from ev3_distill import students
 from ev3_distill.arms import arms_named
-from ev3_distill.arms.evolution import evolution_arm
-from ev3_distill.arms.subspace import named
+from ev3_distill.benchmarks import guards, portfolio
+from ev3_distill.benchmarks import rows as statistics
 from ev3_distill.config import EV3
 from ev3_distill.core.explore import draw_from
+from ev3_distill.data import batches
+from ev3_distill.data.sources import Dataset, load_data
 from ev3_distill.errors import InputError
-from ev3_distill.loop import Distillation
-from ev3_distill.sources import Dataset, load_data
+from ev3_distill.evolution.strategy import evolution_arm
+from ev3_distill.evolution.subspace import named
+from ev3_distill.tasks.classification import example_scores, steering
+from ev3_distill.teachers.kinds.flax import forward
+from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Apply, Arm, Network, Pools, PyTree, Stretch, Variables
-from teachers.flax import forward
 
 KEY = ("seed", "start", "contender")  # names a row
 FIRST_SEED = 4000  # rates and populations were chosen on seeds below 4000
@@ -91,10 +92,10 @@ def rows_of(
             continue
         kept, left = guards.imbalanced(dataset, seed)
         blank = np.zeros((len(kept.labels), classes), np.float32)
-        pools, _ = pool.split(kept, blank, seed=seed, fractions=guards.FRACTIONS)
+        pools, _ = batches.split(kept, blank, seed=seed, fractions=guards.FRACTIONS)
         taught = teaches.complete(pools, seed, budget=guards.TEACHER_COST[size]).current
         logits = forward(teacher, taught)(np.asarray(kept.inputs))
-        pools, test = pool.split(kept, logits, seed=seed, fractions=guards.FRACTIONS)
+        pools, test = batches.split(kept, logits, seed=seed, fractions=guards.FRACTIONS)
         share = np.bincount(kept.labels, minlength=classes) / len(kept.labels)
         inputs = np.concatenate([np.asarray(test.inputs), left.inputs])
         labels = np.concatenate([np.asarray(test.labels), left.labels])
@@ -122,14 +123,14 @@ def contenders(student: Network) -> dict[str, Callable[..., Variables]]:
     found = {arm.name: _going_on(arm, "explore", usual) for arm in arms_named(student.apply, GRADIENTS)}
     for arm in arms_named(student.apply, BALANCED):
         found[f"{arm.name}, with assess"] = _going_on(arm, "both", usual)
-    worst = goals.goal("worst_class_accuracy", 0).score
+    worst = steering.goal("worst_class_accuracy", 0).score
     of_biases: dict[str, Any] = {"subspace": BIASES, "pairs": 8, "sigma": 0.3, "rate": 0.1}
     of_head: dict[str, Any] = {"subspace": HEAD, "pairs": 16, "sigma": 0.1, "rate": 0.03}
     asked = (
         (WORST[0], "assess", student.apply, worst, of_biases),
         (WORST[1], "assess", student.apply, worst, of_head),
         (WORST[2], "explore", student.apply, worst, of_biases),
-        (INT8, "assess", quantised(student.apply), objectives.accuracy, of_head),
+        (INT8, "assess", quantised(student.apply), example_scores.accuracy, of_head),
     )
     for name, where, apply, objective, how in asked:
         rate = optax.cosine_decay_schedule(how["rate"], GENERATIONS // how["pairs"])
@@ -142,7 +143,7 @@ def contenders(student: Network) -> dict[str, Callable[..., Variables]]:
 def _going_on(arm: Arm, where: str, batch_size: int) -> Callable[..., Variables]:
     @jax.jit
     def run(student: Variables, examples: PyTree, seed: int, steps: int) -> Variables:
-        draw = draw_from(examples, pool.sampler(batch_size=batch_size), jax.random.key(seed))
+        draw = draw_from(examples, batches.sampler(batch_size=batch_size), jax.random.key(seed))
         own = steps * EV3().batch_size // batch_size
         whole = Stretch(jnp.int32(0), jnp.int32(own), jnp.float32(0), jnp.float32(1 / own))
         return arm.propose(arm.init(student), draw, whole)[1]
@@ -160,7 +161,7 @@ def _examples(pools: Pools, where: str, seed: int) -> PyTree:
     inputs, labels, index = (
         np.concatenate([np.asarray(getattr(part, field)) for part in of]) for field in ("inputs", "labels", "index")
     )
-    return pool.resident(inputs, labels, index, {"logits": np.concatenate(logits)[None]}, seed=seed)
+    return batches.resident(inputs, labels, index, {"logits": np.concatenate(logits)[None]}, seed=seed)
 
 
 def quantised(apply: Apply) -> Apply:

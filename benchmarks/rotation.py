@@ -26,16 +26,16 @@ import numpy as np
 import optax
 from flax import nnx
 
-from benchmarks import rows as statistics
-from benchmarks.portfolio import source_of
-from ev3_distill.compiling import jit
-from ev3_distill.hypergrad import hypergradient
-from ev3_distill.hyperparameters import FREE, Tuned, outer_step, start, tuned_values
-from ev3_distill.network import from_nnx
-from ev3_distill.sources import load_data
-from ev3_distill.tangents import Carried, carried, carrying
+from ev3_distill.benchmarks import rows as statistics
+from ev3_distill.benchmarks.portfolio import source_of
+from ev3_distill.data.sources import load_data
+from ev3_distill.hypergrad.forward_mode import Carried, carried, carrying
+from ev3_distill.hypergrad.one_step import hypergradient
+from ev3_distill.hypergrad.spaces import FREE, Tuned, outer_step, start, tuned_values
+from ev3_distill.runtime.compile import jit
+from ev3_distill.students.layers.conv import Conv
+from ev3_distill.students.network import from_nnx
 from ev3_distill.types import PyTree, Variables
-from students.conv import Conv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

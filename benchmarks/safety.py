@@ -27,10 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import rows as statistics
-from ev3_distill.compiling import jit
+from ev3_distill.benchmarks import rows as statistics
 from ev3_distill.config import EV3
 from ev3_distill.core import adapt
+from ev3_distill.runtime.compile import jit
 from ev3_distill.types import ErrorBudget
 
 KEY = ("seed", "question", "candidates", "rule")  # names a row

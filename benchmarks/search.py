@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 
 from scipy import stats
 
-from benchmarks import portfolio
-from benchmarks import rows as statistics
-from ev3_distill.climb import LIKELY
+from ev3_distill.benchmarks import portfolio
+from ev3_distill.benchmarks import rows as statistics
 from ev3_distill.errors import InputError
+from ev3_distill.search.policy import LIKELY
 
 KEY = ("data", "seed", "run")  # names a row
 FIRST_SEED = 4500  # how a search decides was chosen on seeds below 4000, and mended for what 4000 to 4404 had shown
@@ -73,9 +73,9 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
 def _params(source: str, hidden: int) -> int:
     import jax
 
-    import students
-    from ev3_distill.network import count_params
-    from ev3_distill.sources import load_data
+    from ev3_distill import students
+    from ev3_distill.data.sources import load_data
+    from ev3_distill.students.network import count_params
 
     dataset = load_data(source)
     network = students.named(f"mlp:hidden={hidden}", dataset.inputs.shape[1:], dataset.num_classes)

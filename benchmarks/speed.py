@@ -26,23 +26,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import students
-from benchmarks import rows as statistics
-from benchmarks import torch_kd
-from ev3_distill import losses
+from ev3_distill import students
 from ev3_distill.arms import arms_named
 from ev3_distill.arms.gradient import gradient_arm
-from ev3_distill.augment import parse
-from ev3_distill.compiling import jit
+from ev3_distill.benchmarks import rows as statistics
+from ev3_distill.benchmarks import torch_kd
 from ev3_distill.config import EV3, Preprocessing
 from ev3_distill.core.explore import draw_from
-from ev3_distill.lessons import Lessons
-from ev3_distill.loop import Distillation
-from ev3_distill.pool import held_out, resident, sampler
-from ev3_distill.sources import Dataset
-from ev3_distill.supply import ResidentSupply, Views
+from ev3_distill.data.augment import parse
+from ev3_distill.data.batches import held_out, resident, sampler
+from ev3_distill.data.pipeline import ResidentSupply, Views
+from ev3_distill.data.sources import Dataset
+from ev3_distill.runtime.compile import jit
+from ev3_distill.tasks.classification import losses
+from ev3_distill.teachers import load_teacher
+from ev3_distill.teachers.targets import Lessons
+from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Network, Pools, PyTree, Stretch
-from teachers import load_teacher
 
 KEY = ("seed",)  # names a row
 TIMED = ("ms_per_step",)  # follow the machine
@@ -122,7 +122,7 @@ def contenders(size: str, directory: Path) -> dict[str, tuple[Work, int]]:
 
 def teacher_file() -> Path | None:
     """The pretrained teacher, where this machine has it: beside the data of the benchmarks."""
-    data = Path(os.environ.get("EV3_DISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    data = Path(os.environ.get("EV3_DISTILL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
     path = data.parent / "teachers" / "cifar10_resnet56.onnx"
     return path if path.exists() else None
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-import students
-from benchmarks import omniglot, protonet
-from benchmarks import rows as statistics
-from benchmarks.protonet import Recipe
-from ev3_distill.files import cache_root
+from ev3_distill import students
+from ev3_distill.benchmarks import omniglot, protonet
+from ev3_distill.benchmarks import rows as statistics
+from ev3_distill.benchmarks.protonet import Recipe
+from ev3_distill.runtime.files import cache_root
 
 KEY = ("seed", "what", "value")  # names a row
 TIMED = ("seconds",)  # follow the machine

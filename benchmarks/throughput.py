@@ -29,18 +29,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import students
-from benchmarks import rows as statistics
-from ev3_distill import losses
+from ev3_distill import students
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.arms.optimizers import adamw
+from ev3_distill.benchmarks import rows as statistics
 from ev3_distill.config import EV3
+from ev3_distill.data.batches import Resident, sampler
+from ev3_distill.data.shuffle import order, rows
+from ev3_distill.data.sources import load_data
 from ev3_distill.errors import InputError
-from ev3_distill.ledger import Ledger, row_of
-from ev3_distill.loop import Distillation
-from ev3_distill.order import order, rows
-from ev3_distill.pool import Resident, sampler
-from ev3_distill.sources import load_data
+from ev3_distill.runtime.ledger import Ledger, row_of
+from ev3_distill.tasks.classification import losses
+from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Apply, Batch, Network, Pools, PyTree, Variables
 
 KEY = ("seed",)  # names a row

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ev3_distill.files import written_whole
+from ev3_distill.runtime.files import written_whole
 
 if TYPE_CHECKING:
     import torch

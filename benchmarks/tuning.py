@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-import students
-from benchmarks import growth, portfolio
-from benchmarks import rows as statistics
-from ev3_distill import pool
-from ev3_distill.compiling import jit
-from ev3_distill.hyperparameters import distillation
+from ev3_distill import students
+from ev3_distill.benchmarks import growth, portfolio
+from ev3_distill.benchmarks import rows as statistics
+from ev3_distill.data import batches
+from ev3_distill.hypergrad.spaces import distillation
+from ev3_distill.runtime.compile import jit
 from ev3_distill.types import Network, Pools, PyTree, Variables
 
 KEY = ("data", "contender", "seed")  # names a row
@@ -69,7 +69,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
         bench = _Bench(network, subject.steps, cells(size))
         for seed in missing:
             own = FIRST_SEED + seed
-            pools, test = pool.split(dataset, teach(own), seed=own, fractions=portfolio.FRACTIONS)
+            pools, test = batches.split(dataset, teach(own), seed=own, fractions=portfolio.FRACTIONS)
             score = portfolio.accuracy_of(network)
             for contender, student, facts in bench.trained(pools, own):
                 scores = {"assess": float(score(student, pools.assess)), "accuracy": float(score(student, test))}

@@ -1,6 +1,6 @@
 """`python -m ev3_distill` is the command line."""
 
-from ev3_distill.cli import main
+from ev3_distill.cli.main import main
 
 if __name__ == "__main__":
     main()

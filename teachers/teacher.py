@@ -14,9 +14,9 @@ import numpy as np
 
 from ev3_distill.config import Preprocessing
 from ev3_distill.errors import InputError
+from ev3_distill.teachers.class_order import columns_of
+from ev3_distill.teachers.preprocessing import IDENTITY, flattens, merged, normal, prepared, settled
 from ev3_distill.types import Network, Variables
-from teachers.classes import columns_of
-from teachers.preprocessing import IDENTITY, flattens, merged, normal, prepared, settled
 
 Outputs = dict[str, np.ndarray]
 

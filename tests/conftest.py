@@ -37,11 +37,11 @@ if "EV3_DISTILL_CACHE" not in os.environ:  # never the user's own
 import numpy as np
 import pytest
 
-from ev3_distill.cli import PACE, main
+from ev3_distill.cli.main import PACE, main
 
 gc.set_threshold(*PACE)
 pytest.register_assert_rewrite(
-    "refusals", "reported", "stores", "walkers"
+    "refused_inputs", "report_examples", "teacher_cache_files", "random_walks"
 )  # what they assert is told in full, as in tests
 SMALL = (
     *("--arms", "ce", "mse", "--student", "mlp:hidden=8", "--budget", "1500"),
@@ -92,7 +92,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Stores of logits that append 16 rows at a time."""
-    monkeypatch.setattr("teachers.logits.CHUNK_ROWS", 16)
+    monkeypatch.setattr("ev3_distill.teachers.cache.output_store.CHUNK_ROWS", 16)
 
 
 def once(factory, name, make):
@@ -198,7 +198,7 @@ def variables_of(run):
     """The student's parameters, bit by bit."""
     import jax
 
-    import students
+    from ev3_distill import students
 
     network, variables = students.load(run)
     leaves = [(leaf.dtype.str, leaf.shape, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(variables)]

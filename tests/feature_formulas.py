@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from ev3_distill.features import FEATURE_LOSSES, rkd
+from ev3_distill.tasks.classification.feature_losses import FEATURE_LOSSES, rkd
 
 FORMULAS = {
     "fitnet": FEATURE_LOSSES["fitnet"](),

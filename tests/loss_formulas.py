@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ev3_distill.losses import LOSSES
+from ev3_distill.tasks.classification.losses import LOSSES
 from ev3_distill.types import Batch
 
 B, K = 6, 5

@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 
 from ev3_distill.config import Preprocessing
-from ev3_distill.network import from_nnx
+from ev3_distill.students.network import from_nnx
+from ev3_distill.teachers import load_teacher
 from ev3_distill.types import Variables
-from teachers import load_teacher
 
 SHAPE, CLASSES = (8, 8, 3), ("ant", "bee", "cat", "dog", "elk")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

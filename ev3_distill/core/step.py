@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from ev3_distill.config import EV3
-from ev3_distill.core import adapt, allocate, assess, explore, prioritise, trial
+from ev3_distill.core import adapt, allocate, assess, explore, prioritise, promote
 from ev3_distill.core.assess import Measures
-from ev3_distill.core.trial import stuck, where
+from ev3_distill.core.promote import stuck, where
 from ev3_distill.types import (
     ADOPT,
     KEEP,
@@ -66,7 +66,7 @@ def initial_state(
     on_decide = logits_of(pools.decide)
     progress: Progress | tuple[()] = ()
     if config.patience:
-        seen = trial.on_seen(apply, variables, pools, promise, config=config)
+        seen = promote.on_seen(apply, variables, pools, promise, config=config)
         progress = adapt.from_here(evidence, seen, zero)
     a = len(arms)
     return State(
@@ -209,13 +209,13 @@ def make_parts(
         if goals:
             refused = prioritise.breaks(evidence, before, least) & proposals.active
             state = allocate.race_again(state, refused.any() | (ruling >= 0), racers=racers, config=config)
-        state, made = trial.promote(state, pools, closing=closing, apply=apply, measures=measures, config=config)
+        state, made = promote.promote(state, pools, closing=closing, apply=apply, measures=measures, config=config)
         risks = prioritise.risks_of(state.current_evidence, least)
         if isinstance(state.progress, Progress):
             progress = adapt.progressed(
                 state.progress,
                 state.current_evidence,
-                functools.partial(trial.on_seen, apply, state.current, pools, promise, config=config),
+                functools.partial(promote.on_seen, apply, state.current, pools, promise, config=config),
                 ruling=ruling,
                 position=state.position,
                 cost=state.cost,
@@ -230,7 +230,7 @@ def make_parts(
                 safest_risk=jnp.where(safer, risks.min(), state.safest_risk),
             )
         if stop_level is not None and goals:
-            state = trial.met(
+            state = promote.met(
                 state, pools, risks, closing=closing, apply=apply, goals=goals, level=stop_level, config=config
             )
         verdict = jnp.where(choice.moves, ADOPT, KEEP)

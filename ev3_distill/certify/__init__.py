@@ -1,0 +1,1 @@
+"""Certificates: confidence bounds and the claims that rest on them. Pure statistics."""

@@ -1,0 +1,1 @@
+"""Data: sources, splits, shuffling, augmentation, batches and the input pipeline."""

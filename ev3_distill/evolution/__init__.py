@@ -1,0 +1,1 @@
+"""Distributed evolution strategies (arXiv 2201.00093)."""

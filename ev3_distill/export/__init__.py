@@ -1,0 +1,1 @@
+"""Export: deployable files, their re-assessment and the model card."""

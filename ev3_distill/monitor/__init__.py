@@ -1,0 +1,1 @@
+"""Monitoring: reports, charts, the live view and TensorBoard."""

@@ -1,0 +1,1 @@
+"""Runtime services: processes and devices, compilation, checkpoints, the ledger, files, timing and progress."""

@@ -1,0 +1,1 @@
+"""Size search: the smallest student that meets its guards."""

@@ -1,0 +1,56 @@
+"""Sizes: what a student of a search may become next, within the limits that the user set."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ev3_distill import students
+from ev3_distill.errors import InputError, warn
+from ev3_distill.guards import KNOWN
+from ev3_distill.students.growth.grow import moves
+from ev3_distill.students.network import count_params
+from ev3_distill.training.setup import Task
+
+
+class Sizes:
+    """The sizes of a search.
+
+    Attributes:
+      ladder: the specs that the user named, smallest first; empty where sizes follow from growth.
+    """
+
+    def __init__(self, chosen: Any, task: Task, *, factory: Callable[..., Any] | None):
+        """Takes config.Compress with a start or sizes, what is trained, and the factory of a family of the user's own."""
+        spec = task.network.spec
+        named = [students.named(text, spec["input_shape"], spec["num_classes"]) for text in chosen.sizes]
+        self.ladder = [dict(network.spec) for network in named]
+        self._moves, self._factory = chosen.moves, factory
+        limits = [(guard.metric, guard.threshold) for guard in task.guards if guard.metric in KNOWN]
+        self._limits = limits + ([("params", chosen.max_params)] if chosen.max_params else [])
+        self._asked: dict[str, dict[str, dict[str, Any]]] = {}  # what networks may become, by name
+
+    def larger(self, spec: Any) -> dict[str, dict[str, Any]]:
+        """The specs that a network may become next within the limits, by the name of the move."""
+        text = students.text_of(spec)
+        if text not in self._asked:
+            self._asked[text] = {name: one for name, one in self._next(spec).items() if self._fits(one)}
+        return self._asked[text]
+
+    def _next(self, spec: Any) -> dict[str, dict[str, Any]]:
+        if self.ladder:
+            following = self.ladder[self.ladder.index(dict(spec)) + 1 :]
+            return {"the next size": following[0]} if following else {}
+        try:
+            proposals = moves(spec, factory=self._factory)
+            return {name: proposals[name] for name in self._moves or proposals if name in proposals}
+        except InputError as error:
+            warn(f"the student does not grow: {error}")
+            return {}
+
+    def _fits(self, spec: Any) -> bool:
+        """Whether the limits on size leave room for a network."""
+        shapes = jax.eval_shape(students.build(spec, factory=self._factory).init, jax.random.key(0))
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+        sizes = {"params": count_params(shapes), "bytes": size}
+        return all(sizes[metric] <= most for metric, most in self._limits)

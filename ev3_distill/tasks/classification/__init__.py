@@ -1,0 +1,1 @@
+"""Classification: losses, per-example scores, steering goals and metric bounds."""

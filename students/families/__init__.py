@@ -1,0 +1,1 @@
+"""Student families, one file each."""

@@ -1,0 +1,1 @@
+"""Growth and narrowing: function-preserving changes of a student's size."""

@@ -1,0 +1,338 @@
+"""Convolution and BatchNorm as fast as the machine allows: what every convolutional student is built of.
+
+Activations are [B, H, W, C], kernels [kh, kw, C / groups, O]. Sequences are images of height 1, [B, 1, L, C], with kernels
+of size (1, k): the fast axis is the last but one.
+
+XLA:CPU computes the gradients of a convolution 13 to 350 times slower inside a loop body (jax-ml/jax issue 12868), and runs
+depthwise ones slowly everywhere. There, `convolve` is a primitive of its own, whose gradients are written as convolutions
+that stay fast, by oneDNN where `students/onednn.py` reaches it. It is bilinear and says so: forward mode, reverse mode of
+any order and `vmap` all work.
+"""
+
+import contextlib
+import contextvars
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from ev3_distill.students.layers import onednn
+
+Pair = tuple[int, int]
+# Examples per part of a kernel's gradient. By XLA's form 8 take 10 % longer at 16 channels and 32 take 28 %; all 128 at once
+# 2-3 times as long at 16 to 64. By oneDNN 8 take 10 % less at 16 channels and 13 % longer at 64, and 128 half as long again
+# at 16.
+CHUNK = 16
+_STANDARD = contextvars.ContextVar("_STANDARD", default=False)
+
+
+@contextlib.contextmanager
+def standard() -> Iterator[None]:
+    """While a program is traced inside it, a convolution is the one operation that every other tool knows."""
+    token = _STANDARD.set(True)
+    try:
+        yield
+    finally:
+        _STANDARD.reset(token)
+
+
+class Conv(nnx.Module):
+    """A 2-D convolution without bias, "SAME" padding; He-normal kernel (fan out)."""
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        size: int | Sequence[int] = 3,
+        *,
+        strides: int | Sequence[int] = 1,
+        groups: int = 1,
+        rngs: nnx.Rngs,
+    ):
+        """Takes sizes and strides as one number or as (of H, of W); `groups` divides both channel counts."""
+        init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+        self.kernel = nnx.Param(init(rngs.params(), (*_pair(size), c_in // groups, c_out)))
+        self.strides, self.groups = _pair(strides), groups
+
+    def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
+        """Returns [B, ceil(H / strides), ceil(W / strides), O]."""
+        return convolve(x_BxHxWxC, self.kernel[...], self.strides, self.groups)
+
+
+class BatchNorm(nnx.Module):
+    """nnx.BatchNorm over all axes but the last, of momentum 0.9 and epsilon 1e-5, in fewer passes over memory.
+
+    y = x a + b, with a = scale / sqrt(var + epsilon) and b = bias - mean a. Reverse mode makes of this form the two sums
+    g and g x and one pass dx = g a + x c + d, and no more. As in Flax, var = E[x^2] - E[x]^2, biased, also when running.
+
+    References:
+      Ioffe and Szegedy, Batch Normalization, ICML 2015; arXiv:1502.03167.
+    """
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        del rngs  # nothing is random; every layer of Flax takes it
+        self.scale, self.bias = nnx.Param(jnp.ones(features)), nnx.Param(jnp.zeros(features))
+        self.mean, self.var = nnx.BatchStat(jnp.zeros(features)), nnx.BatchStat(jnp.ones(features))
+        self.use_running_average = False  # set by eval() and train()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns the shape given, [..., C]; in training the running statistics move."""
+        if self.use_running_average:
+            mean, var = self.mean[...], self.var[...]
+        else:
+            mean = _mean(x)
+            var = jnp.maximum(0.0, _mean(x * x) - mean * mean)
+            # not by [...] =, for which Flax asks a tracer for its sharding: the error that answers searches the whole program
+            self.mean.set_value(0.9 * self.mean[...] + 0.1 * mean)
+            self.var.set_value(0.9 * self.var[...] + 0.1 * var)
+        slope = self.scale[...] * jax.lax.rsqrt(var + 1e-5)
+        return x * slope + (self.bias[...] - mean * slope)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1), groups: int = 1) -> jax.Array:
+    """A convolution with "SAME" padding; here alone its form is chosen.
+
+    Args:
+      x: [B, H, W, C].
+      kernel: [kh, kw, C / groups, O].
+      strides: of H and W.
+      groups: into which C and O are cut; the outputs of a group see its inputs only.
+
+    Returns:
+      [B, ceil(H / strides), ceil(W / strides), O].
+    """
+    if _STANDARD.get() or jax.default_backend() != "cpu":
+        return _plain(x, kernel, strides, groups)
+    channels = x.shape[-1]
+    if groups == channels > 1:
+        return _depthwise(x, kernel, strides)
+    if groups > 1:
+        parts = zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
+        return jnp.concatenate([convolve(*part, strides) for part in parts], -1)
+    if kernel.shape[:2] == (1, 1):
+        return every(x, strides) @ kernel[0, 0]  # its kernel's gradient is 3x faster than by the rule
+    out: jax.Array = _conv.bind(x, kernel, strides=strides)
+    return out
+
+
+def every(x: jax.Array, strides: Pair, *, first: Pair = (0, 0), end: Pair | None = None) -> jax.Array:
+    """Pixels first:end:strides of H and W, [B, H, W, C]: a slice, also in exported programs, whose batch is free.
+
+    There indexing becomes a gather, 16 of them in a Conv4.
+    """
+    end = end or (x.shape[1], x.shape[2])
+    if (strides, first, end) == ((1, 1), (0, 0), x.shape[1:3]):
+        return x
+    batch, *_, channels = x.shape
+    return jax.lax.slice(x, (0, *first, 0), (batch, *end, channels), (1, *strides, 1))
+
+
+def _depthwise(x: jax.Array, kernel: jax.Array, strides: Pair) -> jax.Array:
+    """Shift and multiply: 8-13x faster than XLA:CPU's depthwise convolution (96 channels, forward)."""
+    pads, (height, width) = _same(x.shape[1:3], kernel.shape[:2], strides)
+    x = jnp.repeat(jnp.pad(x, ((0, 0), *pads, (0, 0))), kernel.shape[3] // x.shape[3], -1)
+    down, right = strides
+    return functools.reduce(
+        jnp.add,
+        (
+            x[:, i : i + down * height : down, j : j + right * width : right] * kernel[i, j, 0]
+            for i in range(kernel.shape[0])
+            for j in range(kernel.shape[1])
+        ),
+    )
+
+
+def _plain(x: jax.Array, kernel: jax.Array, strides: Pair, groups: int = 1) -> jax.Array:
+    return _window(
+        x, kernel, _same(x.shape[1:3], kernel.shape[:2], strides)[0], window_strides=strides, feature_group_count=groups
+    )
+
+
+def _window(
+    x: jax.Array, kernel: jax.Array, pads: Sequence[Pair], *, window_strides: Pair = (1, 1), **how: Any
+) -> jax.Array:
+    """The convolution that XLA:CPU runs fast wherever it stands: axes in order, nothing left to transpose."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, window_strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"), **how
+    )
+
+
+def _same(image: Sequence[int], size: Sequence[int], strides: Pair) -> tuple[list[Pair], Pair]:
+    """Paddings of H and W for "SAME", and the output's H and W, from those of the input and of the kernel."""
+    pads = jax.lax.padtype_to_pads(image, size, strides, "SAME")
+    return pads, (-(-image[0] // strides[0]), -(-image[1] // strides[1]))
+
+
+def _fast(*arrays: jax.Array) -> bool:
+    return all(a.dtype == jnp.float32 and a.size for a in arrays) and onednn.usable()
+
+
+def _forward(x: jax.Array, kernel: jax.Array, *, strides: Pair) -> jax.Array:
+    pads = _same(x.shape[1:3], kernel.shape[:2], strides)[0]
+    if _fast(x, kernel):
+        return onednn.convolution(x, kernel, pads, strides=strides)
+    return _step_1(x, kernel, pads) if strides == (1, 1) else _plain(x, kernel, strides)
+
+
+def _step_1(x: jax.Array, kernel: jax.Array, pads: Sequence[Pair]) -> jax.Array:
+    """A convolution of stride 1.
+
+    XLA's own leaves vectors half empty where filters are few. Kernels wider by one or three columns then make 2 or 4
+    neighbouring pixels at once: 16 to 16 channels take 6.5 ms in place of 9.1, 3 to 16 take 2.2 in place of 7.1, though a
+    third to all of it is zeros. oneDNN takes 0.4 to 0.9 of that.
+    """
+    if _fast(x, kernel):
+        return onednn.convolution(x, kernel, pads)
+    _, kw, c_in, c_out = kernel.shape
+    width = x.shape[2] + sum(pads[1]) - kw + 1
+    pixels = 1 if kw < 3 or max(c_in, c_out) > 16 else 2 if min(c_in, c_out - 1) >= 8 else 4
+    pixels = math.gcd(pixels, width)
+    wide = [jnp.pad(kernel, ((0, 0), (q, pixels - 1 - q), (0, 0), (0, 0))) for q in range(pixels)]
+    out = _window(x, jnp.concatenate(wide, -1), pads, window_strides=(1, pixels))
+    return out.reshape(*out.shape[:2], width, c_out)
+
+
+def _gradient_x(g: jax.Array, kernel: jax.Array, *, strides: Pair, image: Pair) -> jax.Array:
+    """dX: the gradient convolved with the flipped kernel, for strides s once for each of s x s phases, all at the same time.
+
+    Along one axis y[m] = sum_i x[s m + i - low] w[i], so dx[s a + r - low] = sum_t g[a - t] w[s t + r], for r < s.
+    """
+    pads, out = _same(image, kernel.shape[:2], strides)
+    (kh, kw, c_in, c_out), (down, right), (height, width) = kernel.shape, strides, image
+    taps = [-(-k // s) for k, s in zip((kh, kw), strides, strict=True)]  # of a phase
+    firsts = [low // s for (low, _), s in zip(pads, strides, strict=True)]  # of a
+    ends = [-(-(n + low) // s) for n, (low, _), s in zip((height, width), pads, strides, strict=True)]
+    around = [(t - 1 - first, end - m) for t, first, end, m in zip(taps, firsts, ends, out, strict=True)]
+    kernel = jnp.pad(kernel, ((0, taps[0] * down - kh), (0, taps[1] * right - kw), (0, 0), (0, 0)))
+    kernel = kernel.reshape(taps[0], down, taps[1], right, c_in, c_out)[::-1, :, ::-1]
+    phases = kernel.transpose(0, 2, 5, 1, 3, 4).reshape(*taps, c_out, -1)
+    dx = _step_1(g, phases, around)
+    dx = dx.reshape(*dx.shape[:3], down, right, c_in).transpose(0, 1, 3, 2, 4, 5)
+    dx = dx.reshape(dx.shape[0], dx.shape[1] * down, dx.shape[3] * right, c_in)
+    top, left = (low - first * s for (low, _), first, s in zip(pads, firsts, strides, strict=True))
+    return dx[:, top : top + height, left : left + width]
+
+
+def _gradient_kernel(x: jax.Array, g: jax.Array, *, strides: Pair, size: Pair) -> jax.Array:
+    """dW: the input with examples as channels convolved with the gradient as a kernel, dilated by the strides.
+
+    A gradient of all examples exceeds the caches, so they are taken CHUNK by CHUNK; in a loop, because into unrolled chunks
+    XLA fuses, transposing, the layers that made them, once more for each (then a ResNet-20 step takes 6 % longer).
+    """
+    pads, out = _same(x.shape[1:3], size, strides)
+    ends = [(m - 1) * s + k - low for k, (low, _), m, s in zip(size, pads, out, strides, strict=True)]
+    x = x[:, : ends[0], : ends[1]]  # the rest no stride reaches, and oneDNN ends the process at a negative padding
+    around = [(low, end - n) for (low, _), end, n in zip(pads, ends, x.shape[1:3], strict=True)]
+    part = _images if x.shape[-1] < 8 or not _fast(x, g) else _columns
+    chunk = min(CHUNK, x.shape[0])
+    shape = (*size, x.shape[-1], g.shape[-1])
+    x, g = _filled(x, chunk), _filled(g, chunk)
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        x_SxHxWxC, g_SxHxWxO = (jax.lax.dynamic_slice_in_dim(a, i * chunk, chunk) for a in (x, g))
+        return total + part(x_SxHxWxC, g_SxHxWxO, around, strides).reshape(total.shape)
+
+    if part is _columns:
+        return jax.lax.fori_loop(0, x.shape[0] // chunk, add, jnp.zeros(shape, x.dtype))
+    kh, kw, c_in, c_out = shape
+    total = jax.lax.fori_loop(0, x.shape[0] // chunk, add, jnp.zeros((c_in, kh, kw, c_out), x.dtype))
+    return total.transpose(1, 2, 0, 3)
+
+
+def _images(x: jax.Array, g: jax.Array, pads: Sequence[Pair], strides: Pair) -> jax.Array:
+    """A channel is an image: [C, H, W, S] convolved with [H', W', S, O] is [C, kh, kw, O]."""
+    return _window(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), pads, rhs_dilation=strides)
+
+
+def _columns(x: jax.Array, g: jax.Array, pads: Sequence[Pair], strides: Pair) -> jax.Array:
+    """A channel is a column of one image: [1, H, W C, S] convolved with [S, H', W', O] is [1, kh, kw C, O].
+
+    Columns C apart meet neighbouring pixels of the gradient. The kw C columns of a row of the result make a product large
+    enough to run fast: 16 to 16 channels take 5.0 ms in place of 9.6, 64 to 64 take 3.2 in place of 4.3.
+    """
+    size, height, width, channels = x.shape
+    x = x.reshape(size, -1).T.reshape(1, height, width * channels, size)
+    (low, high), (down, right) = pads[1], strides
+    wide = [pads[0], (low * channels, high * channels)]
+    return onednn.convolution(x, g, wide, dilation=(down, right * channels), axes="IHWO")
+
+
+def _filled(x: jax.Array, size: int) -> jax.Array:
+    """[B, ...] with zeros up to a multiple of the size."""
+    missing = -x.shape[0] % size
+    return jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1))) if missing else x
+
+
+def _bilinear(name: str, function: Callable[..., jax.Array]) -> Primitive:
+    """A primitive whose derivatives its own rules give. The function takes two arrays, and parameters by name."""
+    primitive = Primitive(name)
+    primitive.def_impl(function)
+    primitive.def_abstract_eval(functools.partial(_shape, function))
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
+    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
+    return primitive
+
+
+def _shape(function: Callable[..., jax.Array], *arrays: Any, **how: Any) -> jax.core.ShapedArray:
+    out = jax.eval_shape(functools.partial(function, **how), *arrays)
+    return jax.core.ShapedArray(out.shape, out.dtype)
+
+
+def _batch(
+    primitive: Primitive, args: Sequence[jax.Array], axes: Sequence[int | None], **how: Any
+) -> tuple[jax.Array, int]:
+    """vmap: over inputs alone a larger batch, over a convolution's kernels alone more filters; over both one member after the
+    other, 13x faster than by groups.
+    """
+    one, other = (arg if axis is None else jnp.moveaxis(arg, axis, 0) for arg, axis in zip(args, axes, strict=True))
+    if axes[1] is None and primitive is not _conv_kernel:
+        out = primitive.bind(one.reshape(-1, *one.shape[2:]), other, **how)
+        return out.reshape(*one.shape[:2], *out.shape[1:]), 0
+    if axes[0] is None and primitive is _conv:
+        kernels = jnp.moveaxis(other, 0, 3)  # [kh, kw, C, members, O]
+        out = primitive.bind(one, kernels.reshape(*kernels.shape[:3], -1), **how)
+        return out.reshape(*out.shape[:3], *kernels.shape[3:]), 3
+    if axes[0] is None:
+        return jax.lax.map(lambda other: primitive.bind(one, other, **how), other), 0
+    if axes[1] is None:
+        return jax.lax.map(lambda one: primitive.bind(one, other, **how), one), 0
+    return jax.lax.map(lambda pair: primitive.bind(*pair, **how), (one, other)), 0
+
+
+# y = conv(x, w), dx = conv_x(g, w) and dw = conv_kernel(x, g) are the derivatives of one form, <g, conv(x, w)>, linear in
+# each of its three arguments: the transposes of each of them are the other two.
+_conv = _bilinear("students_conv", _forward)
+_conv_x = _bilinear("students_conv_x", _gradient_x)
+_conv_kernel = _bilinear("students_conv_kernel", _gradient_kernel)
+ad.defbilinear(
+    _conv,
+    lambda g, x, w, strides: _conv_x.bind(g, w, strides=strides, image=x.aval.shape[1:3]),
+    lambda g, x, w, strides: _conv_kernel.bind(x, g, strides=strides, size=w.aval.shape[:2]),
+)
+ad.defbilinear(
+    _conv_x,
+    lambda x, g, w, strides, image: _conv.bind(x, w, strides=strides),
+    lambda x, g, w, strides, image: _conv_kernel.bind(x, g, strides=strides, size=w.aval.shape[:2]),
+)
+ad.defbilinear(
+    _conv_kernel,
+    lambda w, x, g, strides, size: _conv_x.bind(g, w, strides=strides, image=x.aval.shape[1:3]),
+    lambda w, x, g, strides, size: _conv.bind(x, w, strides=strides),
+)
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    """Mean over all axes but the last: over the first, then over the rest, with wide rows that vectorize."""
+    rows = x.reshape(x.shape[0], -1).sum(0).reshape(-1, x.shape[-1])
+    return rows.sum(0) * (x.shape[-1] / x.size)
+
+
+def _pair(value: int | Sequence[int]) -> Pair:
+    first, second = (value, value) if isinstance(value, int) else value
+    return first, second

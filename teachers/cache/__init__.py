@@ -1,0 +1,1 @@
+"""The teacher cache: stored outputs, their codec and the append-only log."""

@@ -1,0 +1,1 @@
+"""Teacher diagnosis: finds mistakes in preprocessing and class order."""

@@ -1,0 +1,1 @@
+"""Teacher kinds, one file each."""

@@ -1,0 +1,94 @@
+"""`logits:FILE.npz`, recorded logits as a teacher: any program may have run it. They are in data-set order."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ev3_distill.errors import InputError
+from ev3_distill.runtime import npz
+from ev3_distill.runtime.files import written_whole
+
+
+def load_logits(
+    path: str | Path,
+    *,
+    rows: int,
+    num_classes: int,
+    test_rows: np.ndarray | None = None,
+    fingerprint: str | None = None,
+) -> np.ndarray:
+    """Loads the logits of a teacher.
+
+    Args:
+      path: an npz file with `logits` [N, K], or with `train_logits` and `test_logits` where the source is already
+        split. An optional text `fingerprint` names the data set they were computed on.
+      rows: examples in the data set, N.
+      num_classes: K.
+      test_rows: the rows that `test_logits` stand for, in order; the others are those of `train_logits`.
+      fingerprint: of the data set at hand, compared with the file's where both are there.
+
+    Returns:
+      Logits [N, K] float32, all finite.
+
+    Raises:
+      InputError: the file is missing or broken, or holds logits of something else.
+    """
+    path = Path(path).expanduser()
+    arrays = npz.read(
+        path,
+        (("logits",), ("train_logits", "test_logits")),
+        optional="fingerprint",
+        option="logits:FILE",
+        wanted="logits, or train_logits and test_logits",
+    )
+    made_on = arrays.get("fingerprint")
+    if fingerprint is not None and made_on is not None and str(made_on) != fingerprint:
+        raise InputError(
+            f"{path}: logits must come from this very data set, fingerprint {fingerprint[:12]}; got "
+            f"{str(made_on)[:12]}: the logits are stale or another data set's, run the teacher again"
+        )
+    if "logits" in arrays:
+        return _check(path, "logits", arrays["logits"], rows, num_classes)
+    if test_rows is None:
+        raise InputError(
+            f"{path}: a data set without test examples of its own needs logits; got train_logits and test_logits: "
+            "save one array logits in data-set order"
+        )
+    is_test = np.zeros(rows, bool)
+    is_test[test_rows] = True
+    logits = np.empty((rows, num_classes), np.float32)
+    logits[~is_test] = _check(path, "train_logits", arrays["train_logits"], rows - len(test_rows), num_classes)
+    logits[test_rows] = _check(path, "test_logits", arrays["test_logits"], len(test_rows), num_classes)
+    return logits
+
+
+def _check(path: Path, name: str, logits: np.ndarray, rows: int, num_classes: int) -> np.ndarray:
+    """The logits [rows, num_classes] as float32."""
+    if logits.dtype.kind not in "uif" or logits.ndim != 2:
+        raise InputError(
+            f"{path}: {name} must be numbers [N, K]; got {logits.dtype} {list(logits.shape)}: one row per example"
+        )
+    if len(logits) != rows:
+        raise InputError(
+            f"{path}: {name} must have one row per example, {rows}; got {len(logits)}: run the teacher on this data set"
+        )
+    if logits.shape[1] != num_classes:
+        raise InputError(
+            f"{path}: {name} must have one column per class, {num_classes}; got {logits.shape[1]}: "
+            "use a teacher of these classes"
+        )
+    with np.errstate(over="ignore"):  # of float64, found below
+        logits = logits.astype(np.float32)
+    finite = np.isfinite(logits).all(axis=1)
+    if not finite.all():
+        raise InputError(
+            f"{path}: {name} must be finite; got nan or infinity in row {int(finite.argmin())}: "
+            "check the teacher and its input scale"
+        )
+    return logits
+
+
+def save_logits(path: str | Path, logits: np.ndarray, fingerprint: str) -> None:
+    """Saves logits [N, K] with the fingerprint of their data set, whole or not at all."""
+    with written_whole(Path(path).expanduser()) as file:
+        np.savez(file, logits=np.asarray(logits, np.float32), fingerprint=np.array(fingerprint))

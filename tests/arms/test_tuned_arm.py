@@ -1,0 +1,277 @@
+"""Arms that tune their loss: without anything to tune they are plain ones; with it they leave bad starts; they resume."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ev3_distill.arms import arms_named
+from ev3_distill.arms.gradient import gradient_arm
+from ev3_distill.arms.tuned_arm import TUNABLE, seen, tuned_arm
+from ev3_distill.core.explore import held_from
+from ev3_distill.errors import InputError
+from ev3_distill.hypergrad.spaces import net_weights
+from ev3_distill.students.families.resnet import resnet
+from ev3_distill.tasks.classification import losses
+from ev3_distill.types import Batch, Stretch, Variables
+
+N = 256
+
+
+def split(seed, *, wrong=1.0):
+    """Labels by a line that a teacher, in a share of the examples, sees the wrong way round."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(N, 4)).astype(np.float32)
+    y = (x[:, 0] > 0).astype(np.int32)
+    says = np.where(rng.random(N) < wrong, 1 - y, y)
+    return Batch(
+        jnp.asarray(x), jnp.asarray(y), jnp.asarray(6 * np.eye(2, dtype=np.float32)[says]), jnp.arange(N), jnp.ones(N)
+    )
+
+
+def apply(variables, inputs, *, train, key=None):
+    return jnp.tanh(inputs @ variables.params["w"]) @ variables.params["out"], variables
+
+
+def fresh():
+    first, second = jax.random.split(jax.random.key(3))
+    params = {"w": jax.random.normal(first, (4, 8)), "out": 0.1 * jax.random.normal(second, (8, 2))}
+    return Variables(params, {})
+
+
+def drawing(examples):
+    def draw(step):
+        rows = jax.random.randint(jax.random.key(step), (32,), 0, len(examples.labels))
+        return jax.tree.map(lambda leaf: leaf[rows], examples), jax.random.key(step)
+
+    return draw
+
+
+def stretch(start, steps):
+    return Stretch(jnp.int32(start), jnp.int32(steps), jnp.float32(0), jnp.float32(0))
+
+
+@functools.cache
+def rolled(*, wrong=1.0, steps=150, **options):
+    arm = tuned_arm("tuned", apply, optax.adam(1e-2), **options)
+    draw, held = drawing(split(0, wrong=wrong)), held_from(split(1, wrong=wrong), jax.random.key(1), batch_size=64)
+    propose = jax.jit(lambda state, where: arm.propose(state, draw, where, held))
+    return arm, propose, propose(arm.init(fresh()), stretch(0, steps))
+
+
+def accuracy(variables, examples):
+    return float((apply(variables, examples.inputs, train=False)[0].argmax(1) == examples.labels).mean())
+
+
+def test_with_nothing_to_tune_it_is_the_plain_arm():
+    _, _, (state, student) = rolled(tune=(), wrong=0.0)
+    loss = losses.mix((0.9, losses.kd(temperature=4.0)), (0.1, losses.cross_entropy()))
+    plain = gradient_arm("kd4", apply, loss, optax.adam(1e-2))
+    draw = drawing(split(0, wrong=0.0))
+    after, proposed = jax.jit(lambda state: plain.propose(state, draw, stretch(0, 150)))(plain.init(fresh()))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), student, proposed)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), state.trajectory, after)
+
+
+def test_annealed_it_is_the_plain_arm_that_is_annealed():
+    loss, schedule = (
+        losses.mix((0.9, losses.kd(temperature=4.0)), (0.1, losses.cross_entropy())),
+        lambda spent: 1 - spent,
+    )
+    arm = tuned_arm("tuned", apply, optax.adam(1e-2), tune=(), anneal=schedule)
+    plain = gradient_arm("kd4", apply, loss, optax.adam(1e-2), anneal=schedule)
+    draw, whole = (
+        drawing(split(0, wrong=0.0)),
+        Stretch(jnp.int32(0), jnp.int32(50), jnp.float32(0.5), jnp.float32(0.01)),
+    )
+    tuned = jax.jit(lambda state: arm.propose(state, draw, whole, draw))(arm.init(fresh()))[1]
+    annealed = jax.jit(lambda state: plain.propose(state, draw, whole))(plain.init(fresh()))[1]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), tuned, annealed)
+
+
+def test_a_convolutional_student_tunes_by_the_optimizer_that_it_learns_by():
+    """Muon, which makes the first step of every kernel as long as any: Adam has no such."""
+    student = resnet((8, 8, 1), 2, depth=8, width=2)
+    (arm,) = arms_named(student.apply, ["tuned-temperature-mix"], network=student)
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.normal(size=(16, 8, 8, 1)), jnp.float32)
+    batch = Batch(
+        images, jnp.arange(16) % 2, jnp.asarray(rng.normal(size=(16, 2)), jnp.float32), jnp.arange(16), jnp.ones(16)
+    )
+
+    def draw(step):
+        return batch, jax.random.key(step)
+
+    begun = arm.init(student.init(jax.random.key(0)))
+    where = Stretch(jnp.int32(0), jnp.int32(10), jnp.float32(0.1), jnp.float32(0.01))
+    after, proposed = jax.jit(lambda state: arm.propose(state, draw, where, draw))(begun)
+    names = {str(path) for path, _ in jax.tree_util.tree_leaves_with_path(after.trajectory.opt_state)}
+    assert any("muon" in name for name in names)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((after.tuned, proposed)))
+    assert any(
+        float(jnp.abs(x - y).max()) > 0
+        for x, y in zip(*map(jax.tree.leaves, (begun.tuned.free, after.tuned.free)), strict=True)
+    )
+
+
+@pytest.mark.parametrize("method", ["jvp", "guided"])
+def test_it_leaves_a_teacher_that_is_wrong(method):
+    arm, _, (state, student) = rolled(tune=("temperature", "mix"), every=2, method=method)
+    shown = arm.shows(state)
+    assert set(shown) == {"temperature", "mix"} and state.tuned.steps == 75
+    assert shown["mix"][1] > 0.3 and shown["temperature"] > 0  # from .1
+    _, _, (_, untuned) = rolled(tune=())
+    test = split(2)
+    assert accuracy(untuned, test) < 0.2 < 0.5 < accuracy(student, test)
+
+
+def test_weights_find_where_the_teacher_is_wrong():
+    options = {"tune": ("weights",), "steps": 400, "every": 2, "wrong": 0.4}
+    _, _, (state, student) = rolled(**options)
+    examples = split(0, wrong=0.4)
+    weights = net_weights(state.tuned.free["weights"], seen(apply(student, examples.inputs, train=False)[0], examples))
+    wrong = examples.teacher_logits.argmax(1) != examples.labels
+    assert weights[wrong, 0].max() < weights[~wrong, 0].min()
+
+
+def test_a_rate_that_is_too_small_grows():
+    arm = tuned_arm("tuned", apply, optax.sgd(1e-4), tune=("rate",), every=1)
+    draw, held = drawing(split(0, wrong=0.0)), held_from(split(1, wrong=0.0), jax.random.key(1), batch_size=64)
+    state, _ = jax.jit(lambda state: arm.propose(state, draw, stretch(0, 100), held))(arm.init(fresh()))
+    assert arm.shows(state)["rate"] > 3
+
+
+def shaken(examples, deviation, seed):
+    noise = jax.random.normal(jax.random.key(seed), examples.inputs.shape)
+    return examples._replace(inputs=examples.inputs + deviation * noise)
+
+
+def tuned_on(examples, held_out, begun, where, **options):
+    """The student that an arm proposes, and the hyperparameters that it shows."""
+    arm = tuned_arm("tuned", apply, optax.adam(1e-2), every=2, **options)
+    held = held_from(held_out, jax.random.key(1), batch_size=64)
+    state, student = jax.jit(lambda state: arm.propose(state, drawing(examples), where, held))(arm.init(begun))
+    return student, arm.shows(state)
+
+
+def test_noise_grows_where_held_out_examples_are_noisy():
+    """And helps a student that knows 16 clean examples by heart."""
+    few, held_out = jax.tree.map(lambda leaf: leaf[:16], split(0, wrong=0.0)), shaken(split(1, wrong=0.0), 1.0, 7)
+    overfitted, _ = tuned_on(few, held_out, fresh(), stretch(0, 200), tune=())
+    student, shown = tuned_on(few, held_out, overfitted, stretch(200, 200), tune=("noise",), noise=0.3)
+    assert set(shown) == {"noise"} and shown["noise"].shape == ()
+    assert shown["noise"] > 1
+    test = shaken(split(2, wrong=0.0), 1.0, 8)
+    before, after = (losses.cross_entropy()(apply(x, test.inputs, train=False)[0], test) for x in (overfitted, student))
+    assert after < 0.75 * before
+
+
+def test_noise_goes_where_it_only_hurts():
+    """A young student and many examples, clean as those held out."""
+    _, shown = tuned_on(split(0, wrong=0.0), split(1, wrong=0.0), fresh(), stretch(0, 200), tune=("noise",), noise=1.0)
+    assert shown["noise"] < 0.25
+
+
+def test_without_noise_to_tune_there_is_none():
+    def program(tune, noise):
+        arm = tuned_arm("tuned", apply, optax.adam(1e-2), tune=tune, noise=noise)
+        draw = drawing(split(0))
+        return str(jax.make_jaxpr(lambda state: arm.propose(state, draw, stretch(0, 9), draw))(arm.init(fresh())))
+
+    of_normals = "erf_inv"
+    assert program(("temperature", "mix"), 0.1) == program(("temperature", "mix"), 9.0)
+    assert of_normals not in program(("temperature", "mix", "weights", "rate"), 0.1)
+    assert of_normals in program(("temperature", "noise"), 0.1)
+
+
+def test_dropout_is_what_it_was_beside_noise():
+    """Noise too weak for any digit leaves the trajectory of a student whose dropout has the step's key."""
+
+    def dropping(variables, inputs, *, train, key=None):
+        hidden = jnp.tanh(inputs @ variables.params["w"])
+        kept = jax.random.bernoulli(jax.random.fold_in(key, 0), 0.5, hidden.shape) if train else 0.5
+        return (hidden * kept) @ variables.params["out"], variables
+
+    def student(tune):
+        arm = tuned_arm("tuned", dropping, optax.adam(1e-2), tune=tune, noise=1e-20, every=1000)
+        draw = drawing(split(0, wrong=0.0))
+        return jax.jit(lambda state: arm.propose(state, draw, stretch(0, 30), draw))(arm.init(fresh()))[1].params
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), student(("noise",)), student(()))
+
+
+def test_an_outer_step_of_noise_is_the_slope_of_the_training_step_just_made():
+    """By finite differences of whole steps of the arm, in float64: its two losses must see the same noise."""
+    with jax.enable_x64(True):
+        widen = functools.partial(
+            jax.tree.map, lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        )
+        draw, held = drawing(widen(split(0))), held_from(widen(split(1)), jax.random.key(1), batch_size=64)
+        outer, begun = optax.sgd(1.0), widen(fresh())
+
+        def after(noise):
+            arm = tuned_arm("tuned", apply, optax.sgd(0.1), tune=("noise",), noise=1.0, outer=outer, every=1)
+            state = arm.init(begun)
+            free = {"noise": jnp.log(noise)}
+            state = state._replace(tuned=state.tuned._replace(free=free, average=free))
+            return arm.propose(state, draw, stretch(3, 1), held)
+
+        def held_out_loss(log_noise):
+            logits, _ = apply(after(jnp.exp(log_noise))[1], held(jnp.int32(3))[0].inputs, train=True)
+            return losses.cross_entropy()(logits, held(jnp.int32(3))[0])
+
+        at, h = jnp.log(jnp.float64(0.3)), 1e-4
+        slope = jax.jit(lambda: (held_out_loss(at + h) - held_out_loss(at - h)) / (2 * h))()
+        state, _ = jax.jit(after)(jnp.exp(at))
+        assert abs(slope) > 1e-6
+        np.testing.assert_allclose(at - state.tuned.free["noise"], slope, rtol=1e-5)
+
+
+def test_noise_on_bytes_is_noise_on_what_networks_take_them_as():
+    def taking(variables, inputs, *, train, key=None):
+        return apply(variables, inputs / 255 if inputs.dtype == jnp.uint8 else inputs, train=train, key=key)
+
+    rng = np.random.default_rng(0)
+    images = split(0)._replace(inputs=jnp.asarray(rng.integers(0, 256, (N, 4)), jnp.uint8))
+
+    def after(examples):
+        arm = tuned_arm("tuned", taking, optax.adam(1e-2), tune=("noise",), every=2)
+        draw = drawing(examples)
+        return jax.jit(lambda state: arm.propose(state, draw, stretch(0, 20), draw))(arm.init(fresh()))
+
+    of_bytes, of_numbers = after(images), after(images._replace(inputs=images.inputs.astype(jnp.float32) / 255))
+    assert of_bytes[0].tuned.steps == 10
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), of_bytes, of_numbers)
+
+
+def test_it_goes_on_where_it_was():
+    arm, propose, (whole, student) = rolled(tune=("temperature", "mix"))
+    half, _ = propose(arm.init(fresh()), stretch(0, 70))
+    rest, same = propose(half, stretch(70, 80))
+    jax.tree.map(np.testing.assert_array_equal, (rest, same), (whole, student))
+
+
+def test_zero_steps_change_nothing():
+    arm, propose, _ = rolled(tune=("temperature", "mix"))
+    begun = arm.init(fresh())
+    state, student = propose(begun, stretch(5, 0))
+    jax.tree.map(np.testing.assert_array_equal, (state, student), (begun, fresh()))
+
+
+def test_held_out_batches_follow_the_step_alone():
+    examples = split(1)
+    held = held_from(examples, jax.random.key(0), batch_size=16)
+    one, _ = held(jnp.int32(3))
+    again, _ = held(jnp.int32(3))
+    other, _ = held(jnp.int32(4))
+    assert (one.index == again.index).all() and not (one.index == other.index).all()
+    assert (one.inputs == examples.inputs[one.index]).all()
+
+
+def test_what_cannot_be_tuned():
+    assert TUNABLE == ("temperature", "mix", "weights", "rate", "noise")
+    with pytest.raises(InputError, match="temperature, mix, weights, rate, noise; got 'depth'"):
+        tuned_arm("tuned", apply, optax.adam(1e-2), tune=("depth",))

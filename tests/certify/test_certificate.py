@@ -1,0 +1,213 @@
+"""The certificate shares the risk of error as it says, and promises exactly what its bounds allow."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from ev3_distill.certify.certificate import (
+    ASKED,
+    Certificate,
+    Claim,
+    Outputs,
+    Parts,
+    accuracy_by,
+    claims_of,
+    clopper_pearson_lower,
+    make_certificate,
+    shares_of,
+    shares_when_reopened,
+)
+from ev3_distill.errors import InputError
+
+
+def test_certify_shares_the_level_among_the_claims():
+    right, agreed = np.repeat([1, 0], [90, 10]), np.repeat([True, False], [97, 3])
+    certificate = make_certificate({"accuracy": right, "agreement": agreed}, confidence=0.9)
+    assert certificate == Certificate(
+        0.9,
+        (
+            Claim("accuracy", 0.9, clopper_pearson_lower(90, 100, confidence=0.95), 100),
+            Claim("agreement", 0.97, clopper_pearson_lower(97, 100, confidence=0.95), 100),
+        ),
+    )
+    alone = make_certificate({"accuracy": right}, confidence=0.9).claims[0]
+    assert alone.lower_bound == pytest.approx(clopper_pearson_lower(90, 100, confidence=0.9), rel=1e-12)
+    assert alone.lower_bound > certificate.claims[0].lower_bound
+
+
+def test_certify_takes_claims_of_outputs():
+    logits, labels = np.eye(2)[np.repeat([0, 1], [90, 10])], np.zeros(100, int)
+    outputs = Outputs(logits, labels, np.eye(2)[labels])
+    certificate = make_certificate(claims_of(["accuracy", "brier", "accuracy"], outputs), confidence=0.9)
+    assert [claim.metric for claim in certificate.claims] == ["accuracy", "brier"]
+    assert certificate.claims[0].lower_bound == clopper_pearson_lower(90, 100, confidence=0.95)
+    uneven = make_certificate(
+        claims_of(["accuracy", "agreement"], outputs), confidence=0.9, shares={"accuracy": 0.9, "agreement": 0.1}
+    )
+    levels = [claim.lower_bound for claim in uneven.claims]
+    assert levels == [pytest.approx(clopper_pearson_lower(90, 100, confidence=c)) for c in (0.91, 0.99)]
+
+
+def test_joint_coverage_of_exclusive_metrics():
+    # An example is right for at most one of two metrics: far from independent, all outcomes enumerable.
+    n, confidence, each = 12, 0.8, 0.9
+    bounds = np.array([clopper_pearson_lower(k, n, confidence=each) for k in range(n + 1)])
+    for p in np.linspace(0.01, 0.49, 25):
+        first = np.arange(n + 1)
+        held = 0.0
+        for k in first[bounds <= p]:
+            second = np.arange(n - k + 1)
+            held += binom.pmf(k, n, p) * binom.pmf(second, n - k, p / (1 - p))[bounds[second] <= p].sum()
+        assert held >= confidence
+
+
+def test_whichever_of_two_students_is_delivered_the_promise_holds():
+    """The wanted one if its bound reaches the threshold, else the other: all outcomes. The whole risk for each breaks it."""
+    n, confidence, threshold = 30, 0.9, 0.6
+
+    def broken(among):
+        scores = (np.repeat([1, 0], [k, n - k]) for k in range(n + 1))
+        made = (make_certificate({"accuracy": right}, confidence=confidence, among=among) for right in scores)
+        bounds = np.array([certificate.claims[0].lower_bound for certificate in made])
+        worst = 0.0
+        for wanted in np.linspace(0.4, 0.99, 60):
+            for other in np.linspace(0.4, 0.99, 60):
+                of_wanted, of_other = (binom.pmf(np.arange(n + 1), n, p) for p in (wanted, other))
+                first = bounds >= threshold
+                false = of_wanted[first & (bounds > wanted)].sum()
+                false += of_wanted[~first].sum() * of_other[bounds > other].sum()
+                worst = max(worst, false)
+        return worst
+
+    assert broken(2) <= 1 - confidence < broken(1)
+
+
+def test_each_of_several_students_has_its_share_of_a_table():
+    outputs = Outputs(np.eye(2)[[0, 0, 0, 1, 1, 0]], np.array([0, 0, 0, 0, 1, 1]))
+    table = accuracy_by(outputs, Parts("class", outputs.labels, ["a", "b"]), confidence=0.9, among=2)
+    expected = [clopper_pearson_lower(k, n, confidence=1 - 0.1 / 4) for k, n in ((3, 4), (1, 2))]
+    assert [row[2] for row in table.rows] == pytest.approx(expected)
+    assert table.confidence == 0.9
+
+
+def test_all_claims_of_one_student_hold_together():
+    """Everything that can be claimed of a student at once, on splits of a population that is known."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(30_000) % 3
+    logits = rng.normal(size=(30_000, 3)) + 2 * np.eye(3)[labels]
+    teacher = rng.normal(size=(30_000, 3)) + 3 * np.eye(3)[labels]
+    whole = Outputs(logits, labels, teacher, rng.integers(2, size=30_000), 2)
+    costs = 1 - np.eye(3)
+    metrics = [
+        *("accuracy", "agreement", "top2_accuracy", "balanced_accuracy", "worst_class_accuracy", "macro_f1"),
+        *("worst_group_accuracy", "drop(accuracy)", "ece", "brier", "cost"),
+    ]
+    truth = {name: claim(0.5).point for name, claim in claims_of(metrics, whole, costs=costs).items()}
+    failed = 0
+    for _ in range(100):
+        rows = rng.integers(30_000, size=200)
+        split = Outputs(*(leaf[rows] for leaf in whole[:4]), 2)
+        claims = make_certificate(claims_of(metrics, split, costs=costs), confidence=0.8).claims
+        lower = [claim.lower_bound is None or claim.lower_bound <= truth[claim.metric] for claim in claims]
+        upper = [claim.upper_bound is None or claim.upper_bound >= truth[claim.metric] for claim in claims]
+        failed += not all(lower + upper)
+    assert failed <= binom.isf(0.001, 100, 0.2)
+
+
+def test_as_dict_is_json():
+    data = make_certificate({"accuracy": np.ones(20, np.float32)}).as_dict()
+    assert json.loads(json.dumps(data)) == data
+    assert set(data) == {"confidence", "claims"}
+    assert data["confidence"] == 0.95
+    assert data["claims"] == [
+        {"metric": "accuracy", "point": 1.0, "lower_bound": pytest.approx(0.05 ** (1 / 20)), "n": 20}
+    ]
+
+
+def test_upper_bounds_stand_in_the_json_in_their_place():
+    logits = np.eye(2)[np.zeros(10, int)]
+    claims = make_certificate(claims_of(["brier"], Outputs(logits, np.zeros(10, int)))).as_dict()["claims"]
+    assert set(claims[0]) == {"metric", "point", "upper_bound", "n"}
+
+
+@pytest.mark.parametrize("score", [[0.5, 1], [2, 0], [np.nan, 1], [[0, 1], [1, 1]], 1])
+def test_rejects_scores_that_are_not_zeros_and_ones(score):
+    with pytest.raises(ValueError, match="vector of 0 and 1"):
+        make_certificate({"accuracy": np.array(score)})
+
+
+def test_rejects_what_gives_no_bound():
+    with pytest.raises(InputError, match="at least one example"):
+        make_certificate({"accuracy": np.zeros(0)})
+    with pytest.raises(ValueError, match="at least one metric"):
+        make_certificate({})
+
+
+# Tables.
+
+
+def test_the_table_of_classes_by_hand():
+    labels, answers = np.repeat([0, 1, -1], [10, 20, 5]), np.repeat([0, 1, 1, 0, 0], [9, 1, 15, 5, 5])
+    table = accuracy_by(
+        Outputs(np.eye(3)[answers], labels), Parts("class", labels, ("ant", "bee", "cat")), confidence=0.9
+    )
+    each = 1 - 0.1 / 3
+    assert table.rows == (
+        ("ant", 0.9, clopper_pearson_lower(9, 10, confidence=each), 10),
+        ("bee", 0.75, clopper_pearson_lower(15, 20, confidence=each), 20),
+        ("cat", None, 0.0, 0),
+    )
+    told = Certificate(0.9, (), (table,)).as_dict()["tables"]
+    assert told == json.loads(json.dumps(told))
+    assert told[0]["rows"][2] == {"name": "cat", "point": None, "lower_bound": 0.0, "n": 0}
+    assert (told[0]["of"], told[0]["metric"], told[0]["confidence"]) == ("class", "accuracy", 0.9)
+
+
+def test_a_table_holds_as_a_whole():
+    rng = np.random.default_rng(0)
+    truth, labels = np.array([0.5, 0.7, 0.9, 0.97, 0.99]), np.arange(300) % 5
+    failed = 0
+    for _ in range(400):
+        answers = np.where(rng.random(300) < truth[labels], labels, (labels + 1) % 5)
+        table = accuracy_by(Outputs(np.eye(5)[answers], labels), Parts("class", labels, "abcde"), confidence=0.8)
+        failed += any(bound > p for (*_, bound, _), p in zip(table.rows, truth, strict=True))
+    assert failed <= binom.isf(0.001, 400, 0.2)
+
+
+# Reopened splits.
+
+
+def test_shares_of_a_reopened_split_sum_to_one_over_all_that_could_be_asked():
+    assert sum(shares_of(["a", "b", "c"]).values()) == pytest.approx(1)
+    single = [name for name in ASKED if name not in ("topK_accuracy", "drop(topK_accuracy)", "MODULE:FUNCTION")]
+    tops = [f"top{k}_accuracy" for k in range(2, 300)]
+    named = [*single, *tops, *(f"drop({name})" for name in tops)]
+    spent = dict.fromkeys(named, 0.0)
+    for j in range(1, 300):
+        functions = [f"own:score{j}_{i}" for i in range(j % 3)]
+        shares = shares_when_reopened([*named, *functions], j)
+        for metric in ("cost", "latency_ms"):
+            spent[metric] += shares.pop(metric)  # of something new each time
+        assert shares["accuracy"] == 1 / len(ASKED)
+        spent |= shares  # the same bounds as the time before
+    assert 0.97 < sum(spent.values()) <= 1 + 1e-9
+
+
+def test_a_claim_of_a_reopened_split_is_looser_than_the_same_in_a_first_opening():
+    shares = shares_when_reopened(["accuracy", "top5_accuracy", "own:score"], 2)
+    assert shares["accuracy"] == 1 / len(ASKED)
+    assert shares["top5_accuracy"] == pytest.approx(1 / len(ASKED) / 20)
+    assert shares["own:score"] == pytest.approx(1 / len(ASKED) / 6)
+    assert shares_when_reopened(["own:a", "own:b"], 1)["own:a"] == pytest.approx(1 / len(ASKED) / 4)
+    assert math.fsum(shares.values()) < 1
+
+
+def test_the_promise_page_tells_the_number_of_metrics():
+    from pathlib import Path
+
+    page = (Path(__file__).parents[2] / "docs" / "promise.md").read_text()
+    assert f"each of the {len(ASKED)} metrics" in " ".join(page.split())
+    assert f"gets delta / {len(ASKED)}" in " ".join(page.split())

@@ -1,0 +1,230 @@
+"""Guards: read as they are written, certified by the bound and never by the point, and what the command line makes of them."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import SMALL
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ev3_distill.errors import InputError
+from ev3_distill.guards import FORMS, KNOWN, METRICS, Guard, form_of, judge, metric_named, parse
+from ev3_distill.tasks.classification.metric_bounds import Claim
+
+
+@pytest.mark.parametrize(
+    ("text", "guard"),
+    [
+        ("accuracy >= 0.88", Guard("accuracy", 0.88)),
+        ("  worst_class_accuracy>=.7 ", Guard("worst_class_accuracy", 0.7)),
+        ("drop(accuracy) <= -1e-2", Guard("drop(accuracy)", -0.01)),
+        ("params <= 50000", Guard("params", 50000)),
+        ("top5_accuracy >= 0.99", Guard("top5_accuracy", 0.99)),
+        ("drop(top5_accuracy) <= 0", Guard("drop(top5_accuracy)", 0)),
+        ("cost <= -2.5", Guard("cost", -2.5)),
+        ("latency_ms<=0.5", Guard("latency_ms", 0.5)),
+        ("my_pkg.my_module:Score_1 >= 0.3", Guard("my_pkg.my_module:Score_1", 0.3)),
+    ],
+)
+def test_parse(text, guard):
+    assert parse(text) == guard
+
+
+MANY = ("top2_accuracy", "top10_accuracy", "drop(top3_accuracy)", "module:function")
+
+
+@given(st.sampled_from([*sorted(METRICS), *MANY]), st.floats(0.01, 1))
+def test_what_is_written_is_read_again(metric, threshold):
+    guard = Guard(metric, float(f"{threshold * (1000 if metric in KNOWN else 1):.10g}"))
+    assert parse(str(guard)) == guard
+
+
+def test_every_metric_has_a_form():
+    assert {form_of(metric) for metric in MANY} == set(FORMS)
+    assert all(form_of(metric) == metric for metric in METRICS)
+    for name in ("top1_accuracy", "top05_accuracy", "drop(ece)", "drop(top1_accuracy)", "f1", "a:b:c", ""):
+        assert metric_named(name) is None, name
+    with pytest.raises(ValueError, match="parse it"):
+        str(Guard("f1", 0.5))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("accuracy", "METRIC >= NUMBER"),
+        ("accuracy > 0.9", "METRIC >= NUMBER"),
+        ("f1 >= 0.9", "about accuracy, balanced_accuracy, "),
+        ("f1 >= 0.9", "topK_accuracy, drop(topK_accuracy), MODULE:FUNCTION; got 'f1' in 'f1 >= 0.9'"),
+        ("top1_accuracy >= 0.9", "got 'top1_accuracy'"),
+        ("drop(ece) <= 0.1", "got 'drop(ece)'"),
+        ("cross_entropy <= 0.3", "cross entropy has no limit"),
+        ("cross_entropy <= 0.3", "got 'cross_entropy <= 0.3': guard brier, which lies in [0, 1]"),
+        ("accuracy <= 0.9", "write 'accuracy >= 0.9'"),
+        ("params >= 10", "write 'params <= 10'"),
+        ("accuracy >= 88", "at least 0 and at most 1; got '88'"),
+        ("accuracy >= high", "got 'high'"),
+        ("accuracy >= nan", "got 'nan'"),
+        ("params <= inf", "at least 1; got 'inf'"),
+        ("cost <= inf", "for cost is finite; got 'inf'"),
+        ("latency_ms <= -1", "at least 0; got '-1'"),
+        ("ece >= 0.1", "write 'ece <= 0.1'"),
+        ("top5_accuracy <= 0.1", "write 'top5_accuracy >= 0.1'"),
+        ("module:function <= 0.1", "write 'module:function >= 0.1'"),
+    ],
+)
+def test_bad_guards(text, told):
+    with pytest.raises(InputError) as error:
+        parse(text)
+    assert told in str(error.value)
+
+
+def test_the_bound_decides_and_not_the_point():
+    claims = [
+        Claim("accuracy", 0.95, 0.93, 100),
+        Claim("drop(accuracy)", 0.01, None, 100, upper_bound=0.03),
+        Claim("ece", 0.01, None, 100, upper_bound=0.05),
+        Claim("own:score", 0.9, 0.8, 100),
+    ]
+    texts = ["accuracy >= 0.93", "accuracy >= 0.94", "drop(accuracy) <= 0.03", "drop(accuracy) <= 0.02", "params <= 10",
+             "bytes <= 44", "ece <= 0.02", "own:score >= 0.8"]  # fmt: skip
+    known = {"params": 11, "bytes": 44}
+    outcomes = judge([parse(text) for text in texts], claims, known=known)
+    assert [outcome["guard"] for outcome in outcomes] == texts
+    assert [outcome["certified"] for outcome in outcomes] == [True, False, True, False, False, True, False, True]
+    assert [outcome["bound"] for outcome in outcomes] == [0.93, 0.93, 0.03, 0.03, 11, 44, 0.05, 0.8]
+    json.dumps(outcomes)
+    assert judge([parse("params <= 11")], [], known=known)[0]["certified"]
+
+
+def test_compress_and_evaluate_exit_by_their_guards(here, cli):
+    guards = ("accuracy >= 0.5", "worst_class_accuracy >= 0.999", "drop(accuracy) <= 0.3", "params <= 700")
+    options = [word for guard in guards for word in ("--guard", guard)]
+    answer = cli("compress", *SMALL, *options, "--out", "run")
+    assert answer.code == 3
+    assert "Guard accuracy >= 0.5: certified, proven is at least" in answer.out
+    assert "Guard worst_class_accuracy >= 0.999: NOT CERTIFIED, proven is at least" in answer.out
+    assert "Guard params <= 700: certified, 610 parameters" in answer.out
+    told = json.loads((here / "run" / "report.json").read_text())
+    assert [guard["certified"] for guard in told["guards"]] == [True, False, True, True]
+    assert [claim["metric"] for claim in told["certificate"]["claims"]] == [
+        "accuracy", "agreement", "worst_class_accuracy", "drop(accuracy)",
+    ]  # fmt: skip
+    page = (here / "run" / "report.html").read_text()
+    assert "NOT CERTIFIED" in page and "accuracy on its worst class" in page
+    assert cli("compress", "--resume", "run").code == 3  # finished; it says so again
+    assert cli("evaluate", "run", "--guard", "accuracy >= 0.5").code == 0
+    assert cli("evaluate", "run", "--guard", "accuracy >= 0.5", "--guard", "worst_class_accuracy >= 0.999").code == 3
+
+
+OWN = """
+import numpy as np
+
+
+def close(logits, labels):
+    return 1 - np.abs(logits.argmax(1) - labels) / 9
+"""
+
+
+def test_every_metric_can_be_guarded(here, cli):
+    (here / "guard_metric.py").write_text(OWN)
+    np.savetxt("costs.csv", 1 - np.eye(10), delimiter=",")
+    certain = (
+        *("accuracy >= 0", "top2_accuracy >= 0.5", "balanced_accuracy >= 0.5", "worst_class_accuracy >= 0"),
+        *("macro_f1 >= 0.5", "latency_ms <= 10000"),
+        *("agreement >= 0.5", "drop(accuracy) <= 0.3", "drop(top3_accuracy) <= 0.3", "ece <= 0.5", "brier <= 0.4"),
+        *("cost <= 0.5", "params <= 610", "bytes <= 2440", "guard_metric:close >= 0.5"),
+    )
+    options = [word for guard in certain for word in ("--guard", guard)]
+    answer = cli("compress", *SMALL, *options, "--costs", "costs.csv", "--out", "run")
+    assert answer.code == 0, answer.err + answer.out
+    assert "Guard bytes <= 2440: certified, 2,440 bytes" in answer.out
+    told = json.loads((here / "run" / "report.json").read_text())
+    claims = {claim["metric"]: claim for claim in told["certificate"]["claims"]}
+    assert len(claims) == 13
+    assert claims["cost"]["point"] == pytest.approx(1 - claims["accuracy"]["point"])
+    assert claims["cost"]["upper_bound"] < 1 - claims["accuracy"]["lower_bound"] + 0.05
+    assert claims["latency_ms"]["n"] == 301
+    flat = " ".join(answer.out.split())
+    for shown in ("top-2 accuracy", "less top-3 accuracy than its teacher", "ms median latency", "guard_metric:close"):
+        assert shown in flat
+    page = (here / "run" / "report.html").read_text()
+    assert "Brier score" in page and "Those of shares of examples are exact" in page
+
+    certificate = json.loads((here / "run" / "certificate.json").read_text())
+    assert {name: certificate[name] for name in told["certificate"]} == told["certificate"]
+    assert certificate["population"]["covered"].startswith("Examples that come as")
+    (table,) = certificate["tables"]
+    assert sum(row["n"] for row in table["rows"]) == 359
+    assert sum(row["n"] * row["point"] for row in table["rows"]) == pytest.approx(359 * claims["accuracy"]["point"])
+    assert all(row["lower_bound"] < row["point"] for row in table["rows"])
+
+    # the same claims again, but those of the teacher, without its being there: bit by bit, and no opening
+    alone = [guard for guard in certain if not guard.startswith(("agreement", "drop"))]
+    options = [word for guard in alone for word in ("--guard", guard)]
+    again = cli("evaluate", "run", *options, "--costs", "costs.csv")
+    assert again.code == 0, again.err
+    accuracy = claims["accuracy"]
+    assert again.out.startswith(f"accuracy: {accuracy['point']:.2%} of 359 examples; at least ")
+    upper = next(line for line in again.out.splitlines() if line.startswith("brier:"))
+    assert float(re.search(r"at most ([\d.]+) with", upper)[1]) == pytest.approx(
+        claims["brier"]["upper_bound"], rel=0.01
+    )
+    assert len(json.loads((here / "run" / "opened.json").read_text())["openings"]) == 1
+    # on other data all is claimed anew
+    other = cli("evaluate", "run", *options, "--costs", "costs.csv", "--data", "digits")
+    assert other.code == 0 and "are the data of the run" in other.err
+
+
+def test_the_worst_group_is_guarded(here, cli):
+    rng = np.random.default_rng(0)
+    labels = np.arange(900) % 3
+    groups = np.where(rng.random(900) < 0.3, "noisy", "clean")
+    noise = np.where(groups == "noisy", 2.0, 0.3)[:, None]
+    inputs = (2 * np.eye(4)[labels] + noise * rng.normal(size=(900, 4))).astype(np.float32)
+    np.savez("data.npz", inputs=inputs, labels=labels, groups=groups)
+    own = ("--teacher-network", "mlp:hidden=8", "--teacher-budget", "200")
+    options = ("--data", "npz:data.npz", "--student", "mlp:hidden=8", "--arms", "ce", "--budget", "600")
+    answer = cli("compress", *options, *own, "--guard", "worst_group_accuracy >= 0.95", "--out", "run")
+    assert answer.code == 3, answer.err
+    assert "accuracy on its worst group" in " ".join(answer.out.split())
+    certificate = json.loads((here / "run" / "certificate.json").read_text())
+    by_class, by_group = certificate["tables"]
+    assert (by_class["of"], by_group["of"]) == ("class", "group")
+    assert [row["name"] for row in by_group["rows"]] == ["clean", "noisy"]
+    clean, noisy = (row["point"] for row in by_group["rows"])
+    assert noisy < clean
+    worst = next(claim for claim in certificate["claims"] if claim["metric"] == "worst_group_accuracy")
+    assert worst["point"] == noisy
+    assert "Accuracy by group" in (here / "run" / "report.html").read_text()
+    assert cli("evaluate", "run", "--guard", "worst_group_accuracy >= 0.1").code == 0
+
+
+@pytest.mark.parametrize(
+    ("guard", "told"),
+    [
+        ("worst_group_accuracy >= 0.5", "needs groups; digits has none: guard worst_class_accuracy"),
+        ("cost <= 0.5", "needs costs; got none: give a CSV file of them by --costs"),
+        ("top10_accuracy >= 0.5", "needs more classes; digits has 10"),
+        ("no_such_module:score >= 0.5", "fails with ModuleNotFoundError"),
+        ("bytes <= 2439", "2,440 bytes: name a smaller --student"),
+    ],
+)
+def test_a_guard_that_cannot_be_known_is_refused_before_anything_is_written(here, cli, guard, told):
+    answer = cli("compress", *SMALL, "--guard", guard, "--out", "run")
+    assert answer.code == 2
+    assert told in answer.err
+    assert "Traceback" not in answer.err
+    assert not (here / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("guard", "told"),
+    [("params <= 100", "610 parameters: name a smaller --student"), ("accuracy >= 2", "at most 1; got '2'")],
+)
+def test_a_guard_out_of_reach_is_refused_before_anything_is_written(here, cli, guard, told):
+    answer = cli("compress", *SMALL, "--guard", guard, "--out", "run")
+    assert answer.code == 2
+    assert told in answer.err
+    assert not (here / "run").exists()

@@ -1,0 +1,256 @@
+"""What can go wrong with runs: broken surroundings lose nothing, and a run that is not what was asked for is refused."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import SMALL, assert_same_run, small_disk
+from refused_inputs import refused, save_npz
+
+# The run directory.
+
+
+def test_occupied_directory(cli, here):
+    (here / "run").mkdir()
+    (here / "run" / "thesis.tex").write_text("mine")
+    (here / "file").write_text("mine")
+    for name in ("run", "file"):
+        for command in ("compress", "teach"):
+            says = f"does not exist or is empty; {name} is neither: choose another --out, or go on with it by --resume"
+            refused(cli, here, command, "--out", name, says=says)
+
+
+def test_directory_that_cannot_be_made(cli, here, random_logits):
+    (here / "file").write_text("mine")
+    argv = ["compress", "--teacher", f"logits:{random_logits}", "--out", "file/run"]
+    refused(
+        cli,
+        here,
+        *argv,
+        says=r"a directory that it can make and write; got file/run \(Not a directory\): choose another",
+    )
+
+
+def test_empty_directory_and_a_killed_beginning_are_new(here, finished):
+    from ev3_distill.training.train import run_dir
+
+    (here / "run").mkdir()
+    run_dir.refuse_occupied(here / "run")
+    (here / "run" / "given.json").write_text("{}")
+    (here / "run" / ".config.toml.tmp").write_text("seed")
+    run_dir.refuse_occupied(here / "run")
+    run_dir.refuse_occupied(here / "new")
+    (here / "run" / ".vimrc").write_text("mine")
+    with run_dir.held(here / "run"):  # cleans up what is half written, and nothing else
+        assert sorted(path.name for path in (here / "run").iterdir()) == [".vimrc", "given.json"]
+    with pytest.raises(run_dir.InputError, match="is neither"):
+        run_dir.refuse_occupied(here / "run")
+
+
+def test_resume_of_no_run(cli, here):
+    says = "--resume needs the directory of a run; no has no config.toml: name another, or start one by --out"
+    refused(cli, here, "compress", "--resume", "no", says=says)
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        (["--budget", "1600"], "budget"),
+        (["--seed=1", "--arms", "ce"], "arms, seed"),
+        (["--delta", "0.1"], "ev3"),
+        (["--out", "elsewhere"], "--out"),
+        (["--config", "same.toml"], "--config"),
+    ],
+)
+def test_resume_with_another_configuration(cli, here, finished, options, changed):
+    shutil.copy(finished / "config.toml", here / "same.toml")
+    says = f"a resumed run keeps its configuration; got another {changed}: resume without it, or start anew with --out"
+    refused(cli, here, "compress", "--resume", finished, *options, says=says)
+
+
+def test_resume_by_the_other_command(cli, here, finished):
+    says = "teach --resume needs a run of teach; .*run is one of compress: use compress --resume"
+    refused(cli, here, "teach", "--resume", finished, says=says)
+    says = "compress --resume needs a run of compress; .*teacher is one of teach: use teach --resume"
+    refused(cli, here, "compress", "--resume", finished / "teacher", says=says)
+
+
+def test_two_processes_in_one_run(cli, here, finished):
+    from ev3_distill.training.train import run_dir
+
+    holder = "import sys; from pathlib import Path; from ev3_distill import run\n"
+    holder += "with run.held(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()\n"
+    command = [sys.executable, "-c", holder, str(finished)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        says = f"one process at a time may work in a run; another works in {finished}: wait for it"
+        refused(cli, here, "compress", "--resume", finished, says=says)
+        process.kill()  # the lock goes with its holder
+    with run_dir.held(finished):
+        pass
+
+
+def test_data_that_changed_since_the_start(cli, here, monkeypatch, random_logits):
+    """Whether the teacher was not yet trained, or its logits were already kept."""
+    from ev3_distill.training.train import run_dir
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    np.savez(here / "logits.npz", logits=np.random.default_rng(0).normal(size=(60, 3)))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_dir, "iterate", stop)
+        for name, options in (("own", ()), ("file", ("--teacher", "logits:logits.npz"))):
+            save_npz(here / "data.npz")
+            assert cli("compress", "--data", "npz:data.npz", *options, "--out", name).code == 130
+            save_npz(here / "data.npz", labels=np.arange(60)[::-1] % 3)
+            says = r"needs the data that it began with, fingerprint \w{12}; got \w{12}: put the old data back, or start anew"
+            refused(cli, here, "compress", "--resume", name, says=says)
+
+
+def test_data_that_changed_since_the_end(cli, here, finished):
+    shutil.copytree(finished, here / "run")
+    config = (here / "run" / "config.toml").read_text()
+    save_npz(here / "data.npz", rows=90, inputs=np.ones((90, 8, 8)), labels=np.arange(90) % 10)
+    (here / "run" / "config.toml").write_text(config.replace('data = "digits"', 'data = "npz:data.npz"'))
+    refused(cli, here, "evaluate", "run", says="needs the data that it began with")
+
+
+# Checkpoints.
+
+
+@pytest.fixture
+def interrupted(cli, here, monkeypatch, finished):
+    """A copy of the finished run as it was before its last iterations: checkpoints of the student, and no results."""
+    shutil.copytree(finished, here / "run")
+    for name in ("report.json", "report.html"):
+        (here / "run" / name).unlink()
+    shutil.rmtree(here / "run" / "student")
+    return here / "run"
+
+
+def checkpoints(run):
+    return sorted((path for path in (run / "checkpoints").iterdir()), key=lambda path: int(path.name))
+
+
+def damage(checkpoint):
+    for path in checkpoint.rglob("*"):
+        if path.is_file() and path.stat().st_size > 100:
+            os.truncate(path, path.stat().st_size // 2)
+
+
+def test_truncated_newest_checkpoint(cli, interrupted, finished):
+    newest = checkpoints(interrupted)[-1]
+    damage(newest)
+    answer = cli("compress", "--resume", interrupted)
+    assert answer.code == 0
+    says = f"ev3-distill: warning: checkpoint {newest.name} is damaged, falling back to the one before ("
+    assert sum(line.startswith(says) for line in answer.err.splitlines()) == 1
+    assert_same_run(finished, interrupted)
+
+
+def test_all_checkpoints_damaged(cli, here, interrupted):
+    for path in checkpoints(interrupted):
+        damage(path)
+    answer = cli("compress", "--resume", interrupted)
+    assert answer.code == 2
+    error = [line for line in answer.err.splitlines() if line.startswith("ev3-distill: error")]
+    assert len(error) == 1
+    assert "a resume needs one readable checkpoint; got 3 in " in error[0]
+    assert error[0].endswith(": start the run again elsewhere")
+    assert len(checkpoints(interrupted)) == 3
+
+
+def test_ledger_shorter_than_its_checkpoint(cli, interrupted):
+    ledger = interrupted / "ledger.jsonl"
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:3]))
+    answer = cli("compress", "--resume", interrupted)
+    assert answer.code == 2
+    assert "a resume needs the ledger row of every iteration that the checkpoint has seen" in answer.err
+    assert len(ledger.read_bytes().splitlines()) == 3
+
+
+# A full disk.
+
+
+def compress(*argv, limit=resource.RLIM_INFINITY):
+    """In a process of its own, which may write no file above `limit` bytes."""
+    code = "import resource, sys; from ev3_distill.cli import main; "
+    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {resource.RLIM_INFINITY})); main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "compress", *map(str, argv)]
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def assert_told_of_a_full_disk(process, run):
+    assert process.returncode == 2, process.stderr
+    assert "Traceback" not in process.stderr
+    assert process.stderr.splitlines()[-1] == (
+        f"ev3-distill: error: a run needs room on its disk; {run} is on one that is full: free some, then go on with "
+        f"--resume {run} (all up to the last checkpoint is kept)"
+    )
+
+
+@pytest.mark.parametrize("room", [40, 400])  # KiB: full while the teacher trains, while the student does
+def test_full_disk(room, finished, tmp_path):
+    disk, run = tmp_path / "disk", tmp_path / "disk" / "run"
+    with small_disk(disk, "16m"):
+        ballast = disk / "ballast"
+        free = shutil.disk_usage(disk).free
+        ballast.write_bytes(bytes(free - room * 1024))
+        assert_told_of_a_full_disk(compress(*SMALL, "--out", run), run)
+        ballast.unlink()
+        again = compress("--resume", run)
+        assert again.returncode == 0, again.stderr
+        assert_same_run(finished, run)
+
+
+def test_file_size_limit(finished, tmp_path, monkeypatch):
+    """EFBIG in place of ENOSPC: the logits of the teacher, 69 kB, are the first file that is too large."""
+    run = tmp_path / "run"
+    monkeypatch.setenv("EV3_DISTILL_CACHE", str(tmp_path / "cache"))
+    assert_told_of_a_full_disk(compress(*SMALL, "--out", run, limit=60_000), run)
+    again = compress("--resume", run)
+    assert again.returncode == 0, again.stderr
+    assert_same_run(finished, run)
+
+
+# Evaluate and report.
+
+
+def test_evaluate_and_report_need_a_finished_run(cli, here, interrupted):
+    refused(
+        cli,
+        here,
+        "evaluate",
+        interrupted,
+        says=r"evaluate needs a finished run; .*run has no report.json: finish it by",
+    )
+    refused(cli, here, "report", interrupted, says=r"a run has a report.json that can be read; .*: name another run")
+    (interrupted / "report.json").write_text("{")
+    refused(cli, here, "evaluate", interrupted, says=r"a run has a report.json that can be read; .*: name another run")
+    refused(cli, here, "report", interrupted, says=r"a run has a report.json that can be read; .*: name another run")
+
+
+def test_evaluate_on_other_shapes(cli, here, finished):
+    save_npz(here / "vectors.npz")
+    save_npz(here / "more.npz", inputs=np.zeros((60, 8, 8)), labels=np.arange(60) % 12)
+    says = r"takes inputs of shape \[8, 8, 1\] and knows 10 classes; npz:vectors.npz has \[4\] and 3: name data like its own"
+    refused(cli, here, "evaluate", finished, "--data", "npz:vectors.npz", says=says)
+    says = r"npz:more.npz has \[8, 8, 1\] and 12: name data like its own"
+    refused(cli, here, "evaluate", finished, "--data", "npz:more.npz", says=says)
+
+
+def test_evaluate_with_no_confidence(cli, here, finished):
+    refused(cli, here, "evaluate", finished, "--confidence", "1.5", says="confidence is a probability")
+
+
+def test_a_real_process_tells_the_same(here):
+    process = compress("--budget", "ten", "--out", here / "run")
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.startswith("ev3-distill: error: a budget is a positive number of steps")
+    assert process.stderr.count("\n") == 1
+    assert not list(here.iterdir())

@@ -1,0 +1,241 @@
+"""Held-out splits: no gradient meets them, each is evaluated whole; averages of proposals; the whole core on nulls."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from learning_checks import GOOD, LEARNABLE, NETWORK, SLOW, START, begin_good, proposals_of, step_good
+from random_walks import (
+    MANY,
+    NAN,
+    NAN_STUDENT,
+    SOUND,
+    apply_threshold,
+    assert_same,
+    begin,
+    differ,
+    explored,
+    finite,
+    ladder,
+    make_split,
+    threshold,
+)
+
+import ev3_distill.core
+from ev3_distill.config import EV3
+from ev3_distill.core import adapt, allocate, assess, explore, initial_state, make_step
+from ev3_distill.core import step as step_module
+from ev3_distill.tasks.classification import example_scores
+from ev3_distill.types import ADOPT, PROMOTE, Arm, Pools, Proposals, Variables
+
+CORE = Path(ev3_distill.core.__file__).parent
+
+
+# Held-out splits never meet a gradient.
+
+
+def scrambled(split):
+    rng = np.random.default_rng(7)
+    return split._replace(
+        inputs=jnp.asarray(100 * rng.normal(size=split.inputs.shape), jnp.float32),
+        labels=jnp.asarray(rng.permutation(split.labels)),
+        teacher_logits=-split.teacher_logits,
+        weight=5 * split.weight,
+    )
+
+
+def test_proposals_do_not_depend_on_assess_or_decide():
+    other = LEARNABLE._replace(assess=scrambled(LEARNABLE.assess), decide=scrambled(LEARNABLE.decide))
+    here, there = proposals_of((GOOD, SLOW)), proposals_of((GOOD, SLOW), other)
+    assert_same(here, there)
+    assert differ(here, proposals_of((GOOD, SLOW), LEARNABLE._replace(explore=scrambled(LEARNABLE.explore))))
+
+
+def test_no_gradient_of_an_iteration_reaches_a_held_out_split():
+    """Forward derivatives of a whole, adopted iteration: zero along assess and decide, not along explore."""
+    start = begin_good(LEARNABLE)
+    at = {
+        name: (getattr(LEARNABLE, name).inputs, getattr(LEARNABLE, name).teacher_logits)
+        for name in LEARNABLE._fields[:3]
+    }
+
+    def outcome(floats):
+        splits = {
+            name: getattr(LEARNABLE, name)._replace(inputs=inputs, teacher_logits=logits)
+            for name, (inputs, logits) in floats.items()
+        }
+        state, decision = step_good(LEARNABLE._replace(**splits), start, np.int32(MANY))
+        return (state.current, state.champion, state.arm_states), decision.verdict
+
+    derivative = jax.jit(lambda tangents: jax.jvp(outcome, (at,), (tangents,)))
+    for name in at:
+        tangents = {
+            other: jax.tree.map(lambda leaf, on=other == name: jnp.full_like(leaf, on), at[other]) for other in at
+        }
+        (_, verdict), (moves, _) = derivative(tangents)
+        assert int(verdict) in (ADOPT, PROMOTE)
+        floats = [leaf for leaf in jax.tree.leaves(moves) if leaf.dtype == jnp.float32]
+        assert len(floats) > 10
+        assert any(bool((leaf != 0).any()) for leaf in floats) == (name == "explore")
+
+
+def test_the_core_never_receives_the_test_split():
+    assert Pools._fields == ("explore", "assess", "decide", "seen")  # the last is some of explore
+    for module in (adapt, allocate, assess, explore, step_module):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            assert "test" not in inspect.signature(function).parameters, f"{module.__name__}.{name}"
+    for path in CORE.glob("*.py"):
+        attributes = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert "test" not in attributes, path.name
+
+
+# Assess.
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 6, 23, 25])
+def test_a_held_out_split_is_evaluated_whole_in_order_once(n):
+    """Five at a time: every example's logits are its own, and none is dropped, repeated or padded."""
+
+    def network(variables, inputs, *, train, key=None):
+        assert not train
+        return inputs * variables.params["t"] + jnp.array([0.0, 1.0]), variables
+
+    inputs = make_split(np.arange(n) * 3.0 + 1).inputs
+    logits = assess.logits_of(network, threshold(2), inputs, batch_size=5)
+    np.testing.assert_array_equal(logits, np.stack([np.arange(n) * 6.0 + 2, np.arange(n) * 6.0 + 3], 1))
+    np.testing.assert_array_equal(logits, network(threshold(2), inputs, train=False)[0])
+
+
+def test_chunks_change_no_score():
+    split = LEARNABLE.assess
+    once = assess.logits_of(NETWORK.apply, START, split.inputs, batch_size=1000)
+    for batch_size in (7, 49, 50):
+        chunked = assess.logits_of(NETWORK.apply, START, split.inputs, batch_size=batch_size)
+        np.testing.assert_allclose(chunked, once, rtol=1e-5, atol=1e-6)
+        measures = assess.Measures(example_scores.log_likelihood, example_scores.accuracy)
+        evidence = assess.score(NETWORK.apply, START, split, measures, batch_size=batch_size)
+        np.testing.assert_allclose(evidence.select, example_scores.log_likelihood(once, split), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(evidence.promise, example_scores.accuracy(once, split))
+
+
+def test_assess_scores_every_proposal_on_every_example():
+    stacked = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), threshold(3), threshold(50), threshold(NAN), threshold(23)
+    )
+    proposals = Proposals(stacked, (), jnp.array([True, True, False, False]))
+    evidence = assess.assess(
+        apply_threshold,
+        proposals,
+        ladder(23),
+        assess.Measures(lambda logits, split: logits[:, 0] + 0 * split.labels, example_scores.accuracy),
+        batch_size=5,
+    )
+    x = np.arange(23) + 0.5
+    np.testing.assert_array_equal(evidence.select[:2], [3 - x, 50 - x])
+    np.testing.assert_array_equal(evidence.promise[:2], [x < 3, x < 50])
+    assert np.isnan(evidence.select[2:]).all()
+    assert np.isnan(evidence.promise[2:]).all()
+
+
+def test_paired():
+    scores, reference = jnp.array([[1.0, 0, 1, 1], [0, 0, 0, 0]]), jnp.array([0.0, 0, 1, 0])
+    mean, se = assess.paired(scores, reference)
+    np.testing.assert_allclose(mean, [0.5, -0.25])
+    differences = np.array([[1, 0, 0, 1], [0, 0, -1, 0]])
+    np.testing.assert_allclose(se, differences.std(1, ddof=1) / 2, rtol=1e-6)
+    assert float(assess.paired(jnp.ones(1), jnp.zeros(1))[1]) == 0  # one example: no spread, and no division by zero
+
+
+# Averages of proposals.
+
+
+def test_the_average_is_the_mean_of_the_active_rows():
+    rng = np.random.default_rng(0)
+    leaves = rng.normal(size=(4, 3, 2)).astype(np.float32)
+    leaves[1] = NAN
+    leaves[3] = np.inf
+    variables = Variables({"w": jnp.asarray(leaves)}, {"n": jnp.array([4, 1, 9, 1])})
+    got = explore.mean_of(variables, jnp.array([True, False, True, False]))
+    np.testing.assert_allclose(got.params["w"], (leaves[0] + leaves[2]) / 2, rtol=1e-6)
+    assert got.stats["n"].dtype == jnp.int32
+    nothing = explore.mean_of(variables, jnp.zeros(4, bool))
+    assert finite(nothing)
+
+
+@pytest.mark.parametrize(
+    ("steps", "active"), [((3, 3, 0, 0), True), ((3, 0, 0, 0), False), ((0, 0, 0, 0), False), ((3, 0, 3, 0), False)]
+)
+def test_an_average_needs_two_sound_proposals(steps, active):
+    start = begin((1, 3, 5, 5), health=(SOUND, SOUND, NAN_STUDENT, SOUND))
+    made = explored(start, jnp.array(steps))
+    assert made.active.tolist() == [steps[0] > 0, steps[1] > 0, False, False, active]
+    if active:
+        assert float(made.variables.params["t"][4]) == 8 + (3 + 9) / 2
+
+
+@pytest.mark.parametrize(
+    ("tree", "want"),
+    [
+        ({"a": 1.0, "b": 2}, True),
+        ({"a": NAN, "b": 2}, False),
+        ({"a": 1.0, "b": -np.inf}, False),
+        ({"a": np.array([[1, 2], [3, np.nan]], np.float32)}, False),
+        ({"a": np.array([1.0], jnp.bfloat16), "b": np.array([np.inf], jnp.bfloat16)}, False),
+    ],
+)
+def test_all_finite(tree, want):
+    assert bool(explore.all_finite(jax.tree.map(jnp.asarray, tree))) == want
+
+
+# The whole core on nulls.
+
+
+def test_promotions_of_null_students_stay_within_the_error_budget():
+    """Whole runs in a world where every student is right on a random 60 % of the population: none is truly better.
+
+    Each arm proposes an unrelated student each time, assess picks the best of them by luck, and every promotion is false.
+    """
+    runs, n, iterations, delta = 1000, 96, 6, 0.3
+
+    def hashed(x):
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            x = (x ^ (x >> shift)) * np.uint32(factor)
+        return x
+
+    def apply(variables, inputs, *, train, key=None):
+        bits = hashed(hashed(variables.params["seed"].view(jnp.uint32)) ^ inputs[:, 0].astype(jnp.uint32))
+        right = jnp.where(bits < np.uint32(0.6 * 2**32), 1.0, -1.0)
+        return jnp.stack([right, jnp.zeros_like(right)], 1), variables
+
+    def drawer(i):
+        def propose(state, draw, stretch):
+            start, steps = stretch.start, stretch.steps
+            bits = hashed(jax.random.key_data(draw(start)[1])[0] + np.uint32(i))
+            fresh = jax.lax.bitcast_convert_type((bits >> 9) | np.uint32(0x3F800000), jnp.float32)  # finite: 1 to 2
+            return state, Variables({"seed": jnp.where(steps > 0, fresh, state)}, {})
+
+        return Arm(str(i), lambda variables: variables.params["seed"], propose)
+
+    arms = [drawer(i) for i in range(2)]
+    config = EV3(batch_size=1, length=1, max_length=1, exploration=1.0, delta=delta, eval_batch_size=n)
+    rules = {"select": example_scores.accuracy, "promise": example_scores.accuracy, "config": config}
+    step = make_step(apply, arms, lambda pool, step: pool, **rules)
+
+    def run(key):
+        names = jax.random.randint(key, (2, n), 0, 2**22).astype(jnp.float32)  # exact in float32
+        pools = Pools(make_split(jnp.zeros(1)), make_split(names[0]), make_split(names[1]))
+        start = Variables({"seed": jnp.float32(1.5)}, {})
+        state = initial_state(jax.random.key_data(key), start, pools, apply=apply, arms=arms, **rules)
+        state, decisions = jax.lax.scan(lambda state, left: step(pools, state, left), state, lefts)
+        return state.budget, decisions.tested.sum()
+
+    lefts = jnp.where(jnp.arange(iterations) < iterations - 1, MANY, 0)
+    budget, tested = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), runs))
+    false = float((budget.promotions > 0).mean())
+    assert false <= delta + 3 * (delta * (1 - delta) / runs) ** 0.5
+    assert float(tested.mean()) > 0.5  # decide was asked, often enough for the bound to mean something
+    assert float(budget.left.max()) <= delta * (1 + 1e-5)

@@ -1,0 +1,311 @@
+"""Hyperparameters stay in range, move as plain SGD moves their free numbers, and lower the held-out loss."""
+
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ev3_distill.hypergrad import spaces as hp
+from ev3_distill.hypergrad.one_step import hypergradient
+from ev3_distill.tasks.classification import losses
+from ev3_distill.types import Batch, Variables
+
+few = settings(deadline=None, max_examples=25)
+RANGES = {
+    "POSITIVE": st.floats(1e-3, 1e3),
+    "LOG": st.floats(1e-3, 1e3),
+    "SHARE": st.floats(1e-3, 0.999),
+    "FREE": st.floats(-1e3, 1e3, width=32, allow_subnormal=False),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+@few
+@given(st.data())
+def test_bijections_lead_there_and_back(name, data):
+    value = data.draw(RANGES[name])
+    bijection = getattr(hp, name)
+    free = bijection.inverse(jnp.float32(value))
+    assert jnp.isfinite(free)
+    np.testing.assert_allclose(bijection.forward(free), value, rtol=2e-3)
+
+
+@few
+@given(st.lists(st.floats(1e-3, 1), min_size=2, max_size=5))
+def test_the_simplex_there_and_back(parts):
+    shares = jnp.asarray(parts, jnp.float32) / sum(parts)
+    free = hp.SIMPLEX.inverse(shares)
+    assert free.shape == (len(parts) - 1,)
+    np.testing.assert_allclose(hp.SIMPLEX.forward(free), shares, rtol=1e-4)
+    np.testing.assert_allclose(hp.SIMPLEX.forward(free).sum(), 1, rtol=1e-6)
+
+
+SPACE = {"temperature": hp.POSITIVE, "mix": hp.SIMPLEX, "rate": hp.LOG}
+HYPER = {"temperature": 4.0, "mix": jnp.array([0.9, 0.1]), "rate": 0.01}
+
+
+def test_spaces():
+    free = hp.unconstrain(SPACE, HYPER)
+    assert {name: x.shape for name, x in free.items()} == {"temperature": (), "mix": (1,), "rate": ()}
+    back = hp.constrain(SPACE, free)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), back, HYPER)
+
+
+@few
+@given(st.floats(-50, 50), st.integers(1, 5))
+def test_no_step_leaves_the_range(size, steps):
+    optimizer = optax.sgd(1.0)
+    tuned = hp.start(SPACE, HYPER, optimizer)
+    for _ in range(steps):
+        tuned = hp.outer_step(tuned, jax.tree.map(lambda x: jnp.full_like(x, size), tuned.free), optimizer)
+    hyper = hp.constrain(SPACE, tuned.free)
+    assert hyper["temperature"] >= 0 and hyper["rate"] >= 0 and (hyper["mix"] >= 0).all()
+    np.testing.assert_allclose(hyper["mix"].sum(), 1, rtol=1e-6)
+
+
+def test_outer_steps_and_their_average():
+    optimizer = optax.sgd(0.5)
+    tuned = hp.start(hp.FREE, 1.0, optimizer)
+    for _ in range(2):
+        tuned = hp.outer_step(tuned, jnp.float32(1), optimizer, decay=0.75)
+    assert tuned.free == 0 and tuned.steps == 2  # 1, 0.5, 0
+    np.testing.assert_allclose(tuned.average, 0.75 * (0.75 * 1 + 0.25 * 0.5) + 0.25 * 0)
+    np.testing.assert_allclose(hp.tuned_values(hp.LOG, tuned), np.exp(tuned.average))
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+    optimizer = optax.adam(0.1)
+    tuned = hp.start(SPACE, HYPER, optimizer)
+    gradient = jax.tree.map(jnp.ones_like, tuned.free) | {"rate": jnp.float32(bad)}
+    after = hp.outer_step(tuned, gradient, optimizer)
+    jax.tree.map(np.testing.assert_array_equal, after, tuned)
+    fine = gradient | {"rate": jnp.float32(1)}
+    jax.tree.map(np.testing.assert_array_equal, hp.outer_step(tuned, fine, optimizer, sound=jnp.bool_(False)), tuned)
+    assert hp.outer_step(tuned, gradient | {"rate": jnp.float32(1)}, optimizer).steps == 1
+
+
+def batch(seed, n=64):
+    """Two classes that a line separates, a teacher that is wrong, and labels that are right."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 3))
+    y = (x[:, 0] > 0).astype(np.int32)
+    wrong = 4.0 * np.eye(2)[1 - y]
+    return Batch(
+        *(jnp.asarray(a) for a in (x.astype(np.float32), y, wrong.astype(np.float32))), jnp.arange(n), jnp.ones(n)
+    )
+
+
+def test_distillation_is_kd_and_ce_of_weighted_examples():
+    of = batch(0)
+    logits = jax.random.normal(jax.random.key(0), (64, 2))
+    weights = jax.random.uniform(jax.random.key(1), (64,))
+    got = hp.distillation({"temperature": 3.0, "mix": jnp.array([0.2, 0.8]), "weights": weights})(logits, of)
+    weighted = of._replace(weight=weights)
+    want = 0.2 * losses.kd(temperature=3.0)(logits, weighted) + 0.8 * losses.cross_entropy()(logits, weighted)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    each = jnp.stack([weights, jnp.ones(64)], 1)
+    got = hp.distillation({"temperature": 3.0, "mix": jnp.array([0.2, 0.8]), "weights": each})(logits, of)
+    want = 0.2 * losses.kd(temperature=3.0)(logits, weighted) + 0.8 * losses.cross_entropy()(logits, of)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    plain = hp.distillation({"temperature": 3.0, "mix": jnp.array([0.2, 0.8])})(logits, of)
+    want = 0.2 * losses.kd(temperature=3.0)(logits, of) + 0.8 * losses.cross_entropy()(logits, of)
+    np.testing.assert_allclose(plain, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["jvp", "guided", "evograd"])
+def test_tuning_turns_from_a_teacher_that_is_wrong(method):
+    """Plain SGD outer steps on a student in training: the mix leaves the teacher for the labels."""
+    train, val = batch(0), batch(1)
+    inner, outer, space = optax.sgd(0.5), optax.sgd(20.0), {"mix": hp.SIMPLEX, "temperature": hp.POSITIVE}
+    tuned = hp.start(space, {"mix": jnp.array([0.5, 0.5]), "temperature": 2.0}, outer)
+
+    def apply(variables, inputs, *, train, key=None):
+        return inputs @ variables.params["w"], variables
+
+    def loss(free, logits, of):
+        return hp.distillation(hp.constrain(space, free))(logits, of)
+
+    options = {"rate": 0.5, "copies": 16} if method == "evograd" else {"optimizer": inner}
+
+    @jax.jit
+    def advance(i, carry):
+        params, tuned = carry
+        train_loss, val_loss = hp.student_losses(
+            apply, Variables(params, {}), train, val, loss=loss, val_loss=losses.cross_entropy()
+        )
+        gradient, _ = hypergradient(
+            jax.random.fold_in(jax.random.key(0), i), params, tuned.free, train_loss, val_loss, method=method, **options
+        )
+        updates, _ = inner.update(jax.grad(train_loss)(params, tuned.free, 0), inner.init(params))
+        return optax.apply_updates(params, updates), hp.outer_step(tuned, gradient, outer)
+
+    params, tuned = jax.lax.fori_loop(0, 60, advance, ({"w": jnp.zeros((3, 2))}, tuned))
+    assert hp.tuned_values(space, tuned)["mix"][1] > 0.8
+    assert ((val.inputs @ params["w"]).argmax(1) == val.labels).mean() > 0.9
+
+
+def test_noise_on_inputs():
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (500, 4, 5)), jnp.float32)
+    key, other = jax.random.split(jax.random.key(0))
+    noise = hp.noisy(x, 0.5, key) - x
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() / (0.5 * x.std()) - 1) < 0.02
+    np.testing.assert_allclose(hp.noisy(x, 1.0, key) - x, 2 * noise, rtol=1e-3, atol=1e-4)
+    assert not jnp.allclose(hp.noisy(x, 0.5, other), hp.noisy(x, 0.5, key), atol=0.1)
+    assert (hp.noisy(jnp.full((3, 2), 7.0), 0.5, key) == 7).all()  # there is no unit to measure noise by
+    assert (jax.grad(lambda x: hp.noisy(x, 0.5, key).sum())(x) == 1).all()  # the unit counts as data
+
+
+def test_noise_on_bytes_is_on_numbers_up_to_1():
+    of_bytes = jnp.asarray(np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3)), jnp.uint8)
+    key = jax.random.key(0)
+    noisy = hp.noisy(of_bytes, 0.1, key)
+    assert noisy.dtype == jnp.float32
+    np.testing.assert_array_equal(noisy, hp.noisy(of_bytes.astype(jnp.float32) / 255, 0.1, key))
+
+
+def noisy_losses(space):
+    """A small network's parameters, and its losses where training inputs have noise of a strength in `space`, in float64."""
+    train, val = (of._replace(inputs=of.inputs.astype(float)) for of in (batch(0, 16), batch(1, 16)))
+    first, second = jax.random.split(jax.random.key(0))
+    params = {"w": jax.random.normal(first, (3, 6)), "out": jax.random.normal(second, (6, 2))}
+
+    def apply(variables, inputs, *, train, key=None):
+        return jnp.tanh(inputs @ variables.params["w"]) @ variables.params["out"], variables
+
+    def loss(free, logits, of):
+        return hp.distillation(hp.constrain(space, free))(logits, of)
+
+    def inputs_of(free, of):
+        return hp.noisy(of.inputs, hp.constrain(space, free)["noise"], jax.random.key(5))
+
+    return params, *hp.student_losses(
+        apply, Variables(params, {}), train, val, loss=loss, val_loss=losses.cross_entropy(), inputs_of=inputs_of
+    )
+
+
+def test_the_slope_of_noise_is_exact():
+    """Forward over reverse through the network, reverse over reverse, and central differences."""
+    with jax.enable_x64(True):
+        space = {"temperature": hp.LOG, "mix": hp.SIMPLEX, "noise": hp.LOG}
+        free = hp.unconstrain(space, {"temperature": 2.0, "mix": jnp.array([0.3, 0.7]), "noise": 0.4})
+        params, train_loss, val_loss = noisy_losses(space)
+        inner, key, h = optax.adam(0.1, eps=1e-3), jax.random.key(0), 1e-5
+
+        def after(noise):
+            gradient = jax.grad(train_loss)(params, free | {"noise": noise}, 0)
+            updates, _ = inner.update(gradient, inner.init(params), params)
+            return val_loss(optax.apply_updates(params, updates))
+
+        @jax.jit
+        def slopes():
+            exact = {
+                method: hypergradient(key, params, free, train_loss, val_loss, method=method, optimizer=inner)[0]
+                for method in ("jvp", "unrolled")
+            }
+            return exact, (after(free["noise"] + h) - after(free["noise"] - h)) / (2 * h)
+
+        exact, difference = slopes()
+        assert difference.dtype == jnp.float64 and abs(difference) > 1e-4
+        np.testing.assert_allclose(exact["jvp"]["noise"], difference, rtol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), exact["jvp"], exact["unrolled"])
+
+
+def test_inputs_as_they_are_where_nothing_else_is_said():
+    """What a training pass sees is its own: the held-out pass, and the batch in the loss, are as they were."""
+    of, seen = batch(0, 4)._replace(inputs=jnp.arange(12.0).reshape(4, 3)), []
+
+    def apply(variables, inputs, *, train, key=None):
+        seen.append((train, inputs))
+        return inputs[:, :2], variables
+
+    def loss(hyper, logits, told):
+        assert told is of
+        return logits.sum()
+
+    options = {"loss": loss, "val_loss": lambda logits, of: logits.sum(), "batch_statistics": False}
+    for inputs_of, factor in ((None, 1), (lambda hyper, of: hyper * of.inputs, 3)):
+        train_loss, val_loss = hp.student_losses(apply, Variables({}, {}), of, of, inputs_of=inputs_of, **options)
+        assert train_loss({}, jnp.float32(3), 0) == factor * of.inputs[:, :2].sum()
+        assert val_loss({}) == of.inputs[:, :2].sum()
+    assert [train for train, _ in seen] == [True, False] * 2
+    assert seen[0][1] is of.inputs and seen[3][1] is of.inputs
+
+
+def halves_of(parts, seen=None):
+    """A network that sees its batch's mean, as BatchNorm does, and the loss of held-out examples in parts."""
+
+    def apply(variables, inputs, *, train, key=None):
+        if seen is not None:
+            seen.append(len(inputs))
+        return jnp.tanh((inputs - inputs.mean(0)) @ variables.params["w"]), variables
+
+    def loss(hyper, logits, of):
+        return hyper * losses.cross_entropy()(logits, of)
+
+    def of_whole(params, of):
+        return losses.cross_entropy()(apply(Variables(params, {}), of.inputs, train=True)[0], of)
+
+    train, val = batch(0, 12), batch(1, 12)
+    made = hp.student_losses(
+        apply, Variables({}, {}), train, val, loss=loss, val_loss=losses.cross_entropy(), parts=parts
+    )
+    params = {"w": jax.random.normal(jax.random.key(0), (3, 2))}
+    rows = np.split(np.arange(12), parts)
+
+    def wanted(params):
+        return jnp.stack([of_whole(params, jax.tree.map(operator.itemgetter(of), val)) for of in rows]).mean()
+
+    return params, made, wanted
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_a_held_out_loss_in_parts_is_the_mean_of_theirs(parts):
+    params, (_, val_loss), wanted = halves_of(parts)
+    tangent = {"w": jnp.ones((3, 2))}
+    for of in (val_loss, jax.jit(val_loss)):
+        np.testing.assert_allclose(of(params), wanted(params), rtol=1e-6)
+        value, gradient = jax.value_and_grad(of)(params)
+        np.testing.assert_allclose(value, wanted(params), rtol=1e-6)
+        np.testing.assert_allclose(gradient["w"], jax.grad(wanted)(params)["w"], rtol=1e-5, atol=1e-7)
+        along = jax.jvp(of, (params,), (tangent,))[1]
+        np.testing.assert_allclose(along, jnp.vdot(gradient["w"], tangent["w"]), rtol=1e-5)
+    assert parts == 1 or not np.isclose(wanted(params), halves_of(1)[2](params), rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["jvp", "t1t2", "forward"])
+def test_every_method_takes_a_held_out_loss_in_parts(method):
+    params, (train_loss, val_loss), _ = halves_of(2)
+    given = jax.random.key(0), params, jnp.float32(1.3), train_loss, val_loss
+    exact, _ = hypergradient(*given, method="unrolled", optimizer=optax.sgd(0.1))
+    assert abs(exact) > 1e-4
+    np.testing.assert_allclose(hypergradient(*given, method=method, optimizer=optax.sgd(0.1))[0], exact, rtol=1e-4)
+
+
+def test_a_held_out_gradient_in_parts_keeps_the_passes_of_none():
+    """At most half of the widest array of the whole batch is ever there."""
+
+    def widest(parts):
+        params, (_, val_loss), _ = halves_of(parts)
+        text = jax.jit(jax.grad(val_loss)).lower(params).compile().as_text()
+        return "f32[12,2]" in text  # the logits of the whole batch
+
+    assert widest(1) and not widest(2)
+
+
+def test_weights_of_examples():
+    of = batch(0)._replace(index=jnp.arange(64)[::-1])
+    assert (hp.table_weights(jnp.arange(100.0), of) == jnp.arange(64.0)[::-1]).all()
+    net = hp.weight_net(jax.random.key(0), inputs=2, outputs=3, hidden=16)
+    seen = jnp.array([[0.0, 1.0], [1e3, 1e30]])
+    assert (hp.net_weights(net, seen) == 0.5).all()
+    net["w2"] = jax.random.normal(jax.random.key(1), (16, 3))
+    weights = hp.net_weights(net, seen)
+    assert weights.shape == (2, 3) and ((weights >= 0) & (weights <= 1)).all() and jnp.unique(weights).size > 2
+    slopes = jax.grad(lambda net, seen: hp.net_weights(net, seen).sum(), (0, 1))(net, seen)
+    assert any((leaf != 0).any() for leaf in jax.tree.leaves(slopes[0])) and (slopes[1] == 0).all()

@@ -1,0 +1,213 @@
+"""The page says what the report says, to anyone: on paper, offline, whatever the names are."""
+
+import copy
+import importlib.resources
+import json
+import re
+
+import jinja2
+import pytest
+from report_examples import HOSTILE, Page, changed, make_report, make_rows, said
+
+from ev3_distill.errors import InputError
+from ev3_distill.monitor import report as report_page
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return make_rows()
+
+
+@pytest.fixture(scope="module")
+def report(rows):
+    return make_report(rows)
+
+
+@pytest.fixture(scope="module")
+def html(report, rows):
+    return report_page.render(report, rows)
+
+
+def test_page_is_well_formed_and_needs_no_network(html):
+    page = Page(html)
+    assert page.tags.count("svg") == 3
+    assert page.tags.count("h1") == 1
+    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    assert not re.search(r"https?:|//\w|@import|url\((?!#)", html)
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    for name, value in page.attributes:
+        assert not name.startswith("on")
+        if name in ("href", "src", "xlink:href"):
+            assert value[0] == "#"
+            assert value[1:] in ids
+
+
+def test_page_is_deterministic(report, rows, html):
+    assert report_page.render(report, rows) == html
+
+
+def test_user_strings_are_escaped(report, rows):
+    def hostile(value, path=()):
+        if isinstance(value, dict):
+            return {key: hostile(item, (*path, key)) for key, item in value.items()}
+        if isinstance(value, list):
+            return [hostile(item, path) for item in value]
+        names = ("metric", "delivered", "verdict")
+        return HOSTILE if isinstance(value, str) and not {*path} & {*names} else value
+
+    report, rows = hostile(report), hostile(rows)
+    report["versions"] = {HOSTILE: HOSTILE}
+    report["certificate"]["claims"][0]["metric"] = HOSTILE
+    html = report_page.render(report, rows)
+    assert "script" not in Page(html).tags
+    assert "<script" not in html
+    # source, network (title, lead, table), arms of two tables, data, classes, budget, device, versions, command
+    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 20
+
+
+def test_promise_and_numbers_agree_with_the_report(report, rows, html):
+    text = Page(html).text
+    assert (
+        "This student has at least 94.0 % accuracy and at least 96.4 % agreement with its teacher, "
+        "with 95 % confidence." in text  # 0.94098 is rounded down
+    )
+    for shown in (
+        "mlp width=512 depth=2 has 908,421 parameters, 12.3 times fewer than its teacher",
+        "distilled in 5 min 12 s",
+        "examples drawn like the test split: 10,000 examples",
+        "94.4 % accuracy (n = 10,000) and 96.8 % agreement with its teacher (n = 10,000).",
+        "of certificates made this way, at most 5 % promise too much",
+        "onnx:resnet18-cifar10.onnx",
+        "11,173,962",
+        "12.3\u00d7",
+        "95.3 %",
+        "96.8 %",
+        "proven: at least 94.0 %",
+        "proven: at least 96.4 %",
+        "40,000",
+        "5,001",
+        "11.2 s",
+        f"{report['cost']['examples']:,}",
+        f"60 iterations: {report['promotions']} promoted a new champion, 1 rolled back",
+        f"{report['error_budget']['tests']} tests were made, which leave 0.031 of 0.05",
+        "with probability 95 % or more, every promotion",
+        "ev3-distill 0.1.0, jax 0.10.2, numpy 2.4.6",
+        "3: airplane, cat & dog, <script>",
+        "Delivered: the champion",
+        report["command"],
+    ):
+        assert shown in text
+    for arm in report["arms"]:
+        assert f"{arm['name']} {100 * arm['share']:.1f} % {arm['steps']:,}" in text
+
+
+def test_ledger_shows_the_tests_and_only_them(rows, html):
+    ledger = re.search(r'<table class="ledger">.*?</table>', html, re.S)[0]
+    body = re.findall(r"<tr.*?</tr>", ledger.split("</thead>")[1], re.S)
+    tests = [row for row in rows if row["test"]]
+    assert len(body) == len(tests) > 2
+    promoted = [row["verdict"] == "promote" for row in tests]
+    assert ["promoted" in line for line in body] == promoted
+    assert True in promoted
+    assert False in promoted
+    for line, row in zip(body, tests, strict=True):
+        cells = [" ".join(re.sub("<.*?>", "", cell).split()) for cell in re.findall(r"<td.*?</td>", line, re.S)]
+        test = row["test"]
+        shown = [f"{number:,}" for number in (row["iteration"], row["cost"], test["wins"], test["losses"], 5000)]
+        assert [cells[i] for i in (0, 1, 4, 5, 6)] == shown
+        assert (float(cells[8].replace("\u2212", "-")) <= float(cells[7])) == (row["verdict"] == "promote")
+        gain, bound = (float(cell.replace("\u2212", "-")) for cell in cells[9:])
+        assert gain == pytest.approx(100 * test["gain"], abs=0.005)
+        assert 100 * test["bound"] - 0.01 <= bound <= 100 * test["bound"]
+
+
+def test_plots_mark_the_verdicts(report, rows):
+    def legend(rows):
+        svg = re.search(r'<div class="wide">(.*?)</div>', report_page.render(report, rows), re.S)[1]
+        return [re.sub("<.*?>", "", text) for text in re.findall(r"<text.*?</text>", svg, re.S)]
+
+    everything = {"teacher, on test", "current, on assess", "champion, on decide", "adopted", "promoted", "rolled back"}
+    assert everything <= set(legend(rows))
+    quiet = [{**row, "verdict": "keep"} for row in rows]
+    assert not {"adopted", "promoted", "rolled back"} & set(legend(quiet))
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_few_rows(report, number):
+    page = Page(report_page.render(report, make_rows(number)))
+    assert page.tags.count("svg") == (3 if number else 0)
+    assert ("No iteration was made." in page.text) == (number == 0)
+    assert ("No test was made." in page.text) == (number < 2)
+
+
+def test_one_arm_needs_no_plot_of_shares():
+    rows = make_rows(5, arms=("kd", "unused"))
+    rows = [{**row, "steps": {"kd": row["steps"]["kd"]}} for row in rows]
+    page = Page(report_page.render(make_report(rows, arms=("kd",)), rows))
+    assert page.tags.count("svg") == 2
+
+
+def test_steps_that_chose_the_initial_parameters_are_told(report, rows):
+    assert "initial parameters" not in said(report, rows)  # a report from before there were any
+    assert "initial parameters" not in said(changed(report, "cost.drawing", 0), rows)
+    assert "of which to choose initial parameters 400" in said(changed(report, "cost.drawing", 400), rows)
+
+
+def test_optional_values_may_be_missing(report, rows):
+    text = said(changed(report, "teacher.params", None), rows)
+    assert "times fewer" not in text
+    assert "Compression \u2013" in text
+    assert "The teacher\u2019s size is not known" in text
+
+    unlabelled = changed(changed(report, "teacher.accuracy", None), "student.accuracy", None)
+    unlabelled["certificate"]["claims"] = unlabelled["certificate"]["claims"][1:]
+    blank = [{**row, "champion_accuracy": None, "current_accuracy": None} for row in rows]
+    text = said(unlabelled, blank)
+    assert "This student has at least 96.4 % agreement with its teacher, with 95 % confidence." in text
+    assert "Accuracy on test \u2013 \u2013" in text
+    assert "Agreement over cost" in text
+    assert "This bound holds for examples" in text
+
+    assert "Nothing is promised" in said(changed(report, "certificate.claims", []))
+    assert "Classes 0 " in said(changed(report, "data.classes", []))
+    assert "Classes 25: 0, 1, " in said(changed(report, "data.classes", [str(i) for i in range(25)]))
+    assert "19 and 5 more" in said(changed(report, "data.classes", [str(i) for i in range(25)]))
+    assert "the student that the run began with" in said(changed(report, "promotions", 0))
+    assert "Delivered: the current student" in said(changed(report, "student.delivered", "current"))
+
+
+def test_a_missing_field_is_an_error_not_a_blank(report):
+    broken = copy.deepcopy(report)
+    del broken["device"]
+    with pytest.raises(jinja2.UndefinedError, match="device"):
+        report_page.render(broken, [])
+
+
+def test_write_html_leaves_only_the_page(tmp_path, report, rows, html, monkeypatch):
+    with pytest.raises(InputError, match=r"report\.json"):
+        report_page.write_html(tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    with pytest.raises(InputError, match=r"ledger\.jsonl"):
+        report_page.write_html(tmp_path)
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = report_page.write_html(tmp_path)
+    assert path == tmp_path / "report.html"
+    assert path.read_text(encoding="utf-8") == html
+    files = {"report.json", "ledger.jsonl", "report.html"}
+    assert {file.name for file in tmp_path.iterdir()} == files
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        report_page.write_html(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == files
+    assert path.read_text(encoding="utf-8") == html
+
+
+def test_template_is_package_data():
+    source = importlib.resources.files("ev3_distill.monitor").joinpath("report.html.j2").read_text(encoding="utf-8")
+    assert source.count("|safe") + source.count("| safe") == 6  # four plots and two constants
+    assert {"report.html.j2", "page.css"} <= {*jinja2.PackageLoader("ev3_distill.monitor", ".").list_templates()}

@@ -1,0 +1,77 @@
+"""TensorBoard is told what the ledger tells, each step once, however often a run is killed."""
+
+import json
+import sys
+
+import pytest
+
+from ev3_distill.monitor.tensorboard import Scalars, scalars_of
+
+ROW = {"cost": 30, "champion_accuracy": 0.5, "current_accuracy": None, "length": 8.0, "gain": None, "wall_s": 2.0,
+       "scores": {"ce": 0.25, "average": None}, "steps": {"ce": 30}, "risks": {"ece": 0.125}, "verdict": "promote",
+       "tuned": {"ce": {"rate": 0.5, "weights": [1.0, 2.0]}}}  # fmt: skip
+
+
+def test_scalars_of_a_row():
+    assert scalars_of(ROW) == {
+        "champion_accuracy": 0.5,
+        "length": 8.0,
+        "wall_s": 2.0,
+        "score/ce": 0.25,
+        "steps/ce": 30.0,
+        "risk/ece": 0.125,
+        "promoted": 1.0,
+        "tuned/ce/rate": 0.5,
+    }
+
+
+def test_without_the_extra(cli, here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "clu", None)
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    answer = cli("compress", "--out", "run", "--tensorboard", "events")
+    assert answer.code == 2
+    assert "--tensorboard needs the packages clu and tensorflow" in answer.err
+    assert "pip install 'ev3-distill[tensorboard]'" in answer.err
+    assert list(here.iterdir()) == []
+
+
+def steps_in(folder):
+    import tensorflow
+
+    found = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        for event in tensorflow.compat.v1.train.summary_iterator(str(path)):
+            found += [(event.step, value.tag) for value in event.summary.value]
+    return found
+
+
+def costs_of(lines):
+    """The closing row has the cost of the one before."""
+    return sorted({json.loads(line)["cost"] for line in lines})
+
+
+def test_each_step_once(finished, tmp_path):
+    pytest.importorskip("clu", reason="TensorBoard's events are written by clu, of the extra tensorboard")
+    pytest.importorskip("tensorflow", reason="clu writes by tensorflow, of the extra tensorboard")
+    lines = (finished / "ledger.jsonl").read_text().splitlines(keepends=True)
+    run, out = tmp_path / "run", tmp_path / "events"
+    run.mkdir()
+    for whole in (5, 3, len(lines)):  # killed after five rows, of which a checkpoint has seen three
+        (run / "ledger.jsonl").write_text("".join(lines[:whole]) + lines[-1][:40] * (whole < len(lines)))
+        scalars = Scalars(run, out)
+        scalars.write()
+        scalars.close()
+    steps = [step for step, tag in steps_in(out / "student") if tag == "champion_accuracy"]
+    assert steps == costs_of(lines)
+    assert {"score/ce", "steps/mse", "length", "promoted"} <= {tag for _, tag in steps_in(out / "student")}
+
+
+def test_a_run_writes_them(cli, here):
+    pytest.importorskip("clu", reason="TensorBoard's events are written by clu, of the extra tensorboard")
+    pytest.importorskip("tensorflow", reason="clu writes by tensorflow, of the extra tensorboard")
+    options = ("--network", "mlp:hidden=8", "--budget", "300", "--out", "run", "--tensorboard", "events")
+    assert cli("teach", *options).code == 0
+    costs = costs_of((here / "run/ledger.jsonl").read_text().splitlines())
+    assert [step for step, tag in steps_in(here / "events/student") if tag == "champion_accuracy"] == costs
+    assert cli("teach", "--resume", "run", "--tensorboard", "events").code == 0
+    assert [step for step, tag in steps_in(here / "events/student") if tag == "champion_accuracy"] == costs

@@ -1,0 +1,185 @@
+"""Walkers: arms of a world of thresholds, in which all that a step does can be computed by hand."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ev3_distill.config import EV3
+from ev3_distill.core import explore, initial_state, make_step
+from ev3_distill.tasks.classification import example_scores
+from ev3_distill.types import Arm, Batch, Pools, Stretch, Variables
+
+NAN = float("nan")
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def differ(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return any(not np.array_equal(x, y) for x, y in pairs)
+
+
+def finite(tree):
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree) if np.issubdtype(leaf.dtype, np.floating))
+
+
+def row(tree, i):
+    return jax.tree.map(lambda leaf: np.asarray(leaf[i]), tree)
+
+
+def untouched(state):
+    """What an iteration without adoption, promotion or roll back must leave bit-identical."""
+    return (
+        state.key,
+        state.current,
+        state.current_evidence,
+        state.champion,
+        state.champion_evidence,
+        state.champion_decide,
+        state.arm_states,
+        state.arm_wins,
+        state.arm_promotions,
+        state.leader,
+        state.current_arm,
+    )
+
+
+# A world in which all can be computed by hand: a student is a threshold t, right on the examples of label 0 whose input
+# is below t and on those of label 1 whose input is above it. Inputs are n + 1/2, so t = 7 is right on 7 of label 0.
+# What the arms do is data, in the student's statistics, so that one compiled step serves all tests of as many arms.
+
+B, N = 4, 64
+RUN_KEY = jax.random.key(5)
+SOUND, NAN_STUDENT, NAN_STATE, INF_STATE = range(4)
+
+
+def make_split(inputs, labels=None):
+    inputs = jnp.asarray(inputs, jnp.float32)[:, None]
+    n = inputs.shape[0]
+    labels = jnp.zeros(n, jnp.int32) if labels is None else jnp.asarray(labels, jnp.int32)
+    return Batch(inputs, labels, jnp.zeros((n, 2)), jnp.arange(n, dtype=jnp.int32), jnp.ones(n))
+
+
+def ladder(n=N):
+    return make_split(np.arange(n) + 0.5)
+
+
+def apply_threshold(variables, inputs, *, train, key=None):
+    lead = variables.params["t"] - inputs[:, 0]
+    return jnp.stack([lead, jnp.zeros_like(lead)], axis=1), variables
+
+
+def threshold(t, speeds=(0,), health=None):
+    health = [SOUND] * len(speeds) if health is None else health
+    return Variables({"t": jnp.float32(t)}, {"speed": jnp.float32(speeds), "health": jnp.int32(health)})
+
+
+def rows(step):
+    return (step * B + jnp.arange(B)) % N
+
+
+def sample(examples, step):
+    return jax.tree.map(lambda leaf: leaf[rows(step)], examples)
+
+
+def rolled(arms, state, pools, steps):
+    """What the arms propose after that many steps each."""
+    draw = explore.draw_from(pools.explore, sample, RUN_KEY)
+    stretches = [Stretch(state.position, n, jnp.float32(0), jnp.float32(0)) for n in steps]
+    held = explore.held_from(pools.assess, RUN_KEY, batch_size=B)
+    return explore.proposals_of(*explore.roll(arms, state.arm_states, draw, stretches, held), steps)
+
+
+POOLS = Pools(ladder(), ladder(), ladder())
+LOG = 64
+
+
+class Walk(NamedTuple):
+    student: Variables
+    age: jax.Array  # steps since the arm last started afresh
+    log: jax.Array  # [LOG, B] index of the examples seen at each global step, -1 where none
+    keys: jax.Array  # [LOG, 2] the keys seen
+    sick: jax.Array  # nan or infinite, or 0
+
+
+def walker(i):
+    """The i-th arm: its threshold moves by speed[i] at every step, and it remembers what it was shown."""
+
+    def init(variables):
+        log, keys = jnp.full((LOG, B), -1, jnp.int32), jnp.zeros((LOG, 2), jnp.uint32)
+        return Walk(variables, jnp.int32(0), log, keys, jnp.float32(0))
+
+    def propose(state, draw, stretch):
+        start, steps = stretch.start, stretch.steps
+        health = state.student.stats["health"][i]
+
+        def advance(step, state):
+            batch, key = draw(start + step)
+            student = state.student._replace(params={"t": state.student.params["t"] + state.student.stats["speed"][i]})
+            return Walk(
+                student,
+                state.age + 1,
+                state.log.at[start + step].set(batch.index),
+                state.keys.at[start + step].set(jax.random.key_data(key)),
+                jnp.array([0, 0, jnp.nan, jnp.inf])[health],
+            )
+
+        state = jax.lax.fori_loop(0, steps, advance, state)
+        t = jnp.where((health == NAN_STUDENT) & (steps > 0), jnp.nan, state.student.params["t"])
+        return state, state.student._replace(params={"t": t})
+
+    return Arm(str(i), init, propose)
+
+
+WALKERS = tuple(walker(i) for i in range(4))
+CONFIG = EV3(batch_size=B, length=2, max_length=2, exploration=0.0, takeover=0.0)
+
+
+RULES = {"select": example_scores.accuracy, "promise": example_scores.accuracy, "config": CONFIG}
+
+
+@functools.cache
+def compiled(arms):
+    """The initial state and the step for so many arms, 1 or 4."""
+    chosen = WALKERS[:arms]
+
+    def start(variables, pools):
+        return initial_state(
+            jax.random.key_data(RUN_KEY), variables, pools, apply=apply_threshold, arms=chosen, **RULES
+        )
+
+    return jax.jit(start), make_step(apply_threshold, chosen, sample, **RULES)
+
+
+def begin(speeds, pools=POOLS, *, t=8, health=None):
+    return compiled(len(speeds))[0](threshold(t, speeds, health), pools)
+
+
+def steps_from(state, remaining, pools=POOLS):
+    """Iterates; `remaining` lists what may still be spent at each iteration."""
+    states, decisions = [], []
+    for left in remaining:
+        limit = int(state.cost) + left
+        state, decision = compiled(len(state.arm_states))[1](pools, state, np.int32(limit))
+        states.append(state)
+        decisions.append(jax.device_get(decision))
+    return states, decisions
+
+
+def t_of(state):
+    return float(state.current.params["t"])
+
+
+@jax.jit
+def explored(state, steps):
+    """Proposals of all four walkers."""
+    return rolled(WALKERS, state, POOLS, steps)
+
+
+MANY = 10**6

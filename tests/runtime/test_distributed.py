@@ -1,0 +1,205 @@
+"""Populations on many devices and in several processes: the same trajectory, little sent, and an end when one of them dies."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+from conftest import once
+from processes import ROOT, free_port
+
+from ev3_distill.errors import InputError
+from ev3_distill.runtime import distributed
+
+SILENCE_S = 4  # in these tests
+
+# What a process runs: argv is a JSON object of what to do. It prints a JSON object.
+WORK = """
+import hashlib, json, os, sys
+import jax, jax.numpy as jnp, numpy as np, optax
+from ev3_distill.runtime import distributed as sharding
+from ev3_distill.evolution.strategy import evolution
+from ev3_distill import students
+
+asked = json.loads(sys.argv[1])
+sharding.SILENCE_S = asked.get("silence", 20)
+sharding.start(*asked.get("start", [1]))
+network = students.named("mlp:hidden=16-8", (12,), 3)
+rng = np.random.default_rng(0)
+shapes = jax.eval_shape(network.init, jax.random.key(0))
+params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) / 2, shapes.params)
+inputs, labels = rng.normal(size=(4, 12)).astype(np.float32), np.array([0, 1, 2, 0])
+
+
+def fitness(params, key):
+    logits = network.apply(shapes._replace(params=params), inputs, train=False)[0]
+    score = jax.nn.log_softmax(logits)[jnp.arange(4), labels].mean()
+    return jnp.where(jax.random.uniform(key) < 0.1, jnp.nan, score)
+
+
+def run(devices, fixed, rank, generations, pairs=13):
+    mesh = sharding.mesh_of(devices)
+    spread = sharding.spread_over(mesh, fixed_order=fixed)
+    how = {"pairs": pairs, "sigma": 0.1, "rank": rank, "chunk": 2 if rank else 1}
+    strategy = evolution(optax.adam(0.05), spread=spread, **how)
+
+    def trajectory(key, params):
+        def generation(state, _):
+            return strategy.step(jax.random.wrap_key_data(key), state, fitness)
+        state, told = jax.lax.scan(generation, strategy.init(params), None, length=generations)
+        return jax.flatten_util.ravel_pytree(state.mean)[0], told
+
+    key = np.asarray(jax.random.key_data(jax.random.key(7)))
+    arguments = sharding.replicate((key, params), mesh)
+    return jax.jit(sharding.everywhere(trajectory, mesh)), arguments
+
+
+found = {}
+for devices, fixed, rank in asked["runs"]:
+    program, arguments = run(devices, fixed, rank, asked["generations"])
+    program = program.lower(*arguments).compile()
+    for turn in range(asked.get("turns", 1)):
+        with sharding.joined():
+            mean, told = program(*arguments)
+            mean = np.asarray(mean.addressable_data(0))
+        if turn == 0 and asked.get("dies") == jax.process_index():
+            os._exit(1)
+    broken = int(np.asarray(told.broken.addressable_data(0)).sum())
+    digest = hashlib.sha256(mean.tobytes()).hexdigest()
+    found[f"{devices} {fixed} {rank}"] = [digest, mean.tolist(), broken, program.as_text()]
+print(json.dumps(found))
+"""
+
+
+def begin(asked, devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    files = {name: tempfile.TemporaryFile("w+") for name in ("stdout", "stderr")}  # noqa: SIM115  pipes would fill up
+    return subprocess.Popen([sys.executable, "-c", WORK, json.dumps(asked)], env=environment, **files), files
+
+
+def outcomes(*begun, timeout=300):
+    """(exit code, standard output, standard error) of processes, none of which is left behind."""
+    try:
+        codes = [process.wait(timeout=timeout) for process, _ in begun]
+    finally:
+        texts = []
+        for process, files in begun:
+            process.kill()
+            process.wait()
+            for file in files.values():
+                with file:
+                    file.seek(0)
+                    texts.append(file.read())
+    return list(zip(codes, texts[::2], texts[1::2], strict=True))
+
+
+def told(*begun):
+    """What processes print that do as they were asked."""
+    found = outcomes(*begun)
+    assert [code for code, _, _ in found] == [0] * len(found), found[0][2][-2000:] + found[-1][2][-2000:]
+    return [json.loads(out.strip().splitlines()[-1]) for _, out, _ in found]
+
+
+RUNS = [[1, True, None], [8, True, None], *[[d, True, 1] for d in (1, 2, 4, 8)], [8, False, 1]]
+
+
+@pytest.fixture(scope="module")
+def trajectories(tmp_path_factory):
+    """20 generations of 13 pairs, some members broken, on 1, 2, 4 and 8 devices of one process."""
+
+    def make(place):
+        (place / "told.json").write_text(json.dumps(told(begin({"runs": RUNS, "generations": 20}, devices=8))[0]))
+
+    return json.loads((once(tmp_path_factory, "trajectories", make) / "told.json").read_text())
+
+
+@pytest.mark.parametrize(("devices", "rank"), [(2, 1), (4, 1), (8, 1), (8, None)])
+def test_in_fixed_order_a_trajectory_is_the_same_bit_by_bit(trajectories, devices, rank):
+    """13 pairs divide by no number of devices."""
+    one, several = (trajectories[f"{count} True {rank}"] for count in (1, devices))
+    assert one[0] == several[0] and one[2] == several[2] > 0
+
+
+def test_in_free_order_it_is_the_same_within_rounding(trajectories):
+    one, several = (trajectories[f"{devices} {fixed} 1"] for devices, fixed in ((1, True), (8, False)))
+    assert several[1] == pytest.approx(one[1], rel=1e-5, abs=1e-5)
+
+
+def test_two_processes_go_where_one_goes(trajectories):
+    """Two real processes of one device each, joined over the loopback."""
+    coordinator = f"127.0.0.1:{free_port()}"
+    asked = {"runs": [[2, True, 1]], "generations": 20}
+    found = told(*[begin({**asked, "start": [2, coordinator, i]}) for i in (0, 1)])
+    alone = trajectories["1 True 1"]
+    assert [of_process["2 True 1"][0] for of_process in found] == [alone[0]] * 2
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_process_that_dies_ends_the_others(dies):
+    coordinator = f"127.0.0.1:{free_port()}"
+    asked = {"runs": [[2, True, 1]], "generations": 3, "turns": 10**9, "dies": dies, "silence": SILENCE_S}
+    found = outcomes(*[begin({**asked, "start": [2, coordinator, i]}) for i in (0, 1)], timeout=60)
+    assert found[dies][0] == 1
+    code, _, err = found[1 - dies]
+    assert code != 0
+    assert "start all anew" in err or "another task died" in err, err[:3000]
+
+
+COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_little_is_sent(trajectories, fixed):
+    """Per generation, by the arrays that collectives bring to a device: a scalar per member, and a vector of parameters.
+
+    In fixed order that vector comes in parts twice, which is what a ring's all-reduce sends, too.
+    """
+    program, size = trajectories[f"8 {fixed} 1"][3], len(trajectories["1 True 1"][1])
+    brought = []
+    for shapes, kind in COLLECTIVE.findall(program):
+        numbers = 0
+        for dims in re.findall(r"f32\[([\d,]*)\]", shapes):
+            count = 1
+            for n in filter(None, dims.split(",")):
+                count *= int(n)
+            numbers += count
+        brought.append((kind, numbers))
+    members = 2 * 16  # 13 pairs, filled up to 8 devices' 2
+    assert ("all-gather", members) in brought
+    total = 4 * sum(numbers for _, numbers in brought)
+    assert total <= 4 * members + 4 * (size if not fixed else 2 * (size + 8))
+
+
+# Starting.
+
+
+def test_one_process_is_started_without_further_ado():
+    assert distributed.start() == distributed.start(1) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "told_"),
+    [
+        ((0, "a:1", 0), "processes are a number of at least 1"),
+        (("many", "a:1", 0), "processes are a number of at least 1"),
+        ((2, None, 0), "need a coordinator HOST:PORT"),
+        ((2, "localhost", 0), "need a coordinator HOST:PORT"),
+        ((2, "localhost:99999", 0), "need a coordinator HOST:PORT"),
+        ((2, "localhost:1234", None), "needs its own number, 0 to 1; got None"),
+        ((2, "localhost:1234", 2), "needs its own number, 0 to 1; got 2"),
+    ],
+)
+def test_what_makes_no_group_is_told(given, told_, monkeypatch):
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    with pytest.raises(InputError, match=re.escape(told_)):
+        distributed.start(*given)
+
+
+def test_meshes_are_of_devices_that_are_there():
+    assert distributed.mesh_of(1).size == 1
+    with pytest.raises(InputError, match="got 99"):
+        distributed.mesh_of(99)

@@ -1,0 +1,160 @@
+"""The ledger: whole rows, in order, cut where the checkpoint stands."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from ev3_distill.errors import InputError
+from ev3_distill.runtime.ledger import Ledger, row_of, rows
+from ev3_distill.tasks.classification.steering import goal
+from ev3_distill.types import ADOPT, KEEP, PROMOTE, ROLL_BACK, Decision
+
+ARMS = ("ce", "kd")
+
+
+def decision(*, tuned=({}, {}), **changes):
+    """Arm kd's proposal met the champion on 100 examples, 12 to 3, and was promoted."""
+    fields = {
+        "iteration": 4,
+        "cost": 150,
+        "position": 90,
+        "steps": jnp.array([0, 50]),
+        "scores": jnp.array([jnp.nan, 0.75, jnp.nan]),
+        "selected": 1,
+        "discarded": 0,
+        "gain": 0.25,
+        "gain_se": 0.125,
+        "tested": True,
+        "wins": 12,
+        "losses": 3,
+        "decide_n": 100,
+        "alpha": 0.0625,
+        "p_value": 0.0176,
+        "verdict": PROMOTE,
+        "promoted_arm": 1,
+        "champion_accuracy": 0.5,
+        "current_accuracy": 0.75,
+        "length": 50.0,
+        "ruling": -1,
+        "risks": jnp.zeros(0),
+        "tested_for": -1,
+        "kept": False,
+    }
+    untold = dict.fromkeys(Decision._fields, 0)  # what no row tells
+    told = {name: jnp.asarray(value) for name, value in (untold | fields | changes).items()}
+    return Decision(**{**told, "tuned": tuned})
+
+
+def test_a_row_tells_what_arms_tuned():
+    tuned = ({}, {"temperature": jnp.float32(2.5), "mix": jnp.array([0.75, 0.25])})
+    assert row_of(decision(tuned=tuned), ARMS, wall_s=0)["tuned"] == {"kd": {"temperature": 2.5, "mix": [0.75, 0.25]}}
+    assert "tuned" not in row_of(decision(), ARMS, wall_s=0)
+
+
+def test_row_by_hand():
+    row = row_of(decision(), ARMS, wall_s=1.23456)
+    test = row.pop("test")
+    assert row == {
+        "iteration": 4,
+        "cost": 150,
+        "position": 90,
+        "steps": {"ce": 0, "kd": 50},
+        "scores": {"ce": None, "kd": 0.75, "average": None},
+        "selected": "kd",
+        "discarded": 0,
+        "objective": "promise",
+        "risks": {},
+        "gain": 0.25,
+        "gain_se": 0.125,
+        "verdict": "promote",
+        "arm": "kd",
+        "champion_accuracy": 0.5,
+        "current_accuracy": 0.75,
+        "length": 50.0,
+        "stuck": False,
+        "met": False,
+        "wall_s": 1.235,
+    }
+    theta = binomtest(12, 15, alternative="greater").proportion_ci(1 - 0.0625, method="exact").low
+    assert test["bound"] == pytest.approx((2 * theta - 1) * 15 / 100, rel=1e-6)
+    assert test["gain"] == pytest.approx(0.09)
+    assert (test["wins"], test["losses"], test["n"], test["alpha"]) == (12, 3, 100, 0.0625)
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_a_row_tells_which_objective_ruled():
+    goals = [goal("worst_class_accuracy", 0.7), goal("ece", 0.02)]
+    ruled = decision(ruling=0, tested_for=1, risks=jnp.array([-1.5, jnp.inf]), kept=True)
+    row = row_of(ruled, ARMS, goals, wall_s=0)
+    assert (row["objective"], row["risks"]) == ("worst_class_accuracy", {"worst_class_accuracy": -1.5, "ece": None})
+    assert (row["test"]["objective"], row["test"]["kept"], row["test"]["bound"]) == ("ece", True, None)
+
+
+def test_verdicts_and_who_they_name():
+    average = row_of(decision(selected=2, promoted_arm=2, verdict=PROMOTE), ARMS, wall_s=0)
+    assert (average["selected"], average["arm"]) == ("average", "average")
+    # A promotion names who made the champion, though the proposal selected in this very iteration was another's.
+    late = row_of(decision(selected=0, promoted_arm=1), ARMS, wall_s=0)
+    assert (late["selected"], late["arm"]) == ("ce", "kd")
+    for verdict, name in ((KEEP, "keep"), (ADOPT, "adopt"), (ROLL_BACK, "roll back")):
+        row = row_of(decision(verdict=verdict, promoted_arm=-1, tested=False), ARMS, wall_s=0)
+        assert (row["verdict"], row["arm"], row["test"]) == (name, "kd", None)
+    none = row_of(decision(selected=-1, verdict=KEEP, promoted_arm=-1, discarded=2), ARMS, wall_s=0)
+    assert (none["selected"], none["arm"], none["gain"], none["discarded"]) == (None, None, None, 2)
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (0, 5), (1, 0), (5, 5), (11, 3), (12, 3), (30, 0)])
+def test_the_bound_is_positive_just_where_the_test_promotes(wins, losses):
+    alpha = 0.0287  # beside the p-value 0.0287 of 11 to 3
+    p_value = binomtest(wins, wins + losses, alternative="greater").pvalue if wins + losses else 1.0
+    changes = {"wins": wins, "losses": losses, "alpha": alpha, "p_value": p_value}
+    test = row_of(decision(**changes), ARMS, wall_s=0)["test"]
+    assert (test["bound"] > 0) == (p_value <= np.float32(alpha))
+    assert test["bound"] <= test["gain"]
+
+
+def test_rows_come_back_and_a_resume_cuts_them(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    assert list(rows(path)) == []
+    ledger = Ledger(path)
+    ledger.resume(0)
+    ledger.sync()
+    for i in range(5):
+        ledger.append([{"iteration": i, "name": "Grün\n"}])
+    ledger.sync()
+    assert [row["iteration"] for row in rows(path)] == list(range(5))
+    Ledger(path).resume(5)
+    assert len(list(rows(path))) == 5
+    Ledger(path).resume(3)
+    assert [row["iteration"] for row in rows(path)] == [0, 1, 2]
+    ledger.append([{"iteration": 3}])
+    assert [row["iteration"] for row in rows(path)] == [0, 1, 2, 3]
+    assert [p.name for p in tmp_path.iterdir()] == ["ledger.jsonl"]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_a_torn_row_goes(tmp_path, cut):
+    path = tmp_path / "ledger.jsonl"
+    for i in range(3):
+        Ledger(path).append([{"iteration": i, "name": "x"}])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    Ledger(path).resume(2)
+    assert [row["iteration"] for row in rows(path)] == [0, 1]
+
+
+@pytest.mark.parametrize("cut", [1, 40])
+def test_rows_that_the_checkpoint_has_seen_must_be_there(tmp_path, cut):
+    path = tmp_path / "ledger.jsonl"
+    for i in range(3):
+        Ledger(path).append([{"iteration": i, "name": "x"}])
+    content = path.read_bytes()[:-cut]
+    path.write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"row of every iteration that the checkpoint has seen, 3; .*start the run again"
+    ):
+        Ledger(path).resume(3)
+    assert path.read_bytes() == content

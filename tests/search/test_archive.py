@@ -1,0 +1,147 @@
+"""The archive of a search: no entry holds a score that another student earned, whatever happened in between."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from ev3_distill.errors import InputError
+from ev3_distill.runtime.checkpoint import digest
+from ev3_distill.search.archive import Archive, Entry, Measured, best, chosen, front, pick
+from ev3_distill.types import Variables
+
+TRUTH = np.random.default_rng(0).random(40)
+
+
+def student(size, value):
+    return Variables({"w": jnp.full(size, value, jnp.float32)}, {})
+
+
+def measure(variables):
+    """Scores that follow from the student alone."""
+    share = float(jnp.tanh(variables.params["w"].sum()) ** 2)
+    return Measured((share > TRUTH).astype(np.float32), int(share > 0.5), share, 1 - share)
+
+
+def entry(number, params, accuracy, bound, met=False, goals_met=0):
+    return Entry(number, f"net {number}", {}, params, "", "", 0, 100, accuracy, bound, goals_met, 0.0, met)
+
+
+events = st.lists(
+    st.tuples(
+        st.sampled_from(["train", "grow", "roll back", "enter", "reload"]),
+        st.floats(-1, 1, width=32),
+        st.integers(1, 4),
+    ),
+    max_size=30,
+)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(events)
+def test_every_entry_has_its_own_score(tmp_path, made):
+    """The student goes on, grows, rolls back: what entered is what was measured of it."""
+    (tmp_path / "archive.json").unlink(missing_ok=True)
+    archive, entered = Archive(tmp_path, confidence=0.95), {}
+    current = before = student(1, 0.5)
+    for number, (event, value, size) in enumerate(made):
+        if event == "train":
+            before, current = current, student(current.params["w"].size, value)
+        elif event == "grow":
+            current = Variables({"w": jnp.concatenate([current.params["w"], jnp.zeros(size)])}, {})
+        elif event == "roll back":
+            current = before
+        elif event == "reload":
+            archive = Archive(tmp_path, confidence=0.95)
+        else:
+            archive.enter(
+                current,
+                measure,
+                number=number,
+                network="net",
+                spec={},
+                how="trained",
+                cost=number,
+                meets=lambda _: False,
+            )
+            entered[number] = current
+    again = Archive(tmp_path, confidence=0.95)
+    assert again.entries == archive.entries
+    assert [one.number for one in again.entries] == list(entered)
+    for one in again.entries:
+        variables = entered[one.number]
+        scores = measure(variables)
+        assert one.digest == digest(variables)
+        assert one.params == variables.params["w"].size
+        assert one.accuracy == scores.right.mean()
+        low = (
+            binomtest(int(scores.right.sum()), len(TRUTH), alternative="greater")
+            .proportion_ci(0.95, method="exact")
+            .low
+        )
+        assert one.bound == pytest.approx(low, abs=1e-9)
+        assert (one.goals_met, one.least_risk, one.p_value) == scores[1:]
+
+
+def test_a_rung_that_was_entered_stays_as_it_was(tmp_path):
+    """A resume enters it again."""
+    facts = {"number": 3, "network": "net", "spec": {}, "how": "begun", "meets": lambda _: False}
+    first = Archive(tmp_path, confidence=0.9).enter(student(2, 0.5), measure, cost=10, **facts)
+    archive = Archive(tmp_path, confidence=0.9)
+    assert archive.enter(student(2, 0.7), measure, cost=20, **facts) == first
+    assert archive.entries == [first]
+    assert json.loads((tmp_path / "archive.json").read_text())["entries"] == [dataclasses.asdict(first)]
+
+
+ENTRIES = [
+    entry(1, 100, 0.7, 0.6),
+    entry(2, 200, 0.9, 0.8, met=True, goals_met=1),
+    entry(3, 150, 0.65, 0.55),
+    entry(4, 300, 0.85, 0.75, met=True, goals_met=1),
+    entry(5, 200, 0.8, 0.7),
+]
+
+
+def test_front():
+    assert [one.number for one in front(ENTRIES)] == [1, 2]
+    assert front([]) == []
+
+
+def test_the_smallest_that_met_its_goals_is_chosen():
+    assert chosen(ENTRIES).number == 2
+    assert chosen([dataclasses.replace(one, met=False) for one in ENTRIES]).number == best(ENTRIES).number == 2
+    assert chosen([entry(1, 100, 0.7, 0.6), entry(2, 90, 0.7, 0.6)]).number == 2
+
+
+@pytest.mark.parametrize(
+    ("conditions", "number"),
+    [
+        ("params<=150", 1),
+        ("params <= 250", 2),
+        ("bound>=0.75,params>=250", 4),
+        ("accuracy>=0.85", 2),
+        ("params<=2e2", 2),
+    ],
+)
+def test_pick(conditions, number):
+    assert pick(ENTRIES, conditions).number == number
+
+
+@pytest.mark.parametrize(
+    ("conditions", "says"),
+    [
+        ("size<=3", "a pick is conditions on params, accuracy, bound, joined by commas; got 'size<=3': try"),
+        ("params=3", "got 'params=3'"),
+        ("", "got ''"),
+        ("params<=99", "got 'params<=99', and students of 100 parameters with 70.0%, 200 parameters with 90.0%: ask"),
+    ],
+)
+def test_picks_that_are_none(conditions, says):
+    with pytest.raises(InputError) as refused:
+        pick(ENTRIES, conditions)
+    assert says in str(refused.value)

@@ -1,0 +1,103 @@
+"""Narrowing over the whole zoo: a part of the larger network, which computes what that would if nobody read the rest."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from student_zoo import CLASSES, at, away, bits, case, every_case, factory_of, member, quick, shapes
+
+from ev3_distill import students
+from ev3_distill.errors import InputError
+from ev3_distill.students.growth.grow import moves
+from ev3_distill.students.growth.narrow import kept_of, narrow
+from ev3_distill.students.growth.net2net import axes_of, path_of, standing_of
+from ev3_distill.types import Variables
+
+NORMALISED = ("vit", "transformer")  # by means over features, which change where features go
+
+
+def narrowed(name, move, seed=1):
+    """Back from the larger network of a case."""
+    one, factory = case(name, move), factory_of(name)
+    spec = one.growth.network.spec
+    return narrow(jax.random.key(seed), spec, one.trained, one.member.network.spec, factory=factory)
+
+
+@every_case
+def test_it_is_a_network_of_the_smaller_spec(name, move):
+    one = case(name, move)
+    network, variables = narrowed(name, move)
+    assert network.spec == one.member.network.spec
+    assert shapes(variables) == shapes(one.member.variables)
+    logits, _ = quick(lambda v, x: network.apply(v, x, train=False))(variables, one.member.inputs)
+    assert logits.shape == (len(one.member.inputs), CLASSES) and bool(jnp.isfinite(logits).all())
+    assert bits(variables) == bits(narrowed(name, move)[1])
+
+
+@every_case
+def test_it_computes_what_the_larger_would_if_nobody_read_the_rest(name, move):
+    """Reads of what is dropped are zeroed in the larger network, which is then run itself."""
+    one, factory = case(name, move), factory_of(name)
+    spec = one.growth.network.spec
+    large, small = (students.layout_of(s, factory=factory) for s in (spec, one.member.network.spec))
+    if name in NORMALISED or set(large.layers) != set(small.layers):
+        pytest.skip("a LayerNorm has other means then, and without a layer it is another function")
+    kept = kept_of(
+        np.random.default_rng(np.asarray(jax.random.key_data(jax.random.key(1)))),
+        large,
+        small,
+        standing_of(small, large),
+    )
+    assert any(len(kept[space]) < large.spaces[space].size for space in kept)
+    layers = {layer.path: layer for layer in large.layers.values()}
+
+    def unread(keys, leaf):
+        path, array = path_of(keys), np.array(leaf)
+        layer = next(layers[path[:i]] for i in range(len(path) + 1) if path[:i] in layers)
+        for dimension, axis in axes_of(layer, path, array.shape, large).items():
+            if axis.reads:
+                gone = np.setdiff1d(np.arange(large.spaces[axis.space].size), kept[axis.space])
+                rows = (large.spaces[axis.space].size * np.arange(axis.times)[:, None] + gone).ravel()
+                np.moveaxis(array, dimension, 0)[rows] = 0
+        return array
+
+    whole = one.trained._replace(params=jax.tree_util.tree_map_with_path(unread, one.trained.params))
+    network, variables = narrowed(name, move)
+    logits, _ = quick(lambda v, x: network.apply(v, x, train=False))(variables, one.member.inputs)
+    expected, _ = quick(lambda v, x: one.growth.network.apply(v, x, train=False))(whole, one.member.inputs)
+    assert away(logits, expected) < 1e-5
+    assert (
+        away(logits, quick(lambda v, x: one.growth.network.apply(v, x, train=False))(one.trained, one.member.inputs)[0])
+        > 1e-3
+    )
+
+
+def test_an_mlp_by_hand():
+    """Five units of which three are kept, in order, each with its weights to all outputs."""
+    spec = {"family": "mlp", "hidden": [5], "input_shape": [2], "num_classes": 3}
+    first = {"kernel": np.arange(10.0, dtype=np.float32).reshape(2, 5), "bias": np.arange(5.0, dtype=np.float32)}
+    last = {"kernel": np.arange(15.0, dtype=np.float32).reshape(5, 3), "bias": np.arange(3.0, dtype=np.float32)}
+    variables = Variables({"layers": {0: first, 1: last}}, {})
+    parts = set()
+    for seed in range(20):
+        _, part = narrow(jax.random.key(seed), spec, variables, {**spec, "hidden": [3]})
+        kept = np.asarray(at(part.params, ("layers", 0, "bias"))).astype(int)  # a unit's bias is its number
+        assert kept.tolist() == sorted(set(kept.tolist())) and len(kept) == 3
+        np.testing.assert_array_equal(at(part.params, ("layers", 0, "kernel")), first["kernel"][:, kept])
+        np.testing.assert_array_equal(at(part.params, ("layers", 1, "kernel")), last["kernel"][kept])
+        np.testing.assert_array_equal(at(part.params, ("layers", 1, "bias")), last["bias"])
+        parts.add(tuple(kept.tolist()))
+    assert len(parts) > 5  # of ten
+
+
+def test_what_it_refuses():
+    one = member("mlp")
+    spec = one.network.spec
+    with pytest.raises(InputError, match=r"narrows to one that grows into it; .* narrows nothing"):
+        narrow(jax.random.key(0), spec, one.variables, moves(spec)["wider"])
+    with pytest.raises(InputError, match="narrows to one that grows into it; growth keeps num_classes"):
+        narrow(jax.random.key(0), spec, one.variables, {**spec, "num_classes": 2})
+    smaller = {**spec, "hidden": [3, 5]}
+    for given in (moves(spec)["wider"], {**spec, "hidden": [6]}):
+        with pytest.raises(InputError, match=r"the arrays of its spec; got others, narrowing into mlp:hidden=3-5"):
+            narrow(jax.random.key(0), given, one.variables, smaller)

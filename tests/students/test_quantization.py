@@ -1,0 +1,263 @@
+"""int8: what is rounded and how, gradients that pass, and a file that computes what was scored."""
+
+import base64
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ev3_distill import students
+from ev3_distill.arms import arms_named
+from ev3_distill.benchmarks import int8
+from ev3_distill.cli.main import main
+from ev3_distill.core.explore import fitting
+from ev3_distill.errors import InputError
+from ev3_distill.export.formats import onnx as onnx_format
+from ev3_distill.students.layers import conv
+from ev3_distill.students.quantization import RANGES, WHOLE, normalises, rounded
+from ev3_distill.types import Batch, Stretch, Variables
+
+FAMILIES = {
+    "mlp:hidden=8-8": (6,),
+    "resnet:depth=8,width=2": (8, 8, 1),
+    "convnet1d:filters=4-4": (16, 2),
+    "vit:width=8,depth=1,heads=2": (8, 8, 1),
+}
+
+
+def test_weights_are_rounded_by_channel():
+    """Two outputs whose greatest are 6.4 and 0.64: steps of 0.1 and 0.01."""
+    weights = jnp.array([[6.4, 0.123], [-3.14, -0.64], [0.0, 0.006]])
+    wanted = [[6.4, 0.12], [-3.1, -0.64], [0.0, 0.01]]
+    np.testing.assert_allclose(rounded(weights, (1,)), wanted, atol=1e-6)
+    np.testing.assert_array_equal(rounded(jnp.zeros((3, 2)), (1,)), np.zeros((3, 2)))
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, 2, 5))
+    steps = rounded(kernel, (3,)) / (jnp.abs(kernel).max((0, 1, 2)) / 64)
+    np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)
+    np.testing.assert_allclose(jnp.abs(steps).max((0, 1, 2)), 64, atol=1e-4)
+
+
+def test_a_linear_classifier_by_hand():
+    """One product: inputs in steps of range / 255 with a zero among them, weights in steps of 1 / 64, logits as they come."""
+    network = students.deployed(students.named("mlp:hidden=2", (2,), 2), "int8")
+    linear = students.build({"family": "mlp", "hidden": [], "input_shape": [2], "num_classes": 2, "deploy": "int8"})
+    assert network.spec["deploy"] == linear.spec["deploy"] == "int8"
+    variables = linear.init(jax.random.key(0))
+    kernel, bias = np.array([[1.0, 0.5], [0.26, -0.5]]), np.array([0.1, 0.2])
+    params = {"layers": {0: {"kernel": jnp.array(kernel, jnp.float32), "bias": jnp.array(bias, jnp.float32)}}}
+    assert jax.tree.structure(params) == jax.tree.structure(variables.params)
+    ranges = {"low": jnp.array([-1.0]), "high": jnp.array([4.1])}  # steps of 0.02, zero is level 50
+    inputs = jnp.array([[0.313, 1.0], [9.0, -7.0]])
+    logits, _ = linear.apply(Variables(params, {WHOLE: variables.stats[WHOLE], RANGES: ranges}), inputs, train=False)
+    steps = np.array([[1, 0.5], [17 / 64, -0.5]])  # 0.26 is 16.64 steps
+    np.testing.assert_allclose(logits, np.array([[0.32, 1.0], [4.1, -1.0]]) @ steps + bias, atol=1e-6)
+
+
+def trained(network, inputs, steps=6):
+    """After some training passes, without a step of any optimizer, and fitted: statistics and ranges have moved."""
+    variables = network.init(jax.random.key(1))
+    watch = jax.jit(lambda variables, inputs, key: network.apply(variables, inputs, train=True, key=key)[1])
+    for i in range(steps):
+        variables = watch(variables, inputs[32 * i : 32 * (i + 1)], jax.random.key(i))
+    return jax.jit(network.fit)(variables, inputs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_file_computes_what_was_scored(name):
+    ort = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    network = students.deployed(students.named(name, FAMILIES[name], 5), "int8")
+    inputs = np.random.default_rng(0).normal(size=(200, *FAMILIES[name])).astype(np.float32)
+    variables = trained(network, inputs)
+    logits = np.asarray(jax.jit(lambda v, x: network.apply(v, x, train=False)[0])(variables, inputs))
+
+    def says(inputs):
+        with conv.standard():
+            return network.apply(variables, inputs, train=False)[0]
+
+    example = jax.ShapeDtypeStruct(FAMILIES[name], np.float32)
+    made = onnx_format.model_of(says, example, name=name, output="logits", about={})
+    (said,) = ort.InferenceSession(made).run(None, {"inputs": inputs})
+    near = np.sort(logits, axis=1)
+    clear = near[:, -1] - near[:, -2] > 0.02 * np.abs(logits).max()
+    assert clear.mean() > 0.5
+    assert (said.argmax(axis=1) == logits.argmax(axis=1))[clear].all()
+    assert np.median(np.abs(said - logits)) < 0.01 * np.abs(logits).max()  # where no sum fell to another whole number
+    stored = {onnx.TensorProto.DataType.Name(one.data_type) for one in onnx.load_from_string(made).graph.initializer}
+    large = [one for one in onnx.load_from_string(made).graph.initializer if len(one.dims) > 1]
+    products = [n for n in onnx.load_from_string(made).graph.node if n.op_type in ("Conv", "MatMul")]
+    assert "INT8" in stored and products
+    left = {one.name for one in large if one.data_type == onnx.TensorProto.FLOAT}
+    assert not [
+        n.name for n in products if left.intersection(n.input)
+    ]  # onnxruntime would round these anew, and coarsely
+    assert sum(one.data_type == onnx.TensorProto.INT8 for one in large) == sum(
+        any(source.op_type == "DequantizeLinear" and source.output[0] == n.input[1] for source in
+            onnx.load_from_string(made).graph.node) for n in products
+    )  # fmt: skip
+
+
+def test_gradients_pass_through_the_rounding():
+    """They are those at the rounded weights, and none is lost; `apply` has those at the weights as they are."""
+    base = students.named("mlp:hidden=4", (6,), 3)
+    network = students.deployed(base, "int8")
+    variables = network.init(jax.random.key(0))
+    inputs = jax.random.normal(jax.random.key(1), (16, 6))
+
+    def gradient(apply, params, stats):
+        return jax.grad(lambda params: jnp.square(apply(Variables(params, stats), inputs, train=True)[0]).sum())(params)
+
+    kernels = jax.tree.map(lambda leaf: rounded(leaf, (1,)) if leaf.ndim > 1 else leaf, variables.params)
+    for apply, params in ((network.straight, kernels), (network.apply, variables.params)):
+        got = gradient(apply, variables.params, variables.stats)
+        wanted = gradient(base.apply, params, variables.stats[WHOLE])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, wanted)
+        after = apply(variables, inputs, train=True)[1]
+        jax.tree.map(
+            np.testing.assert_array_equal, after.params, variables.params
+        )  # the weights stay as fine as they are
+
+
+def test_ranges_are_those_of_the_inputs_and_of_what_is_made_of_them():
+    network = students.deployed(students.named("mlp:hidden=4", (6,), 3), "int8")
+    variables = network.init(jax.random.key(0))
+    np.testing.assert_array_equal(variables.stats[RANGES]["high"], [0, 0])  # the inputs, and what the ReLU makes
+    inputs = jax.random.normal(jax.random.key(1), (16, 6))
+    ranges = network.fit(variables, inputs).stats[RANGES]
+    layer = variables.params["layers"][0]
+    made = jax.nn.relu(inputs @ rounded(layer["kernel"], (1,)) + layer["bias"])
+    np.testing.assert_allclose(ranges["low"], [inputs.min(), made.min()], rtol=1e-6)
+    np.testing.assert_allclose(ranges["high"], [inputs.max(), made.max()], rtol=1e-6)
+    trained_on = network.apply(variables, inputs, train=True)[1]
+    np.testing.assert_array_equal(trained_on.stats[RANGES]["high"], [0, 0])  # training asks for none
+    assert not normalises(variables)
+
+
+def test_what_an_arm_proposes_is_fitted_to_its_stretch():
+    """Batches 10, 12, 15 and 17 of steps 10 to 19; an arm that rests leaves ranges as they are."""
+    network = students.deployed(students.named("mlp:hidden=4", (6,), 3), "int8")
+    variables = network.init(jax.random.key(0))
+    inputs = jax.random.normal(jax.random.key(1), (20, 16, 6))
+
+    def draw(step):
+        return Batch(inputs[step], jnp.zeros(16, jnp.int32), jnp.zeros((16, 3)), jnp.arange(16), jnp.ones(16)), None
+
+    (arm,) = arms_named(network.apply, ("kd4",), network=network)
+    for steps, batches in ((10, [10, 12, 15, 17]), (1, [10]), (0, [])):
+        stretch = Stretch(jnp.int32(10), jnp.int32(steps), jnp.float32(0), jnp.float32(0.01))
+        plain = arm.propose(arm.init(variables), draw, stretch)[1]
+        student = jax.jit(fitting(arm, network.fit).propose, static_argnums=1)(arm.init(variables), draw, stretch)[1]
+        wanted = network.fit(plain, jnp.concatenate(inputs[jnp.array(batches)])) if batches else variables
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), student, wanted)
+
+
+def test_arms_train_rounded_what_is_deployed_rounded():
+    """In the last quarter of the budget, or all along if named so; of a student in float32 there is no such arm."""
+    base = students.named("mlp:hidden=4", (6,), 3)
+    network = students.deployed(base, "int8")
+    variables = network.init(jax.random.key(0))
+    inputs, logits = jax.random.normal(jax.random.key(1), (16, 6)), jax.random.normal(jax.random.key(2), (16, 3))
+    batch = Batch(inputs, jnp.zeros(16, jnp.int32), logits, jnp.arange(16), jnp.ones(16))
+
+    def proposed(apply, name, spent, network=network):
+        (arm,) = arms_named(apply, (name,), network=network)
+        stretch = Stretch(jnp.int32(0), jnp.int32(4), jnp.float32(spent), jnp.float32(0.05))
+        return arm.propose(arm.init(variables), lambda step: (batch, jax.random.key(0)), stretch)[1].params
+
+    def same(one, other):
+        return all(np.allclose(a, b, atol=1e-6) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
+
+    plain, straight = (proposed(apply, "kd4", 0, network=None) for apply in (network.apply, network.straight))
+    assert same(proposed(network.apply, "kd4", 0.5), plain) and not same(plain, straight)
+    assert same(proposed(network.apply, "kd4", 0.75), straight)
+    assert same(proposed(network.apply, "kd4-straight", 0), straight)
+    between = proposed(network.apply, "kd4", 0.65)  # the last two steps of four
+    assert not same(between, plain) and not same(between, straight)
+    mixed = proposed(network.apply, "0.5*kd+0.5*ce@0.003-straight", 0)
+    assert same(mixed, proposed(network.apply, "0.5*kd+0.5*ce@0.003", 0.9))
+    with pytest.raises(InputError, match="add --deploy int8"):
+        arms_named(base.apply, ("kd4-straight",), network=base)
+
+
+def test_a_run_in_int8(tmp_path, monkeypatch, capsys):
+    """Trained, certified, exported and judged as the file that it becomes."""
+    pytest.importorskip("onnx")
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(2000, 6)).astype(np.float32)
+    labels = (inputs @ rng.normal(size=(6, 3))).argmax(axis=1)
+    np.savez("data.npz", inputs=inputs, labels=labels)
+    np.savez("logits.npz", logits=(4 * np.eye(3)[labels]).astype(np.float32))
+    common = ("--data", "npz:data.npz", "--teacher", "logits:logits.npz", "--student", "mlp:hidden=8")
+    common += ("--arms", "ce", "ce-straight")
+    main(["compress", *common, "--budget", "400", "--deploy", "int8", "--guard", "accuracy >= 0.8", "--out", "run"])
+    assert "This student, in int8, has at least" in " ".join(capsys.readouterr().out.split())
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["student"]["deploy"] == "int8"
+    network, variables = students.load(tmp_path / "run")
+    assert network.spec["deploy"] == "int8" and set(variables.stats) == {WHOLE, RANGES}
+    rounds, not_rounded = network.apply(variables, inputs, train=False)[0], int8.unrounded(tmp_path / "run", inputs)
+    assert 0.95 < (rounds.argmax(axis=1) == not_rounded).mean() < 1
+    main(["export", "run", "--format", "onnx", "--out", "file"])
+    told = json.loads((tmp_path / "file/model.json").read_text())
+    assert told["precision"] == "int8" and told["certificate"]["claims"]
+    main(
+        ["evaluate", "file", "--of", "run", "--guard", "accuracy >= 0.8"]
+    )  # on the sealed split: it is the same student
+    shown = capsys.readouterr().out
+    assert "int8" in shown and "certified" in shown
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "run", "--format", "onnx", "--int8", "--out", "other"])
+    assert ended.value.code == 2 and not (tmp_path / "other").exists()
+    assert "in int8, as it trained" in capsys.readouterr().err
+
+
+def test_the_suite_tells_what_int8_costs():
+    """Of 16 images one is lost, or two are lost and one won; intervals by Student's t, worked out apart."""
+    right = {"float32": [1] * 15 + [0], "after training": [1] * 14 + [0, 0], "in the loop": [0, 0] + [1] * 14}
+
+    def row(seed, contender):
+        bits = np.array(right[contender] if seed == 0 or contender != "in the loop" else right["float32"], np.uint8)
+        packed = base64.b64encode(np.packbits(bits).tobytes()).decode()
+        facts = {
+            "steps": 10,
+            "step": 1.25,
+            "unrounded": ""
+            if contender != "in the loop"
+            else base64.b64encode(np.packbits([1] * 16).tobytes()).decode(),
+            "bytes": 1234,
+            "p50_ms": 0.5,
+            "p50_ms_of_64": 7.0,
+            "guard": "accuracy >= 0.5",
+        }
+        passes = None if contender == "after training" else seed == 0
+        return {
+            "seed": seed,
+            "contender": contender,
+            "accuracy": float(bits.mean()),
+            "passes": passes,
+            "right": packed,
+        } | facts
+
+    told = int8.table([row(seed, contender) for seed in (0, 1) for contender in right])
+    assert "| float32 | 93.75 ± 0.00 | 1,234 | 0.50 | 7.0 | 1.25 | 1 of 2 |" in told
+    assert "| after training | 87.50 ± 0.00 | 1,234 | 0.50 | 7.0 | 1.25 |  |" in told
+    assert "after training less float32, points, image by image: seed 0 -6.25 (-19.57 to 7.07), seed 1 -6.25" in told
+    assert "in the loop less float32, points, image by image: seed 0 -6.25 (-29.83 to 17.33), seed 1 0.00" in told
+    assert "over seeds -3.12 (-42.83 to 36.58), target ≥ -0.5" in told
+    assert (
+        "in the loop less itself in float32, points, image by image: seed 0 -12.50 (-30.70 to 5.70), seed 1 -6.25"
+        in told
+    )
+    assert told.endswith("Guard: accuracy >= 0.5.")
+
+
+@pytest.mark.parametrize("options", [("--start", "tiny"), ("--control",), ("--deploy", "int4")])
+def test_what_int8_does_not_go_with(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["compress", "--deploy", "int8", *options, "--out", "run"])
+    assert ended.value.code == 2 and not (tmp_path / "run").exists()
+    assert "deploy" in capsys.readouterr().err

@@ -1,0 +1,310 @@
+"""Claims from outputs: their points are the metrics, and logits that say nothing count against the student."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from ev3_distill import guards
+from ev3_distill.certify.bounds import clopper_pearson_lower, mean_lower, mean_upper
+from ev3_distill.errors import InputError
+from ev3_distill.tasks.classification.metric_bounds import (
+    CLAIMS,
+    Outputs,
+    claims_of,
+    function_named,
+    in_top,
+    latency,
+    probabilities,
+    read_costs,
+    said,
+)
+
+RNG = np.random.default_rng(0)
+LABELS = RNG.integers(5, size=400)
+LOGITS = (RNG.normal(size=(400, 5)) + 2 * np.eye(5)[LABELS]).astype(np.float32)
+TEACHER = (RNG.normal(size=(400, 5)) + 3 * np.eye(5)[LABELS]).astype(np.float32)
+OUTPUTS = Outputs(LOGITS, LABELS, TEACHER, RNG.integers(3, size=400), 3)
+ONE_HOT = np.eye(5, dtype=bool)[LABELS]
+COSTS = np.array([[0, 1, 1, 1, 4], [1, 0, 1, 1, 1], [1, 1, 0, 1, 1], [1, 1, 1, 0, 1], [9, 1, 1, 1, -1.0]])
+
+
+def claimed(metric, outputs=OUTPUTS, confidence=0.9, costs=COSTS):
+    return claims_of([metric], outputs, costs=costs)[metric](confidence)
+
+
+def test_every_metric_of_the_guards_has_a_claim():
+    own = {name for name in guards.METRICS if name not in (*guards.KNOWN, "latency_ms", "cost", "drop(accuracy)")}
+    assert own == set(CLAIMS)
+    for metric in (*own, "cost", "drop(accuracy)", "top2_accuracy", "drop(top3_accuracy)"):
+        claim, about = claimed(metric), guards.metric_named(metric)
+        assert claim.metric == metric
+        assert (claim.upper_bound is None) == about.at_least
+        assert (claim.lower_bound is None) != about.at_least
+        wide, narrow = (claimed(metric, confidence=confidence) for confidence in (0.99, 0.6))
+        if about.at_least:
+            assert wide.lower_bound <= claim.lower_bound <= narrow.lower_bound <= claim.point
+        else:
+            assert wide.upper_bound >= claim.upper_bound >= narrow.upper_bound >= claim.point
+    with pytest.raises(ValueError, match="name one of these"):
+        claims_of(["f1"], OUTPUTS)
+
+
+def test_points_agree_with_scikit_learn():
+    from sklearn import metrics
+
+    answers = LOGITS.argmax(1)
+    point = {name: claimed(name).point for name in CLAIMS}
+    assert point["accuracy"] == pytest.approx(metrics.accuracy_score(LABELS, answers))
+    assert point["agreement"] == pytest.approx((answers == TEACHER.argmax(1)).mean())
+    assert point["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(LABELS, answers))
+    assert point["worst_class_accuracy"] == pytest.approx(metrics.recall_score(LABELS, answers, average=None).min())
+    assert point["macro_f1"] == pytest.approx(metrics.f1_score(LABELS, answers, average="macro"))
+    assert point["brier"] == pytest.approx(
+        sum(
+            metrics.brier_score_loss(of_class, p)
+            for of_class, p in zip(ONE_HOT.T, probabilities(LOGITS).T, strict=True)
+        )
+        / 2,
+        rel=1e-5,
+    )
+    for k in (2, 3):
+        assert claimed(f"top{k}_accuracy").point == pytest.approx(metrics.top_k_accuracy_score(LABELS, LOGITS, k=k))
+    groups = [(answers == LABELS)[OUTPUTS.groups == g].mean() for g in range(3)]
+    assert point["worst_group_accuracy"] == pytest.approx(min(groups))
+
+
+def test_bounds_by_hand():
+    hits = LOGITS.argmax(1) == LABELS
+    assert claimed("accuracy").lower_bound == clopper_pearson_lower(hits.sum(), 400, confidence=0.9)
+    top = in_top(LOGITS, LABELS, 2).sum()
+    assert claimed("top2_accuracy").lower_bound == clopper_pearson_lower(top, 400, confidence=0.9)
+    worst = min(clopper_pearson_lower(hits[own].sum(), own.sum(), confidence=0.9) for own in ONE_HOT.T)
+    assert claimed("worst_class_accuracy").lower_bound == worst
+    paid = COSTS[LABELS, LOGITS.argmax(1)]
+    claim = claimed("cost")
+    assert claim.point == pytest.approx(paid.mean())
+    assert claim.upper_bound == mean_upper(paid, -1, 9, confidence=0.9)
+    for costs in (None, COSTS[:4]):
+        with pytest.raises(ValueError, match="needs costs"):
+            claimed("cost", costs=costs)
+
+
+def test_the_drop_by_hand():
+    # of 100: both right 80, only the teacher 10, only the student 4, neither 6
+    labels = np.zeros(100, int)
+    teacher = np.eye(2)[np.repeat([0, 0, 1, 1], [80, 10, 4, 6])]
+    student = np.eye(2)[np.repeat([0, 1, 0, 1], [80, 10, 4, 6])]
+    claim = claimed("drop(accuracy)", Outputs(student, labels, teacher))
+    assert (claim.point, claim.lower_bound, claim.n) == (pytest.approx(0.06), None, 100)
+    lost = binomtest(10, 100, alternative="less").proportion_ci(0.95, method="exact").high
+    won = binomtest(4, 100, alternative="greater").proportion_ci(0.95, method="exact").low
+    assert claim.upper_bound == pytest.approx(lost - won, rel=1e-6)
+    # of the two greatest of two logits the label is always one
+    assert claimed("drop(top2_accuracy)", Outputs(student, labels, teacher)).point == 0
+    with pytest.raises(ValueError, match="needs the teacher"):
+        claimed("drop(accuracy)", Outputs(student, labels))
+
+
+def test_the_drop_is_covered():
+    rng = np.random.default_rng(0)
+    draws = rng.choice(4, p=[0.85, 0.07, 0.03, 0.05], size=(400, 500))  # both right, lost, won, both wrong
+    labels = np.zeros(500, int)
+    bounds = [
+        claimed("drop(accuracy)", Outputs(np.eye(2)[row % 2], labels, np.eye(2)[row // 2]), 0.95).upper_bound
+        for row in draws
+    ]
+    assert (np.array(bounds) < 0.04).mean() <= 0.08  # 0.05 and 2.8 standard errors
+
+
+def test_the_worst_class_by_hand():
+    labels, answers = np.repeat([0, 1], [10, 20]), np.repeat([0, 1, 1, 0], [9, 1, 15, 5])
+    claim = claimed("worst_class_accuracy", Outputs(np.eye(2)[answers], labels))
+    assert (claim.point, claim.n) == (0.75, 10)
+    assert claim.lower_bound == min(clopper_pearson_lower(k, n, confidence=0.9) for k, n in ((9, 10), (15, 20)))
+    absent = claimed("worst_class_accuracy", Outputs(np.eye(3)[answers], labels))
+    assert (absent.point, absent.lower_bound, absent.n) == (0.75, 0, 0)
+
+
+def test_the_worst_class_is_covered():
+    """Ten classes, the worst of 80 %: the bound is above that in no more than 5 % of splits, however close the others are."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(10), 60)
+    for others in (0.8, 0.82, 0.99):
+        truth = np.array([0.8, *[others] * 9])
+        bounds = []
+        for _ in range(400):
+            answers = np.where(rng.random(600) < truth[labels], labels, (labels + 1) % 10)
+            bounds.append(claimed("worst_class_accuracy", Outputs(np.eye(10)[answers], labels), 0.95).lower_bound)
+        assert (np.array(bounds) > 0.8).mean() <= 0.08  # 0.05 and 2.8 standard errors
+
+
+def test_groups_are_needed_for_the_worst_of_them():
+    for groups in (None, np.full(400, -1)):
+        with pytest.raises(InputError, match=r"needs groups; .*: claim worst_class_accuracy"):
+            claimed("worst_group_accuracy", OUTPUTS._replace(groups=groups))
+    some = OUTPUTS._replace(groups=np.where(LABELS < 2, 0, -1))
+    assert claimed("worst_group_accuracy", some._replace(num_groups=1)).n == (LABELS < 2).sum()
+    absent = claimed("worst_group_accuracy", some._replace(num_groups=2))
+    assert (absent.n, absent.lower_bound) == (0, 0)
+    with pytest.raises(ValueError, match="pass num_groups="):
+        claimed("worst_group_accuracy", OUTPUTS._replace(num_groups=2))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_that_say_nothing_count_against_the_student(bad):
+    """One class, always right but for examples whose logits say nothing: nan or +inf somewhere, or -inf everywhere."""
+    labels, logits = np.zeros(100, int), np.tile([9.0, 0.0], (100, 1))
+    logits[:20] = bad
+    teacher = np.tile([9.0, 0.0], (100, 1))
+    outputs = Outputs(logits, labels, teacher, labels, 1)
+    assert (said(logits)[:20] == -1).all()
+    expected = {"accuracy": 0.8, "agreement": 0.8, "worst_class_accuracy": 0.8, "worst_group_accuracy": 0.8,
+                "balanced_accuracy": 0.8, "macro_f1": 8 / 9 / 2, "brier": 0.2, "top2_accuracy": 0.8,
+                "drop(accuracy)": 0.2, "cost": 0.6}  # fmt: skip
+    costs = np.array([[0.0, 3.0], [1.0, 0.0]])
+    found = {name: claimed(name, outputs, costs=costs).point for name in (*expected, "ece")}
+    assert found == pytest.approx(expected | {"ece": 0.2}, abs=2e-4)
+    # a teacher that says nothing is agreed with by nobody, not even by a student that says nothing either
+    assert claimed("agreement", outputs._replace(teacher_logits=logits)).point == 0.8
+    assert claimed("drop(accuracy)", outputs._replace(teacher_logits=logits)).point == 0
+
+
+def test_one_bad_logit_is_enough_but_an_impossible_class_is_none():
+    logits = np.array([[5.0, np.nan], [5.0, np.inf], [5.0, -np.inf]])
+    assert said(logits).tolist() == [-1, -1, 0]
+    assert probabilities(logits)[2].tolist() == [1, 0]
+
+
+def test_ties_go_to_the_first_classes():
+    logits = np.array([[1.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
+    for label, k, hit in ((0, 1, [1, 0]), (1, 1, [0, 1]), (1, 2, [1, 1]), (2, 2, [0, 1]), (0, 3, [1, 1])):
+        assert in_top(logits, np.full(2, label), k).tolist() == [bool(x) for x in hit]
+
+
+def test_metrics_of_labels_are_about_labelled_examples():
+    labels = np.where(np.arange(400) < 300, LABELS, -1)
+    some = OUTPUTS._replace(labels=labels)
+    first = Outputs(*(leaf[:300] for leaf in OUTPUTS[:4]), 3)
+    for metric in (*CLAIMS, "cost", "drop(accuracy)"):
+        if metric != "agreement":
+            assert claimed(metric, some) == claimed(metric, first)
+    assert claimed("agreement", some).n == 400
+    with pytest.raises(InputError, match="an example with one"):
+        claimed("ece", OUTPUTS._replace(labels=np.full(400, -1)))
+
+
+def test_the_scale_of_logits_is_the_confidence():
+    """Twice the logits are the log-odds of these examples, twenty times are too sure: the same answers all the same."""
+    sure = OUTPUTS._replace(logits=20 * LOGITS)
+    assert claimed("accuracy", sure) == claimed("accuracy")
+    calibrated = OUTPUTS._replace(logits=2 * LOGITS)
+    assert claimed("ece", calibrated).point < 0.1 < 0.17 < min(claimed("ece").point, claimed("ece", sure).point)
+    assert claimed("brier", calibrated).point < min(claimed("brier").point, claimed("brier", sure).point)
+    huge = OUTPUTS._replace(logits=np.float32(1e30) * LOGITS)
+    wrong = 1 - claimed("accuracy").point
+    assert claimed("ece", huge).point == pytest.approx(wrong)
+    assert claimed("brier", huge).point == pytest.approx(wrong)
+
+
+def test_latency_is_an_order_statistic():
+    claim = latency(np.arange(1.0, 102))(0.95)
+    assert (claim.metric, claim.point, claim.n, claim.lower_bound) == ("latency_ms", 51, 101, None)
+    assert claim.upper_bound == 60  # P[Binomial(101, 1/2) >= 60] = 0.037, >= 59 is 0.057
+
+
+# Functions of one's own.
+
+OWN = """
+import numpy as np
+
+LIMIT = 3
+
+
+def near(logits, labels):
+    return 1 - np.abs(logits.argmax(1) - labels) / 4
+
+
+def greedy(logits, labels):
+    return 2 * (logits.argmax(1) == labels)
+
+
+def one(logits, labels):
+    return 1.0
+
+
+def ranks(logits, labels):
+    return logits.max(1).argsort().argsort() / len(logits)
+
+
+def broken(logits, labels):
+    return logits / labels.missing
+"""
+
+
+@pytest.fixture
+def own(here):
+    (here / "own_metric.py").write_text(OWN)
+
+
+def test_a_function_of_ones_own(own):
+    expected = 1 - np.abs(LOGITS.argmax(1) - LABELS) / 4
+    claim = claimed("own_metric:near")
+    assert claim.point == pytest.approx(expected.mean())
+    assert claim.lower_bound == mean_lower(expected, 0, 1, confidence=0.9)
+    silent = LOGITS.copy()
+    silent[0] = np.nan
+    assert claimed("own_metric:near", OUTPUTS._replace(logits=silent)).point == pytest.approx(
+        (expected.sum() - expected[0]) / 400
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("own_metric:far", r"importable MODULE:FUNCTION; got 'own_metric:far', which fails with AttributeError"),
+        ("no_such_metric:near", r"fails with ModuleNotFoundError"),
+        ("own_metric:LIMIT", r"FUNCTION is callable; got int"),
+        ("own_metric:greedy", r"scores lie in \[0, 1\]; own_metric:greedy gives 2: rescale"),
+        ("own_metric:one", r"gives scores \[N\], \[400\] here; own_metric:one gives \[\]"),
+        ("own_metric:ranks", r"scores half of them unlike all of them"),
+        ("own_metric:broken", r"own_metric:broken fails with AttributeError: .*missing"),
+    ],
+)
+def test_a_function_that_cannot_be_used(own, name, told):
+    with pytest.raises(InputError, match=told):
+        claimed(name)
+
+
+def test_functions_are_looked_up_before_anything_else(own):
+    assert function_named("own_metric:near")(LOGITS, LABELS).shape == (400,)
+
+
+# Costs.
+
+
+def test_costs_are_read(here):
+    (here / "costs.csv").write_text("0,1\n2.5,-1\n")
+    assert read_costs("costs.csv", 2).tolist() == [[0, 1], [2.5, -1]]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "cannot be read"),
+        ("0,1\n2,x\n", "cannot be read"),
+        ("0,1\n", r"2 x 2; costs.csv has 1 x 2: mend it"),
+        ("0,1\nnan,0\n", r"costs.csv has 2 x 2, not finite: mend it"),
+    ],
+)
+def test_bad_costs(here, content, told):
+    if content is not None:
+        (here / "costs.csv").write_text(content)
+    with pytest.raises(InputError, match=told):
+        read_costs(here / "costs.csv" if content is None else "costs.csv", 2)
+
+
+def test_a_bound_may_be_infinite_only_where_there_are_few_passes():
+    assert latency(np.ones(4))(0.95).upper_bound == math.inf
+    assert latency(np.ones(5))(0.95).upper_bound == 1

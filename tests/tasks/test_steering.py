@@ -1,0 +1,194 @@
+"""Goals: their scores average to the metric that others compute, their spread is the truth's, their tests are exact."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics
+
+from ev3_distill.tasks.classification import example_scores
+from ev3_distill.tasks.classification.steering import BINS, goal, steers, top
+from ev3_distill.types import Batch
+
+K = 5
+STEERING = (
+    *("accuracy", "agreement", "balanced_accuracy", "worst_class_accuracy", "macro_f1", "ece", "brier"),
+    *("drop(accuracy)", "top2_accuracy"),
+)
+LOWER_IS_BETTER = ("ece", "brier", "drop(accuracy)")
+
+
+def made(n=400, seed=0, sharpness=1.5):
+    """Logits [N, K] that are often right, and a split with rare classes."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(K, n, p=[0.4, 0.3, 0.2, 0.06, 0.04])
+    hot = np.eye(K)[labels]
+    logits, teacher = (sharpness * (hot * 1.5 + rng.normal(size=(n, K))) for _ in range(2))
+    arrays = (jnp.zeros((n, 1)), labels, teacher, np.arange(n), np.ones(n))
+    dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.int32, jnp.float32)
+    return jnp.asarray(logits, jnp.float32), Batch(*[jnp.asarray(x, t) for x, t in zip(arrays, dtypes, strict=True)])
+
+
+def ece(q, hits):
+    """Bin by bin, in a loop."""
+    found = np.minimum((q * BINS).astype(int), BINS - 1)
+    return sum(abs((hits - q)[found == b].sum()) for b in range(BINS)) / len(q)
+
+
+def reference(metric, logits, split):
+    """The metric in its own units, by scikit-learn or by a loop."""
+    logits, labels, teacher = np.asarray(logits, np.float64), np.asarray(split.labels), np.asarray(split.teacher_logits)
+    said, q = logits.argmax(1), np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    recalls = metrics.recall_score(labels, said, average=None, labels=range(K))
+    return {
+        "accuracy": lambda: metrics.accuracy_score(labels, said),
+        "agreement": lambda: metrics.accuracy_score(teacher.argmax(1), said),
+        "balanced_accuracy": lambda: metrics.balanced_accuracy_score(labels, said),
+        "worst_class_accuracy": recalls.min,
+        "macro_f1": lambda: metrics.f1_score(labels, said, average="macro"),
+        "ece": lambda: ece(q.max(1), said == labels),
+        "brier": lambda: ((q - np.eye(K)[labels]) ** 2).sum(1).mean() / 2,
+        "drop(accuracy)": lambda: (teacher.argmax(1) == labels).mean() - (said == labels).mean(),
+        "top2_accuracy": lambda: metrics.top_k_accuracy_score(labels, logits, k=2),
+    }[metric]()
+
+
+@pytest.mark.parametrize("metric", STEERING)
+def test_the_mean_of_the_scores_is_the_metric(metric):
+    for seed in range(3):
+        logits, split = made(seed=seed)
+        sign = -1 if metric in LOWER_IS_BETTER else 1
+        scores = jax.jit(goal(metric, 0.5).score)(logits, split)
+        assert scores.shape == split.labels.shape
+        assert float(scores.mean()) == pytest.approx(sign * reference(metric, logits, split), abs=2e-5)
+
+
+@pytest.mark.parametrize("metric", STEERING)
+def test_the_spread_of_the_scores_is_that_of_the_metric(metric):
+    """Their standard error, against the metric's own spread over 2,000 splits."""
+    score = goal(metric, 0.5).score
+    whole, split = made(n=400 * 2000, seed=1)
+    pieces = jax.tree.map(lambda x: x.reshape(2000, 400, *x.shape[1:]), (whole, split._replace(teacher_features={})))
+    scores = np.asarray(jax.lax.map(lambda piece: score(*piece), pieces, batch_size=100))
+    spread = scores.mean(axis=1).std()
+    told = np.median(scores.std(axis=1)) / np.sqrt(400)
+    if metric in (
+        "ece",
+        "worst_class_accuracy",
+    ):  # a sum of absolute values, a minimum: of a narrower spread than a line's
+        assert spread < told < 2 * spread
+    else:
+        assert told == pytest.approx(spread, rel=0.1)
+
+
+@pytest.mark.parametrize("metric", STEERING)
+def test_a_broken_student_meets_nothing(metric):
+    logits, split = made()
+    for broken in (jnp.full_like(logits, jnp.nan), logits.at[3].set(jnp.nan)):
+        one = goal(metric, 0.0 if metric not in LOWER_IS_BETTER else 1.0)
+        mean = float(one.score(broken, split).mean())
+        sound = float(one.score(logits, split).mean())
+        assert np.isnan(mean) or mean <= sound + 1e-6 or metric == "ece"  # one example less may be calibrated better
+    assert not float(goal(metric, 0.3).refuted(jnp.full_like(logits, jnp.nan), split)) <= 0.05
+
+
+def test_the_focus_is_the_worst_class():
+    logits, split = made()
+    hits = np.asarray(example_scores.accuracy(logits, split))
+    labels = np.asarray(split.labels)
+    worst = min(range(K), key=lambda k: hits[labels == k].mean())
+    one = goal("worst_class_accuracy", 0.5)
+    assert int(one.focus(logits, split)) == worst
+    np.testing.assert_array_equal(one.compared(logits, split, jnp.int32(worst)), hits * (labels == worst))
+
+
+def test_a_class_that_is_absent_is_no_class():
+    logits, split = made()
+    few = split._replace(labels=jnp.where(split.labels == 4, 0, split.labels))
+    hits, labels = np.asarray(example_scores.accuracy(logits, few)), np.asarray(few.labels)
+    shares = [hits[labels == k].mean() for k in range(4)]
+    assert float(goal("worst_class_accuracy", 0.5).score(logits, few).mean()) == pytest.approx(min(shares), abs=1e-5)
+    assert float(goal("balanced_accuracy", 0.5).score(logits, few).mean()) == pytest.approx(np.mean(shares), abs=1e-5)
+
+
+@pytest.mark.parametrize("least", [0.5, 0.8, 0.9])
+def test_shares_are_refuted_by_the_exact_binomial_test(least):
+    logits, split = made()
+    hits = np.asarray(example_scores.accuracy(logits, split))
+    p_value = float(goal("accuracy", least).refuted(logits, split))
+    assert p_value == pytest.approx(stats.binom.sf(hits.sum() - 1, len(hits), least), rel=1e-3, abs=1e-6)
+
+
+def test_the_worst_class_is_refuted_by_the_hardest_of_its_tests():
+    logits, split = made()
+    hits, labels = np.asarray(example_scores.accuracy(logits, split)), np.asarray(split.labels)
+    tests = [stats.binom.sf(hits[labels == k].sum() - 1, (labels == k).sum(), 0.4) for k in range(K)]
+    assert float(goal("worst_class_accuracy", 0.4).refuted(logits, split)) == pytest.approx(max(tests), rel=1e-3)
+
+
+@pytest.mark.parametrize("metric", STEERING)
+def test_a_goal_that_is_far_off_is_refuted_and_one_beyond_reach_is_not(metric):
+    logits, split = made(n=2000, sharpness=2.0)
+    value = reference(metric, logits, split)
+    easy, hard = (value - 0.15, value + 0.15) if metric not in LOWER_IS_BETTER else (value + 0.15, value - 0.15)
+    assert float(goal(metric, easy).refuted(logits, split)) < 0.05
+    assert float(goal(metric, hard).refuted(logits, split)) > 0.5
+
+
+def test_top_of_one_is_accuracy():
+    logits, split = made()
+    np.testing.assert_array_equal(top(1)(logits, split), example_scores.accuracy(logits, split))
+    assert float(top(K)(logits, split).mean()) == 1
+
+
+def test_what_steers():
+    assert all(steers(metric) for metric in STEERING)
+    assert not any(steers(metric) for metric in ("params", "latency_ms", "topk_accuracy", "accurate"))
+    with pytest.raises(ValueError, match=r"a goal is about accuracy, .*; got 'params'"):
+        goal("params", 3)
+
+
+def test_the_worst_group():
+    logits, split = made()
+    groups = np.random.default_rng(1).integers(0, 4, len(split.labels)) * 3  # numbers may be left out
+    of_groups = split._replace(group=jnp.asarray(groups, jnp.int32))
+    hits = np.asarray(example_scores.accuracy(logits, split))
+    shares = {g: hits[groups == g].mean() for g in set(groups.tolist())}
+    one = goal("worst_group_accuracy", 0.5)
+    assert float(one.score(logits, of_groups).mean()) == pytest.approx(min(shares.values()), abs=1e-5)
+    assert shares[int(one.focus(logits, of_groups))] == pytest.approx(min(shares.values()))
+    tests = [stats.binom.sf(hits[groups == g].sum() - 1, (groups == g).sum(), 0.5) for g in shares]
+    assert float(one.refuted(logits, of_groups)) == pytest.approx(max(tests), rel=1e-3)
+    with pytest.raises(ValueError, match="the split has none: give the data a column `groups`"):
+        one.score(logits, split)
+
+
+def test_the_mean_cost():
+    logits, split = made()
+    costs = np.random.default_rng(2).uniform(0, 5, (K, K))
+    one = goal("cost", 1.5, costs=costs)
+    paid = costs[np.asarray(split.labels), np.asarray(logits).argmax(1)]
+    np.testing.assert_allclose(one.score(logits, split), -paid, rtol=1e-5)
+    assert one.least == -1.5
+    compared = np.asarray(one.compared(logits, split, jnp.int32(0)))
+    np.testing.assert_allclose(compared, 1 - (paid - costs.min()) / np.ptp(costs), atol=1e-5)
+    certain = goal("cost", 1.5, costs=costs).smooth(1e6 * logits, split)
+    np.testing.assert_allclose(certain, -paid, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"cost \(with its table\) or MODULE:FUNCTION; got 'cost'"):
+        goal("cost", 1.5)
+
+
+def test_a_metric_of_ones_own(tmp_path, monkeypatch):
+    """Within a jitted program, and of sound logits alone."""
+    (tmp_path / "my_metric.py").write_text(
+        "def margin(logits, labels):\n    return (logits[range(len(labels)), labels] > 0)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    logits, split = made()
+    one = goal("my_metric:margin", 0.5)
+    want = np.asarray(logits)[range(400), np.asarray(split.labels)] > 0
+    np.testing.assert_array_equal(jax.jit(one.score)(logits, split), want.astype(np.float32))
+    broken = np.asarray(jax.jit(one.score)(logits.at[3, 0].set(jnp.nan), split))
+    assert np.isnan(broken[3])
+    assert np.isfinite(np.delete(broken, 3)).all()

@@ -1,0 +1,306 @@
+"""Mistakes in a teacher's inputs are named; a fine teacher, and one that is just weak, raise no alarm."""
+
+import dataclasses
+import hashlib
+import itertools
+import sys
+import types
+import zlib
+
+import numpy as np
+import pytest
+from conftest import SHARED
+
+from ev3_distill.config import Preprocessing
+from ev3_distill.errors import InputError
+from ev3_distill.teachers import load_teacher
+from ev3_distill.teachers.diagnosis.diagnose import LEVEL, _interval, _p_value, diagnose
+from ev3_distill.teachers.diagnosis.repairs import pairs, repairs
+
+K = 6
+NAMES = tuple(f"class {i}" for i in range(K))
+RNG = np.random.default_rng(3)
+PATTERNS = RNG.random((K, 6, 6, 3)) * np.array([1.0, 0.6, 0.3])  # colours differ, so that their order matters
+CENTRE = PATTERNS.mean(axis=0)
+
+
+def data(n, *, noise=0.3, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, K, n)
+    images = np.clip(PATTERNS[labels] + rng.normal(0, noise, (n, 6, 6, 3)), 0, 1)
+    return np.rint(images * 255).astype(np.uint8), labels.astype(np.int32)
+
+
+def nearest(prepared):
+    """A teacher that expects (x - 0.5) / 0.25 and saturates: logits are negative squared distances to the patterns."""
+    pixels = np.clip(prepared, -2, 2) * 0.25 + 0.5
+    return -((pixels[:, None] - PATTERNS[None]) ** 2).sum(axis=(2, 3, 4)) * 3
+
+
+RIGHT = {"mean": (0.5,), "std": (0.25,)}
+
+
+@pytest.fixture
+def teacher(monkeypatch):
+    """Makes a teacher of a function behind a preprocessing."""
+
+    def make(steps=None, function=nearest, shape=(6, 6, 3)):
+        module = types.ModuleType("in_memory")
+        module.f = function
+        monkeypatch.setitem(sys.modules, "in_memory", module)
+        options = Preprocessing(**(RIGHT if steps is None else steps))
+        return load_teacher(
+            "python:in_memory:f", preprocessing=options, input_shape=shape, num_classes=K, class_names=NAMES
+        )
+
+    return make
+
+
+def test_a_fine_teacher(teacher):
+    images, labels = data(800)
+    found = diagnose(teacher(), images, labels, NAMES)
+    assert found.accuracy > 0.95
+    assert found.remedy is None
+    assert found.n == 800
+    assert found.low < found.accuracy <= found.high
+    assert found.lines() == [
+        f"teacher python:in_memory:f: {found.accuracy:.1%} right on 800 labelled examples (95 % interval {found.low:.1%} to "
+        f"{found.high:.1%}; the largest class alone gives {found.chance:.1%})"
+    ]
+
+
+MISTAKES = {
+    "order": ({"order": "BGR"}, {"order": "RGB"}),
+    "bytes": ({"scale": 255.0}, {"scale": 1.0}),
+    "tiny": ({"scale": 1 / 255}, {"scale": 1.0}),
+    "layout": ({"layout": "NWHC"}, {"layout": "NHWC"}),
+    "inverted": ({"scale": -1.0, "mean": (-0.5,)}, {"scale": 1.0, "mean": (0.5,)}),
+    "classes": ({"classes": (*NAMES[1:], NAMES[0])}, {"classes": NAMES}),
+    "two classes": ({"classes": (NAMES[1], NAMES[0], *NAMES[2:])}, {"classes": NAMES}),
+    "two mistakes": ({"order": "BGR", "layout": "NWHC"}, {"order": "RGB", "layout": "NHWC"}),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_named_with_what_undoes_it(teacher, name):
+    wrong, right = MISTAKES[name]
+    images, labels = data(1000)
+    mistaken = teacher({**RIGHT, **wrong})
+    found = diagnose(mistaken, images, labels, NAMES)
+    assert found.remedy is not None
+    changes = found.remedy.changes
+    assert {key: pytest.approx(value) if key in ("scale", "mean") else value for key, value in right.items()} == dict(
+        changes
+    )
+    assert found.remedy.after > 0.95 > found.accuracy
+    assert found.remedy.p_value <= LEVEL
+    mended = mistaken.again(dataclasses.replace(mistaken.preprocessing, **changes))
+    assert diagnose(mended, images, labels, NAMES).remedy is None
+    assert f"warning: with {found.remedy.name}" in found.lines()[-1]
+    assert found.remedy.option in found.lines()[-1]
+    for field in right:
+        assert f"--teacher-input.{field} " in found.remedy.option
+
+
+def test_near_chance_is_told_loudly(teacher):
+    images, labels = data(600)
+    found = diagnose(teacher(function=lambda x: np.tile(np.arange(K), (len(x), 1))), images, labels, NAMES)
+    assert found.near_chance
+    assert found.remedy is None
+    assert "NEAR CHANCE" in found.lines()[1]
+    assert "no other class order" in found.lines()[2]
+
+
+def test_a_constant_teacher_on_unbalanced_data_has_no_remedy(teacher):
+    """Another class order would make it as good as the largest class, which is no remedy."""
+    images, labels = data(2000)
+    keep = (labels == 0) | (np.arange(2000) % 5 == 0)
+    constant = teacher(function=lambda x: np.tile(np.arange(K), (len(x), 1)))
+    found = diagnose(constant, images[keep], labels[keep], NAMES)
+    assert found.chance > 0.4
+    assert found.remedy is None
+
+
+def test_weak_teachers_raise_no_alarm(teacher):
+    """Of 60 that know none, a third or 60 % of the answers, each behind every preprocessing, and guess the others anew."""
+    images, labels = data(400)
+    label_of = {row.tobytes(): label for row, label in zip(images, labels, strict=True)}
+    plain, alarms = teacher(), 0
+    for seed in range(60):
+        knows = (0.0, 0.3, 0.6)[seed % 3]
+        guesses = np.random.default_rng(seed).normal(size=(9973, K)).astype(np.float32)
+        luck = np.random.default_rng(seed + 1000).random(9973)
+
+        def behind(steps, knows=knows, guesses=guesses, luck=luck, plain=plain):
+            """What it does not know it guesses by a hash of the example and of the preprocessing."""
+
+            def outputs(batch):
+                rows = [zlib.crc32(row.tobytes() + repr(steps).encode()) % 9973 for row in batch]
+                right = np.array([label_of[row.tobytes()] for row in batch])
+                knows_it = np.array([zlib.crc32(row.tobytes()) % 9973 for row in batch])
+                return {"logits": guesses[rows] + 20 * np.eye(K)[right] * (luck[knows_it] < knows)[:, None]}
+
+            return dataclasses.replace(plain, outputs=outputs, preprocessing=steps, again=behind)
+
+        found = diagnose(behind(Preprocessing(**RIGHT)), images, labels, NAMES, seed=seed)
+        alarms += found.remedy is not None
+        assert found.accuracy == pytest.approx(knows + (1 - knows) / K, abs=0.1)
+    assert alarms == 0
+
+
+def test_the_order_of_many_classes_is_told_without_names(teacher):
+    images, labels = data(100)
+    wrong = teacher({**RIGHT, "classes": NAMES[::-1]})
+    few = slice(0, 28)  # too few for a list of names
+    found = diagnose(wrong, images[few], labels[few], NAMES)
+    assert found.remedy is not None
+    assert found.remedy.changes == {}
+    assert found.lines()[-1].endswith("give the names of its outputs, in their order, by --teacher-input.classes")
+
+
+def test_labels_that_are_missing(teacher):
+    images, labels = data(300)
+    some = labels.copy()
+    some[:200] = -1
+    assert diagnose(teacher(), images, some, NAMES).n == 100
+    none = diagnose(teacher(), images, np.full(300, -1), NAMES)
+    assert (none.n, none.remedy, none.near_chance) == (0, None, False)
+    assert none.lines() == ["teacher python:in_memory:f: no labelled examples, so its own accuracy is not known"]
+
+
+def test_it_uses_a_limited_number_of_examples_read_by_rows(teacher):
+    images, labels = data(500)
+
+    class Rows:
+        shape, dtype, asked = images.shape, images.dtype, []
+
+        def __getitem__(self, rows):
+            self.asked.append(rows)
+            return images[rows]
+
+    rows = Rows()
+    assert diagnose(teacher(), rows, labels, NAMES, limit=120).n == 120
+    assert [len(part) for part in rows.asked] == [120]
+    assert (np.diff(rows.asked[0]) > 0).all()
+
+
+def test_probabilities_are_told(teacher):
+    def softmax(prepared):
+        logits = nearest(prepared)
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        return p / p.sum(1, keepdims=True)
+
+    images, labels = data(200)
+    found = diagnose(teacher(function=softmax), images, labels, NAMES)
+    assert found.probabilities
+    assert "leave out the softmax" in found.lines()[-1]
+
+
+def test_a_member_of_an_ensemble_is_diagnosed_alone(teacher):
+    images, labels = data(500)
+    fine, wrong = teacher(), teacher({**RIGHT, "order": "BGR"})
+    both = dataclasses.replace(
+        fine,
+        outputs=lambda x: {"logits": (fine.outputs(x)["logits"] + wrong.outputs(x)["logits"]) / 2},
+        again=None,
+        members=(fine, wrong),
+    )
+    found = diagnose(both, images, labels, NAMES)
+    assert found.remedy is None
+    assert [member.remedy is None for member in found.members] == [True, False]
+    assert found.lines()[-1].endswith('in a TOML file beside it, order = "RGB"')
+
+
+def test_a_failing_teacher_is_told(teacher):
+    def raises(prepared):
+        raise KeyError("weights")
+
+    images, labels = data(100)
+    with pytest.raises(InputError, match="fails with KeyError"):
+        diagnose(teacher(function=raises), images, labels, NAMES)
+
+
+def test_vectors_and_sequences_have_fewer_repairs():
+    steps = Preprocessing()
+    assert [len(group) for group in repairs(steps, (7,), pixels=False)] == [0, 0, 0]
+    assert [len(group) for group in repairs(steps, (7, 2), pixels=False)] == [0, 1, 0]
+    grey = repairs(steps, (8, 8, 1), pixels=True)
+    assert [repair.name for repair in grey[-1]][-1] == "MNIST's mean and std"
+    colour = repairs(steps, (8, 8, 3), pixels=True)
+    assert [len(group) for group in colour] == [1, 3, 8]
+    for repair in [*itertools.chain(*colour), *pairs(colour)]:
+        assert dataclasses.replace(steps, **repair.changes) != steps  # all are preprocessing options
+
+
+def test_figures():
+    """Clopper-Pearson 8 of 10: (0.4439, 0.9748); McNemar of 9 wins and 1 loss: 11 / 1024."""
+    np.testing.assert_allclose(_interval(8, 10), (0.4439, 0.9748), atol=1e-4)
+    assert _interval(0, 10)[0] == 0
+    assert _interval(10, 10)[1] == 1
+    before, after = np.array([False] * 9 + [True] * 5), np.array([True] * 9 + [False] + [True] * 4)
+    assert _p_value(before, after) == pytest.approx(11 / 1024)
+    assert _p_value(before, before) == 1
+
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@pytest.fixture(scope="module")
+def real(cifar):
+    """The real teacher behind other preprocessing, with what it gave before remembered."""
+    images, labels, classes = cifar
+    path = SHARED.parent / "teachers" / "cifar10_resnet56.onnx"
+    if not path.is_file():
+        pytest.skip(f"the real teacher is not there: {path.name}")
+    steps = Preprocessing(**IMAGENET)
+    loaded = load_teacher(
+        f"onnx:{path}", preprocessing=steps, input_shape=(32, 32, 3), num_classes=10, class_names=classes
+    )
+    known = {}
+
+    def remembering(now):
+        def outputs(batch):
+            key = (now.digest, hashlib.sha256(batch.tobytes()).digest())
+            if key not in known:
+                known[key] = now.outputs(batch)
+            return known[key]
+
+        return dataclasses.replace(now, outputs=outputs, again=lambda steps: remembering(now.again(steps)))
+
+    return remembering(loaded), images, labels, classes
+
+
+def test_the_real_teacher_is_fine(real):
+    teacher, images, labels, classes = real
+    found = diagnose(teacher, images, labels, classes)
+    assert found.remedy is None
+    assert found.accuracy >= 0.86
+    assert len(found.lines()) == 1
+
+
+REAL = {
+    "channel order": ({**IMAGENET, "order": "BGR"}, {"order": "RGB"}),
+    "scale": ({**IMAGENET, "scale": 255.0}, {"scale": 1.0}),
+    "mean and std": ({}, {**IMAGENET, "scale": 1.0}),
+    "class order": (None, None),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_each_mistake_with_the_real_teacher_is_named(real, name):
+    teacher, images, labels, classes = real
+    wrong, right = REAL[name]
+    if wrong is None:
+        cat, dog = classes.index("cat"), classes.index("dog")
+        order = list(classes)
+        order[cat], order[dog] = order[dog], order[cat]
+        wrong, right = {**IMAGENET, "classes": tuple(order)}, {"classes": classes}
+    found = diagnose(teacher.again(Preprocessing(**wrong)), images, labels, classes)
+    assert found.remedy is not None
+    assert dict(found.remedy.changes) == right
+    assert found.remedy.after > 0.84
+
+
+def test_a_wrong_layout_of_the_real_teacher_is_refused(real):
+    with pytest.raises(InputError, match=r"in layout NHWC: give --teacher-input\.layout NCHW"):
+        real[0].again(Preprocessing(**IMAGENET, layout="NHWC"))

@@ -1,0 +1,196 @@
+"""A run that is killed or interrupted, at any moment and any number of times, ends as if it had not been."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import SMALL, assert_same_run, rows_without_times, variables_of
+
+KILLS = 9
+PIECES = 3
+LONGEST = 300  # seconds; a process that lives longer hangs
+
+
+def start(run):
+    """The run in a process of its own: from its start, or on from where it was."""
+    begun = (run / "config.toml").exists()
+    argv = ["--resume", run] if begun else [*SMALL, "--out", run]
+    command = [sys.executable, "-m", "ev3_distill", "compress", *map(str, argv)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait(process, reached):
+    """Waits until `reached()`; whether the process still lived then."""
+    began = time.perf_counter()
+    while process.poll() is None and not reached():
+        assert time.perf_counter() - began < LONGEST, "the process hangs"
+        time.sleep(0.0005)
+    return process.poll() is None
+
+
+def half_written(run):
+    """Checkpoints that orbax is writing."""
+    return [
+        *run.glob("checkpoints/*.orbax-checkpoint-tmp*"),
+        *run.glob("teacher/checkpoints/*.orbax-checkpoint-tmp*"),
+    ]
+
+
+def count_rows(run):
+    paths = [run / "teacher" / "ledger.jsonl", run / "ledger.jsonl"]
+    return sum(path.read_bytes().count(b"\n") for path in paths if path.exists())
+
+
+def some_moment(rng, run):
+    """A predicate that turns true at a random moment of the run's life, and a name for it."""
+    kind = rng.choice(("time", "row", "checkpoint", "stage"))
+    if kind == "time":
+        until = time.perf_counter() + rng.uniform(0.0, 9.0)
+        return kind, lambda: time.perf_counter() >= until
+    if kind == "row":
+        wanted = count_rows(run) + rng.randint(1, 8)
+        return kind, lambda: count_rows(run) >= wanted
+    if kind == "checkpoint":
+        return kind, lambda: bool(half_written(run))
+    stages = ("given.json", "config.toml", "teacher/student", "teacher/opened.json", "teacher/report.json", "checkpoints",
+              "student", "opened.json", "certificate.json", "report.json")  # fmt: skip
+    ahead = [name for name in stages if not (run / name).exists()]
+    name = rng.choice(ahead[:3]) if ahead else "report.html"
+    return f"{kind} {name}", (run / name).exists
+
+
+@pytest.mark.parametrize("piece", range(PIECES))
+def test_kill_at_random_moments(piece, finished, tmp_path):
+    rng = random.Random(piece)
+    kills, torn, number = [], 0, 0
+    run = tmp_path / "0"
+    while len(kills) < KILLS // PIECES or not torn:
+        process = start(run)
+        kind, reached = some_moment(rng, run)
+        if len(kills) >= KILLS // PIECES - 1 and not torn:  # at least one within the writing of a checkpoint
+            kind, reached = "checkpoint", lambda run=run: bool(half_written(run))
+        if wait(process, reached):
+            if kind != "checkpoint":
+                time.sleep(rng.uniform(0, 0.03))
+            process.kill()
+        _, told = process.communicate()
+        if process.returncode == -signal.SIGKILL:
+            kills.append(kind)
+            torn += bool(half_written(run))
+        else:
+            assert process.returncode == 0, told
+            assert_same_run(finished, run)
+            number += 1
+            run = tmp_path / str(number)
+        assert len(kills) < 3 * KILLS, "no kill falls into the writing of a checkpoint"
+    process = start(run)
+    _, told = process.communicate()
+    assert process.returncode == 0, told
+    assert_same_run(finished, run)
+
+
+@pytest.mark.parametrize("stage", ["teacher/ledger.jsonl", "ledger.jsonl"])
+def test_interrupt_tells_how_to_resume(stage, finished, tmp_path):
+    run = tmp_path / "run"
+    process = start(run)
+    assert wait(process, lambda: (run / stage).exists() and count_rows(run.joinpath(stage).parent) >= 3)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate()
+    assert process.returncode == 130
+    assert told.splitlines()[-1] == f"ev3-distill: interrupted; go on with: ev3-distill compress --resume {run}"
+    assert "Traceback" not in told
+    seen = count_rows(run)
+    again = start(run)
+    assert again.wait() == 0, again.communicate()[1]
+    again.communicate()
+    assert seen < count_rows(run)
+    assert_same_run(finished, run)
+
+
+def test_interrupt_saves_what_the_ledger_has(monkeypatch, cli, here, random_logits):
+    """Ctrl-C between an iteration and its row, with no checkpoint due: ledger and checkpoint agree, nothing is lost."""
+    from ev3_distill.training.train import run_dir, train
+
+    options = ("--student", "mlp:hidden=8", "--arms", "ce", "--budget", "8000", "--teacher", f"logits:{random_logits}")
+    options += ("--max-length", "50")  # more iterations than one dispatch holds
+    assert cli("compress", *options, "--out", "whole").code == 0
+    row_of = run_dir.row_of
+
+    def interrupted(decision, arms, goals, **rest):
+        if int(decision.iteration) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return row_of(decision, arms, goals, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_dir, "row_of", interrupted)
+        answer = cli("compress", *options, "--out", "run")
+    assert answer.code == 130
+    assert "go on with: ev3-distill compress --resume run" in answer.err
+    kept = len(rows_without_times(here / "run/ledger.jsonl"))
+    assert 3 <= kept < len(rows_without_times(here / "whole/ledger.jsonl"))
+    assert [path.name for path in (here / "run/checkpoints").iterdir()] == [str(kept)]
+
+    iterations = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Progress, "row", lambda self, row: iterations.append(row["iteration"]))
+        assert cli("compress", "--resume", "run").code == 0
+    assert iterations[0] == kept + 1
+    assert newest(here / "run") == newest(here / "whole")
+    assert_same_run(here / "whole", here / "run")
+
+
+def newest(run):
+    return max(int(path.name) for path in (run / "checkpoints").iterdir())
+
+
+def test_interrupt_before_anything_is_written(monkeypatch, cli, here):
+    from ev3_distill.training.train import run_reader as room
+
+    def load(source, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "load_data", load)
+    answer = cli("compress", "--out", "run")
+    assert (answer.code, answer.err) == (130, "ev3-distill: interrupted; nothing was written\n")
+    assert not list(here.iterdir())
+
+
+def test_one_seed_is_one_run_and_another_is_another(cli, here, finished):
+    assert cli("compress", *SMALL, "--out", "again").code == 0
+    assert_same_run(finished, here / "again")
+    assert cli("compress", *SMALL, "--seed", 1, "--out", "other").code == 0
+    assert variables_of(finished) != variables_of(here / "other")
+    assert rows_without_times(finished / "ledger.jsonl") != rows_without_times(here / "other" / "ledger.jsonl")
+
+
+def test_resume_of_a_finished_run_changes_nothing(cli, here, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    answer = cli("compress", "--resume", finished)
+    assert answer.code == 0
+    assert "with 95 % confidence" in " ".join(answer.out.split())
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_finished_teacher_is_not_trained_again(monkeypatch, cli, here, random_logits):
+    """Nor are its logits computed again."""
+    from ev3_distill.teachers import targets
+    from ev3_distill.training.train import run_dir
+
+    iterate, trained = run_dir.iterate, []
+
+    def stop(directory, *args, **kwargs):
+        trained.append(directory.name)
+        if directory.name == "run":
+            raise KeyboardInterrupt
+        return iterate(directory, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_dir, "iterate", stop)
+        assert cli("compress", *SMALL, "--out", "run").code == 130
+        patch.setattr(targets, "collect", None)
+        assert cli("compress", "--resume", "run").code == 130
+    assert trained == ["teacher", "run", "run"]

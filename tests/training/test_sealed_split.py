@@ -1,0 +1,237 @@
+"""The sealed split is opened once, on record before anybody looks; whatever is another opening must say so and pays for it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import SMALL, assert_same_run
+
+from ev3_distill import students
+from ev3_distill.certify.certificate import ASKED, clopper_pearson_lower
+from ev3_distill.errors import InputError
+from ev3_distill.training import sealed_split
+from ev3_distill.types import Variables
+
+
+@pytest.fixture
+def run(finished, here):
+    """A copy of the finished run, that a test may change."""
+    return shutil.copytree(finished, here / "run")
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_an_opening_goes_on_and_another_is_refused(here):
+    assert sealed_split.openings(here) == []
+    assert sealed_split.open_split(here, "ab" * 32, ["accuracy"], confidence=0.95) == 0
+    (row,) = sealed_split.openings(here)
+    assert (row["student"], row["claims"], row["confidence"]) == ("ab" * 32, ["accuracy"], 0.95)
+    before = (here / "opened.json").read_bytes()
+    assert sealed_split.open_split(here, "ab" * 32, ["accuracy"], confidence=0.95) == 0
+    others = (
+        (["ece"], 0.95, None),
+        (["accuracy"], 0.9, None),
+        (["accuracy", "ece"], 0.95, None),
+        (["accuracy"], 0.95, "c"),
+    )
+    for claims, confidence, costs in others:
+        with pytest.raises(InputError, match=r"opened once; .* was, on 2.*, for accuracy at 0\.95, .* give --reopen"):
+            sealed_split.open_split(here, "ab" * 32, claims, confidence=confidence, costs=costs)
+    for reopen in (False, True):
+        with pytest.raises(
+            InputError,
+            match=r"certifies those that it was opened for; .* was opened for abababababab and is asked about cdcd",
+        ):
+            sealed_split.open_split(here, "cd" * 32, ["accuracy"], confidence=0.95, reopen=reopen)
+    assert (here / "opened.json").read_bytes() == before
+    assert sealed_split.open_split(here, "ab" * 32, ["ece"], confidence=0.95, reopen=True) == 1
+    assert sealed_split.open_split(here, "ab" * 32, ["brier"], confidence=0.95, reopen=True) == 2
+    assert sealed_split.open_split(here, "ab" * 32, ["ece"], confidence=0.95) == 1  # goes on
+    assert sealed_split.open_split(here, "ab" * 32, ["accuracy"], confidence=0.95) == 0
+
+
+def test_an_opening_for_several_goes_on_for_each(here):
+    one, other, third = ("ab" * 32, "cd" * 32, "ef" * 32)
+    assert sealed_split.open_split(here, one, ["accuracy"], confidence=0.95, others=[other]) == 0
+    (row,) = sealed_split.openings(here)
+    assert sealed_split.candidates_of(row) == [one, other]
+    before = (here / "opened.json").read_bytes()
+    for student in (one, other):
+        assert sealed_split.open_split(here, student, ["accuracy"], confidence=0.95) == 0
+    assert sealed_split.open_split(here, one, ["accuracy"], confidence=0.95, others=[other]) == 0
+    for student, others in ((third, ()), (one, (third,))):
+        with pytest.raises(InputError, match=r"was opened for abababababab and cdcdcdcdcdcd and is asked about"):
+            sealed_split.open_split(here, student, ["accuracy"], confidence=0.95, others=others, reopen=True)
+    assert (here / "opened.json").read_bytes() == before
+    assert sealed_split.open_split(here, other, ["ece"], confidence=0.95, reopen=True) == 1
+
+
+def test_a_student_is_named_by_all_of_its_arrays():
+    one = Variables({"w": np.ones(3, np.float32)}, {"m": np.zeros(2)})
+    digest = sealed_split.digest_of(one)
+    assert digest == sealed_split.digest_of(Variables({"w": np.ones(3, np.float32)}, {"m": np.zeros(2)}))
+    for other in (
+        Variables({"w": np.array([1, 1, 2], np.float32)}, one.stats),
+        Variables({"w": np.ones(3)}, one.stats),
+        Variables({"v": np.ones(3, np.float32)}, one.stats),
+        Variables(one.params, {"m": np.ones(2)}),
+    ):
+        assert sealed_split.digest_of(other) != digest
+
+
+def test_a_run_records_its_opening(run):
+    (row,) = read(run / "opened.json")["openings"]
+    assert row["student"] == sealed_split.digest_of(students.load(run)[1]) == read(run / "certificate.json")["student"]
+    assert row["claims"] == ["accuracy", "agreement"]
+    (own,) = read(run / "teacher" / "opened.json")["openings"]
+    assert own["claims"] == ["accuracy"]
+
+
+def test_evaluate_is_the_certificate_again(run, cli):
+    before = (run / "opened.json").read_bytes()
+    claim = read(run / "report.json")["certificate"]["claims"][0]
+    for options in (
+        (),
+        ("--confidence", 0.95),
+        ("--guard", "accuracy >= 0.5", "--guard", "params <= 610"),
+        ("--reopen",),
+    ):
+        answer = cli("evaluate", run, *options)
+        assert answer.code == 0, answer.err
+        shown = int(claim["lower_bound"] * 10_000) / 100
+        assert (
+            f"accuracy: {claim['point']:.2%} of 359 examples; at least {shown:.2f}% with 95% confidence" in answer.out
+        )
+        assert "opened" not in answer.out
+    assert (run / "opened.json").read_bytes() == before
+
+
+def test_other_claims_need_a_reopening_and_pay_for_it(run, cli):
+    options = ("--guard", "balanced_accuracy >= 0.1")
+    refused = cli("evaluate", run, *options)
+    assert refused.code == 2
+    assert "for accuracy, agreement at 0.95, and is asked for accuracy, balanced_accuracy at 0.95" in refused.err
+    assert "score other data by --data, or give --reopen" in refused.err
+    assert len(sealed_split.openings(run)) == 1
+
+    claim = read(run / "report.json")["certificate"]["claims"][0]
+    answer = cli("evaluate", run, *options, "--reopen")
+    assert answer.code == 0, answer.err
+    assert "The sealed split had been opened once before; the bounds are corrected for it." in answer.out
+    told = read(run / "certificate-2.json")
+    assert told["reopened"] == 1
+    right = round(claim["point"] * claim["n"])
+    assert told["claims"][0]["lower_bound"] == pytest.approx(
+        clopper_pearson_lower(right, claim["n"], confidence=1 - 0.05 / len(ASKED))
+    )
+    assert told["claims"][0]["lower_bound"] < claim["lower_bound"]
+    again = cli("evaluate", run, *options, "--reopen")
+    assert (again.out, len(sealed_split.openings(run))) == (answer.out, 2)
+    more = cli("evaluate", run, "--guard", "ece <= 0.9", "--reopen")
+    assert "opened 2 times before" in more.out
+    assert read(run / "certificate-3.json")["reopened"] == 2
+    assert cli("evaluate", run).out.startswith("accuracy: ")  # the run's own certificate, as before
+
+
+def test_other_data_are_no_reopening(run, cli, here):
+    rng = np.random.default_rng(0)
+    np.savez(here / "other.npz", inputs=rng.random((50, 8, 8, 1)).astype(np.float32), labels=np.arange(50) % 10)
+    before = (run / "opened.json").read_bytes()
+    for options in (("--data", "npz:other.npz"), ("--data", "digits")):
+        answer = cli("evaluate", run, *options, "--guard", "brier <= 0.99", "--confidence", "0.9")
+        assert answer.code == 0, answer.err
+        assert "with 90% confidence" in answer.out
+        assert ("are the data of the run" in answer.err) == (options[1] == "digits")
+    assert (run / "opened.json").read_bytes() == before
+
+
+def test_a_sealed_split_keeps_its_confidence(run, cli):
+    answer = cli("evaluate", run, "--confidence", "0.9")
+    assert answer.code == 2
+    assert "keeps the confidence that it was opened at; that of" in answer.err
+
+
+def test_a_sealed_split_keeps_its_student(run, cli):
+    network, variables = students.load(run)
+    students.save(run / "student", network, variables._replace(params=jax.tree.map(lambda x: x + 1, variables.params)))
+    for options in ((), ("--reopen",)):
+        answer = cli("evaluate", run, *options)
+        assert answer.code == 2
+        assert "a sealed split certifies those that it was opened for" in answer.err
+
+
+def test_a_run_from_before_openings_were_kept(run, cli):
+    (run / "opened.json").unlink()
+    assert cli("evaluate", run).code == 0
+    assert cli("evaluate", run, "--guard", "ece <= 0.9").code == 2
+    assert "opened once before" in cli("evaluate", run, "--guard", "ece <= 0.9", "--reopen").out
+    assert len(sealed_split.openings(run)) == 2
+
+
+KILLED = """
+import os, signal, sys
+from ev3_distill.training import run_dir as run
+from ev3_distill.cli.main import main
+
+def killed(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(run, sys.argv[1], killed)
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("moment", ["outputs_of", "write_certificate", "report_of"])
+def test_a_killed_opening_is_finished_by_a_resume(run, finished, here, moment):
+    """The run as it was before its report, resumed and killed after the split was opened, then resumed again."""
+    for name in ("report.json", "report.html", "certificate.json"):
+        (run / name).unlink()
+    if moment == "outputs_of":
+        (run / "opened.json").unlink()
+    command = [sys.executable, "-c", KILLED, moment, "compress", "--resume", str(run)]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    opened = (run / "opened.json").read_bytes()
+    assert not (run / "report.json").exists()
+    command = [sys.executable, "-m", "ev3_distill", "compress", "--resume", str(run)]
+    resumed = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    assert resumed.returncode == 0, resumed.stderr
+    assert (run / "opened.json").read_bytes() == opened
+    assert_same_run(finished, run)
+    assert read(run / "certificate.json") == read(finished / "certificate.json")
+
+
+def test_another_student_is_not_certified_by_a_resume(run, cli):
+    for name in ("report.json", "report.html", "certificate.json"):
+        (run / name).unlink()
+    told = read(run / "opened.json")
+    told["openings"][0]["student"] = "ab" * 32
+    (run / "opened.json").write_text(json.dumps(told))
+    answer = cli("compress", "--resume", run)
+    assert answer.code == 2
+    assert "was opened for abababababab" in answer.err
+    assert not (run / "report.json").exists()
+
+
+def test_a_damaged_record_is_told(run, cli):
+    (run / "opened.json").write_text("{")
+    answer = cli("evaluate", run)
+    assert answer.code == 2
+    assert "has a opened.json that can be read" in answer.err
+
+
+def test_guards_join_the_first_opening(cli, here):
+    answer = cli("compress", *SMALL, "--guard", "ece <= 0.9", "--confidence", "0.9", "--out", "guarded")
+    assert answer.code == 0, answer.err
+    (row,) = sealed_split.openings(here / "guarded")
+    assert row["claims"] == ["accuracy", "agreement", "ece"]
+    assert cli("evaluate", "guarded", "--guard", "ece <= 0.1").code in (0, 3)
+    assert cli("evaluate", "guarded", "--guard", "ece <= 0.9").out.count("with 90% confidence") == 2

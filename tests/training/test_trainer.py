@@ -1,0 +1,230 @@
+"""The host loop: a budget that is met, runs that resume bit by bit, one compilation, and what is delivered."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import ev3_distill as ev3
+from ev3_distill.arms import arms_named
+from ev3_distill.arms.gradient import gradient_arm
+from ev3_distill.data.batches import Resident
+from ev3_distill.data.shuffle import order
+from ev3_distill.students.families.mlp import mlp
+from ev3_distill.students.families.resnet import resnet
+from ev3_distill.tasks.classification import example_scores
+from ev3_distill.training.trainer import Distillation, distill
+from ev3_distill.types import PROMOTE, Batch, Pools
+
+F, K, N = 6, 3, 80
+CONFIG = ev3.EV3(batch_size=8, length=4, max_length=16)
+STUDENT = mlp((F,), K, hidden=(8,))
+
+
+def make_split(seed, n):
+    """Examples of a noisy linear rule, with the logits of a teacher who knows it."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(size=(n, F))
+    logits = 3 * inputs @ np.random.default_rng(99).normal(size=(F, K))
+    labels = np.where(rng.random(n) < 0.1, rng.integers(0, K, n), logits.argmax(1))
+    return Batch(
+        jnp.asarray(inputs, jnp.float32),
+        jnp.asarray(labels, jnp.int32),
+        jnp.asarray(logits, jnp.float32),
+        jnp.arange(n, dtype=jnp.int32),
+        jnp.ones(n),
+    )
+
+
+def views(batch):
+    """As a resident split keeps them: one view."""
+    return batch._replace(teacher_logits=batch.teacher_logits[None])
+
+
+POOLS = Pools(Resident(views(make_split(0, N)), order(N, 0)), make_split(1, N), make_split(2, N))
+
+
+def squared(logits, batch):
+    return jnp.square(logits - batch.teacher_logits).mean()
+
+
+def cross_entropy(logits, batch):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+
+
+ARMS = (
+    gradient_arm("mse", STUDENT.apply, squared, optax.adam(0.02)),
+    gradient_arm("ce", STUDENT.apply, cross_entropy, optax.sgd(0.05), length=0.5),
+)
+RUN = Distillation(STUDENT, ARMS, config=CONFIG)
+
+
+SEED = 1  # of a run that proves its champion on 80 examples; not every one does, in so few steps
+
+
+@functools.cache
+def finished(seed=SEED, budget=200):
+    return list(RUN.run(POOLS, RUN.begin(POOLS, seed), budget=budget))
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("budget", [0, 1, 2, 3, 7, 50, 200])
+def test_the_budget_is_spent_to_the_last_step(budget):
+    outcome = finished(budget=budget)
+    for state, decision in outcome:
+        assert int(state.cost) == int(decision.cost) <= budget
+    last, closing = outcome[-1]
+    assert int(last.cost) == budget
+    assert [bool(state.closed) for state, _ in outcome] == [False] * (len(outcome) - 1) + [True]
+    assert int(closing.steps.sum()) == 0  # the closing iteration trains nobody
+    assert all(int(decision.steps.sum()) > 0 for _, decision in outcome[:-1])
+    assert list(RUN.run(POOLS, last, budget=budget)) == []
+    assert list(RUN.run(POOLS, last, budget=budget + 100)) == []
+
+
+def test_a_run_learns():
+    start, (last, _) = RUN.begin(POOLS, SEED), finished()[-1]
+    assert float(last.champion_decide.mean()) > float(start.champion_decide.mean()) + 0.1
+    assert int(last.budget.promotions) >= 1
+
+
+def test_the_ledger_is_consistent():
+    before, spent, promoted = RUN.begin(POOLS, SEED), 0, 0
+    for state, decision in finished():
+        spent += int(decision.steps.sum())
+        promoted += int(decision.verdict) == PROMOTE
+        assert int(state.iteration) == int(decision.iteration) == int(before.iteration) + 1
+        assert int(state.cost) == int(decision.cost) == int(state.arm_cost.sum()) == spent
+        assert int(state.position) == int(decision.position) == int(before.position) + int(decision.steps.max())
+        assert int(state.budget.promotions) == promoted
+        assert int(state.arm_promotions.sum()) <= promoted  # the rest were averages
+        assert int(state.budget.tests) == int(before.budget.tests) + int(decision.tested)
+        assert float(decision.champion_accuracy) == pytest.approx(float(state.champion_decide.mean()))
+        assert CONFIG.length <= float(decision.length) == float(state.length) <= CONFIG.max_length
+        scores = RUN.judge.evaluate(state.champion, POOLS.decide).promise
+        np.testing.assert_array_equal(scores, state.champion_decide)  # what is written is true of the champion
+        assert_same(RUN.judge.evaluate(state.champion, POOLS.assess).promise, state.champion_evidence.promise)
+        assert_same(RUN.judge.evaluate(state.current, POOLS.assess).promise, state.current_evidence.promise)
+        before = state
+
+
+def test_a_run_resumes_bit_by_bit_from_any_state():
+    outcome = finished()
+    for i in range(0, len(outcome), 2):
+        kept = jax.tree.map(np.array, outcome[i][0])  # as from a file
+        assert_same(list(RUN.run(POOLS, kept, budget=200)), outcome[i + 1 :])
+
+
+def test_another_process_would_make_the_same_run():
+    """Nothing but the state is carried: a new Distillation, compiled anew, goes on alike."""
+    outcome = finished()
+    state, rest = outcome[2][0], outcome[3:]
+    again = list(distill(STUDENT, POOLS, ARMS, budget=200, config=CONFIG, state=state))
+    assert_same(again, rest)
+
+
+def test_the_draw_that_learns_fastest_begins():
+    """Of as many as a twentieth of the budget pays for; their cost counts, and all but the parameters is as without them."""
+    begun, scores = [RUN.begin(POOLS, 1, draw=draw) for draw in range(5)], []
+    for state in begun:
+        after, decision = next(RUN.run(POOLS, state, budget=660))
+        scores.append((float(after.current_evidence.promise.mean()), float(after.current_evidence.select.mean())))
+    one = int(decision.cost)
+    assert one == 6 and len(set(scores)) == 5  # mse 4 steps, ce 2
+    best = begun[scores.index(max(scores))]
+    drawn = RUN.drawn(POOLS, 1, budget=660)
+    assert int(drawn.cost) == int(drawn.begun) == 5 * one <= 660 // 20 < 6 * one
+    assert_same(drawn._replace(cost=best.cost, begun=best.begun), best)
+    assert_same(RUN.drawn(POOLS, 1, budget=2 * 20 * CONFIG.length - 1), RUN.begin(POOLS, 1))  # none to compare with
+    assert int(RUN.drawn(POOLS, 1, budget=10**6).cost) == 8 * one
+    last, _ = list(RUN.run(POOLS, drawn, budget=660))[-1]
+    assert int(last.cost) == 660 == int(last.arm_cost.sum()) + 5 * one
+
+
+def test_a_network_that_normalises_is_drawn_once():
+    network = resnet((8, 8, 1), K, depth=8, width=2)
+    inputs = jnp.zeros((N, 8, 8, 1))
+    explore, assess, decide = (split._replace(inputs=inputs) for split in (views(make_split(0, N)), *POOLS[1:3]))
+    run = Distillation(network, arms_named(network.apply, ("ce",)), config=CONFIG)
+    pools = Pools(Resident(explore, order(N, 0)), assess, decide)
+    assert int(run.drawn(pools, 0, budget=10**4).cost) == 0
+
+
+def test_seeds_make_runs():
+    assert_same(RUN.begin(POOLS, 3), RUN.begin(POOLS, 3))
+    one, other = (jax.tree.leaves(RUN.begin(POOLS, seed).current.params) for seed in (3, 4))
+    assert any((a != b).any() for a, b in zip(one, other, strict=True))
+
+
+def test_nothing_is_compiled_while_a_run_goes_on(caplog):
+    """Lengths, active arms and the budget are data: after the first iteration of the first run there is nothing to compile."""
+    fresh = Distillation(STUDENT, ARMS[:1], config=CONFIG)
+    running = fresh.run(POOLS, fresh.begin(POOLS, 0), budget=150)
+    first = next(running)
+    spent = fresh.compile_s
+    with caplog.at_level(logging.DEBUG), jax.log_compiles():
+        lengths = {int(decision.steps.sum()) for _, decision in running}
+        other = list(fresh.run(POOLS, first[0], budget=77))
+    assert len(lengths) > 2  # of different lengths, the closing one's 0 among them
+    assert len(other) > 1
+    assert [record.getMessage() for record in caplog.records if "ompiling" in record.getMessage()] == []
+    assert fresh.compile_s == spent > 0
+    with caplog.at_level(logging.DEBUG), jax.log_compiles():
+        jax.jit(lambda x: x + 41)(np.arange(7))
+    assert any("ompiling" in record.getMessage() for record in caplog.records)  # it would have been seen
+
+
+def test_wall_time_is_a_budget():
+    (last, decision), *more = RUN.run(POOLS, RUN.begin(POOLS, 0), seconds=0.0)
+    assert more == []
+    assert (int(last.cost), int(decision.steps.sum()), bool(last.closed)) == (0, 0, True)
+    outcome = list(RUN.run(POOLS, RUN.begin(POOLS, 0), budget=40, seconds=600))
+    assert int(outcome[-1][0].cost) == 40  # whichever ends first
+
+
+def test_what_is_delivered():
+    state = finished()[-1][0]
+    assert RUN.judge.delivered(POOLS, state, "champion")[0] == "champion"
+    worse = state._replace(current=jax.tree.map(lambda leaf: -leaf, state.champion))
+    same = state._replace(current=state.champion)
+    for current in (worse, same):  # a tie goes to the champion
+        name, variables = RUN.judge.delivered(POOLS, current)
+        assert name == "champion"
+        assert_same(variables, state.champion)
+    humbled = worse._replace(champion_decide=jnp.zeros(N))
+    name, variables = RUN.judge.delivered(POOLS, humbled)
+    assert name == "current"
+    assert_same(variables, worse.current)
+    assert RUN.judge.delivered(POOLS, humbled, "champion")[0] == "champion"
+
+
+class Own(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden, self.norm = nnx.Linear(64, 12, rngs=rngs), nnx.BatchNorm(12, rngs=rngs)
+        self.drop, self.out = nnx.Dropout(0.1, rngs=rngs), nnx.Linear(12, 10, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.drop(nnx.relu(self.norm(self.hidden(x.reshape(len(x), -1))))))
+
+
+def test_an_own_student_and_own_logits_take_a_few_lines():
+    dataset = ev3.load_data("digits")
+    own_logits = 8 * np.eye(10, dtype=np.float32)[dataset.labels]
+    pools, test = ev3.split(dataset, own_logits, seed=0)
+    student = ev3.from_nnx(Own)
+    arms = [ev3.gradient_arm("own", student.apply, cross_entropy, optax.adam(0.01))]
+    for state, decision in ev3.distill(student, pools, arms, budget=150, config=ev3.EV3(batch_size=64, length=25)):
+        last, verdict = state, decision
+    logits, _ = student.apply(last.champion, test.inputs, train=False)
+    assert bool(last.closed)
+    assert int(verdict.cost) == 150
+    assert float(example_scores.accuracy(logits, test).mean()) > 0.5
