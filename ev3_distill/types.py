@@ -93,13 +93,22 @@ class Network:
     fit: Fit | None = None  # where evaluation has to know of inputs what training does not tell
 
 
-Loss = Callable[[jax.Array, Batch], jax.Array]  # (student logits [B, K], batch) -> scalar
-Objective = Callable[[jax.Array, Batch], jax.Array]  # (student logits [N, K], split) -> score [N]
+Loss = Callable[[Any, Batch], jax.Array]  # (outputs [B, ...], batch) -> scalar
+Objective = Callable[[Any, Batch], jax.Array]  # (outputs [N, ...], split) -> score [N], higher is better
 Sample = Callable[[PyTree, jax.Array], Batch]  # (pools.explore, global step) -> the batch of that step
 Draw = Callable[[jax.Array], tuple[Batch, jax.Array]]  # global step -> (batch, key of that step)
 Share = Callable[[Callable[[jax.Array, PyTree], tuple[PyTree, ...]], jax.Array, PyTree], tuple[PyTree, ...]]
 # (work, active [P] bool, given) -> what `work` makes of what is given, a tree for each of P rows. It is told which rows are its
 # own, [P] bool; what it makes of others does not count and should cost nothing
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Promise:
+    """The score that promotions must prove to be higher and that the certificate promises."""
+
+    name: str  # such as accuracy; names on disk and on screens come from it
+    score: Objective  # in [0, 1]
+    binary: bool  # whether scores are 0 or 1: promotions are then tested by McNemar's test, else by betting
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

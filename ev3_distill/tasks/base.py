@@ -1,0 +1,82 @@
+"""The seam for tasks: what the outputs of a network mean, and how they are trained, scored, stored and promised.
+
+The core, training and certification know no task. What depends on the meaning of targets and outputs is a field of `Task`;
+`tasks/classification/task.py` is one, and a new kind of task is another value of this class.
+
+Conventions of every task:
+  Targets, outputs and teacher outputs are pytrees of arrays whose first axis is the examples.
+  A missing target is -1 in an integer leaf and nan in a floating leaf.
+  Scores are per example, float32, higher is better; the promise's scores lie in [0, 1], and a missing target scores 0.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from ev3_distill.types import Loss, Objective, Promise, PyTree
+
+__all__ = ["Metric", "Task", "has_target"]
+
+
+class Metric(Protocol):
+    """One metric of a task: a row of `tasks/metrics.py`."""
+
+    @property
+    def name(self) -> str:
+        """Its name in guards, certificates and reports."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """What the outputs of a network mean.
+
+    Attributes:
+      name: of the task, such as `classification`.
+      target_spec: `jax.ShapeDtypeStruct`s of one example's target.
+      output_spec: the same of a network's output for one example.
+      teacher_spec: the same of a teacher's outputs for one example, by name. These arrays, and those of the teacher's
+        features, are `Batch.teacher`.
+      losses: loss factories by name. An arm of the same name trains with the loss.
+      select: the smooth objective that detects the small steps of one trajectory.
+      promise: what promotions prove and the certificate promises.
+      metrics: rows by name.
+      strata: (targets [N, ...]) -> [N]: examples with equal values are one stratum, divided among the splits in proportion.
+      targets_from_teacher: (teacher outputs by name [N, ...]) -> targets [N, ...] for data without any.
+      same_answer: (outputs [N, ...], outputs [N, ...]) -> [N] bool: whether an exported file gives the same answers.
+      teacher_codec: name of the codec in `teachers/cache/codec.py` that stores a teacher's outputs.
+      diagnosis: name of the teacher check that applies; None for no check.
+      card_task: (shape of one input) -> the task as model cards name it, such as `image-classification`.
+    """
+
+    name: str
+    target_spec: PyTree
+    output_spec: PyTree
+    teacher_spec: Mapping[str, jax.ShapeDtypeStruct]
+    losses: Mapping[str, Callable[..., Loss]]
+    select: Objective
+    promise: Promise
+    metrics: Mapping[str, Metric]
+    strata: Callable[[Any], np.ndarray]
+    targets_from_teacher: Callable[[Mapping[str, np.ndarray]], Any]
+    same_answer: Callable[[Any, Any], np.ndarray]
+    teacher_codec: str
+    diagnosis: str | None
+    card_task: Callable[[tuple[int, ...]], str]
+
+
+def has_target(targets: PyTree) -> np.ndarray:
+    """Which examples have a target: [N] bool, False where any entry of it is missing.
+
+    Args:
+      targets: leaves [N, ...].
+    """
+
+    def present(leaf: Any) -> np.ndarray:
+        array = np.asarray(leaf)
+        known = ~np.isnan(array) if array.dtype.kind == "f" else array != -1
+        return np.asarray(known.reshape(len(array), -1).all(axis=1))
+
+    return np.logical_and.reduce([present(leaf) for leaf in jax.tree.leaves(targets)])
