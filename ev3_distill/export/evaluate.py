@@ -16,7 +16,8 @@ from ev3_distill.export import teacher_latency
 from ev3_distill.export.formats.metadata import About
 from ev3_distill.export.formats.runtime import Deployed, deployed
 from ev3_distill.guards import judge
-from ev3_distill.runtime.latency import PASSES, summary
+from ev3_distill.runtime.digest import tree_digest
+from ev3_distill.runtime.timing import PASSES, summary
 from ev3_distill.tasks.classification import metric_bounds
 from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.teachers.targets import chunked
@@ -68,15 +69,13 @@ def evaluate(
     asked = guards_of(guards, dataset, num_classes=len(classes), known=known, costs=table, teacher=False)
     metrics = metrics_asked(asked, labelled=True, teacher=False)
     sealed = None if source else directory
-    level = _level(
-        sealed, sealed_split.digest_of(variables), metrics, confidence=confidence, costs=table, reopen=reopen
-    )
+    level = _level(sealed, tree_digest(variables), metrics, confidence=confidence, costs=table, reopen=reopen)
     at_once = evaluated_at_once(dataset, limit_of(chosen.memory), CHUNK)
     outputs = _outputs(forward(network, variables), dataset, rows, at_once=at_once)
     found = measured(metrics, network, variables, dataset)
     made = _certified(metrics, outputs, found, level, costs=table)
     if level.reopened:
-        run_dir.write_certificate(directory, made, sealed_split.digest_of(variables))
+        run_dir.write_certificate(directory, made, tree_digest(variables))
     return made, judge(asked, made.claims, known=known)
 
 
@@ -199,7 +198,7 @@ def _rows(
 
 
 def latency_line(whose: str, size: int, told: Mapping[str, float], *, threads: int) -> str:
-    """What passes on batches of this size took, see `latency.summary`."""
+    """What passes on batches of this size took, see `timing.summary`."""
     count = f"{threads} thread{'s' if threads > 1 else ''}"
     return (
         f"latency{whose} at batch {size}: {told['p50']:.3g} ms p50, {told['p99']:.3g} ms p99, {count}, "
@@ -253,7 +252,7 @@ def _student_of(directory: Path, digest: str, factory: Callable[..., Any] | None
     """The student of that digest: the one that a run delivered, or one that a search tried."""
     for folder in (directory, *sorted((directory / "sizes").glob("*/student"))):
         network, variables = students.load(folder, factory=factory)
-        if sealed_split.digest_of(variables) == digest:
+        if tree_digest(variables) == digest:
             return network, variables
     raise InputError(
         f"--of names the run that a file is of; {directory} has no student {digest[:12]}: name its run, or leave out --of"

@@ -28,15 +28,15 @@ from ev3_distill.export.formats import safetensors as of_flax
 from ev3_distill.export.formats.metadata import BESIDE, About
 from ev3_distill.export.formats.runtime import deployed
 from ev3_distill.monitor import report
-from ev3_distill.runtime import latency
+from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.runtime.files import sha256_of
+from ev3_distill.runtime.timing import summary
 from ev3_distill.search.archive import FILE, Archive, pick
 from ev3_distill.students.layers import conv
 from ev3_distill.students.network import count_params
 from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.training.run_dir import read_json, write_json
 from ev3_distill.training.run_reader import config_of, data_of
-from ev3_distill.training.sealed_split import digest_of
 from ev3_distill.types import Network, Variables
 
 EVIDENCE = "evidence.json"
@@ -236,7 +236,7 @@ def _about(
         layout=wanted.layout,
         output="probabilities" if wanted.softmax else "logits",
         params=count_params(variables),
-        student=digest_of(variables),
+        student=tree_digest(variables),
         network=source.network or students.text_of(network.spec),
         data={name: finished["data"][name] for name in ("source", "fingerprint")},
         teacher={"source": finished["teacher"]["source"], "licence": wanted.licence},
@@ -350,7 +350,7 @@ def _latency(path: Path, run: Path, about: About, data: _Data | None) -> dict[st
 
 
 def _summaries(times: dict[int, np.ndarray]) -> dict[str, Any]:
-    return {str(size): latency.summary(of) for size, of in times.items()}
+    return {str(size): summary(of) for size, of in times.items()}
 
 
 def _quantised(

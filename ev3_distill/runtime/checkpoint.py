@@ -1,6 +1,5 @@
 """Checkpoints: thin over orbax. Atomic, the last few kept, each verified by a digest of its content when read."""
 
-import hashlib
 import json
 import logging
 import math
@@ -12,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ev3_distill.errors import InputError
+from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.runtime.distributed import first, from_first
 from ev3_distill.types import PyTree
 
@@ -25,16 +25,6 @@ def alone() -> ocp.options.MultiprocessingOptions:
     if jax.process_count() == 1:
         return ocp.options.MultiprocessingOptions()
     return ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
-
-
-def digest(tree: PyTree) -> str:
-    """SHA-256 over all leaves of a pytree: paths, types, shapes and bytes."""
-    sha = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        sha.update(array.tobytes())
-    return sha.hexdigest()
 
 
 class Checkpoints:
@@ -62,7 +52,7 @@ class Checkpoints:
         self._manager.save(
             iteration,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_pack(state)), digest=ocp.args.JsonSave({"sha256": digest(state)})
+                state=ocp.args.StandardSave(_pack(state)), digest=ocp.args.JsonSave({"sha256": tree_digest(state)})
             ),
         )
         self._manager.wait_until_finished()
@@ -111,7 +101,7 @@ class Checkpoints:
             iteration, args=ocp.args.Composite(state=ocp.args.StandardRestore(packed), digest=ocp.args.JsonRestore())
         )
         state = _unpack(restored["state"], shapes)
-        if digest(state) != restored["digest"]["sha256"]:
+        if tree_digest(state) != restored["digest"]["sha256"]:
             raise ValueError("its content does not match its digest")
         return state
 

@@ -11,6 +11,7 @@ import numpy as np
 from ev3_distill.certify.certificate import Certificate
 from ev3_distill.data.sources import Dataset
 from ev3_distill.guards import KNOWN, Guard, judge
+from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.runtime.latency import passes_ms
 from ev3_distill.students.network import count_params
 from ev3_distill.tasks.classification.metric_bounds import Bound, Outputs, digest_of_costs, latency, said
@@ -69,7 +70,7 @@ def certified(
       batch_size: examples of one forward pass.
     """
     labelled = bool((dataset.labels >= 0).any())
-    names, among = [sealed_split.digest_of(variables) for _, variables in candidates], len(candidates)
+    names, among = [tree_digest(variables) for _, variables in candidates], len(candidates)
     sealed_split.open_split(
         directory,
         names[0],

@@ -5,31 +5,16 @@ with `others` is for these students, too, any of which may then be delivered. A 
 finishes the same opening when it is resumed; whatever would be another one must say so.
 """
 
-import hashlib
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from ev3_distill.errors import InputError
 from ev3_distill.training.run_dir import read_json, write_json
-from ev3_distill.types import Variables
 
 NAME = "opened.json"
-
-
-def digest_of(variables: Variables) -> str:
-    """Names a student: SHA-256 of the path, type, shape and bytes of each of its arrays."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
 
 
 def openings(directory: Path) -> list[dict[str, Any]]:

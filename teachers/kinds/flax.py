@@ -9,6 +9,7 @@ import numpy as np
 from ev3_distill.config import Preprocessing
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.compile import jit
+from ev3_distill.runtime.digest import leaf_bytes
 from ev3_distill.students.network import count_params, features_of
 from ev3_distill.teachers.loading import digest_of
 from ev3_distill.teachers.preprocessing import IDENTITY, read_beside
@@ -112,7 +113,6 @@ def saved_teacher(place: str, request: Request) -> Teacher:
 def _digest(network: Network, variables: Variables, features: Sequence[str]) -> str:
     """Of the spec, of every leaf's path, type and bytes, and of the features."""
     parts: list[str | bytes] = ["flax", json.dumps(dict(network.spec), sort_keys=True), *features]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        array = np.asarray(leaf)
-        parts += [f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}", array.tobytes()]
+    for header, content in leaf_bytes(variables):
+        parts += [header, content]
     return digest_of(parts)

@@ -11,7 +11,8 @@ import pytest
 
 from ev3_distill.errors import InputError
 from ev3_distill.runtime import checkpoint
-from ev3_distill.runtime.checkpoint import KEPT, SMALL, Checkpoints, digest
+from ev3_distill.runtime.checkpoint import KEPT, SMALL, Checkpoints
+from ev3_distill.runtime.digest import tree_digest
 
 
 class Pair(NamedTuple):
@@ -129,7 +130,7 @@ def test_content_without_its_digest_is_no_state(checkpoints, tmp_path):
     checkpoints.save(1, state(1))
     checkpoints.save(2, state(2))
     path = tmp_path / "2" / "digest" / "metadata"
-    path.write_text(json.dumps({"sha256": digest(state(3))}))
+    path.write_text(json.dumps({"sha256": tree_digest(state(3))}))
     iteration, _, warnings = checkpoints.restore(state())
     assert iteration == 1
     assert "does not match its digest" in warnings[0]
@@ -155,8 +156,8 @@ def test_digest_sees_paths_types_shapes_and_bytes():
         {"a": np.where(np.eye(2, 3) > 0, np.float32(-0.0), one["a"])},
         {"a": [one["a"]]},
     )
-    assert digest(one) == digest({"a": jnp.zeros((2, 3))})
-    assert len({digest(tree) for tree in (one, *others)}) == 1 + len(others)
+    assert tree_digest(one) == tree_digest({"a": jnp.zeros((2, 3))})
+    assert len({tree_digest(tree) for tree in (one, *others)}) == 1 + len(others)
 
 
 def test_a_failed_save_leaves_the_one_before(checkpoints, tmp_path, monkeypatch):

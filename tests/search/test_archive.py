@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from ev3_distill.errors import InputError
-from ev3_distill.runtime.checkpoint import digest
+from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.search.archive import Archive, Entry, Measured, best, chosen, front, pick
 from ev3_distill.types import Variables
 
@@ -76,7 +76,7 @@ def test_every_entry_has_its_own_score(tmp_path, made):
     for one in again.entries:
         variables = entered[one.number]
         scores = measure(variables)
-        assert one.digest == digest(variables)
+        assert one.digest == tree_digest(variables)
         assert one.params == variables.params["w"].size
         assert one.accuracy == scores.right.mean()
         low = (

@@ -15,8 +15,8 @@ from scipy import stats
 
 from ev3_distill import students
 from ev3_distill.cli.main import main
+from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.search.stage import falls_behind, level_of
-from ev3_distill.training.sealed_split import digest_of
 from ev3_distill.training.trainer import Distillation
 
 SEARCH = (
@@ -146,7 +146,7 @@ def test_the_surer_candidate_is_delivered_where_the_wanted_one_fails(cli, here, 
     assert claim["lower_bound"] == pytest.approx(expected)
     (opening,) = json.loads((here / "run" / "opened.json").read_text())["openings"]
     folders = (here / "run" / "sizes" / f"{number:02d}" for number in (wanted, surer))
-    digests = [digest_of(students.load(folder)[1]) for folder in folders]
+    digests = [tree_digest(students.load(folder)[1]) for folder in folders]
     assert [opening["student"], *opening["others"]] == digests
     page = (here / "run" / "report.html").read_text()
     assert "The sealed split was opened for 2 students, any of which could have been delivered" in page

@@ -15,6 +15,7 @@ from conftest import SMALL, assert_same_run
 from ev3_distill import students
 from ev3_distill.certify.certificate import ASKED, clopper_pearson_lower
 from ev3_distill.errors import InputError
+from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.training import sealed_split
 from ev3_distill.types import Variables
 
@@ -76,20 +77,20 @@ def test_an_opening_for_several_goes_on_for_each(here):
 
 def test_a_student_is_named_by_all_of_its_arrays():
     one = Variables({"w": np.ones(3, np.float32)}, {"m": np.zeros(2)})
-    digest = sealed_split.digest_of(one)
-    assert digest == sealed_split.digest_of(Variables({"w": np.ones(3, np.float32)}, {"m": np.zeros(2)}))
+    digest = tree_digest(one)
+    assert digest == tree_digest(Variables({"w": np.ones(3, np.float32)}, {"m": np.zeros(2)}))
     for other in (
         Variables({"w": np.array([1, 1, 2], np.float32)}, one.stats),
         Variables({"w": np.ones(3)}, one.stats),
         Variables({"v": np.ones(3, np.float32)}, one.stats),
         Variables(one.params, {"m": np.ones(2)}),
     ):
-        assert sealed_split.digest_of(other) != digest
+        assert tree_digest(other) != digest
 
 
 def test_a_run_records_its_opening(run):
     (row,) = read(run / "opened.json")["openings"]
-    assert row["student"] == sealed_split.digest_of(students.load(run)[1]) == read(run / "certificate.json")["student"]
+    assert row["student"] == tree_digest(students.load(run)[1]) == read(run / "certificate.json")["student"]
     assert row["claims"] == ["accuracy", "agreement"]
     (own,) = read(run / "teacher" / "opened.json")["openings"]
     assert own["claims"] == ["accuracy"]

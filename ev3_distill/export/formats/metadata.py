@@ -25,7 +25,7 @@ class About:
     layout: str  # nhwc or nchw: where the file wants the last axis of an example
     output: str  # logits or probabilities
     params: int
-    student: str  # digest of its parameters, see `opening.digest_of`
+    student: str  # digest of its parameters, see `runtime.digest.tree_digest`
     network: str
     data: dict[str, Any]  # source and fingerprint
     teacher: dict[str, Any]  # source and licence
