@@ -59,7 +59,7 @@ def _timed(run: Path, folder: Path) -> dict[int, list[float]] | str:
     import numpy as np
 
     from ev3_distill.errors import InputError
-    from ev3_distill.runtime.latency import PASSES, times_ms
+    from ev3_distill.runtime.timing import PASSES, times_ms
 
     facts, examples = json.loads((folder / "facts.json").read_text()), np.load(folder / "examples.npy")
     try:

@@ -1,14 +1,14 @@
-"""A process that runs an exported file and imports nothing of ours: `python -P worker.py FILE THREADS`.
+"""Subprocess that runs an exported file without importing this package: `python -P worker.py FILE THREADS`. Milliseconds.
 
-It writes one line of JSON, what it opened or why not. Then for each line {"dtype", "shape", "passes"} and the bytes of such an
-array on its input it answers a line {"dtype", "shape"} and bytes: what the file says of the inputs or, where passes are asked
-for, how many seconds each took.
+Protocol: the worker writes one line of JSON, metadata of the opened file or `{"error": ...}`. For each request on standard
+input, a line `{"dtype", "shape", "passes"}` followed by the bytes of that array, it writes a line `{"dtype", "shape"}` followed
+by bytes: the file's outputs if `passes` is 0, otherwise the time of each pass.
 """
 
 import json
 import os
+import runpy
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,30 +16,31 @@ from typing import Any
 import numpy as np
 
 WARM_UP = 10
+TIMING = Path(__file__).parents[2] / "runtime" / "timing.py"  # run from its path, because the package is not imported
 
 Run = Callable[[np.ndarray], np.ndarray]
 
 
-def opened_onnx(path: str, threads: int) -> tuple[Run, dict[str, Any]]:
-    """By onnxruntime."""
+def open_onnx(path: str, threads: int) -> tuple[Run, dict[str, Any]]:
+    """Opens an ONNX file with onnxruntime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    (taken,), (given,) = session.get_inputs(), session.get_outputs()
+    (input_,), (output,) = session.get_inputs(), session.get_outputs()
     metadata = session.get_modelmeta().custom_metadata_map
 
     def run(inputs: np.ndarray) -> np.ndarray:
-        return np.asarray(session.run([given.name], {taken.name: inputs})[0])
+        return np.asarray(session.run([output.name], {input_.name: inputs})[0])
 
     return run, {"metadata": metadata, "by": f"onnxruntime {onnxruntime.__version__}"}
 
 
-def opened_stablehlo(path: str, threads: int) -> tuple[Run, dict[str, Any]]:
-    """By JAX."""
-    del threads  # as many as the process has processors
+def open_stablehlo(path: str, threads: int) -> tuple[Run, dict[str, Any]]:
+    """Opens a StableHLO file with JAX, which uses as many threads as the process has cores."""
+    del threads
     import jax
     from jax import export
 
@@ -51,8 +52,8 @@ def opened_stablehlo(path: str, threads: int) -> tuple[Run, dict[str, Any]]:
     return run, {"metadata": {}, "by": f"jax {jax.__version__}"}
 
 
-def opened_safetensors(path: str, threads: int) -> tuple[Run, dict[str, Any]]:
-    """By JAX and the program that lies beside the variables."""
+def open_safetensors(path: str, threads: int) -> tuple[Run, dict[str, Any]]:
+    """Opens variables and the StableHLO function beside them with JAX."""
     del threads
     import jax
     from jax import export
@@ -70,47 +71,43 @@ def opened_safetensors(path: str, threads: int) -> tuple[Run, dict[str, Any]]:
     return run, {"metadata": metadata, "by": f"jax {jax.__version__}"}
 
 
-OPENED = {".onnx": opened_onnx, ".stablehlo": opened_stablehlo, ".safetensors": opened_safetensors}
+OPENERS = {".onnx": open_onnx, ".stablehlo": open_stablehlo, ".safetensors": open_safetensors}
 
 
-def answered(run: Run, inputs: np.ndarray, passes: int) -> np.ndarray:
-    """What the file says, or the seconds [passes] that it takes, from an array on the host to one on the host."""
+def answer(run: Run, inputs: np.ndarray, passes: int) -> np.ndarray:
+    """The file's outputs [N, K], or the times [passes] in milliseconds, each from host array to host array."""
     if not passes:
         return run(inputs)
-    times = np.empty(passes)
-    for i in range(-WARM_UP, passes):
-        began = time.perf_counter()
-        run(inputs)
-        times[max(i, 0)] = time.perf_counter() - began
+    times: np.ndarray = runpy.run_path(str(TIMING))["times_ms"](lambda: run(inputs), passes=passes, warm_up=WARM_UP)
     return times
 
 
 def main(path: str, threads: int) -> None:
-    """Opens the file, then answers until its input ends."""
+    """Opens the file, then answers requests until standard input ends."""
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # output that a library prints must not mix with the protocol
 
-    def tell(content: dict[str, Any], payload: bytes = b"") -> None:
+    def reply(content: dict[str, Any], payload: bytes = b"") -> None:
         out.write(json.dumps(content).encode() + b"\n" + payload)
         out.flush()
 
     try:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-        run, facts = OPENED[Path(path).suffix](path, threads)
+        run, facts = OPENERS[Path(path).suffix](path, threads)
     except Exception as error:
-        return tell({"error": f"{type(error).__name__}: {error}"})
-    tell(facts)
+        return reply({"error": f"{type(error).__name__}: {error}"})
+    reply(facts)
     for line in sys.stdin.buffer:
-        asked = json.loads(line)
-        dtype, shape = np.dtype(asked["dtype"]), asked["shape"]
+        request = json.loads(line)
+        dtype, shape = np.dtype(request["dtype"]), request["shape"]
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         inputs = np.frombuffer(sys.stdin.buffer.read(size), dtype).reshape(shape)
         try:
-            found = np.ascontiguousarray(answered(run, inputs, asked["passes"]))
+            result = np.ascontiguousarray(answer(run, inputs, request["passes"]))
         except Exception as error:
-            return tell({"error": f"{type(error).__name__}: {error}"})
-        tell({"dtype": found.dtype.str, "shape": found.shape}, found.tobytes())
+            return reply({"error": f"{type(error).__name__}: {error}"})
+        reply({"dtype": result.dtype.str, "shape": result.shape}, result.tobytes())
 
 
 if __name__ == "__main__":
