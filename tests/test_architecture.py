@@ -1,249 +1,193 @@
-"""The house's walls: who may import whom, what waits until it is used, and names and docstrings."""
+"""Architecture: arrows between rooms, imports that wait for their use, sizes, names and docstrings."""
 
 import ast
-import functools
-import re
 import subprocess
 import sys
-from pathlib import Path
 
+import import_map
 import pytest
+from import_map import PACKAGE, ROOT, TOP_FOLDERS, Import, imported_names
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("ev3_distill", "teachers", "students", "benchmarks")
-FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+MODULES = import_map.modules()
+SOURCES = {name: path.read_text() for name, path in MODULES.items()}
+ROOMS = import_map.rooms()
 HEAVY = (
-    *("clu", "torch", "onnx", "onnxruntime", "skops", "tensorflow", "tensorflow_datasets", "jax2onnx"),
-    *("matplotlib", "PIL", "grain"),
+    *("clu", "torch", "onnx", "onnxruntime", "skops", "sklearn", "tensorflow", "tensorflow_datasets"),
+    *("matplotlib", "PIL", "jinja2"),
 )
+NUMERICS = ("jax", "jaxlib", "flax", "optax", "orbax", "numpy", "scipy")
+LIGHT = (PACKAGE, f"{PACKAGE}.config", f"{PACKAGE}.guards", f"{PACKAGE}.errors", f"{PACKAGE}.cli.main")
+MODULE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8  # limits on size
 
 
-@functools.cache
-def name_of(path):
-    """The dotted name of a file's module."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def between(sources=None, *, at_start=False):
+    return import_map.imports_between_modules(SOURCES if sources is None else sources, MODULES, at_start=at_start)
 
 
-MODULES = {name_of(path): path for path in FILES}
+# The arrows.
 
 
-def inside(name, room):
-    """Whether a dotted name is a room or within it."""
-    return name == room or name.startswith(room + ".")
+def test_every_room_is_listed():
+    assert {import_map.room_of(module) for module in MODULES} == set(ROOMS)
 
 
-def is_type_checking(node):
-    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+def test_listed_arrows_point_down():
+    order = list(ROOMS)
+    up = [
+        (name, other)
+        for name, room in ROOMS.items()
+        for other in room.imports
+        if order.index(other) >= order.index(name)
+    ]
+    assert up == []
 
 
-def names_in(node, here):
-    """What an import imports, as dotted names; those from packages of ours to the module they are in."""
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom):
-        base = node.module or ""
-        if node.level:
-            package = here.split(".") if MODULES[here].name == "__init__.py" else here.split(".")[:-1]
-            base = ".".join(filter(None, [*package[: len(package) - node.level + 1], base]))
-        return [f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names]
-    called = isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__")
-    if called and node.args and isinstance(node.args[0], ast.Constant):
-        return [node.args[0].value]
-    return []
+def test_imports_follow_the_arrows():
+    assert import_map.forbidden(between(), ROOMS) == []
 
 
-def imports(module, *, at_start=False, source=None):
-    """Names that a module imports anywhere or, `at_start`, when it is imported itself; not for type checking alone."""
-    found = set()
-
-    def visit(node):
-        if at_start and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            return
-        found.update(names_in(node, module))
-        children = node.orelse if is_type_checking(node) else ast.iter_child_nodes(node)
-        for child in children:
-            visit(child)
-
-    visit(ast.parse(MODULES[module].read_text() if source is None else source))
-    return found
+def test_every_listed_arrow_is_used():
+    used = {(import_map.room_of(one.source), import_map.room_of(one.target)) for one in between()}
+    assert [(name, other) for name, room in ROOMS.items() for other in room.imports if (name, other) not in used] == []
 
 
-def allowed(name, rooms):
-    top = name.split(".")[0]
-    return top in sys.stdlib_module_names or any(inside(name, room) for room in rooms)
+def test_modules_import_one_another_without_circles():
+    assert import_map.circle(between(at_start=True)) == set()
 
 
-def members(*rooms):
-    return [name for name in MODULES if any(inside(name, room) for room in rooms)]
+def test_an_added_upward_import_is_reported():
+    sources = SOURCES | {f"{PACKAGE}.types": SOURCES[f"{PACKAGE}.types"] + f"\nfrom {PACKAGE}.core import step\n"}
+    assert import_map.forbidden(between(sources), ROOMS) == [Import(f"{PACKAGE}.types", f"{PACKAGE}.core.step")]
 
 
-def test_the_imports_are_read_right():
-    source = """
+def test_an_upward_import_inside_a_function_is_reported():
+    added = f"\n\ndef late():\n    from {PACKAGE} import students\n"
+    sources = SOURCES | {f"{PACKAGE}.core.adapt": SOURCES[f"{PACKAGE}.core.adapt"] + added}
+    assert import_map.forbidden(between(sources), ROOMS) == [Import(f"{PACKAGE}.core.adapt", f"{PACKAGE}.students")]
+
+
+def test_an_added_circle_is_reported():
+    added = f"\nfrom {PACKAGE}.core import step\n"
+    sources = SOURCES | {f"{PACKAGE}.core.assess": SOURCES[f"{PACKAGE}.core.assess"] + added}
+    circle = import_map.circle(between(sources, at_start=True))
+    assert {f"{PACKAGE}.core.assess", f"{PACKAGE}.core.step"} <= circle
+
+
+def test_a_room_that_is_not_listed_is_reported():
+    imports = iter([Import(f"{PACKAGE}.attic.box", f"{PACKAGE}.types")])
+    assert len(import_map.forbidden(imports, ROOMS)) == 1
+
+
+def test_imports_are_read_from_every_form():
+    source = f"""
 import a.b, torch
-from ev3_distill.data import splits
-from ev3_distill import errors as e
-from ev3_distill.core.step import make_step
+from {PACKAGE} import students, errors as e
+from {PACKAGE}.core.step import make_step
 if TYPE_CHECKING:
     import matplotlib
 else:
     import d
 def f():
     import c
-    importlib.import_module("students")
+    importlib.import_module("g")
 class C:
-    import g
+    import h
 """
-    ours = {"ev3_distill.data.splits", "ev3_distill.errors", "ev3_distill.core.step"}
-    assert imports("ev3_distill.cli.main", source=source) == ours | {"a.b", "torch", "c", "d", "g", "students"}
-    assert imports("ev3_distill.cli.main", source=source, at_start=True) == ours | {"a.b", "torch", "d", "g"}
-    assert imports("ev3_distill.core.step", source="from . import adapt") == {"ev3_distill.core.adapt"}
-    assert imports("ev3_distill.core", source="from .step import x") == {"ev3_distill.core.step"}
-    assert imports("ev3_distill.core.step", source="from ..types import x") == {"ev3_distill.types"}
-    assert inside("ev3_distill.core.step", "ev3_distill.core")
-    assert not inside("ev3_distill.core_of", "ev3_distill.core")
-
-
-def test_types_imports_jax_alone():
-    assert [name for name in imports("ev3_distill.types") if not allowed(name, ["jax"])] == []
-
-
-CORE_MAY = ["ev3_distill.types", "ev3_distill.config", "ev3_distill.core", "jax", "optax"]
-
-
-@pytest.mark.parametrize("module", members("ev3_distill.core"))
-def test_the_core_knows_no_arm_loss_or_network(module):
-    assert [name for name in imports(module) if not allowed(name, CORE_MAY)] == []
-
-
-HELPERS = members(*(f"ev3_distill.{room}" for room in (
-    "arms", "losses", "features", "objectives", "hypergrad", "hyperparameters", "tangents", "sources", "splits", "order",
-    "augment", "pool", "supply", "files", "counter", "ledger", "checkpoint", "certificate", "claims", "bounds", "latency",
-    "guards", "goals", "charts", "pages", "sharding", "formats",
-)))  # fmt: skip
-
-
-@pytest.mark.parametrize("module", HELPERS)
-def test_the_rooms_beside_the_core_do_not_know_it(module):
-    above = [
-        "core",
-        "cli",
-        "commands",
-        "training",
-        "course",
-        "search",
-        "climb",
-        "lessons",
-        "run",
-        "loop",
-        "stream",
-        "judge",
-    ]
-    above = [*(f"ev3_distill.{room}" for room in above), *PACKAGES[1:]]
-    assert [name for name in imports(module) if any(inside(name, room) for room in above)] == []
-
-
-@pytest.mark.parametrize("module", members("teachers", "students"))
-def test_teachers_and_students_know_a_few_rooms_alone(module):
-    own = module.split(".")[0]
-    rooms = [
-        "types",
-        "errors",
-        "network",
-        "int8",
-        *(["config", "compiling", "files", "npz"] if own == "teachers" else []),
-    ]
-    may = [own, *(f"ev3_distill.{room}" for room in rooms)]
-    ours = [name for name in imports(module) if any(inside(name, package) for package in PACKAGES)]
-    assert [name for name in ours if not allowed(name, may)] == []
-
-
-COMPOSERS = (
-    "ev3_distill",
-    "ev3_distill.cli.main",
-    "ev3_distill.cli.commands",
-    "ev3_distill.export.evaluate",
-    "ev3_distill.export.export",
-    "ev3_distill.teachers.targets",
-    "ev3_distill.training.train",
-    "ev3_distill.training.setup",
-    "ev3_distill.search.policy",
-    "ev3_distill.search.search",
-    "ev3_distill.search.sizes",
-    "ev3_distill.export.teacher_latency",
-)
-
-
-@pytest.mark.parametrize("module", members("ev3_distill"))
-def test_only_those_who_compose_import_teachers_students_and_benchmarks(module):
-    rooms = PACKAGES[1:]
-    found = [name for name in imports(module) if any(inside(name, room) for room in rooms)]
-    assert found == [] or module in COMPOSERS
-    if module == "ev3_distill":  # the façade is lazy
-        assert not any(inside(name, package) for name in imports(module, at_start=True) for package in PACKAGES)
-
-
-@pytest.mark.parametrize("module", members("teachers", "students"))
-def test_nothing_but_the_command_line_imports_benchmarks(module):
-    assert not any(inside(name, "benchmarks") for name in imports(module))
+    ours = {f"{PACKAGE}.students", f"{PACKAGE}.errors", f"{PACKAGE}.core.step"}
+    assert imported_names(source, f"{PACKAGE}.cli.main", MODULES) == ours | {"a.b", "torch", "c", "d", "g", "h"}
+    at_start = imported_names(source, f"{PACKAGE}.cli.main", MODULES, at_start=True)
+    assert at_start == ours | {"a.b", "torch", "d", "h"}
+    relative = imported_names("from . import adapt\nfrom ..types import x", f"{PACKAGE}.core.step", MODULES)
+    assert relative == {f"{PACKAGE}.core.adapt", f"{PACKAGE}.types"}
+    assert imported_names("from .step import x", f"{PACKAGE}.core", MODULES) == {f"{PACKAGE}.core.step"}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_heavy_modules_wait_until_they_are_used(module):
-    assert [name for name in imports(module, at_start=True) if name.split(".")[0] in HEAVY] == []
+def test_our_modules_are_imported_by_their_full_names(module):
+    """`import teachers` would find the folder in a checkout, and a user's own module elsewhere."""
+    bare = [name for name in imported_names(SOURCES[module], module, MODULES) if name.split(".")[0] in TOP_FOLDERS]
+    assert bare == []
 
 
-@pytest.mark.parametrize("module", ["ev3_distill", "ev3_distill.config", "ev3_distill.cli.main", "ev3_distill.errors"])
-def test_the_command_line_starts_without_jax(module):
-    light = imports(module, at_start=True)
-    assert [name for name in light if name.split(".")[0] in ("jax", "jaxlib", "flax", "optax", "orbax", "numpy")] == []
+def test_the_map_in_the_documentation_is_current():
+    command = [sys.executable, str(ROOT / "docs" / "render_map.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
-def test_the_command_line_starts_without_jax_in_truth():
-    """Nothing that these modules import brings jax along either."""
-    code = "import sys, ev3_distill, ev3_distill.config, ev3_distill.errors, ev3_distill.cli; print(*sys.modules)"
+# Imports that wait.
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_heavy_libraries_are_imported_at_use(module):
+    at_start = imported_names(SOURCES[module], module, MODULES, at_start=True)
+    assert [name for name in at_start if name.split(".")[0] in HEAVY] == []
+
+
+def test_types_import_jax_alone():
+    names = imported_names(SOURCES[f"{PACKAGE}.types"], f"{PACKAGE}.types", MODULES)
+    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {"jax"}
+
+
+def test_the_core_imports_jax_and_nothing_else_from_outside():
+    core = [module for module in MODULES if import_map.room_of(module) == "core"]
+    names = {name.split(".")[0] for module in core for name in imported_names(SOURCES[module], module, MODULES)}
+    assert names - sys.stdlib_module_names <= {"jax", "optax", PACKAGE}
+
+
+def test_the_command_line_starts_without_numerics():
+    code = f"import sys, {', '.join(LIGHT)}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     loaded = {name.split(".")[0] for name in done.stdout.split()}
-    assert not loaded & {"jax", "flax", "optax", "orbax", "sklearn", *HEAVY}
+    assert not loaded & {*NUMERICS, *HEAVY}
 
 
-def test_no_cycles():
-    """Imports at module level among our modules form no cycle."""
-    ours = {module: {n for n in imports(module, at_start=True) if n in MODULES and n != module} for module in MODULES}
-    ours = {module: names - {module.rpartition(".")[0]} for module, names in ours.items()}
-    done = set()
-    while ready := [module for module in ours if module not in done and ours[module] <= done]:
-        done.update(ready)
-    assert set(ours) - done == set()
+# Sizes, names and docstrings.
+
+
+def places_over_the_limits():
+    """Modules and functions that exceed the limits, as they are named in arrows.toml."""
+    for module, source in SOURCES.items():
+        place = MODULES[module].relative_to(ROOT).as_posix().removeprefix(f"{PACKAGE}/")
+        if source.count("\n") > MODULE_LINES:
+            yield place
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                count = sum(argument.arg not in ("self", "cls") for argument in arguments)
+                if lines > FUNCTION_LINES or count > PARAMETERS:
+                    yield f"{place}:{node.name}"
+
+
+def test_modules_and_functions_keep_the_limits_on_size():
+    assert set(places_over_the_limits()) == set(import_map.exceptions())
 
 
 @pytest.mark.parametrize("name", ["utils", "helpers", "misc", "common", "util", "helper"])
-def test_no_room_for_odds_and_ends(name):
-    assert [
-        path
-        for path in [*FILES, *(ROOT / "tests").rglob("*.py")]
-        if name in path.relative_to(ROOT).with_suffix("").parts
-    ] == []
+def test_no_module_is_named_for_odds_and_ends(name):
+    paths = [*MODULES.values(), *(ROOT / "tests").rglob("*.py")]
+    assert [path for path in paths if name in path.relative_to(ROOT).with_suffix("").parts] == []
 
 
-def documented(tree):
+def public_definitions(tree):
     """Public functions and classes of a module, and their public methods."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             yield node
             if isinstance(node, ast.ClassDef):
-                yield from documented(node)
+                yield from public_definitions(node)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_all_that_is_public_is_documented(module):
-    tree = ast.parse(MODULES[module].read_text())
+def test_public_definitions_have_docstrings(module):
+    tree = ast.parse(SOURCES[module])
     assert tree.body == [] or ast.get_docstring(tree)
-    assert [node.name for node in documented(tree) if not ast.get_docstring(node)] == []
+    assert [node.name for node in public_definitions(tree) if not ast.get_docstring(node)] == []
 
 
-def test_every_package_is_installed():
-    packages = {name_of(path) for path in FILES if path.name == "__init__.py"}
-    listed = re.search(r"^packages =\n((?:    .*\n)+)", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
-    assert listed is not None
-    assert set(listed[1].split()) == packages
+def test_top_folders_are_reached_through_links():
+    for folder in TOP_FOLDERS:
+        link = ROOT / PACKAGE / folder
+        assert link.is_symlink()
+        assert link.resolve() == ROOT / folder
