@@ -127,7 +127,7 @@ def _with_recorded(
         if not kept.exists():
             save_logits(kept, logits, dataset.fingerprint)
         facts = {"source": chosen.teacher, "params": None}
-        if chosen.start or chosen.sizes:
+        if chosen.searches:
             return search(directory, chosen, task, arms, Recorded(logits), teacher=facts)
         task = _controlled(directory, chosen, task)
         return train(directory, chosen, task, arms, Recorded(logits), teacher=facts)
@@ -158,7 +158,7 @@ def _distil(
     )
     with contextlib.closing(lessons):
         facts = {"source": source, "params": teacher.params}
-        if chosen.start or chosen.sizes:
+        if chosen.searches:
             return search(directory, chosen, task, arms, lessons, teacher=facts)
         return train(directory, chosen, task, arms, lessons, teacher=facts, in_step=in_step)
 
@@ -218,7 +218,7 @@ def _task(
 ) -> tuple[Task, list[str]]:
     """The student's task and its arms; `shapes` are those of the teacher's features, of which the arms ask for some."""
     task = checked(chosen, chosen.student, dataset, num_classes, devices)
-    if chosen.start or chosen.sizes:
+    if chosen.searches:
         task = dataclasses.replace(task, network=_smallest(chosen, task.network.spec))
     task = dataclasses.replace(task, network=students.deployed(task.network, chosen.deploy))
     _warn_of_duplicates(task)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from ev3_distill import config
-from ev3_distill.config_file import C, config_of_run, read_config
+from ev3_distill.config_file import ConfigT, read_config, read_run_config
 from ev3_distill.errors import InputError
 
 SPREAD_SUITES = ("evolution", "protonet")
@@ -211,7 +211,7 @@ def _parse(argv: list[str]) -> Any:
         raise
 
 
-def _defaults(kind: type[C], argv: list[str]) -> C:
+def _defaults(kind: type[ConfigT], argv: list[str]) -> ConfigT:
     """What the options default to: the file after --config, the configuration of the run after --resume, or the built-in."""
     for i, word in enumerate(argv):
         option, equals, value = word.partition("=")
@@ -219,14 +219,14 @@ def _defaults(kind: type[C], argv: list[str]) -> C:
         if option == "--config" and value:
             return read_config(kind, Path(value))
         if option == "--resume" and value:
-            return config_of_run(kind, Path(value))
+            return read_run_config(kind, Path(value))
     return kind()
 
 
 def _execute(name: str, where: _Where, chosen: config.Compress | config.Teach) -> None:
     """Starts or resumes a run of compress or teach, and prints its summary."""
     if where.resume is not None:
-        stored = config_of_run(type(chosen), where.resume)
+        stored = read_run_config(type(chosen), where.resume)
         changed = [f.name for f in dataclasses.fields(stored) if getattr(stored, f.name) != getattr(chosen, f.name)]
         if changed or where.config or where.out:
             told = ", ".join(changed) or ("--config" if where.config else "--out")

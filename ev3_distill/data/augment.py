@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ev3_distill.errors import InputError
+from ev3_distill.errors import check
 
 __all__ = ["Augmentation", "parse", "partner_of", "view_of"]
 
@@ -53,21 +53,16 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in _SIZES}
-        _check(min(sizes.values()) >= 0, "sizes and shifts are at least 0", sizes, "0 turns one off")
-        _check(not (self.crop and self.translate), "crop and translate are one and the same shift", sizes, "drop one")
-        _check(self.mix in ("", *MIXES), f"a mix is {' or '.join(MIXES)}", f"'{self.mix}'", "name one, or none")
-        _check(0 <= self.seed < 2**31, "a seed is a whole number from 0 to 2^31 - 1", self.seed, "try 0")
+        check(min(sizes.values()) >= 0, "sizes and shifts are at least 0", sizes, "0 turns one off")
+        check(not (self.crop and self.translate), "crop and translate are one and the same shift", sizes, "drop one")
+        check(self.mix in ("", *MIXES), f"a mix is {' or '.join(MIXES)}", f"'{self.mix}'", "name one, or none")
+        check(0 <= self.seed < 2**31, "a seed is a whole number from 0 to 2^31 - 1", self.seed, "try 0")
 
     def describe(self) -> str:
         """Canonical text, which `parse` reads back; equal texts make equal views, so it may be part of a cache's key."""
         sizes = [f"{name}={getattr(self, name)}" for name in _SIZES if getattr(self, name)]
         words = ["flip"] * self.flip + sizes + [self.mix] * bool(self.mix)
         return ",".join([*words, f"seed={self.seed}", f"version={VERSION}"])
-
-
-def _check(ok: bool, rule: str, got: object, way_out: str) -> None:
-    if not ok:
-        raise InputError(f"{rule}; got {got}: {way_out}")
 
 
 def parse(text: str, input_shape: Sequence[int]) -> Augmentation | None:
@@ -103,19 +98,19 @@ def _augmentation(text: str) -> Augmentation:
     numbers = {name: _number(text, value) for name, equals, value in words if equals and name in _NUMBERS}
     flags = [name for name, equals, _ in words if not equals and name in ("flip", *MIXES)]
     mixes = [name for name in flags if name in MIXES]
-    _check(len(numbers) + len(set(flags)) == len(words), "an augmentation names what it knows, each once, with a number "
+    check(len(numbers) + len(set(flags)) == len(words), "an augmentation names what it knows, each once, with a number "
            "where one is due", f"'{text}'", _WAY_OUT)  # fmt: skip
-    _check(len(mixes) < 2, "an augmentation mixes in one way", f"'{text}'", "drop mixup or cutmix")
+    check(len(mixes) < 2, "an augmentation mixes in one way", f"'{text}'", "drop mixup or cutmix")
     version = numbers.pop("version", VERSION)
-    _check(version == VERSION, f"views are of version {VERSION} here", f"version={version}", "drop it for new views")
+    check(version == VERSION, f"views are of version {VERSION} here", f"version={version}", "drop it for new views")
     made = Augmentation(flip="flip" in flags, mix="".join(mixes), **numbers)
-    _check(made != Augmentation(seed=made.seed), "an augmentation changes something", f"'{text}'", _WAY_OUT)
+    check(made != Augmentation(seed=made.seed), "an augmentation changes something", f"'{text}'", _WAY_OUT)
     return made
 
 
 def _number(text: str, value: str) -> int:
     plain = value.isascii() and value.isdigit()
-    _check(plain and len(value) <= 10, "an augmentation's numbers are whole, from 0 on", f"'{text}'", _WAY_OUT)
+    check(plain and len(value) <= 10, "an augmentation's numbers are whole, from 0 on", f"'{text}'", _WAY_OUT)
     return int(value)
 
 
@@ -123,10 +118,10 @@ def _check_fits(augmentation: Augmentation, input_shape: Sequence[int]) -> None:
     asked, shape = augmentation.describe(), list(input_shape)
     if augmentation == Augmentation(mix="mixup", seed=augmentation.seed):
         return
-    _check(len(shape) == 3, "only mixup is for examples that are no images [H, W, C]", f"'{asked}' for shape {shape}",
+    check(len(shape) == 3, "only mixup is for examples that are no images [H, W, C]", f"'{asked}' for shape {shape}",
            "take mixup or none")  # fmt: skip
     size = max(getattr(augmentation, name) for name in _SIZES)
-    _check(size < min(shape[:2]), "shifts and cutouts are smaller than the image", f"'{asked}' for shape {shape}",
+    check(size < min(shape[:2]), "shifts and cutouts are smaller than the image", f"'{asked}' for shape {shape}",
            "take smaller numbers")  # fmt: skip
 
 

@@ -61,7 +61,7 @@ class Task:
 
 def limit_of(memory: str) -> int:
     """The memory limit in bytes: the one named, or half of this machine's."""
-    named = config.bytes_of(memory)
+    named = config.parse_bytes(memory)
     return named or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 

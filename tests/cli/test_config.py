@@ -32,7 +32,7 @@ def test_budgets(text, budget):
     "text", ["", "e", "0", "-1", "0s", "1.5", "nan", "inf", "-inf", "1d", "2 weeks", "1e300", str(2**30)]
 )
 def test_no_budgets(text):
-    with pytest.raises(InputError, match=r"a budget is a positive number of steps .*; got '.*': try 2000"):
+    with pytest.raises(InputError, match=r"a budget must be a positive number of steps .*; got '.*': try 2000"):
         Budget.parse(text)
 
 
@@ -99,12 +99,13 @@ def test_a_file_may_leave_out_what_stays_default(tmp_path):
     assert read_config(Compress, path) == Compress(checkpoint_s=2.0, arms=("ce",), ev3=EV3(delta=0.1))
 
 
-def test_every_default_is_explained():
-    """tyro shows the string below a field as its help."""
+def test_every_option_has_a_help_text():
+    """tyro shows the docstring below a field as its help text; every class in the hierarchy may hold it."""
     import inspect
 
     for kind in (EV3, Fractions, Compress, Teach):
-        lines = [line.strip() for line in inspect.getsource(kind).splitlines()]
+        sources = [inspect.getsource(base) for base in kind.__mro__ if dataclasses.is_dataclass(base)]
+        lines = [line.strip() for source in sources for line in source.splitlines()]
         for field in dataclasses.fields(kind):
             at = next(i for i, line in enumerate(lines) if line.startswith(f"{field.name}:"))
             assert lines[at + 1].startswith('"""'), field.name

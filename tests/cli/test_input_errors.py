@@ -39,7 +39,7 @@ def test_resume_without_a_value(cli, here):
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
-        ("--budget", "ten", r"a budget is a positive number of steps \(2000\).*; got 'ten': try 2000"),
+        ("--budget", "ten", r"a budget must be a positive number of steps \(2000\).*; got 'ten': try 2000"),
         ("--budget", "-3", "got '-3': try 2000"),
         ("--budget", "nan", "got 'nan': try 2000"),
         ("--budget", "1.5", r"got '1\.5': try 2000"),
@@ -47,9 +47,9 @@ def test_resume_without_a_value(cli, here):
         ("--teacher-budget", "0", "got '0': try 2000"),
         ("--seed", "-1", r"seed must be 0 to 2\^31 - 1; got -1: try 0"),
         ("--confidence", "95", "confidence must be at least 0.5 and below 1; got 95.0: try 0.95"),
-        ("--deliver", "newest", "deliver is best or champion; got 'newest': try best"),
-        ("--test", "0", r"every split's fraction must be positive; got .*: raise the one that is not"),
-        ("--delta", "2", "delta is a probability above 0 and below 1; got 2.0: try 0.05"),
+        ("--deliver", "newest", "deliver must be best or champion; got 'newest': try best"),
+        ("--test", "0", r"the fraction of every split must be positive; got .*: raise the one that is not"),
+        ("--delta", "2", "delta must be a probability above 0 and below 1; got 2.0: try 0.05"),
         ("--arms", "sgd", r"an arm is one of ce, .*, or a mix .* of kd, .*; got 'sgd': for example 0\.7\*kd\+0\.3\*ce"),
         ("--arms", "0.5*kd+ce", r"an arm is one of ce, .*; got '0\.5\*kd\+ce'"),
         ("--arms", "1*kd@0", r"an arm is one of ce, .*; got '1\*kd@0'"),
@@ -78,18 +78,18 @@ def test_bad_option(cli, here, option, value, says):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("sedd = 1", r"a configuration's keys are data, .*; got 'sedd' in bad.toml: remove it"),
+        ("sedd = 1", r"a configuration has the keys data, .*; got 'sedd' in bad.toml: remove it"),
         (
             "[ev3]\nbatch = 1",
-            r"a configuration's keys are batch_size, .*; got 'batch' in \[ev3\] of bad.toml: remove it",
+            r"a configuration has the keys batch_size, .*; got 'batch' in \[ev3\] of bad.toml: remove it",
         ),
-        ("seed = '1'", "'seed' in bad.toml is a int; got '1': write it like 0"),
-        ("seed = true", "'seed' in bad.toml is a int; got True: write it like 0"),
-        ("arms = [1]", r"'arms' in bad.toml is a tuple; got \[1\]"),
-        ("ev3 = 3", r"'ev3' in bad.toml is a table; got 3: write \[ev3\]"),
-        ("[splits]\ntest = 0.5", r"the splits' fractions must sum to 1; got 1\.3.*: rescale them"),
-        ("seed = ", r"a configuration is a TOML file; bad.toml is not \(.*\): mend it"),
-        (b"\xff\xfe", r"a configuration is a TOML file; bad.toml is not \(.*\): mend it"),
+        ("seed = '1'", "'seed' in bad.toml must be an integer; got '1': write it like 0"),
+        ("seed = true", "'seed' in bad.toml must be an integer; got True: write it like 0"),
+        ("arms = [1]", r"'arms' in bad.toml must be a list; got \[1\]"),
+        ("ev3 = 3", r"'ev3' in bad.toml must be a table; got 3: write \[ev3\]"),
+        ("[splits]\ntest = 0.5", r"the fractions of the splits must sum to 1; got 1\.3.*: rescale them"),
+        ("seed = ", r"a configuration must be a TOML file; bad.toml is not \(.*\): fix it"),
+        (b"\xff\xfe", r"a configuration must be a TOML file; bad.toml is not \(.*\): fix it"),
     ],
 )
 def test_bad_configuration(cli, here, text, says):

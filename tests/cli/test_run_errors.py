@@ -52,7 +52,7 @@ def test_empty_directory_and_a_killed_beginning_are_new(here, finished):
 
 
 def test_resume_of_no_run(cli, here):
-    says = "--resume needs the directory of a run; no has no config.toml: name another, or start one by --out"
+    says = "--resume needs a run directory; no has no config.toml: name another, or start a new run with --out"
     refused(cli, here, "compress", "--resume", "no", says=says)
 
 
@@ -73,9 +73,9 @@ def test_resume_with_another_configuration(cli, here, finished, options, changed
 
 
 def test_resume_by_the_other_command(cli, here, finished):
-    says = "teach --resume needs a run of teach; .*run is one of compress: use compress --resume"
+    says = "teach --resume needs a run of teach; .*run is a run of compress: use compress --resume"
     refused(cli, here, "teach", "--resume", finished, says=says)
-    says = "compress --resume needs a run of compress; .*teacher is one of teach: use teach --resume"
+    says = "compress --resume needs a run of compress; .*teacher is a run of teach: use teach --resume"
     refused(cli, here, "compress", "--resume", finished / "teacher", says=says)
 
 
@@ -251,6 +251,6 @@ def test_evaluate_with_no_confidence(cli, here, finished):
 def test_a_real_process_tells_the_same(here):
     process = compress("--budget", "ten", "--out", here / "run")
     assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr.startswith("ev3-distill: error: a budget is a positive number of steps")
+    assert process.stderr.startswith("ev3-distill: error: a budget must be a positive number of steps")
     assert process.stderr.count("\n") == 1
     assert not list(here.iterdir())

@@ -275,15 +275,15 @@ def test_a_size_that_nothing_narrows_to_starts_afresh(cli, here):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (("--start", "tiny", "--sizes", "mlp:hidden=2"), "a search has a start or sizes; got both: leave out one"),
-        (("--max-params", "10"), "max_params and passes are of a search for a size; got (10, 1): give --start tiny"),
+        (("--start", "tiny", "--sizes", "mlp:hidden=2"), "a search takes --start or --sizes; got both: omit one"),
+        (("--max-params", "10"), "max_params and passes are options of a search; got (10, 1): give --start tiny"),
         (
             ("--start", "tiny", "--deliver", "champion"),
-            "a search delivers the student that decide proved; got --deliver",
+            "a search delivers the smallest student that meets the guards; got --deliver",
         ),
-        (("--start", "tiny", "--control"), "a search for a size has no control"),
-        (("--start", "tiny", "--teacher-in-step"), "a search for a size caches what its teacher says"),
-        (("--start", "tiny", "--budget", "90s"), "a search for a size has a budget in steps or epochs; got '90s'"),
+        (("--start", "tiny", "--control"), "a search has no control"),
+        (("--start", "tiny", "--teacher-in-step"), "a search uses cached teacher outputs"),
+        (("--start", "tiny", "--budget", "90s"), "a search needs a budget in steps or epochs; got '90s'"),
         (("--sizes", "mlp:hidden=4", "mlp:hidden=2"), "the sizes of a search come smallest first"),
         (("--arms", "ce", "kd4-peer"), "only a search has peers to learn from; got the arm 'kd4-peer': leave it out"),
         (("--start", "tiny", "--passes", "0"), "passes must be at least 1"),

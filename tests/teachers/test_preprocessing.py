@@ -106,9 +106,9 @@ def test_the_file_beside(tmp_path):
     ("resize = [1.5, 2]", "'resize' in .* is two whole numbers"),
     ('classes = "cat"', "'classes' in .* is texts, such as"),
     ("layout = 3", "'layout' in .* is a text"),
-    ('layout = "NHCW"', "net.toml: a layout is NHWC or NCHW"),
+    ('layout = "NHCW"', "net.toml: layout must be NHWC or NCHW"),
     ("std = [0]", "net.toml: std must be positive"),
-    ("mean = [nan]", "net.toml: scale, mean and std are finite"),
+    ("mean = [nan]", "net.toml: scale, mean and std must be finite"),
 ])  # fmt: skip
 def test_bad_files_beside(tmp_path, text, message):
     (tmp_path / "net.toml").write_text(text)
