@@ -26,7 +26,8 @@ def report_in(directory: Path) -> dict[str, Any] | None:
 def config_of(directory: Path, finished: dict[str, Any]) -> config.Compress | config.Teach:
     """How a run that reported this was configured."""
     is_teacher = finished["teacher"]["source"] == "labels"
-    return read_config(config.Teach if is_teacher else config.Compress, directory / "config.toml")
+    kind: type[config.Compress | config.Teach] = config.Teach if is_teacher else config.Compress
+    return read_config(kind, directory / "config.toml")
 
 
 def data_of(chosen: config.Compress | config.Teach, source: str = "") -> Dataset:
