@@ -11,8 +11,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from ev3_distill.benchmarks import page
-from ev3_distill.errors import InputError
-from ev3_distill.runtime.files import written_whole
+from ev3_distill.errors import InputError, summary
+from ev3_distill.runtime.files import atomic_write
 
 ROWS = "rows.jsonl"
 _BASIS = {"suite": str, "size": str, "seeds": int, "command": str, "machine": dict, "versions": dict, "code": str}
@@ -102,7 +102,7 @@ def understood(*paths: Path) -> Iterator[None]:
     except (LookupError, TypeError, ValueError) as error:
         raise InputError(
             f"rows have all fields that their suite shows; {' or '.join(str(path / ROWS) for path in paths)} has one without "
-            f"({type(error).__name__}: {error}): restore the file, or measure anew"
+            f"({summary(error)}): restore the file, or measure anew"
         ) from error
 
 
@@ -118,7 +118,7 @@ def write(directory: Path, results: Results) -> str:
     (directory / "table.md").write_text(_with_basis(table, basis))
     if hasattr(suite, "plot"):
         _draw(suite.plot(rows), directory / "plot.svg")
-    with written_whole(directory / "report.html") as file:
+    with atomic_write(directory / "report.html") as file:
         file.write(html(results, table).encode())
     return _with_basis(table, basis)
 

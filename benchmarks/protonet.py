@@ -45,7 +45,7 @@ from ev3_distill.evolution import layerwise, lowrank, noise, strategy
 from ev3_distill.evolution.subspace import named, whole
 from ev3_distill.runtime import distributed
 from ev3_distill.runtime.compile import compiler_options
-from ev3_distill.runtime.files import cache_root, written_whole
+from ev3_distill.runtime.files import atomic_write, cache_root
 from ev3_distill.students.layers import conv
 from ev3_distill.types import Network, PyTree, Variables
 
@@ -308,7 +308,7 @@ def _keep(directory: Path, state: Training, log: list[dict[str, float]]) -> None
         return
     directory.mkdir(parents=True, exist_ok=True)
     leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-    with written_whole(directory / "state.npz") as file:
+    with atomic_write(directory / "state.npz") as file:
         np.savez(file, log=json.dumps(log), **leaves)  # type: ignore[arg-type]  # as numpy's stub has it
 
 

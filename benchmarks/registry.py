@@ -46,7 +46,7 @@ from ev3_distill.benchmarks import (
 )
 from ev3_distill.errors import InputError
 from ev3_distill.runtime import distributed
-from ev3_distill.runtime.files import written_whole
+from ev3_distill.runtime.files import atomic_write
 from ev3_distill.runtime.ledger import Ledger
 
 __all__ = ["SIZES", "SUITES", "changes", "provenance", "render", "run"]
@@ -141,7 +141,7 @@ def changes(before: Path, after: Path, *, out: Path | None = None) -> None:
     if out is not None:
         command = shlex.join(["ev3-distill", "bench", "--compare", str(before), str(after)])
         try:
-            with written_whole(out) as file:
+            with atomic_write(out) as file:
                 file.write(page.of_comparison(sides[0].basis["suite"], told, command).encode())
         except OSError as error:
             raise InputError(
@@ -207,9 +207,8 @@ def _reopen(out: Path, basis: dict[str, Any]) -> list[dict[str, Any]]:
             )
         rows = [json.loads(line) for line in lines[1:]]
     out.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join([json.dumps(basis).encode() + b"\n", *lines[1:]]))
-    os.replace(temporary, path)
+    with atomic_write(path) as file:
+        file.write(b"".join([json.dumps(basis).encode() + b"\n", *lines[1:]]))
     return rows
 
 

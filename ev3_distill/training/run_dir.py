@@ -51,6 +51,7 @@ from ev3_distill.core.flatten_state import Packed
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.checkpoint import Checkpoints
 from ev3_distill.runtime.compile import jit
+from ev3_distill.runtime.files import atomic_write
 from ev3_distill.runtime.ledger import Ledger, row_of, rows
 from ev3_distill.tasks.classification.metric_bounds import Bound
 from ev3_distill.training.iterate import UNLIMITED, Supply
@@ -430,9 +431,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with atomic_write(path) as file:
+        file.write(text.encode())
