@@ -369,7 +369,7 @@ def _bench(command: BenchCommand) -> None:
     from ev3_distill.runtime import distributed
 
     with distributed.joined():
-        benchmarks.run(command.suite, seeds=command.seeds, size=command.size, out=command.out)
+        benchmarks.run_suite(command.suite, seeds=command.seeds, size=command.size, out=command.out)
 
 
 def _tell(command: BenchCommand) -> None:
@@ -380,6 +380,6 @@ def _tell(command: BenchCommand) -> None:
     from ev3_distill import benchmarks
 
     if command.compare:
-        benchmarks.changes(*command.compare, out=command.out)
+        benchmarks.compare_results(*command.compare, out=command.out)
     else:
-        benchmarks.render(command.render)
+        benchmarks.render_results(command.render)

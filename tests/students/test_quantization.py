@@ -10,7 +10,7 @@ import pytest
 
 from ev3_distill import students
 from ev3_distill.arms import arms_named
-from ev3_distill.benchmarks import int8
+from ev3_distill.benchmarks import int8_accuracy
 from ev3_distill.cli.main import main
 from ev3_distill.core.explore import fitting
 from ev3_distill.errors import InputError
@@ -198,7 +198,10 @@ def test_a_run_in_int8(tmp_path, monkeypatch, capsys):
     assert report["student"]["deploy"] == "int8"
     network, variables = students.load(tmp_path / "run")
     assert network.spec["deploy"] == "int8" and set(variables.stats) == {WHOLE, RANGES}
-    rounds, not_rounded = network.apply(variables, inputs, train=False)[0], int8.unrounded(tmp_path / "run", inputs)
+    rounds, not_rounded = (
+        network.apply(variables, inputs, train=False)[0],
+        int8_accuracy.unrounded(tmp_path / "run", inputs),
+    )
     assert 0.95 < (rounds.argmax(axis=1) == not_rounded).mean() < 1
     main(["export", "run", "--format", "onnx", "--out", "file"])
     told = json.loads((tmp_path / "file/model.json").read_text())
@@ -241,7 +244,7 @@ def test_the_suite_tells_what_int8_costs():
             "right": packed,
         } | facts
 
-    told = int8.table([row(seed, contender) for seed in (0, 1) for contender in right])
+    told = int8_accuracy.table([row(seed, contender) for seed in (0, 1) for contender in right])
     assert "| float32 | 93.75 ± 0.00 | 1,234 | 0.50 | 7.0 | 1.25 | 1 of 2 |" in told
     assert "| after training | 87.50 ± 0.00 | 1,234 | 0.50 | 7.0 | 1.25 |  |" in told
     assert "after training less float32, points, image by image: seed 0 -6.25 (-19.57 to 7.07), seed 1 -6.25" in told
