@@ -285,9 +285,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         for claim in (*row["claims"], *row["instead"]):
             found.setdefault(claim["metric"], []).append(100 * beyond(claim))
-    held = {metric: statistics.share(sum(x <= 0 for x in values), len(values)) for metric, values in found.items()}
+    held = {metric: statistics.proportion(sum(x <= 0 for x in values), len(values)) for metric, values in found.items()}
     sound = sum(all(beyond(claim) <= 0 for claim in row["claims"]) for row in rows)
-    together = statistics.share(sound, len(rows))
+    together = statistics.proportion(sound, len(rows))
     lines = {metric: _line(metric, held[metric], values) for metric, values in found.items()}
     certified = [claim["metric"] for claim in rows[0]["claims"]]
     body = [

@@ -250,7 +250,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         total = totals[row["question"]].setdefault((row["candidates"], row["rule"]), [0, 0])
         total[0], total[1] = total[0] + row["count"], total[1] + row["of"]
-    false, power = ({name: statistics.share(*total) for name, total in totals[of].items()} for of in ("false", "power"))
+    false, power = (
+        {name: statistics.proportion(*total) for name, total in totals[of].items()} for of in ("false", "power")
+    )
     rules = [rule for rule in RULES if any(rule == name[1] for name in false)]
     ours = [rate for (_, rule), rate in false.items() if rule not in DRAWS]
     worst = max(ours, key=lambda rate: rate.high)

@@ -1,4 +1,4 @@
-"""Statistics over a suite's rows, and how its table shows them. Every figure comes with an interval."""
+"""Estimates with intervals over the rows of a suite, and their text in tables."""
 
 import math
 from collections.abc import Sequence
@@ -8,20 +8,21 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+NO_VERDICT = "no verdict, one value has no interval"
 
 
 class Interval(NamedTuple):
-    """An estimate and the interval around it; its ends are nan where one value tells nothing of the spread."""
+    """An estimate and its interval; both ends are NaN if there is one value, which does not show the spread."""
 
     center: float
     low: float
     high: float
-    n: int  # values behind it
-    confidence: float  # of the interval
+    n: int  # number of values
+    confidence: float  # level of the interval
 
 
 def mean(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval:
-    """The mean, with Student's t interval."""
+    """The mean with Student's t interval."""
     x = _checked(values)
     center = float(x.mean())
     if len(x) == 1:
@@ -31,7 +32,7 @@ def mean(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval
 
 
 def paired(values: Sequence[float], others: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval:
-    """The mean of values - others, pair by pair, with Student's t interval."""
+    """The mean of the paired differences values - others, with Student's t interval."""
     x, y = _checked(values), _checked(others)
     if len(x) != len(y):
         raise ValueError(f"pairs need two sequences of one length; got {len(x)} and {len(y)}: pair them by seed")
@@ -39,19 +40,20 @@ def paired(values: Sequence[float], others: Sequence[float], *, confidence: floa
 
 
 def welch(values: Sequence[float], others: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval:
-    """The mean of values less that of others, which are no pairs, with the t interval of Welch (1947); at least two of each."""
+    """The difference of the means of two unpaired samples of at least two values, with Welch's t interval (1947)."""
     x, y = _checked(values), _checked(others)
     center, n = float(x.mean() - y.mean()), len(x) + len(y)
     if not x.var() and not y.var():
         return Interval(center, center, center, n, confidence)
-    found = stats.ttest_ind(x, y, equal_var=False).confidence_interval(confidence)
-    return Interval(center, float(found.low), float(found.high), n, confidence)
+    interval = stats.ttest_ind(x, y, equal_var=False).confidence_interval(confidence)
+    return Interval(center, float(interval.low), float(interval.high), n, confidence)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values: what is at most alpha is rejected where at most alpha of all families have a false rejection.
+    """Holm's adjusted p-values (1979), which control the family-wise error rate.
 
-    The k-th smallest of m is multiplied by m - k + 1, and is no smaller than the one before (Holm 1979).
+    The k-th smallest of m p-values is multiplied by m - k + 1; adjusted values never decrease in that order. Rejecting those
+    of at most alpha makes a false rejection with probability at most alpha.
     """
     adjusted, least = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
@@ -60,15 +62,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def median(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval:
-    """The median, between two order statistics, whatever the distribution.
+    """The median with a distribution-free interval between two order statistics.
 
-    The k-th smallest and the k-th greatest of n values enclose the median with probability 1 - 2 P(Bin(n, 1/2) < k); k is
-    the greatest for which that is at least `confidence`. Below six values none is enough for 0.95: the interval is then
-    the range, and its `confidence` the smaller one that the range has.
+    The k-th smallest and the k-th largest of n values enclose the median with probability 1 - 2 P(Bin(n, 1/2) < k). The
+    interval has the largest k for which that is at least `confidence`. Fewer than six values cannot reach 0.95: the interval
+    is then the range, and its `confidence` is that of the range.
     """
     x = np.sort(_checked(values))
     n = len(x)
-    coverage = 1 - 2 * stats.binom.cdf(np.arange((n + 1) // 2), n, 0.5)  # of k = 1, 2, ...
+    coverage = 1 - 2 * stats.binom.cdf(np.arange((n + 1) // 2), n, 0.5)  # for k = 1, 2, ...
     k = max(int((coverage >= confidence).sum()), 1)
     if n == 1:
         return Interval(float(x[0]), math.nan, math.nan, 1, 0.0)
@@ -76,25 +78,32 @@ def median(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Interv
     return Interval(float(np.median(x)), float(x[k - 1]), float(x[n - k]), n, reached)
 
 
-def share(count: int, of: int) -> Interval:
-    """A share of `of` trials, with its exact two-sided interval (Clopper and Pearson 1934)."""
-    if not 0 <= count <= of or of < 1:
-        raise ValueError(f"a share counts 0 to `of` of at least one trial; got {count} of {of}: mend the rows")
+def proportion(count: int, trials: int) -> Interval:
+    """A proportion with its exact two-sided interval (Clopper and Pearson 1934)."""
+    if not 0 <= count <= trials or trials < 1:
+        raise ValueError(
+            f"a proportion counts 0 to `trials` of at least one trial; got {count} of {trials}: fix the rows"
+        )
     tail = (1 - CONFIDENCE) / 2
-    low = 0.0 if count == 0 else float(stats.beta.ppf(tail, count, of - count + 1))
-    high = 1.0 if count == of else float(stats.beta.ppf(1 - tail, count + 1, of - count))
-    return Interval(count / of, low, high, of, CONFIDENCE)
+    low = 0.0 if count == 0 else float(stats.beta.ppf(tail, count, trials - count + 1))
+    high = 1.0 if count == trials else float(stats.beta.ppf(1 - tail, count + 1, trials - count))
+    return Interval(count / trials, low, high, trials, CONFIDENCE)
 
 
 def verdict(estimate: Interval, target: float) -> str:
-    """What an estimate says of a target that it should reach from above."""
+    """Whether an estimate reaches a target from above, and whether its whole interval does.
+
+    An estimate of one value has no interval, so it gets no verdict.
+    """
+    if math.isnan(estimate.low):
+        return NO_VERDICT
     if estimate.center >= target:
         return "held" if estimate.low >= target else "held, but the interval reaches below"
     return "missed" if estimate.high < target else "missed, but the interval reaches above"
 
 
 def spread(estimate: Interval, digits: int) -> str:
-    """`center (low to high)`, or the center alone."""
+    """`center (low to high)`, or the center alone if there is no interval."""
     if math.isnan(estimate.low):
         return number(estimate.center, digits)
     return f"{number(estimate.center, digits)} ({number(estimate.low, digits)} to {number(estimate.high, digits)})"
@@ -107,31 +116,31 @@ def percent(estimate: Interval, digits: int) -> str:
 
 
 def plus_minus(estimate: Interval, digits: int) -> str:
-    """`center ± half width`, or the center alone; for a symmetric interval."""
+    """`center ± half width` of a symmetric interval, or the center alone if there is none."""
     if math.isnan(estimate.low):
         return number(estimate.center, digits)
     return f"{number(estimate.center, digits)} ± {number((estimate.high - estimate.low) / 2, digits)}"
 
 
 def number(x: float, digits: int) -> str:
-    """A number with separated thousands, and no minus before a zero."""
+    """A number with thousands separators and no negative zero."""
     text = f"{x:,.{digits}f}"
     return text[1:] if text.startswith("-") and float(text.replace(",", "")) == 0 else text
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its first column to the left and the others to the right."""
+    """A Markdown table with a left-aligned first column and right-aligned others."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
     return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
 
 
 def _cell(text: str) -> str:
-    """A text that does not end its cell: it may hold a name of the user's."""
+    """Escapes a text, which may hold a user's name, so that it stays in its cell."""
     return " ".join(text.split("\n")).replace("|", "\\|")
 
 
 def _checked(values: Sequence[float]) -> np.ndarray:
     x = np.asarray(values, float)
     if x.ndim != 1 or not len(x) or not np.isfinite(x).all():
-        raise ValueError(f"an estimate needs at least one value, all finite; got {list(values)}: mend the rows")
+        raise ValueError(f"an estimate needs at least one value, all finite; got {list(values)}: fix the rows")
     return x

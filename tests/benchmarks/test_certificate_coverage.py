@@ -161,7 +161,7 @@ def test_each_claim_can_fail(population, metric):
     ],
 )
 def test_verdict(held, of, told):
-    assert certificate_coverage.verdict(certificate_coverage.statistics.share(held, of)) == told
+    assert certificate_coverage.verdict(certificate_coverage.statistics.proportion(held, of)) == told
 
 
 def test_table():

@@ -148,12 +148,12 @@ def test_what_is_no_comparison():
     before = results_folder.Results(TOY, BASIS, [row(seed) for seed in range(3)])
     after = before._replace(rows=[row(seed, lr=2, y=1.0, of={"a": math.nan}) for seed in range(3)])
     other = {**BASIS, "machine": {"cpu": "Slide rule", "cores": 1, "accelerator": None}, "code": "ba9876543210"}
-    found = {line.field: line.instead for line in comparison.compared(before, after._replace(basis=other))}
+    found = {line.field: line.instead for line in comparison.compared(before, after._replace(header=other))}
     assert found == {
         "steps": "the same", "lr": "a setting", "of / a": "not finite: 3 of 6 values", "seconds": "a time on another machine"
     }  # fmt: skip
     assert {line.field: line.instead for line in comparison.compared(before, after)}["seconds"] == ""
-    text = told(before, after._replace(basis=other))
+    text = told(before, after._replace(header=other))
     assert "0 of 0 comparisons" in text and "**The machines differ: times are not compared.**" in text
     assert "| machine | Abacus, 2 cores | Slide rule, 1 cores | differs |" in text
     assert "| code | 0123456789ab | ba9876543210 | differs |" in text and "| jax | 0.10.2 | 0.10.2 | the same |" in text
@@ -223,18 +223,18 @@ def damaged(place, how):
 @pytest.mark.parametrize(
     ("how", "error"),
     [
-        (lambda lines: [], "the first line of statistics.jsonl tells suite, size"),
+        (lambda lines: [], "the first line of rows.jsonl has suite, size"),
         (lambda lines: ["{}\n"], "line 1 of .* is '{}': restore it"),
         (lambda lines: [lines[0].replace("toy", "swift")], "a suite is one of .* got 'swift'"),
         (lambda lines: lines[:1], "at least one row; .* has none: run ev3-distill bench toy --seeds 9 --out"),
-        (lambda lines: [*lines[:-1], lines[-1][:20]], "line 4 of .* is '.*': cut it off"),  # torn
+        (lambda lines: [*lines[:-1], lines[-1][:20]], "line 4 of .* is '.*': delete it"),  # torn
         (lambda lines: [lines[0], "[1]\n"], r"a row is a line of JSON with seed, contender; line 2 of .* is '\[1\]'"),
         (lambda lines: [lines[0], "\xff\x00\n"], "line 2 of"),
-        (lambda lines: [*lines, lines[-1]], "lines 4 and 5 of .* have the same: cut one"),
+        (lambda lines: [*lines, lines[-1]], "lines 4 and 5 of .* have the same: delete one"),
         (lambda lines: [lines[0].replace('"full"', '"smoke"'), *lines[1:]], "within one size; got full and smoke"),
     ],
 )
-def test_damaged_folders_are_told(toy, tmp_path, cli, how, error):
+def test_damaged_folder_is_refused_with_its_line(toy, tmp_path, cli, how, error):
     one, other = (write(tmp_path / name, results({"a": [1.0, 2.0, 3.0]})) for name in ("one", "other"))
     answer = cli("bench", "--compare", one, damaged(other, how))
     assert (answer.code, answer.out) == (2, "")
@@ -243,14 +243,14 @@ def test_damaged_folders_are_told(toy, tmp_path, cli, how, error):
     assert re.search(error, line), line
 
 
-def test_other_mistakes_are_told(toy, tmp_path, cli, monkeypatch):
+def test_wrong_folders_and_options_are_refused(toy, tmp_path, cli, monkeypatch):
     one = write(tmp_path / "one", results({"a": [1.0, 2.0]}))
     (tmp_path / "empty").mkdir()
     monkeypatch.setitem(benchmarks.SUITES, "toil", TOY)
     toil = write(tmp_path / "toil", results({"a": [1.0, 2.0]}, suite="toil"))
     for argv, error in (
-        (["--compare", one, tmp_path / "none"], "results are a folder that bench --out wrote"),
-        (["--compare", one, tmp_path / "empty"], "has none: measure by bench SUITE --out"),
+        (["--compare", one, tmp_path / "none"], "results are a folder written by bench --out"),
+        (["--compare", one, tmp_path / "empty"], "has none: measure with bench SUITE --out"),
         (["--compare", one, toil], "within one suite; got toy and toil: name two folders of the same suite"),
         (["toy", "--compare", one, one], "--compare takes --out alone"),
         (["--render", one, "--seeds", "3"], "--render nothing"),

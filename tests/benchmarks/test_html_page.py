@@ -115,7 +115,7 @@ def test_render_tells_rows_that_their_suite_does_not_know(tmp_path, cli):
         json.dumps(BASIS | {"suite": "guards"}) + '\n{"seed": 0, "contender": "EV3"}\n'
     )
     answer = cli("bench", "--render", tmp_path)
-    assert answer.code == 2 and "rows have all fields that their suite shows" in answer.err
+    assert answer.code == 2 and "rows have every field that their suite shows" in answer.err
     assert "Traceback" not in answer.err and [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 

@@ -11,6 +11,7 @@ from ev3_distill.benchmarks import (
     hypergradient_cost,
     hypergradient_methods,
     hypergradient_one_dimension,
+    problems,
     rotation_angle,
     tuned_arm,
 )
@@ -175,7 +176,7 @@ def test_noise_measures_every_contender(monkeypatch):
     monkeypatch.setitem(example_weights.SUBJECTS, "smoke", subject)
     digits = load_data("digits")
     says = 6 * np.eye(10, dtype=np.float32)[digits.labels]
-    monkeypatch.setattr(example_weights.growth, "taught", lambda name, cost: (digits, lambda seed: says))
+    monkeypatch.setattr(problems, "problem", lambda name, cost: (digits, lambda seed: says))
     rows = list(example_weights.collect(seeds=1, size="smoke", done=[("labels", "labels as given, longer", 0)]))
     named = [(row["wrong"], row["contender"]) for row in rows]
     wanted = [(wrong, name) for wrong, names in example_weights.CONTENDERS.items() for name in names]
