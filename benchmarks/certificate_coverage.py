@@ -57,8 +57,13 @@ from ev3_distill.types import Network, Pools, Variables
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KEY = ("seed", "run")  # names a row
-REPEATS = KEY  # every run deals anew
+KEY = ("seed", "run")  # identifies a row
+REPEATS = KEY  # every run has its own splits
+REPETITION = "run"
+INTERVALS = (
+    "Shares of runs have exact 95 % intervals (Clopper and Pearson); differences in points have 95 % t "
+    "intervals over runs."
+)
 RUNS = {"full": 50, "smoke": 3}  # of a seed: ten seeds, as by default, are 500 runs
 DEALT = {
     "full": {"explore": 1000, "assess": 500, "decide": 500, "sealed": 500},

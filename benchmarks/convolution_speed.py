@@ -43,8 +43,13 @@ from ev3_distill.teachers.targets import Lessons
 from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Network, Pools, PyTree, Stretch
 
-KEY = ("seed",)  # names a row
-TIMED = ("ms_per_step",)  # follow the machine
+KEY = ("seed",)  # identifies a row
+TIMED = ("ms_per_step",)  # depend on the machine
+REPETITION = "turn"
+INTERVALS = (
+    "Medians over turns, with distribution-free intervals between order statistics; the table states their "
+    "level. Ratios are taken within a turn."
+)
 BATCH = 128
 DEPTHS = {"full": (8, 20), "smoke": (8,)}
 STEPS = {"full": 40, "smoke": 2}  # of a turn, for `step` and `iteration`

@@ -36,7 +36,8 @@ from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Batch, Pools, Variables
 
-KEY = ("data", "seed", "contender")  # names a row
+KEY = ("data", "seed", "contender")  # identifies a row
+INTERVALS = "Intervals are Student's t, 95 %, over seeds; comparisons are paired by seed."
 FIRST_SEED = 5000  # nothing was chosen on these
 TEMPERATURES, ALPHAS = (1.0, 4.0, 16.0), (0.1, 0.5, 0.9)
 COMMON = (4.0, 0.9)  # of the grid

@@ -44,8 +44,13 @@ from ev3_distill.types import Network, PyTree, Variables
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KEY = ("seed", "question", "at")  # names a row
-TIMED = ("per_s",)  # follow the machine
+KEY = ("seed", "question", "at")  # identifies a row
+TIMED = ("per_s",)  # depend on the machine
+REPETITION = "turn"
+INTERVALS = (
+    "Speeds are medians over turns, with distribution-free intervals between order statistics; ratios are "
+    "taken within a turn. Memory is counted once: compiled programs have a fixed size."
+)
 PAIRS = {"full": 64, "smoke": 4}
 STUDENTS: dict[str, dict[str, tuple[int, ...]]] = {
     "full": {"mlp:hidden=64-64": (64,), "conv4:width=8": (28, 28, 1), "conv4:width=64": (28, 28, 1)},

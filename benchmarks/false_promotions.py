@@ -33,7 +33,11 @@ from ev3_distill.core import adapt
 from ev3_distill.runtime.compile import jit
 from ev3_distill.types import ErrorBudget
 
-KEY = ("seed", "question", "candidates", "rule")  # names a row
+KEY = ("seed", "question", "candidates", "rule")  # identifies a row
+INTERVALS = (
+    "A seed is a block of 400 simulated runs (4,000 trials for the power). Rates pool the blocks and have "
+    "exact 95 % intervals (Clopper and Pearson)."
+)
 N = 1024  # examples of assess, and of decide
 ITERATIONS = {"full": 200, "smoke": 20}
 RUNS = {"full": 400, "smoke": 20}  # of a row

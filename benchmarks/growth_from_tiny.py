@@ -35,7 +35,8 @@ from ev3_distill.types import Batch, Pools, State, Variables
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KEY = ("data", "seed", "contender", "width")  # names a row
+KEY = ("data", "seed", "contender", "width")  # identifies a row
+INTERVALS = "Intervals are Student's t, 95 %, over seeds; comparisons are paired by seed."
 FIRST_SEED = (
     3200  # how a student grows was chosen on seeds below 3000, and mended twice for what 3000 to 3108 had shown
 )

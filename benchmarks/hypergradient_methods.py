@@ -31,8 +31,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KEY = ("question", "contender", "seed")  # names a row
-TIMED = ("seconds",)  # follow the machine
+KEY = ("question", "contender", "seed")  # identifies a row
+TIMED = ("seconds",)  # depend on the machine
+REPETITION = "repetition"
+INTERVALS = (
+    "Cosines have 95 % t intervals over students; times are medians over turns with distribution-free "
+    "intervals. Ratios of time are taken within a turn. Memory is counted once: compiled programs have a fixed "
+    "size."
+)
 AGES = {"full": (10, 100), "smoke": (2,)}  # training steps before the cosine is taken
 COPIES = {"full": (2, 8, 32, 128), "smoke": (2, 4)}
 COSINES = {"jvp": 0.999, "guided": 0.99}

@@ -38,7 +38,11 @@ from ev3_distill.runtime.compile import jit
 from ev3_distill.students.quantization import WHOLE
 from ev3_distill.types import Batch, Stretch, Variables
 
-KEY = ("seed", "contender")  # names a row
+KEY = ("seed", "contender")  # identifies a row
+INTERVALS = (
+    "Two kinds of intervals, both 95 %: over test images for the students of these seeds, and Student's t over "
+    "seeds. Verdicts go by the interval over seeds."
+)
 FIRST_SEED = 60  # seeds 0, 40 and 50 showed what rounding cost, and led to how ranges are found and that it comes late
 EPOCHS = {"full": 10, "smoke": 0.02}
 GUARD = {"full": "accuracy >= 0.75", "smoke": "accuracy >= 0.05"}
@@ -54,7 +58,7 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {  # the run that each comes of,
 CONTENDERS = tuple(FILES)
 BATCHES, TURNS, PASSES = (1, 64), 10, 10  # of timing files
 STEPS = 10  # of each turn of timing training
-TIMED = ("step", "p50_ms", "p50_ms_of_64")  # follow the machine
+TIMED = ("step", "p50_ms", "p50_ms_of_64")  # depend on the machine
 TARGET = -0.5  # points against the student in float32
 AT_ONCE = 1000
 

@@ -43,8 +43,13 @@ from ev3_distill.tasks.classification import losses
 from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Apply, Batch, Network, Pools, PyTree, Variables
 
-KEY = ("seed",)  # names a row
-TIMED = ("steps_per_s",)  # follow the machine
+KEY = ("seed",)  # identifies a row
+TIMED = ("steps_per_s",)  # depend on the machine
+REPETITION = "turn"
+INTERVALS = (
+    "Medians over turns, with distribution-free 95 % intervals between order statistics; ratios are taken "
+    "within a turn."
+)
 STEPS = {"full": (6000, 500), "smoke": (200, 100)}  # of a turn; the second is the reference way's, which is slow
 TARGETS = {"ev3 / bare": 0.9, "ev3 / reference way": 20.0}
 LEAST_TURNS = 7

@@ -20,8 +20,10 @@ import numpy as np
 
 from ev3_distill.benchmarks import statistics
 
-KEY = ("seed",)  # names a row
-TIMED = ("seconds",)  # follow the machine
+KEY = ("seed",)  # identifies a row
+TIMED = ("seconds",)  # depend on the machine
+REPETITION = "run"
+INTERVALS = "The peak of each run is measured, not estimated; a further run may have another peak."
 LIMIT = {"full": 2**30, "smoke": 2**30}  # bytes
 TIMES = {"full": 4.0, "smoke": 0.3}  # data over limit
 SIDE = 128  # pixels

@@ -22,7 +22,8 @@ COST = {"digits": 4000, "mnist": 8000}  # steps in all
 STUDENT = {"digits": "mlp:hidden=16", "mnist": "mlp:hidden=16"}
 TEACHER_COST = {"digits": 1500, "mnist": 3000}
 FIRST_SEED = 1000  # defaults were chosen on seeds below 100: other splits of digits, the same test examples of MNIST
-KEY = ("data", "seed", "contender")  # names a row
+KEY = ("data", "seed", "contender")  # identifies a row
+INTERVALS = "Intervals are Student's t, 95 %, over seeds; the comparison is paired by seed."
 SINGLES = ("ce", "kd2", "kd4", "dist")  # what the default arms are when each is alone
 TARGET = -0.3  # points that the portfolio may lose to the best single arm
 

@@ -48,8 +48,12 @@ from ev3_distill.runtime.files import atomic_write, cache_root
 from ev3_distill.students.layers import conv
 from ev3_distill.types import Network, PyTree, Variables
 
-KEY = ("seed", "contender")  # names a row
-TIMED = ("seconds",)  # follow the machine
+KEY = ("seed", "contender")  # identifies a row
+TIMED = ("seconds",)  # depend on the machine
+INTERVALS = (
+    "Intervals in the table are over the test episodes of the networks that were trained: they do not include "
+    "the spread between trainings. A gap to the twin has a t interval over seeds, if there are several."
+)
 LAYERS = 4
 SHAPE = (omniglot.SIDE, omniglot.SIDE, 1)
 TESTS = ((5, 5), (5, 1), (20, 5), (20, 1))  # way, shot

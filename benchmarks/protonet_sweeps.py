@@ -16,8 +16,12 @@ from ev3_distill.benchmarks import omniglot, protonet_evolution, statistics
 from ev3_distill.benchmarks.protonet_evolution import Recipe
 from ev3_distill.runtime.files import cache_root
 
-KEY = ("seed", "what", "value")  # names a row
-TIMED = ("seconds",)  # follow the machine
+KEY = ("seed", "what", "value")  # identifies a row
+TIMED = ("seconds",)  # depend on the machine
+INTERVALS = (
+    "Intervals in the table are over the validation episodes of the networks that were trained: they do not "
+    "include the spread between trainings."
+)
 WAY, SHOT = 5, 5  # of the test
 EPISODES = {"full": 600, "smoke": 20}
 BASE = Recipe(8, (16, 48, 128, 256), 600, 0.02, way=20, shot=2, query=1, chunks=protonet_evolution.LARGER)

@@ -30,8 +30,12 @@ from ev3_distill.data.sources import Dataset, load_data
 from ev3_distill.data.splits import split_rows
 from ev3_distill.teachers.kinds.flax import forward
 
-KEY = ("seed", "contender")  # names a row
-TIMED = ("seconds",)  # follow the machine
+KEY = ("seed", "contender")  # identifies a row
+TIMED = ("seconds",)  # depend on the machine
+INTERVALS = (
+    "Two kinds of intervals, both 95 %: over test images for the students of these seeds, and Student's t over "
+    "seeds. The verdict goes by the interval over images."
+)
 EPOCHS = {"full": 10, "smoke": 0.02}
 CONTENDERS = ("ev3-distill", "torch KD")
 TARGET = 0.0  # points that ours is to be ahead

@@ -5,12 +5,14 @@ A suite is a module with
 - `KEY`: the fields that identify a row;
 - `collect(*, seeds, size, done) -> Iterator[row]`: measures the rows, except those whose keys are in `done`;
 - `table(rows) -> str`: renders them as Markdown;
+- `INTERVALS`: what the intervals in the table are, in one or two sentences for the documentation;
 - a docstring: its first paragraph is the question, the rest is the method.
 
 Optional members:
 
 - `plot(rows)`: a matplotlib figure;
 - `REPEATS`: the fields of KEY that number repetitions, if not `seed` alone;
+- `REPETITION`: what a repetition is called, if not a seed;
 - `TIMED`: the fields that depend on the machine;
 - `measures(row)`: the measurements of a row, if they are not simply its numbers.
 """

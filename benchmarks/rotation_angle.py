@@ -39,7 +39,11 @@ from ev3_distill.types import PyTree, Variables
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KEY = ("contender", "seed")  # names a row
+KEY = ("contender", "seed")  # identifies a row
+INTERVALS = (
+    "The table shows standard deviations over seeds, as the paper does, not intervals; its verdicts compare "
+    "means and standard deviations with fixed limits."
+)
 SIDE, BATCH, DEGREES = 28, 128, 30
 SIZES = {"full": (40_000, 10_000, 10_000, 5), "smoke": (256, 128, 128, 1)}  # training, held out and test images; epochs
 INNER, OUTER = optax.adam(1e-3), optax.adam(1e-2)

@@ -28,7 +28,8 @@ from scipy import stats
 from ev3_distill.benchmarks import datasets, statistics
 from ev3_distill.search.policy import LIKELY
 
-KEY = ("data", "seed", "run")  # names a row
+KEY = ("data", "seed", "run")  # identifies a row
+INTERVALS = "The table counts searches; counts have no interval."
 FIRST_SEED = 4500  # how a search decides was chosen on seeds below 4000, and mended for what 4000 to 4404 had shown
 LADDER = (2, 3, 4, 6, 8, 12, 16, 24)  # units; tiny, and what `wider` makes of it
 SIZES = {"full": LADDER, "smoke": LADDER[:2]}

@@ -41,7 +41,8 @@ from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Apply, Arm, Network, Pools, PyTree, Stretch, Variables
 
-KEY = ("seed", "start", "contender")  # names a row
+KEY = ("seed", "start", "contender")  # identifies a row
+INTERVALS = "Intervals are Student's t, 95 %, over seeds; comparisons are paired by seed."
 FIRST_SEED = 4000  # rates and populations were chosen on seeds below 4000
 STARTS = ("kd4", "kd4-balanced")
 GRADIENTS = ("kd4", "ce", "kd4-balanced", "ce-balanced", "ce-half-balanced")
