@@ -150,12 +150,12 @@ def _ground(size: str) -> Ground:
 
 
 def _pools(ground: Ground, dealt: Mapping[str, np.ndarray], seed: int) -> Pools:
-    def hand(name: str) -> tuple[np.ndarray, ...]:
+    def hand(name: str) -> tuple[Any, ...]:
         rows = dealt[name]
-        return ground.inputs[rows], ground.labels[rows], rows, ground.teacher[rows]
+        return ground.inputs[rows], ground.labels[rows], rows, {"logits": ground.teacher[rows]}
 
-    inputs, labels, rows, logits = hand("explore")
-    explore = resident(inputs, labels, rows, {"logits": logits[None]}, seed=seed)
+    inputs, labels, rows, teacher = hand("explore")
+    explore = resident(inputs, labels, rows, {"logits": teacher["logits"][None]}, seed=seed)
     return Pools(explore, held_out(*hand("assess")), held_out(*hand("decide")))
 
 
@@ -199,7 +199,7 @@ def _distillation(student: str, arms: tuple[str, ...], shape: tuple[int, ...], c
 
 
 def _train(distillation: Distillation, pools: Pools, seed: int, budget: int) -> Ended:
-    n, begun = len(pools.assess.labels), distillation.begin(pools, seed)
+    n, begun = len(pools.assess.index), distillation.begin(pools, seed)
     best, best_right = begun.current, -1
     for state, decision in distillation.run(pools, begun, budget=budget):
         right = round(float(decision.current_accuracy) * n)

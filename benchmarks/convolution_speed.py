@@ -34,12 +34,12 @@ from ev3_distill.config import EV3
 from ev3_distill.core.explore import draw_from
 from ev3_distill.data.augment import parse
 from ev3_distill.data.batches import held_out, resident, sampler
-from ev3_distill.data.pipeline import ResidentSupply, Views
+from ev3_distill.data.pipeline import ResidentPipeline, Views
 from ev3_distill.data.sources import Dataset
 from ev3_distill.runtime.compile import jit
 from ev3_distill.tasks.classification import losses
 from ev3_distill.teachers import load_teacher
-from ev3_distill.teachers.targets import Lessons
+from ev3_distill.teachers.targets import CachedTargets
 from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Network, Pools, PyTree, Stretch
 
@@ -151,7 +151,9 @@ def _steps(network: Network, data: Dataset, steps: int) -> Work:
     """Steps on one batch at hand, in one jitted loop."""
     optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9, nesterov=True))
     arm = gradient_arm("ce", network.apply, losses.cross_entropy(), optimizer, average=None)
-    batch = held_out(data.inputs[:BATCH], data.labels[:BATCH], np.arange(BATCH), np.zeros((BATCH, 10), np.float32))
+    batch = held_out(
+        data.inputs[:BATCH], data.labels[:BATCH], np.arange(BATCH), {"logits": np.zeros((BATCH, 10), np.float32)}
+    )
     batch = batch._replace(inputs=batch.inputs.astype(jnp.float32) / 255)
     state = arm.init(network.init(jax.random.key(0)))
 
@@ -170,7 +172,8 @@ def _pools(data: Dataset, size: str) -> Pools:
     blank = np.zeros((n, 10), np.float32)
     pool = resident(data.inputs[:n], data.labels[:n], parts[0], {"logits": blank[None]}, seed=0)
     assess, decide = (
-        held_out(data.inputs[rows], data.labels[rows], rows, np.zeros((held, 10), np.float32)) for rows in parts[1:]
+        held_out(data.inputs[rows], data.labels[rows], rows, {"logits": np.zeros((held, 10), np.float32)})
+        for rows in parts[1:]
     )
     return Pools(pool, assess, decide)
 
@@ -235,17 +238,17 @@ class _Epoch:
         self._run(self._directory / str(self._asked))
 
     def _run(self, root: Path) -> None:
-        views = Views(self._data, self._explore, self._augmentation)
-        lessons = Lessons(self._teacher, self._data, num_classes=10, root=root, warn=print)
-        with contextlib.closing(lessons):
+        views = Views(self._data.inputs, self._data.labels, self._explore, self._augmentation)
+        targets = CachedTargets(self._teacher, self._data, num_classes=10, root=root, warn=print)
+        with contextlib.closing(targets):
             assess, decide = (
-                held_out(self._data.inputs[rows], self._data.labels[rows], rows, lessons.plain(rows))
+                held_out(self._data.inputs[rows], self._data.labels[rows], rows, targets.unchanged(rows))
                 for rows in (self._assess, self._decide)
             )
-            supply = ResidentSupply(views, lessons.of(views, 1), count=1, batch_size=BATCH, seed=0)
+            pipeline = ResidentPipeline(views, targets.for_views(views, 1), count=1, batch_size=BATCH, seed=0)
             pools = Pools((), assess, decide)
             begin = self._distillation.begin(pools, 0)
-            for _ in self._distillation.stream(pools, begin, budget=self._steps, supply=supply):
+            for _ in self._distillation.stream(pools, begin, budget=self._steps, supply=pipeline):
                 pass
 
 

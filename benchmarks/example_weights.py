@@ -118,9 +118,11 @@ class _Bench:
         """What is wrong, the contender, and what measures it."""
         longer = round(MORE * self.steps)
         sound = pools.explore.examples
-        flipped = sound._replace(labels=flip(sound.labels, seed), teacher_logits=jnp.zeros_like(sound.teacher_logits))
-        misled = sound._replace(teacher_logits=mislead(sound.teacher_logits, sound.labels))
-        right = {"labels": flipped.labels == sound.labels, "teacher": ~jnp.isin(sound.labels, jnp.array(MISLED))}
+        flipped = sound._replace(
+            targets=flip(sound.targets, seed), teacher={"logits": jnp.zeros_like(sound.teacher["logits"])}
+        )
+        misled = sound._replace(teacher={"logits": mislead(sound.teacher["logits"], sound.targets)})
+        right = {"labels": flipped.targets == sound.targets, "teacher": ~jnp.isin(sound.targets, jnp.array(MISLED))}
         damaged = {"labels": _with(pools, flipped), "teacher": _with(pools, misled)}
         field: dict[str, tuple[tuple[Train, Pools, int], ...]] = {  # in the order of CONTENDERS
             "labels": (
@@ -183,7 +185,7 @@ def _with(pools: Pools, examples: Batch) -> Pools:
 def _clean_alone(pools: Pools) -> Pools:
     """The known examples in the place of explore's."""
     batch = pools.assess
-    inputs, labels, index, logits = map(np.asarray, (batch.inputs, batch.labels, batch.index, batch.teacher_logits))
+    inputs, labels, index, logits = map(np.asarray, (batch.inputs, batch.targets, batch.index, batch.teacher["logits"]))
     return pools._replace(explore=batches.resident(inputs, labels, index, {"logits": logits[None]}, seed=0))
 
 
@@ -215,7 +217,7 @@ def _weighing(network: Network, column: int, **options: Any) -> Train:
 def _seen(network: Network, student: Variables, pools: Pools) -> jax.Array:
     examples = pools.explore.examples
     logits = logits_of(network.apply, student, examples.inputs, batch_size=EV3().eval_batch_size)
-    return seen(logits, examples._replace(teacher_logits=examples.teacher_logits[0]))
+    return seen(logits, examples._replace(teacher={"logits": examples.teacher["logits"][0]}))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -109,7 +109,7 @@ def _seen(dataset: Any, logits: np.ndarray, seed: int) -> Batch:
     """As many examples of explore as assess has, as they are."""
     rows = batches.split_rows(dataset.labels, dataset.test_rows, seed=seed, fractions=problems.FRACTIONS)
     among = np.random.default_rng(seed).permutation(rows["explore"])[: len(rows["assess"])]
-    return batches.held_out(np.asarray(dataset.inputs)[among], dataset.labels[among], among, logits[among])
+    return batches.held_out(np.asarray(dataset.inputs)[among], dataset.labels[among], among, {"logits": logits[among]})
 
 
 class _Bench:

@@ -87,7 +87,7 @@ def rows_of(
         share = np.bincount(kept.labels, minlength=dataset.num_classes) / len(kept.labels)
         unseen = (
             np.concatenate([np.asarray(test.inputs), left.inputs]),
-            np.concatenate([np.asarray(test.labels), left.labels]),
+            np.concatenate([np.asarray(test.targets), left.labels]),
         )
         for contender in CONTENDERS:
             if (seed, contender) in done:

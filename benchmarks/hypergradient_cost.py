@@ -134,7 +134,7 @@ def programs(name: str, size: str) -> tuple[dict[str, Any], Given, int]:
     batch, val = (
         Batch(
             jnp.asarray(rng.random((n, *shape)), jnp.float32), jnp.asarray(rng.integers(0, 10, n)),
-            jnp.asarray(rng.normal(0, 3, (n, 10)), jnp.float32), jnp.arange(n), jnp.ones(n),
+            {"logits": jnp.asarray(rng.normal(0, 3, (n, 10)), jnp.float32)}, jnp.arange(n), jnp.ones(n),
         ) for _ in range(2)
     )  # fmt: skip
     params = student.variables.params

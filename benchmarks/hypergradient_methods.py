@@ -70,7 +70,7 @@ def _batches(size: str, seed: int) -> Callable[[int], Batch]:
         scale = 255 if inputs.dtype == np.uint8 else 1
         return Batch(
             jnp.asarray(inputs / scale, jnp.float32), jnp.asarray(dataset.labels[rows], jnp.int32),
-            jnp.asarray(blurred[rows], jnp.float32), jnp.arange(len(rows)), jnp.ones(len(rows)),
+            {"logits": jnp.asarray(blurred[rows], jnp.float32)}, jnp.arange(len(rows)), jnp.ones(len(rows)),
         )  # fmt: skip
 
     return batch

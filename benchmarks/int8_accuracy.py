@@ -156,7 +156,7 @@ def steps_s(*, turns: int) -> dict[str, list[float]]:
         jnp.asarray(rng.normal(size=(128, 10)), jnp.float32),
         jnp.asarray(rng.integers(0, 10, 128), jnp.int32),
     )
-    batch = Batch(images, labels, logits, jnp.arange(128, dtype=jnp.int32), jnp.ones(128))
+    batch = Batch(images, labels, {"logits": logits}, jnp.arange(128, dtype=jnp.int32), jnp.ones(128))
     stretch = Stretch(jnp.int32(0), jnp.int32(STEPS), jnp.float32(0.1), jnp.float32(0.001))
 
     def trajectory(run: str) -> Callable[[], Any]:

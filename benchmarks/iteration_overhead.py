@@ -128,11 +128,11 @@ def problem(seed: int) -> Pools:
         n = len(rows)
         blank = jnp.zeros((n, digits.num_classes))
         inputs, labels = jnp.asarray(digits.inputs[rows]), jnp.asarray(digits.labels[rows])
-        return Batch(inputs, labels, blank, jnp.asarray(rows, jnp.int32), jnp.ones(n))
+        return Batch(inputs, labels, {"logits": blank}, jnp.asarray(rows, jnp.int32), jnp.ones(n))
 
     explore, assess, decide = np.split(chosen, [EXPLORE, EXPLORE + ASSESS])
     examples = split(explore)
-    views = examples._replace(teacher_logits=examples.teacher_logits[None])
+    views = examples._replace(teacher={"logits": examples.teacher["logits"][None]})
     return Pools(Resident(views, order(EXPLORE, seed)), split(assess), split(decide))
 
 
@@ -210,7 +210,7 @@ def _reference(network: Network, start: Callable[[Pools, int], Variables], steps
     @jax.jit
     def hits(params: PyTree, stats: PyTree, batch: Batch) -> jax.Array:
         logits = network.apply(Variables(params, stats), batch.inputs, train=False)[0]
-        return jnp.argmax(logits, axis=-1) == batch.labels
+        return jnp.argmax(logits, axis=-1) == batch.targets
 
     def interval(params: PyTree, stats: PyTree, batches: Sequence[Batch]) -> tuple[float, float]:
         scores = np.concatenate([np.asarray(hits(params, stats, batch)) for batch in batches])
@@ -222,7 +222,7 @@ def _reference(network: Network, start: Callable[[Pools, int], Variables], steps
         visit = jax.jit(functools.partial(rows, batch_size=CONFIG.batch_size))
         chosen = [np.asarray(visit(pools.explore.order, np.int32(step))) for step in range(steps)]
         examples = pools.explore.examples
-        explore = jax.tree.map(np.asarray, examples._replace(teacher_logits=examples.teacher_logits[0]))
+        explore = jax.tree.map(np.asarray, examples._replace(teacher={"logits": examples.teacher["logits"][0]}))
         assess, decide = _batches(pools.assess), _batches(pools.decide)
 
         def work() -> PyTree:
@@ -252,7 +252,7 @@ def _objective(params: PyTree, stats: PyTree, batch: Batch, apply: Apply) -> jax
 def _batches(split: Batch) -> list[Batch]:
     """A split on the host, in batches of the training's size."""
     host, size = jax.tree.map(np.asarray, split), CONFIG.batch_size
-    return [jax.tree.map(lambda leaf, i=i: leaf[i : i + size], host) for i in range(0, len(host.labels), size)]
+    return [jax.tree.map(lambda leaf, i=i: leaf[i : i + size], host) for i in range(0, len(host.index), size)]
 
 
 def _seconds(work: Work) -> float:

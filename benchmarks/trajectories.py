@@ -63,7 +63,7 @@ def accuracy_of(network: Network) -> Callable[[Variables, Batch], jax.Array]:
     @jit
     def accuracy(variables: Variables, split: Batch) -> jax.Array:
         logits = logits_of(network.apply, variables, split.inputs, batch_size=EV3().eval_batch_size)
-        return (logits.argmax(-1) == split.labels).mean()
+        return (logits.argmax(-1) == split.targets).mean()
 
     compiled: Callable[[Variables, Batch], jax.Array] = accuracy
     return compiled

@@ -97,7 +97,7 @@ def rows_of(
         pools, test = batches.split(kept, logits, seed=seed, fractions=guard_steering.FRACTIONS)
         share = np.bincount(kept.labels, minlength=classes) / len(kept.labels)
         inputs = np.concatenate([np.asarray(test.inputs), left.inputs])
-        labels = np.concatenate([np.asarray(test.labels), left.labels])
+        labels = np.concatenate([np.asarray(test.targets), left.labels])
         for start in STARTS:
             begun = begins[start](pools, seed, cost)
             for name in ("stays", *goes_on):
@@ -155,10 +155,12 @@ def _examples(pools: Pools, where: str, seed: int) -> PyTree:
     explore, assess = pools.explore.examples, pools.assess
     if where == "explore":
         return pools.explore
-    logits = [assess.teacher_logits] if where == "assess" else [explore.teacher_logits[0], assess.teacher_logits]
+    logits = [assess.teacher["logits"]]
+    if where != "assess":
+        logits = [explore.teacher["logits"][0], *logits]
     of = [assess] if where == "assess" else [explore, assess]
     inputs, labels, index = (
-        np.concatenate([np.asarray(getattr(part, field)) for part in of]) for field in ("inputs", "labels", "index")
+        np.concatenate([np.asarray(getattr(part, field)) for part in of]) for field in ("inputs", "targets", "index")
     )
     return batches.resident(inputs, labels, index, {"logits": np.concatenate(logits)[None]}, seed=seed)
 

@@ -124,7 +124,7 @@ GUARDED = (
     "ce-half-balanced",
 )  # where rare classes must count: these do race
 # Peers challenge late, too: one that is no better than what a student will be starts it fast, and holds it back for long.
-PEER = "peer"  # the feature in which a search's lessons bring what another student says
+PEER = "peer"  # the feature that holds a peer's logits, another student's, in a search
 BALANCING = ("worst_class_accuracy", "balanced_accuracy", "macro_f1")  # goals for which rare classes must count
 PEERS, CONVOLUTIONAL_PEERS = ("kd4-peer", "kd4-ensemble"), ("kd4-muon-peer", "kd4-muon-ensemble")
 BY_PEERS = PEERS + CONVOLUTIONAL_PEERS

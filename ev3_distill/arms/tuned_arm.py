@@ -198,7 +198,7 @@ def seen(logits: jax.Array, batch: Batch) -> jax.Array:
     """What tells whether to believe an example's label and teacher: the losses of both by its label, [B, 2]; 0 without one."""
 
     def by_label(logits: jax.Array) -> jax.Array:
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(batch.labels, 0)[:, None], -1)[:, 0]
-        return jnp.where(batch.labels >= 0, -picked, 0.0)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(batch.targets, 0)[:, None], -1)[:, 0]
+        return jnp.where(batch.targets >= 0, -picked, 0.0)
 
-    return jnp.stack([by_label(logits), by_label(batch.teacher_logits)], 1)
+    return jnp.stack([by_label(logits), by_label(batch.teacher["logits"])], 1)

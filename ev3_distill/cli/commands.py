@@ -18,9 +18,10 @@ from ev3_distill.errors import InputError, warn
 from ev3_distill.search.search import search
 from ev3_distill.students.network import count_params, features_of
 from ev3_distill.tasks.classification import metric_bounds
+from ev3_distill.tasks.classification.task import classification
 from ev3_distill.teachers import Teacher, load_logits, load_teacher, save_logits
 from ev3_distill.teachers.diagnosis.diagnose import diagnose
-from ev3_distill.teachers.targets import BATCH, Labels, Lessons, Recorded
+from ev3_distill.teachers.targets import BATCH, BlankTargets, CachedTargets, RecordedTargets
 from ev3_distill.training import run_dir
 from ev3_distill.training.certify_run import known_of
 from ev3_distill.training.devices import ONE, Devices
@@ -128,9 +129,9 @@ def _with_recorded(
             save_logits(kept, logits, dataset.fingerprint)
         facts = {"source": chosen.teacher, "params": None}
         if chosen.searches:
-            return search(directory, chosen, task, arms, Recorded(logits), teacher=facts)
+            return search(directory, chosen, task, arms, RecordedTargets({"logits": logits}), teacher=facts)
         task = _controlled(directory, chosen, task)
-        return train(directory, chosen, task, arms, Recorded(logits), teacher=facts)
+        return train(directory, chosen, task, arms, RecordedTargets({"logits": logits}), teacher=facts)
 
 
 def _distil(
@@ -147,7 +148,7 @@ def _distil(
             )
         in_step = teacher.network, teacher.variables
     task = _controlled(directory, chosen, task)
-    lessons = Lessons(
+    targets = CachedTargets(
         teacher,
         task.dataset,
         num_classes=classes,
@@ -156,11 +157,11 @@ def _distil(
         batch_size=evaluated_at_once(task.dataset, task.memory, BATCH),
         warn=warn,
     )
-    with contextlib.closing(lessons):
+    with contextlib.closing(targets):
         facts = {"source": source, "params": teacher.params}
         if chosen.searches:
-            return search(directory, chosen, task, arms, lessons, teacher=facts)
-        return train(directory, chosen, task, arms, lessons, teacher=facts, in_step=in_step)
+            return search(directory, chosen, task, arms, targets, teacher=facts)
+        return train(directory, chosen, task, arms, targets, teacher=facts, in_step=in_step)
 
 
 def _controlled(directory: Path, chosen: config.Compress, task: Task) -> Task:
@@ -195,8 +196,9 @@ def _teach(directory: Path, chosen: config.Teach, task: Task, *, resume: bool) -
     with _begun(directory, chosen, given, resume=resume) as finished:
         if finished:
             return finished
-        lessons = Labels(len(task.dataset.labels), task.dataset.num_classes)
-        return train(directory, chosen, task, [name_for_labels(task.network.spec)], lessons, teacher=None)
+        spec = classification(task.dataset.num_classes).teacher_spec
+        targets = BlankTargets(len(task.dataset.labels), spec)
+        return train(directory, chosen, task, [name_for_labels(task.network.spec)], targets, teacher=None)
 
 
 @contextlib.contextmanager

@@ -306,7 +306,7 @@ def outputs_of(
       batch_size: examples of one forward pass.
     """
     forward = jit(lambda variables, inputs: logits_of(network.apply, variables, inputs, batch_size=batch_size))
-    parts = [(forward(variables, part.inputs), part.labels, part.teacher_logits, part.group) for part in split]
+    parts = [(forward(variables, part.inputs), part.targets, part.teacher["logits"], part.group) for part in split]
 
     def together(field: int) -> np.ndarray:
         return np.concatenate([np.asarray(part[field]) for part in parts])

@@ -27,7 +27,9 @@ def make_batch(seed):
     inputs = rng.normal(size=(N, F))
     labels = np.argmax(inputs @ np.random.default_rng(9).normal(size=(F, K)), -1)
     blank = jnp.zeros((N, K))
-    return Batch(jnp.asarray(inputs, jnp.float32), jnp.asarray(labels, jnp.int32), blank, jnp.arange(N), jnp.ones(N))
+    return Batch(
+        jnp.asarray(inputs, jnp.float32), jnp.asarray(labels, jnp.int32), {"logits": blank}, jnp.arange(N), jnp.ones(N)
+    )
 
 
 BATCH = make_batch(0)
@@ -57,7 +59,7 @@ def an_arm(objective=example_scores.accuracy, **how):
 OBJECTIVES = {
     "accuracy": example_scores.accuracy,
     "worst class": steering.goal("worst_class_accuracy", 0).score,
-    "a scalar": lambda logits, batch: -jnp.square(logits - jax.nn.one_hot(batch.labels, K)).mean(),
+    "a scalar": lambda logits, batch: -jnp.square(logits - jax.nn.one_hot(batch.targets, K)).mean(),
 }
 
 

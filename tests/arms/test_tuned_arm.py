@@ -28,7 +28,11 @@ def split(seed, *, wrong=1.0):
     y = (x[:, 0] > 0).astype(np.int32)
     says = np.where(rng.random(N) < wrong, 1 - y, y)
     return Batch(
-        jnp.asarray(x), jnp.asarray(y), jnp.asarray(6 * np.eye(2, dtype=np.float32)[says]), jnp.arange(N), jnp.ones(N)
+        jnp.asarray(x),
+        jnp.asarray(y),
+        {"logits": jnp.asarray(6 * np.eye(2, dtype=np.float32)[says])},
+        jnp.arange(N),
+        jnp.ones(N),
     )
 
 
@@ -44,7 +48,7 @@ def fresh():
 
 def drawing(examples):
     def draw(step):
-        rows = jax.random.randint(jax.random.key(step), (32,), 0, len(examples.labels))
+        rows = jax.random.randint(jax.random.key(step), (32,), 0, len(examples.targets))
         return jax.tree.map(lambda leaf: leaf[rows], examples), jax.random.key(step)
 
     return draw
@@ -63,7 +67,7 @@ def rolled(*, wrong=1.0, steps=150, **options):
 
 
 def accuracy(variables, examples):
-    return float((apply(variables, examples.inputs, train=False)[0].argmax(1) == examples.labels).mean())
+    return float((apply(variables, examples.inputs, train=False)[0].argmax(1) == examples.targets).mean())
 
 
 def test_with_nothing_to_tune_it_is_the_plain_arm():
@@ -99,7 +103,11 @@ def test_a_convolutional_student_tunes_by_the_optimizer_that_it_learns_by():
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.normal(size=(16, 8, 8, 1)), jnp.float32)
     batch = Batch(
-        images, jnp.arange(16) % 2, jnp.asarray(rng.normal(size=(16, 2)), jnp.float32), jnp.arange(16), jnp.ones(16)
+        images,
+        jnp.arange(16) % 2,
+        {"logits": jnp.asarray(rng.normal(size=(16, 2)), jnp.float32)},
+        jnp.arange(16),
+        jnp.ones(16),
     )
 
     def draw(step):
@@ -133,7 +141,7 @@ def test_weights_find_where_the_teacher_is_wrong():
     _, _, (state, student) = rolled(**options)
     examples = split(0, wrong=0.4)
     weights = net_weights(state.tuned.free["weights"], seen(apply(student, examples.inputs, train=False)[0], examples))
-    wrong = examples.teacher_logits.argmax(1) != examples.labels
+    wrong = examples.teacher["logits"].argmax(1) != examples.targets
     assert weights[wrong, 0].max() < weights[~wrong, 0].min()
 
 

@@ -74,7 +74,7 @@ def test_the_naive_promise_is_the_best_score_on_assess_and_of_its_student():
         ),
         judge=SimpleNamespace(delivered=lambda pools, state: ("champion", f"champion at {state.iteration}")),
     )
-    pools = SimpleNamespace(assess=SimpleNamespace(labels=np.zeros(8)))
+    pools = SimpleNamespace(assess=SimpleNamespace(index=np.zeros(8)))
     ended = certificate_coverage._train(run, pools, 0, 100)
     assert ended == ("champion", "champion at 4", 4, "student 1", 6)
 

@@ -38,7 +38,7 @@ def test_training_changes_parameters_and_depends_on_the_seed(contenders):
 
 def test_problem_has_the_documented_split_sizes():
     pools = iteration_overhead.problem(0)
-    assert [len(split.labels) for split in (pools.explore.examples, *pools[1:3])] == [1024, 512, 1024]
+    assert [len(split.index) for split in (pools.explore.examples, *pools[1:3])] == [1024, 512, 1024]
     assert (
         len(set(np.asarray(pools.explore.examples.index)) | set(np.asarray(pools.assess.index))) == 1536
     )  # none twice

@@ -28,13 +28,13 @@ def test_what_an_arm_learns_from():
     explore = batches.resident(
         np.zeros((4, 3), np.float32), np.zeros(4, int), np.arange(4), {"logits": logits[:4][None]}, seed=0
     )
-    assess = batches.held_out(np.ones((2, 3), np.float32), np.ones(2, int), np.arange(4, 6), logits[4:])
+    assess = batches.held_out(np.ones((2, 3), np.float32), np.ones(2, int), np.arange(4, 6), {"logits": logits[4:]})
     pools = Pools(explore, assess, assess)
     for where, index in (("explore", range(4)), ("assess", (4, 5)), ("both", range(6))):
         examples = worst_class_evolution._examples(pools, where, 0).examples
         np.testing.assert_array_equal(examples.index, list(index))
-        np.testing.assert_array_equal(examples.teacher_logits[0], logits[list(index)])
-        np.testing.assert_array_equal(examples.labels, [int(i > 3) for i in index])
+        np.testing.assert_array_equal(examples.teacher["logits"][0], logits[list(index)])
+        np.testing.assert_array_equal(examples.targets, [int(i > 3) for i in index])
 
 
 def test_the_table_compares_with_the_best_gradient_in_hindsight():

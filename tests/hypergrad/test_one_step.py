@@ -38,7 +38,7 @@ def student(seed=0):
     params = {"w": rng.normal(size=(3, 5)), "out": (rng.normal(size=(5, 4)),)}
     hyper = {"temperature": 2.5, "mix": np.array([0.7, 0.3]), "weights": rng.uniform(0.5, 2, 7), "ignored": np.ones(2)}
     train, val = (
-        Batch(jnp.asarray(x_), jnp.asarray(y_), jnp.asarray(teacher), jnp.arange(7), jnp.ones(7))
+        Batch(jnp.asarray(x_), jnp.asarray(y_), {"logits": jnp.asarray(teacher)}, jnp.arange(7), jnp.ones(7))
         for x_, y_ in zip(x, y, strict=True)
     )
 
@@ -350,7 +350,7 @@ def test_copies_share_random_numbers_and_leave_no_statistics():
     batches = [
         Batch(
             jnp.asarray(rng.normal(size=(4, 5)), jnp.float32), jnp.asarray(rng.integers(0, 3, 4)),
-            jnp.asarray(rng.normal(size=(4, 3)), jnp.float32), jnp.arange(4), jnp.ones(4),
+            {"logits": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)}, jnp.arange(4), jnp.ones(4),
         ) for _ in range(2)
     ]  # fmt: skip
     hyper = {"temperature": jnp.float32(2), "mix": jnp.array([0.5, 0.5])}

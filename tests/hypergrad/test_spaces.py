@@ -97,7 +97,11 @@ def batch(seed, n=64):
     y = (x[:, 0] > 0).astype(np.int32)
     wrong = 4.0 * np.eye(2)[1 - y]
     return Batch(
-        *(jnp.asarray(a) for a in (x.astype(np.float32), y, wrong.astype(np.float32))), jnp.arange(n), jnp.ones(n)
+        jnp.asarray(x.astype(np.float32)),
+        jnp.asarray(y),
+        {"logits": jnp.asarray(wrong.astype(np.float32))},
+        jnp.arange(n),
+        jnp.ones(n),
     )
 
 
@@ -147,7 +151,7 @@ def test_tuning_turns_from_a_teacher_that_is_wrong(method):
 
     params, tuned = jax.lax.fori_loop(0, 60, advance, ({"w": jnp.zeros((3, 2))}, tuned))
     assert hp.tuned_values(space, tuned)["mix"][1] > 0.8
-    assert ((val.inputs @ params["w"]).argmax(1) == val.labels).mean() > 0.9
+    assert ((val.inputs @ params["w"]).argmax(1) == val.targets).mean() > 0.9
 
 
 def test_noise_on_inputs():

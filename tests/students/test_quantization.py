@@ -142,7 +142,9 @@ def test_what_an_arm_proposes_is_fitted_to_its_stretch():
     inputs = jax.random.normal(jax.random.key(1), (20, 16, 6))
 
     def draw(step):
-        return Batch(inputs[step], jnp.zeros(16, jnp.int32), jnp.zeros((16, 3)), jnp.arange(16), jnp.ones(16)), None
+        return Batch(
+            inputs[step], jnp.zeros(16, jnp.int32), {"logits": jnp.zeros((16, 3))}, jnp.arange(16), jnp.ones(16)
+        ), None
 
     (arm,) = arms_named(network.apply, ("kd4",), network=network)
     for steps, batches in ((10, [10, 12, 15, 17]), (1, [10]), (0, [])):
@@ -159,7 +161,7 @@ def test_arms_train_rounded_what_is_deployed_rounded():
     network = students.deployed(base, "int8")
     variables = network.init(jax.random.key(0))
     inputs, logits = jax.random.normal(jax.random.key(1), (16, 6)), jax.random.normal(jax.random.key(2), (16, 3))
-    batch = Batch(inputs, jnp.zeros(16, jnp.int32), logits, jnp.arange(16), jnp.ones(16))
+    batch = Batch(inputs, jnp.zeros(16, jnp.int32), {"logits": logits}, jnp.arange(16), jnp.ones(16))
 
     def proposed(apply, name, spent, network=network):
         (arm,) = arms_named(apply, (name,), network=network)

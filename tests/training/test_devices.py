@@ -86,13 +86,13 @@ def pools_of():
         return Batch(
             jnp.asarray(inputs, jnp.float32),
             jnp.asarray(labels, jnp.int32),
-            jnp.asarray(logits, jnp.float32),
+            {"logits": jnp.asarray(logits, jnp.float32)},
             jnp.arange(n, dtype=jnp.int32),
             jnp.ones(n),
         )
 
     explore = split(0, 48)
-    views = explore._replace(teacher_logits=explore.teacher_logits[None])
+    views = explore._replace(teacher={"logits": explore.teacher["logits"][None]})
     return Pools(Resident(views, order(48, 0)), split(1, 37), split(2, 37))
 
 
