@@ -6,6 +6,7 @@ rounded down, because a page must not promise more than was proven.
 
 import json
 import math
+import os
 import re
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from ev3_distill.errors import InputError
 from ev3_distill.guards import DROP, KNOWN, TOP_K, metric_named
 from ev3_distill.monitor import charts, html
-from ev3_distill.runtime.files import atomic_write
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,9 +50,13 @@ def write_html(run_dir: Path) -> Path:
     report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
     lines = (run_dir / "ledger.jsonl").read_text(encoding="utf-8").split("\n")
     page = render(report, [json.loads(line) for line in lines if line.strip()])
-    with atomic_write(run_dir / "report.html") as file:
-        file.write(page.encode())
-    return run_dir / "report.html"
+    path, temporary = run_dir / "report.html", run_dir / f".report.html.{os.getpid()}"
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 def render(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:

@@ -51,7 +51,6 @@ from ev3_distill.core.flatten_state import Packed
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.checkpoint import Checkpoints
 from ev3_distill.runtime.compile import jit
-from ev3_distill.runtime.files import atomic_write
 from ev3_distill.runtime.ledger import Ledger, row_of, rows
 from ev3_distill.tasks.classification.metric_bounds import Bound
 from ev3_distill.training.iterate import UNLIMITED, Supply
@@ -306,7 +305,7 @@ def outputs_of(
       batch_size: examples of one forward pass.
     """
     forward = jit(lambda variables, inputs: logits_of(network.apply, variables, inputs, batch_size=batch_size))
-    parts = [(forward(variables, part.inputs), part.targets, part.teacher["logits"], part.group) for part in split]
+    parts = [(forward(variables, part.inputs), part.labels, part.teacher_logits, part.group) for part in split]
 
     def together(field: int) -> np.ndarray:
         return np.concatenate([np.asarray(part[field]) for part in parts])
@@ -431,5 +430,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as file:
-        file.write(text.encode())
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -5,13 +5,13 @@ with `others` is for these students, too, any of which may then be delivered. A 
 finishes the same opening when it is resumed; whatever would be another one must say so.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ev3_distill.errors import InputError
-from ev3_distill.runtime.files import sync_directory
 from ev3_distill.training.run_dir import read_json, write_json
 
 NAME = "opened.json"
@@ -85,5 +85,14 @@ def open_split(
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     row = {"student": student, **family, **({"others": list(others)} if others else {})}
     write_json(directory / NAME, {"openings": [*told, {**row, "time": moment}]})
-    sync_directory(directory)
+    _sync(directory)
     return len(told)
+
+
+def _sync(directory: Path) -> None:
+    """Brings the names of a directory to the disk, as `write_json` does the content of its files."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

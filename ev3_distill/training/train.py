@@ -16,7 +16,7 @@ from ev3_distill.errors import warn
 from ev3_distill.monitor import report
 from ev3_distill.runtime.progress import Progress
 from ev3_distill.students.network import count_params
-from ev3_distill.teachers.targets import TeacherTargets
+from ev3_distill.teachers.targets import Lessons, Recorded
 from ev3_distill.training import run_dir
 from ev3_distill.training.certify_run import Asked, certified, metrics_asked
 from ev3_distill.training.iterate import UNLIMITED
@@ -44,7 +44,7 @@ def train(
     chosen: Any,
     task: Task,
     arm_names: Sequence[str],
-    targets: TeacherTargets,
+    lessons: Lessons | Recorded,
     *,
     teacher: dict[str, Any] | None,
     in_step: tuple[Network, Variables] | None = None,
@@ -56,32 +56,32 @@ def train(
       chosen: config.Compress or config.Teach.
       task: what is trained on what.
       arm_names: of the arms.
-      targets: of the teacher.
+      lessons: what the teacher says.
       teacher: facts for the report; None where labels alone teach.
       in_step: a JAX teacher that runs inside the training step.
     """
     stops = float(getattr(chosen, "stop_when_met", False))
-    course = course_of(chosen, task, arm_names, targets, in_step=in_step, stops=stops)
+    course = course_of(chosen, task, arm_names, lessons, in_step=in_step, stops=stops)
     distillation, seconds = course.distillation, config.Budget.parse(chosen.budget).seconds
     title = "teacher" if teacher is None else "student"
     with Progress(title, steps=task.steps, seconds=seconds) as progress:
-        state = iterated(directory, chosen, course, targets, progress, budget=task.steps, seconds=seconds)
+        state = iterated(directory, chosen, course, lessons, progress, budget=task.steps, seconds=seconds)
     which, distilled = distillation.judge.delivered(course.pools, state, getattr(chosen, "deliver", "best"))
     final = Final(task.network, distilled, which, state, course.arms, distillation.compile_s)
     if task.control is None:
-        return concluded(directory, chosen, task, final, targets, teacher=teacher)
+        return concluded(directory, chosen, task, final, lessons, teacher=teacher)
     control = students.load(task.control, factory=students.factory_of(chosen.student))[1]
     if distillation.judge.outranks(course.pools, control, distilled):
         final = dataclasses.replace(final, variables=control, which="control")
     helped = functools.partial(_helped, distillation, distilled, control, confidence=chosen.confidence)
-    return concluded(directory, chosen, task, final, targets, teacher=teacher, helped=helped)
+    return concluded(directory, chosen, task, final, lessons, teacher=teacher, helped=helped)
 
 
 def iterated(
     directory: Path,
     chosen: Any,
     course: Course,
-    targets: TeacherTargets,
+    lessons: Lessons | Recorded,
     progress: Progress,
     *,
     budget: int | None,
@@ -91,7 +91,7 @@ def iterated(
     about: Mapping[str, Any] | None = None,
 ) -> State:
     """The state at the end of a course, or where it pauses; see `run.iterate`."""
-    targets.pause_display = progress.aside
+    lessons.aside = progress.aside
     state = run_dir.iterate(
         directory,
         course.distillation,
@@ -108,7 +108,7 @@ def iterated(
         pause=pause,
         about=about,
     )
-    targets.pause_display = contextlib.nullcontext
+    lessons.aside = contextlib.nullcontext
     return state
 
 
@@ -117,7 +117,7 @@ def concluded(
     chosen: Any,
     task: Task,
     final: Final,
-    targets: TeacherTargets,
+    lessons: Lessons | Recorded,
     *,
     teacher: dict[str, Any] | None,
     helped: Callable[[Iterator[Batch]], dict[str, float]] | None = None,
@@ -129,13 +129,13 @@ def concluded(
     """
     dataset, finals = task.dataset, [final, *([surer] if surer else [])]
     students.save(directory / "student", final.network, final.variables)
-    classes = list(dataset.class_names or map(str, range(task.network.spec["num_classes"])))
+    classes = list(dataset.class_names or map(str, range(lessons.num_classes)))
     metrics = metrics_asked(task.guards, labelled=task.labelled, teacher=teacher is not None)
     which, certificate, guards, of_teacher = certified(
         directory,
         [(one.network, one.variables) for one in finals],
         dataset,
-        test=functools.partial(test_of, task, targets),
+        test=functools.partial(test_of, task, lessons),
         asked=Asked(metrics, classes, chosen.confidence, task.costs),
         guards=task.guards,
         teacher=teacher is not None,
@@ -158,7 +158,7 @@ def concluded(
             "delivered": final.which,
         },
         "certificate": certificate.as_dict(),
-        "control": helped(test_of(task, targets)) if helped else None,
+        "control": helped(test_of(task, lessons)) if helped else None,
         "guards": guards,
         "devices": str(task.devices),
         "seed": chosen.seed,

@@ -208,6 +208,6 @@ def test_a_claim_of_a_reopened_split_is_looser_than_the_same_in_a_first_opening(
 def test_the_promise_page_tells_the_number_of_metrics():
     from pathlib import Path
 
-    page = (Path(__file__).parents[2] / "docs" / "explanation" / "promise.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "promise.md").read_text()
     assert f"each of the {len(ASKED)} metrics" in " ".join(page.split())
     assert f"gets delta / {len(ASKED)}" in " ".join(page.split())

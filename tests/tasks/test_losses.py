@@ -180,7 +180,7 @@ def test_balanced_by_hand(power, shares):
     """Four of a class, one of another, one without a label, one that does not count."""
     batch = make_batch(np.zeros((7, 3)), [0, 0, 0, 0, 1, -1, 2], [1, 1, 1, 1, 1, 1, 0])
     weighed = losses.balanced(lambda logits, batch: batch.weight, power=power)
-    np.testing.assert_allclose(weighed(batch.teacher["logits"], batch), shares)
+    np.testing.assert_allclose(weighed(batch.teacher_logits, batch), shares)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -190,5 +190,5 @@ def test_taught_by_another(share):
     batch = make_batch(teacher, labels, weight)
     other = losses.taught_by(losses.kd(temperature=2.0), "peer", share=share)
     both = make_batch((1 - share) * teacher + share * peer, labels, weight)
-    value = other(student, batch._replace(teacher={**batch.teacher, "peer": jnp.asarray(peer)}))
+    value = other(student, batch._replace(teacher_features={"peer": jnp.asarray(peer)}))
     np.testing.assert_allclose(value, losses.kd(temperature=2.0)(student, both), rtol=1e-6)

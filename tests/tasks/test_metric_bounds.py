@@ -265,7 +265,7 @@ def test_a_function_of_ones_own(own):
     [
         ("own_metric:far", r"importable MODULE:FUNCTION; got 'own_metric:far', which fails with AttributeError"),
         ("no_such_metric:near", r"fails with ModuleNotFoundError"),
-        ("own_metric:LIMIT", r"MODULE:FUNCTION; got .own_metric:LIMIT., which is of type int"),
+        ("own_metric:LIMIT", r"FUNCTION is callable; got int"),
         ("own_metric:greedy", r"scores lie in \[0, 1\]; own_metric:greedy gives 2: rescale"),
         ("own_metric:one", r"gives scores \[N\], \[400\] here; own_metric:one gives \[\]"),
         ("own_metric:ranks", r"scores half of them unlike all of them"),

@@ -25,9 +25,9 @@ def made(n=400, seed=0, sharpness=1.5):
     labels = rng.choice(K, n, p=[0.4, 0.3, 0.2, 0.06, 0.04])
     hot = np.eye(K)[labels]
     logits, teacher = (sharpness * (hot * 1.5 + rng.normal(size=(n, K))) for _ in range(2))
-    index, teacher = jnp.arange(n, dtype=jnp.int32), {"logits": jnp.asarray(teacher, jnp.float32)}
-    split = Batch(jnp.zeros((n, 1)), jnp.asarray(labels, jnp.int32), teacher, index, jnp.ones(n))
-    return jnp.asarray(logits, jnp.float32), split
+    arrays = (jnp.zeros((n, 1)), labels, teacher, np.arange(n), np.ones(n))
+    dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.int32, jnp.float32)
+    return jnp.asarray(logits, jnp.float32), Batch(*[jnp.asarray(x, t) for x, t in zip(arrays, dtypes, strict=True)])
 
 
 def ece(q, hits):
@@ -38,11 +38,7 @@ def ece(q, hits):
 
 def reference(metric, logits, split):
     """The metric in its own units, by scikit-learn or by a loop."""
-    logits, labels, teacher = (
-        np.asarray(logits, np.float64),
-        np.asarray(split.targets),
-        np.asarray(split.teacher["logits"]),
-    )
+    logits, labels, teacher = np.asarray(logits, np.float64), np.asarray(split.labels), np.asarray(split.teacher_logits)
     said, q = logits.argmax(1), np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     recalls = metrics.recall_score(labels, said, average=None, labels=range(K))
     return {
@@ -64,7 +60,7 @@ def test_the_mean_of_the_scores_is_the_metric(metric):
         logits, split = made(seed=seed)
         sign = -1 if metric in LOWER_IS_BETTER else 1
         scores = jax.jit(goal(metric, 0.5).score)(logits, split)
-        assert scores.shape == split.targets.shape
+        assert scores.shape == split.labels.shape
         assert float(scores.mean()) == pytest.approx(sign * reference(metric, logits, split), abs=2e-5)
 
 
@@ -73,7 +69,7 @@ def test_the_spread_of_the_scores_is_that_of_the_metric(metric):
     """Their standard error, against the metric's own spread over 2,000 splits."""
     score = goal(metric, 0.5).score
     whole, split = made(n=400 * 2000, seed=1)
-    pieces = jax.tree.map(lambda x: x.reshape(2000, 400, *x.shape[1:]), (whole, split))
+    pieces = jax.tree.map(lambda x: x.reshape(2000, 400, *x.shape[1:]), (whole, split._replace(teacher_features={})))
     scores = np.asarray(jax.lax.map(lambda piece: score(*piece), pieces, batch_size=100))
     spread = scores.mean(axis=1).std()
     told = np.median(scores.std(axis=1)) / np.sqrt(400)
@@ -100,7 +96,7 @@ def test_a_broken_student_meets_nothing(metric):
 def test_the_focus_is_the_worst_class():
     logits, split = made()
     hits = np.asarray(example_scores.accuracy(logits, split))
-    labels = np.asarray(split.targets)
+    labels = np.asarray(split.labels)
     worst = min(range(K), key=lambda k: hits[labels == k].mean())
     one = goal("worst_class_accuracy", 0.5)
     assert int(one.focus(logits, split)) == worst
@@ -109,8 +105,8 @@ def test_the_focus_is_the_worst_class():
 
 def test_a_class_that_is_absent_is_no_class():
     logits, split = made()
-    few = split._replace(targets=jnp.where(split.targets == 4, 0, split.targets))
-    hits, labels = np.asarray(example_scores.accuracy(logits, few)), np.asarray(few.targets)
+    few = split._replace(labels=jnp.where(split.labels == 4, 0, split.labels))
+    hits, labels = np.asarray(example_scores.accuracy(logits, few)), np.asarray(few.labels)
     shares = [hits[labels == k].mean() for k in range(4)]
     assert float(goal("worst_class_accuracy", 0.5).score(logits, few).mean()) == pytest.approx(min(shares), abs=1e-5)
     assert float(goal("balanced_accuracy", 0.5).score(logits, few).mean()) == pytest.approx(np.mean(shares), abs=1e-5)
@@ -126,7 +122,7 @@ def test_shares_are_refuted_by_the_exact_binomial_test(least):
 
 def test_the_worst_class_is_refuted_by_the_hardest_of_its_tests():
     logits, split = made()
-    hits, labels = np.asarray(example_scores.accuracy(logits, split)), np.asarray(split.targets)
+    hits, labels = np.asarray(example_scores.accuracy(logits, split)), np.asarray(split.labels)
     tests = [stats.binom.sf(hits[labels == k].sum() - 1, (labels == k).sum(), 0.4) for k in range(K)]
     assert float(goal("worst_class_accuracy", 0.4).refuted(logits, split)) == pytest.approx(max(tests), rel=1e-3)
 
@@ -155,7 +151,7 @@ def test_what_steers():
 
 def test_the_worst_group():
     logits, split = made()
-    groups = np.random.default_rng(1).integers(0, 4, len(split.targets)) * 3  # numbers may be left out
+    groups = np.random.default_rng(1).integers(0, 4, len(split.labels)) * 3  # numbers may be left out
     of_groups = split._replace(group=jnp.asarray(groups, jnp.int32))
     hits = np.asarray(example_scores.accuracy(logits, split))
     shares = {g: hits[groups == g].mean() for g in set(groups.tolist())}
@@ -172,7 +168,7 @@ def test_the_mean_cost():
     logits, split = made()
     costs = np.random.default_rng(2).uniform(0, 5, (K, K))
     one = goal("cost", 1.5, costs=costs)
-    paid = costs[np.asarray(split.targets), np.asarray(logits).argmax(1)]
+    paid = costs[np.asarray(split.labels), np.asarray(logits).argmax(1)]
     np.testing.assert_allclose(one.score(logits, split), -paid, rtol=1e-5)
     assert one.least == -1.5
     compared = np.asarray(one.compared(logits, split, jnp.int32(0)))
@@ -191,7 +187,7 @@ def test_a_metric_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     logits, split = made()
     one = goal("my_metric:margin", 0.5)
-    want = np.asarray(logits)[range(400), np.asarray(split.targets)] > 0
+    want = np.asarray(logits)[range(400), np.asarray(split.labels)] > 0
     np.testing.assert_array_equal(jax.jit(one.score)(logits, split), want.astype(np.float32))
     broken = np.asarray(jax.jit(one.score)(logits.at[3, 0].set(jnp.nan), split))
     assert np.isnan(broken[3])

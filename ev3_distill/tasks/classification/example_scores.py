@@ -21,12 +21,12 @@ def accuracy(logits: jax.Array, split: Batch) -> jax.Array:
 
     Args:
       logits: [N, K], the student's.
-      split: the examples; its targets are labels [N].
+      split: the examples; its labels [N] are used.
 
     Returns:
       The scores [N].
     """
-    return _hit(logits, split.targets)
+    return _hit(logits, split.labels)
 
 
 def agreement(logits: jax.Array, split: Batch) -> jax.Array:
@@ -34,12 +34,12 @@ def agreement(logits: jax.Array, split: Batch) -> jax.Array:
 
     Args:
       logits: [N, K], the student's.
-      split: the examples; its teacher["logits"] [N, K] are used, targets are not.
+      split: the examples; its teacher_logits [N, K] are used, labels are not.
 
     Returns:
       The scores [N].
     """
-    return _hit(logits, jnp.argmax(split.teacher["logits"], -1))
+    return _hit(logits, jnp.argmax(split.teacher_logits, -1))
 
 
 def log_likelihood(logits: jax.Array, split: Batch) -> jax.Array:
@@ -47,12 +47,12 @@ def log_likelihood(logits: jax.Array, split: Batch) -> jax.Array:
 
     Args:
       logits: [N, K], the student's.
-      split: the examples; its targets are labels [N].
+      split: the examples; its labels [N] are used.
 
     Returns:
       The scores [N].
     """
-    return _at_label(jax.nn.log_softmax(logits), split.targets)
+    return _at_label(jax.nn.log_softmax(logits), split.labels)
 
 
 def probability(logits: jax.Array, split: Batch) -> jax.Array:
@@ -60,12 +60,12 @@ def probability(logits: jax.Array, split: Batch) -> jax.Array:
 
     Args:
       logits: [N, K], the student's.
-      split: the examples; its targets are labels [N].
+      split: the examples; its labels [N] are used.
 
     Returns:
       The scores [N].
     """
-    return _at_label(jax.nn.softmax(logits), split.targets)
+    return _at_label(jax.nn.softmax(logits), split.labels)
 
 
 def margin(*, sharpness: float = 1.5) -> Objective:
@@ -88,10 +88,10 @@ def margin(*, sharpness: float = 1.5) -> Objective:
         span = -logits.min(-1, keepdims=True)  # scaled by it, squares neither overflow nor vanish, whatever the scale
         values = logits / jnp.where(span == 0, 1.0, span)
         std = jnp.sqrt(jnp.where(span == 0, 1.0, values.var(-1, keepdims=True)))[:, 0]
-        is_label = jnp.arange(logits.shape[-1]) == split.targets[:, None]
+        is_label = jnp.arange(logits.shape[-1]) == split.labels[:, None]
         best_other = jnp.where(is_label, -jnp.inf, values).max(-1)
-        lead = (_at_label(values, split.targets) - best_other) / std
-        return jnp.where(split.targets >= 0, jax.nn.sigmoid(sharpness * lead), 0.0)
+        lead = (_at_label(values, split.labels) - best_other) / std
+        return jnp.where(split.labels >= 0, jax.nn.sigmoid(sharpness * lead), 0.0)
 
     return objective
 

@@ -12,6 +12,8 @@ References:
 import dataclasses
 import functools
 import hashlib
+import importlib
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ev3_distill.certify import bounds
-from ev3_distill.errors import InputError, summary
+from ev3_distill.errors import InputError
 from ev3_distill.guards import DROP, FUNCTION, TOP_K
-from ev3_distill.runtime.user_code import load_callable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +309,20 @@ def function_named(name: str) -> Score:
     Raises:
       InputError: it is not there, or is no callable.
     """
-    return load_callable(name, rule="a metric of your own is an importable MODULE:FUNCTION")
+    module, _, attribute = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # of the user's own code
+        raise InputError(
+            f"a metric of your own is an importable MODULE:FUNCTION; got '{name}', which fails with {_told(error)}: check "
+            "the name, or run where the module is"
+        ) from error
+    if not callable(function):
+        raise InputError(f"a metric's FUNCTION is callable; got {type(function).__name__} of '{name}': name a function")
+    checked: Score = function
+    return checked
 
 
 def _scored(name: str, function: Score, outputs: Outputs) -> np.ndarray:
@@ -320,7 +334,7 @@ def _scored(name: str, function: Score, outputs: Outputs) -> np.ndarray:
             scores: Any = np.asarray(function(outputs.logits[:rows].copy(), outputs.labels[:rows].copy()), np.float64)
         except Exception as error:  # of the user's own code
             raise InputError(
-                f"a metric maps logits [N, K] and labels [N] to scores [N]; {name} fails with {summary(error)}: mend it"
+                f"a metric maps logits [N, K] and labels [N] to scores [N]; {name} fails with {_told(error)}: mend it"
             ) from error
         if scores.shape != (rows,):
             raise InputError(f"a metric gives scores [N], {[rows]} here; {name} gives {list(scores.shape)}: mend it")
@@ -339,6 +353,11 @@ def _scored(name: str, function: Score, outputs: Outputs) -> np.ndarray:
     return scores
 
 
+def _told(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
 def read_costs(path: str | Path, classes: int) -> np.ndarray:
     """The costs [K, K] in a CSV file without a heading: rows are true classes, columns what is said.
 
@@ -349,7 +368,7 @@ def read_costs(path: str | Path, classes: int) -> np.ndarray:
         costs = np.loadtxt(path, delimiter=",", ndmin=2)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"costs are a CSV file of numbers; {path} cannot be read ({summary(error)}): mend it or name another"
+            f"costs are a CSV file of numbers; {path} cannot be read ({_told(error)}): mend it or name another"
         ) from None
     if costs.shape != (classes, classes) or not np.isfinite(costs).all():
         raise InputError(

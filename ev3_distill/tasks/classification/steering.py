@@ -81,7 +81,7 @@ def top(k: int) -> Objective:
     def objective(logits: jax.Array, split: Batch) -> jax.Array:
         best = jax.lax.top_k(logits, min(k, logits.shape[-1]))[1]
         sound = jnp.isfinite(logits.max(-1))
-        return ((best == split.targets[:, None]).any(-1) & sound).astype(jnp.float32)
+        return ((best == split.labels[:, None]).any(-1) & sound).astype(jnp.float32)
 
     return objective
 
@@ -96,7 +96,7 @@ def _share(metric: str, threshold: float, score: Objective, smooth: Objective) -
 
 def _agreement(metric: str, threshold: float) -> Goal:
     def smooth(logits: jax.Array, split: Batch) -> jax.Array:
-        return example_scores.DEFAULT_SELECT(logits, split._replace(targets=jnp.argmax(split.teacher["logits"], -1)))
+        return example_scores.DEFAULT_SELECT(logits, split._replace(labels=jnp.argmax(split.teacher_logits, -1)))
 
     return _share(metric, threshold, example_scores.agreement, smooth)
 
@@ -105,7 +105,7 @@ def _drop(metric: str, threshold: float) -> Goal:
     """The teacher's accuracy less the student's, negated."""
 
     def score(logits: jax.Array, split: Batch) -> jax.Array:
-        return example_scores.accuracy(logits, split) - example_scores.accuracy(split.teacher["logits"], split)
+        return example_scores.accuracy(logits, split) - example_scores.accuracy(split.teacher_logits, split)
 
     return Goal(
         metric,
@@ -127,14 +127,14 @@ Strata = Callable[
 
 
 def _classes(logits: jax.Array, split: Batch) -> tuple[jax.Array, int]:
-    return split.targets, logits.shape[-1]
+    return split.labels, logits.shape[-1]
 
 
 def _groups(logits: jax.Array, split: Batch) -> tuple[jax.Array, int]:
     """Groups whose number is bounded by MOST_GROUPS; a labelled example of none (-1) counts for none."""
     if isinstance(split.group, tuple):
         raise ValueError("worst_group_accuracy needs groups; the split has none: give the data a column `groups`")
-    return jnp.where(split.targets >= 0, split.group, -1), MOST_GROUPS
+    return jnp.where(split.labels >= 0, split.group, -1), MOST_GROUPS
 
 
 def _worst(metric: str, threshold: float, strata: Strata) -> Goal:
@@ -202,9 +202,9 @@ def _of_all_classes(scores: Objective) -> Objective:
         share, count = _by(_classes, values, logits, split)
         there = count > 0
         weight = jnp.where(there, values.shape[0] / jnp.maximum(count, 1), 0) / jnp.maximum(there.sum(), 1)
-        own = jnp.maximum(split.targets, 0)
+        own = jnp.maximum(split.labels, 0)
         mean = jnp.where(there, share, 0).sum() / jnp.maximum(there.sum(), 1)
-        return mean + jnp.where(split.targets >= 0, weight[own] * (values - share[own]), 0)
+        return mean + jnp.where(split.labels >= 0, weight[own] * (values - share[own]), 0)
 
     return objective
 
@@ -214,7 +214,7 @@ def _evened(logits: jax.Array, split: Batch, focus: jax.Array) -> jax.Array:
     hits = example_scores.accuracy(logits, split)
     _, count = _by(_classes, hits, logits, split)
     fewest = jnp.where(count > 0, count, jnp.inf).min()
-    return hits * fewest / jnp.maximum(count, 1)[jnp.maximum(split.targets, 0)]
+    return hits * fewest / jnp.maximum(count, 1)[jnp.maximum(split.labels, 0)]
 
 
 def macro_f1(logits: jax.Array, split: Batch) -> jax.Array:
@@ -224,8 +224,8 @@ def macro_f1(logits: jax.Array, split: Batch) -> jax.Array:
     """
     hits = example_scores.accuracy(logits, split)
     k, n = logits.shape[-1], hits.shape[0]
-    labels = jax.nn.one_hot(split.targets, k)
-    said = jax.nn.one_hot(jnp.argmax(logits, -1), k) * (split.targets >= 0)[:, None]
+    labels = jax.nn.one_hot(split.labels, k)
+    said = jax.nn.one_hot(jnp.argmax(logits, -1), k) * (split.labels >= 0)[:, None]
     both = labels.sum(0) + said.sum(0)
     there = both > 0
     f1 = jnp.where(there, 2 * (hits[:, None] * labels).sum(0) / jnp.maximum(both, 1), 0)
@@ -246,8 +246,8 @@ def _macro_f1(metric: str, threshold: float) -> Goal:
 def brier(logits: jax.Array, split: Batch) -> jax.Array:
     """The negated Brier score (1950), halved: -sum_k (q_k - [k = y])^2 / 2, in [-1, 0], nan for logits that are."""
     q = jax.nn.softmax(logits)
-    squares = jnp.square(q - jax.nn.one_hot(split.targets, logits.shape[-1])).sum(-1) / 2
-    return jnp.where(split.targets >= 0, -squares, 0.0)
+    squares = jnp.square(q - jax.nn.one_hot(split.labels, logits.shape[-1])).sum(-1) / 2
+    return jnp.where(split.labels >= 0, -squares, 0.0)
 
 
 def calibration(logits: jax.Array, split: Batch) -> jax.Array:
@@ -257,7 +257,7 @@ def calibration(logits: jax.Array, split: Batch) -> jax.Array:
     the sign of its bin's sum.
     """
     q = jax.nn.softmax(logits).max(-1)
-    miss = jnp.where(split.targets >= 0, example_scores.accuracy(logits, split) - q, 0.0)
+    miss = jnp.where(split.labels >= 0, example_scores.accuracy(logits, split) - q, 0.0)
     own = jnp.clip(jnp.floor(q * BINS), 0, BINS - 1).astype(jnp.int32)
     sums = jax.ops.segment_sum(miss, own, BINS)
     return -jnp.sign(sums)[own] * miss
@@ -288,13 +288,13 @@ def _cost(metric: str, threshold: float, costs: jax.Array) -> Goal:
     least, span = costs.min(), jnp.maximum(costs.max() - costs.min(), 1e-12)
 
     def score(logits: jax.Array, split: Batch) -> jax.Array:
-        paid = costs[jnp.maximum(split.targets, 0), jnp.argmax(logits, -1)]
-        worst = costs.max(axis=-1)[jnp.maximum(split.targets, 0)]
-        return jnp.where(split.targets >= 0, -jnp.where(jnp.isfinite(logits.max(-1)), paid, worst), 0.0)
+        paid = costs[jnp.maximum(split.labels, 0), jnp.argmax(logits, -1)]
+        worst = costs.max(axis=-1)[jnp.maximum(split.labels, 0)]
+        return jnp.where(split.labels >= 0, -jnp.where(jnp.isfinite(logits.max(-1)), paid, worst), 0.0)
 
     def smooth(logits: jax.Array, split: Batch) -> jax.Array:
-        expected = (jax.nn.softmax(logits) * costs[jnp.maximum(split.targets, 0)]).sum(-1)
-        return jnp.where(split.targets >= 0, -expected, 0.0)
+        expected = (jax.nn.softmax(logits) * costs[jnp.maximum(split.labels, 0)]).sum(-1)
+        return jnp.where(split.labels >= 0, -expected, 0.0)
 
     def compared(logits: jax.Array, split: Batch, focus: jax.Array) -> jax.Array:
         return 1 - (-score(logits, split) - least) / span
@@ -315,8 +315,8 @@ def _own(metric: str, threshold: float, function: Callable[..., Any]) -> Goal:
         return scores
 
     def score(logits: jax.Array, split: Batch) -> jax.Array:
-        shape = jax.ShapeDtypeStruct(split.targets.shape, jnp.float32)
-        return jax.pure_callback(on_host, shape, logits, split.targets, vmap_method="sequential")
+        shape = jax.ShapeDtypeStruct(split.labels.shape, jnp.float32)
+        return jax.pure_callback(on_host, shape, logits, split.labels, vmap_method="sequential")
 
     refuted = _normal(score, threshold)
     return Goal(metric, threshold, score, score, _everything, _whole(score), shares=False, refuted=refuted)
