@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ev3_distill.errors import InputError
-from ev3_distill.runtime.files import cache_root, written_whole
+from ev3_distill.runtime.files import atomic_write, cache_root
 
 ARCHIVES = ("omniglot_images_background.zip", "omniglot_images_evaluation.zip")
 SIDE, DRAWINGS = 28, 20
@@ -48,7 +48,7 @@ def load() -> Characters:
     if not cached.exists():
         drawings, alphabets = _decoded(Path(os.environ.get("EV3_DISTILL_DATA", ".")))
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(cached) as file:
+        with atomic_write(cached) as file:
             np.savez_compressed(file, drawings=drawings, alphabets=alphabets)
     with np.load(cached) as saved:
         return parted(saved["drawings"], saved["alphabets"])

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ev3_distill.runtime.files import written_whole
+from ev3_distill.runtime.files import atomic_write
 
 if TYPE_CHECKING:
     import torch
@@ -383,7 +383,7 @@ def _save(training: Training, path: Path | None, epochs: int, seconds: float) ->
 
     if path is not None:
         state = {name: part.state_dict() for name, part in training._asdict().items()}
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             torch.save({"epochs": epochs, "seconds": seconds, **state}, file)
 
 

@@ -284,6 +284,28 @@ class Compress(RunConfig):
         """Whether the run searches for the smallest student that meets its guards."""
         return bool(self.start or self.sizes)
 
+    def teacher_config(self) -> "Teach":
+        """The configuration of the teacher that is trained when none is named, on the same splits."""
+        return self._teach(self.teacher_network, self.teacher_budget, EV3())
+
+    def control_config(self) -> "Teach":
+        """The configuration of the control: the same student, trained on labels alone."""
+        return self._teach(self.student, self.budget, self.ev3)
+
+    def _teach(self, network: str, budget: str, ev3: EV3) -> "Teach":
+        return Teach(
+            data=self.data,
+            network=network,
+            budget=budget,
+            seed=self.seed,
+            augment=self.augment,
+            memory=self.memory,
+            skip_corrupt=self.skip_corrupt,
+            checkpoint_s=self.checkpoint_s,
+            splits=self.splits,
+            ev3=ev3,
+        )
+
     def _check_search(self) -> None:
         """Checks the options of a search, and those that a search cannot have."""
         check(not (self.start and self.sizes), "a search takes --start or --sizes", "both", "omit one")

@@ -57,6 +57,25 @@ def read_run_config(kind: type[ConfigT], directory: Path) -> ConfigT:
     raise InputError(f"{name} --resume needs a run of {name}; {directory} is a run of {other}: use {other} --resume")
 
 
+def check_unchanged(directory: Path, config: RunConfig, *, other: str = "") -> None:
+    """Checks that a run is resumed with its own configuration.
+
+    Args:
+      directory: of the run.
+      config: with which it is resumed.
+      other: an option that a resumed run cannot have, if one was given.
+
+    Raises:
+      InputError: a key has another value than in the run, or `other` is not empty.
+    """
+    stored = read_run_config(type(config), directory)
+    names = [field.name for field in dataclasses.fields(stored)]
+    if changed := ", ".join(name for name in names if getattr(stored, name) != getattr(config, name)) or other:
+        raise InputError(
+            f"a resumed run keeps its configuration; got another {changed}: resume without it, or start a new run with --out"
+        )
+
+
 def _from_dict(kind: Any, content: dict[str, Any], place: str) -> Any:
     """Builds a configuration from the content of a table; `place` names the table in errors."""
     fields = {field.name: field for field in dataclasses.fields(kind)}

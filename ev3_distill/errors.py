@@ -2,9 +2,15 @@
 
 import sys
 
+SUMMARY_CHARS = 200  # longest text of another library's error that is repeated in an error of ours
+
 
 class InputError(ValueError):
-    """Bad input from a user. The message states the rule, the value and the way out; the command line exits with code 2."""
+    """Invalid user input.
+
+    The message states the rule, the value that breaks it, and how to fix it: "RULE; got VALUE: FIX". The command line
+    prints it and exits with code 2.
+    """
 
 
 def check(ok: bool, rule: str, got: object, way_out: str) -> None:
@@ -20,6 +26,18 @@ def check(ok: bool, rule: str, got: object, way_out: str) -> None:
         raise InputError(f"{rule}; got {got}: {way_out}")
 
 
-def warn(message: str) -> None:
-    """Prints a warning to standard error."""
-    print(f"ev3-distill: warning: {message}", file=sys.stderr)
+def summary(error: BaseException) -> str:
+    """Type and first line of an exception, for use inside an error message."""
+    line = first_line(str(error))
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def first_line(text: str) -> str:
+    """First line of a text that is not blank, cut to `SUMMARY_CHARS`; empty if there is none."""
+    lines = text.strip().splitlines()
+    return lines[0][:SUMMARY_CHARS] if lines else ""
+
+
+def warn(line: str) -> None:
+    """Prints a warning to stderr."""
+    print(f"ev3-distill: warning: {line}", file=sys.stderr)

@@ -26,12 +26,13 @@ class Batch(NamedTuple):
     """A batch of examples, or a whole split (then B is N)."""
 
     inputs: jax.Array  # [B, ...] float32, or uint8, which networks take as x / 255
-    labels: jax.Array  # [B] int32, -1 where there is none
-    teacher_logits: jax.Array  # [B, K] float32
+    targets: PyTree  # leaves [B, ...], such as labels [B] int32; -1 (integer) or nan (float) where missing
+    teacher: Mapping[
+        str, jax.Array
+    ]  # the teacher's outputs by name, [B, ...] float32, such as logits; features as well
     index: jax.Array  # type: ignore[assignment]  # [B] int32, position in the data set: names the example
     weight: jax.Array  # [B] float32, of the example in a loss
-    teacher_features: Mapping[str, jax.Array] = {}  # by name, [B, ...] float32; none where no loss asks for any
-    group: jax.Array | tuple[()] = ()  # [B] int32 of a held-out split whose examples belong to groups, from 0
+    group: jax.Array | tuple[()] = ()  # [B] int32, the example's group from 0, in held-out splits of grouped data
 
 
 class Pools(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from ev3_distill.errors import InputError
+from ev3_distill.errors import InputError, summary
 from ev3_distill.runtime.checkpoint import alone
 from ev3_distill.runtime.distributed import first, from_first
 from ev3_distill.types import Network, Variables
@@ -140,9 +140,8 @@ def _read(directory: Path, network: Network, blank: dict[str, np.ndarray]) -> di
             _check_alike(saved, blank)  # before orbax reads in parallel and fails in several places
             leaves = checkpointer.restore(directory.absolute(), blank)
     except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InputError(
-            f"the variables in {directory} cannot be read for a network {network.spec}: {reason}"
+            f"the variables in {directory} cannot be read for a network {network.spec}: {summary(error)}"
         ) from None
     return {name: np.asarray(leaves[name]) for name in blank}
 

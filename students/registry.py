@@ -1,21 +1,19 @@
 """Students: one file per family, smallest first, and the ways to name, build, save and load one."""
 
 import functools
-import importlib
 import inspect
 import json
-import os
 import re
-import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ev3_distill.errors import InputError
+from ev3_distill.errors import InputError, summary
+from ev3_distill.runtime.files import atomic_directory
+from ev3_distill.runtime.user_code import load_callable
 from ev3_distill.students.families.conv4 import conv4
 from ev3_distill.students.families.conv4 import grow as grow_conv4
 from ev3_distill.students.families.convnet1d import convnet1d
@@ -154,18 +152,7 @@ def factory_of(text: str) -> Callable[..., Any] | None:
             f"a student is one of {_KNOWN} or MODULE:FACTORY; got '{text}': "
             "for example mlp:hidden=32-32, or my_module:make_student"
         )
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a module in the working directory
-    try:
-        factory = getattr(importlib.import_module(module), name)
-    except Exception as error:  # of the user's own code
-        raise InputError(
-            f"a student is one of {_KNOWN} or an importable MODULE:FACTORY; got '{text}', which fails with "
-            f"{_told(error)}: check the name, or run where the module is"
-        ) from error
-    if not callable(factory):
-        raise InputError(f"a student's FACTORY is callable; got {type(factory).__name__} of '{text}': name a function")
-    return cast(Callable[..., Any], factory)
+    return load_callable(text, rule=f"a student is one of {_KNOWN} or an importable MODULE:FACTORY")
 
 
 def build(spec: Mapping[str, Any], *, factory: Callable[..., Any] | None = None) -> Network:
@@ -194,7 +181,7 @@ def build(spec: Mapping[str, Any], *, factory: Callable[..., Any] | None = None)
     except Exception as error:  # of the user's own code, or of options that make no sense
         raise InputError(
             f"a student must map inputs [B, {_comma(rest['input_shape'])}] to logits [B, K]; {name} with {rest} fails with "
-            f"{_told(error)}: mend it"
+            f"{summary(error)}: mend it"
         ) from error
     if any(logits.shape != (2, rest["num_classes"]) or logits.dtype != jnp.float32 for logits in got):
         told = " and ".join(sorted({f"{logits.dtype} {list(logits.shape)}" for logits in got}))
@@ -226,7 +213,7 @@ def layout_of(spec: Mapping[str, Any], *, factory: Callable[..., Any] | None = N
     except Exception as error:
         raise InputError(
             f"a factory's `grow` takes its options; that of {spec['factory']} with {_options(spec)} fails with "
-            f"{_told(error)}: mend it"
+            f"{summary(error)}: mend it"
         ) from error
     if not isinstance(made, Layout):
         raise InputError(
@@ -298,24 +285,15 @@ def _outputs(network: Network, input_shape: Sequence[int]) -> list[jax.ShapeDtyp
     return outputs
 
 
-def _told(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
 def _comma(shape: Sequence[int]) -> str:
     return ", ".join(str(size) for size in shape)
 
 
 def save(directory: Path, network: Network, variables: Variables) -> None:
     """Writes `spec.json` and the variables, atomically: the directory appears whole or not at all."""
-    temporary = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    (temporary / "spec.json").write_text(json.dumps(network.spec, indent=1) + "\n")
-    save_variables(temporary / "variables", variables)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(temporary, directory)
+    with atomic_directory(directory, overwrite=True) as temporary:
+        (temporary / "spec.json").write_text(json.dumps(network.spec, indent=1) + "\n")
+        save_variables(temporary / "variables", variables)
 
 
 def load(directory: str | Path, *, factory: Callable[..., Any] | None = None) -> tuple[Network, Variables]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ev3_distill.errors import InputError
+from ev3_distill.errors import InputError, summary
 
 
 def file_and_names(place: str, *, kind: str) -> tuple[Path, tuple[str, ...]]:
@@ -18,7 +18,9 @@ def file_and_names(place: str, *, kind: str) -> tuple[Path, tuple[str, ...]]:
     text, _, names = place.partition("#")
     path = Path(text).expanduser()
     if not text or not path.is_file():
-        raise InputError(f"{kind}:FILE needs a file; got '{text}', which is missing or no file: check the path")
+        raise InputError(
+            f"{kind}:FILE needs a file; got '{text}', which does not exist or is not a file: check the path"
+        )
     return path, tuple(name for name in names.split(",") if name)
 
 
@@ -32,7 +34,7 @@ def package(name: str, *, kind: str, install: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise InputError(
-            f"{kind} teachers need the package {name}; got {type(error).__name__}: {error}: pip install '{install}'"
+            f"{kind} teachers need the package {name}; got {summary(error)}: pip install '{install}'"
         ) from None
 
 

@@ -14,6 +14,7 @@ from ev3_distill.teachers.kinds.python import python_teacher
 from ev3_distill.teachers.kinds.recorded import load_logits, save_logits
 from ev3_distill.teachers.kinds.sklearn import sklearn_teacher
 from ev3_distill.teachers.kinds.torch import torch_teacher
+from ev3_distill.teachers.preprocessing import IDENTITY
 from ev3_distill.teachers.teacher import BatchError, Request, Teacher
 from ev3_distill.types import Network, Variables
 
@@ -33,7 +34,7 @@ KINDS: dict[str, Callable[[str, Request], Teacher]] = {
 def load_teacher(
     text: str,
     *,
-    preprocessing: Preprocessing,
+    preprocessing: Preprocessing = IDENTITY,
     input_shape: Sequence[int],
     num_classes: int,
     class_names: Sequence[str],

@@ -1,34 +1,50 @@
-"""Lessons: what a teacher says of the examples, from the cache where it has said it before.
+"""Teacher targets: a teacher's outputs on the examples of a run, read from the cache where it has them.
 
-A teacher runs once on each view of each example; runs of other students, seeds and budgets share what it said.
+A teacher runs once on each view of each example. Runs with other students, seeds or budgets share the cached outputs.
 """
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from ev3_distill.arms import PEER
-from ev3_distill.data.pipeline import Views
+from ev3_distill.data.pipeline import TeacherOf, Views
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.counter import Counter
 from ev3_distill.teachers import Teacher
 from ev3_distill.teachers.cache.output_store import Contents, LogitStore, collect, verify
 
-BATCH = 256  # examples of one forward pass of a teacher, at most
+BATCH = 256  # largest number of examples in one forward pass of a teacher
 
-Aside = Callable[[], contextlib.AbstractContextManager[None]]  # hides what else is shown on the terminal
+PauseDisplay = Callable[[], contextlib.AbstractContextManager[None]]  # hides the progress bar meanwhile
 
 
-class Lessons:
-    """A teacher that runs on the host, through the cache.
+class TeacherTargets(Protocol):
+    """Source of a teacher's outputs.
 
     Attributes:
-      num_classes: K.
+      pause_display: wraps work that shows a display of its own.
     """
+
+    pause_display: PauseDisplay
+
+    def for_views(self, views: Views, count: int) -> TeacherOf:
+        """The teacher's outputs on the views of an explore split, of which `count` are in use."""
+
+    def unchanged(self, positions: np.ndarray, title: str = "teacher") -> Mapping[str, np.ndarray]:
+        """Outputs by name [n, ...] on the examples at positions [n] of the data set, without augmentation."""
+
+    def close(self) -> None:
+        """Releases what the source holds."""
+
+
+class CachedTargets:
+    """Outputs of a teacher that runs on the host, through the cache."""
 
     def __init__(
         self,
@@ -42,27 +58,39 @@ class Lessons:
         batch_size: int = BATCH,
         warn: Callable[[str], None],
     ):
-        """Takes the teacher, what it is run on, and those of its features that are asked for; `root` holds the stores."""
-        self._batch_size = batch_size
+        """Prepares the cache; the teacher does not run yet.
+
+        Args:
+          teacher: gives logits [B, K] and features.
+          dataset: that the teacher runs on.
+          num_classes: K.
+          features: names of the teacher's features to cache beside its logits.
+          precision: of cached outputs.
+          root: folder of the stores; by default the cache of the user.
+          batch_size: largest number of examples in one forward pass.
+          warn: gets a line if cached rows are damaged.
+        """
+        self._batch_size, self._num_classes = batch_size, num_classes
         self._teacher, self._dataset, self._features = teacher, dataset, tuple(features)
-        self.num_classes, self._precision, self._root, self._warn = num_classes, precision, root, warn
-        self.aside: Aside = contextlib.nullcontext
+        self._precision, self._root, self._warn = precision, root, warn
+        self.pause_display: PauseDisplay = contextlib.nullcontext
         self._stores: dict[str, LogitStore] = {}
 
-    def of(self, views: Views, count: int) -> Callable[..., dict[str, np.ndarray]]:
-        """The lesson on the views of an explore split, see `supply.Lesson`; `count` of them are in use."""
+    def for_views(self, views: Views, count: int) -> TeacherOf:
+        """See `TeacherTargets.for_views`."""
 
-        def lesson(
+        def teacher_of(
             view: int, positions: np.ndarray, pixels_of: Callable[[np.ndarray], np.ndarray]
         ) -> dict[str, np.ndarray]:
             title = "teacher" if views.augmentation is None else f"teacher, view {view + 1} of {count}"
-            return self._said(_described(views, view), title, positions, pixels_of)
+            return self._cached(_key_of(views, view), title, positions, pixels_of)
 
-        return lesson
+        return teacher_of
 
-    def plain(self, positions: np.ndarray, title: str = "teacher") -> np.ndarray:
-        """Logits [n, K] on the examples as they are, by their positions [n] in the data set."""
-        return self._said("clean", title, positions, lambda rows: self._dataset.inputs[rows])["logits"]
+    def unchanged(self, positions: np.ndarray, title: str = "teacher") -> Mapping[str, np.ndarray]:
+        """See `TeacherTargets.unchanged`; without the features."""
+        outputs = self._cached("clean", title, positions, lambda rows: self._dataset.inputs[rows])
+        return {"logits": outputs["logits"]}
 
     def close(self) -> None:
         """Syncs and closes the cache."""
@@ -70,29 +98,16 @@ class Lessons:
             store.close()
         self._stores.clear()
 
-    def _said(
+    def _cached(
         self, view: Any, title: str, positions: np.ndarray, pixels_of: Callable[[np.ndarray], np.ndarray]
     ) -> dict[str, np.ndarray]:
+        """Reads outputs from the store of a view; runs the teacher on the rows that it lacks."""
         store = self._stores.get(str(view))
         if store is None:
-            fields = self._fields(pixels_of(positions[:1]))
-            store = self._stores[str(view)] = LogitStore(
-                Contents(
-                    teacher=hashlib.sha256("\n".join([self._teacher.digest, *self._features]).encode()).hexdigest(),
-                    data=self._dataset.fingerprint,
-                    rows=len(self._dataset.labels),
-                    fields=fields,
-                    view=view,
-                    precision=self._precision,
-                    teacher_source=self._teacher.source,
-                    data_source=self._dataset.source,
-                ),
-                root=self._root,
-                warn=self._warn,
-            )
+            store = self._stores[str(view)] = self._open(view, self._fields(pixels_of(positions[:1])))
             verify(self._outputs, pixels_of, store, positions)
         if len(store.missing(positions)):
-            with self.aside(), Counter(title, things="examples") as counter:
+            with self.pause_display(), Counter(title, things="examples") as counter:
                 collect(
                     self._outputs,
                     pixels_of,
@@ -104,87 +119,108 @@ class Lessons:
                 )
         return store.read(positions)
 
+    def _open(self, view: Any, fields: Mapping[str, tuple[int, ...]]) -> LogitStore:
+        contents = Contents(
+            teacher=hashlib.sha256("\n".join([self._teacher.digest, *self._features]).encode()).hexdigest(),
+            data=self._dataset.fingerprint,
+            rows=len(self._dataset.labels),
+            fields=fields,
+            view=view,
+            precision=self._precision,
+            teacher_source=self._teacher.source,
+            data_source=self._dataset.source,
+        )
+        return LogitStore(contents, root=self._root, warn=self._warn)
+
     def _outputs(self, inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """What is asked of what the teacher gives."""
-        given = self._teacher.outputs(inputs)
-        return {name: given[name] for name in ("logits", *self._features)}
+        """Runs the teacher; keeps the logits and the features in use."""
+        outputs = self._teacher.outputs(inputs)
+        return {name: outputs[name] for name in ("logits", *self._features)}
 
     def _fields(self, example: np.ndarray) -> dict[str, tuple[int, ...]]:
-        """Shapes of the outputs on one example, and that its logits are of these classes."""
-        fields = {name: rows.shape[1:] for name, rows in self._outputs(example).items()}
-        if fields["logits"] != (self.num_classes,):
+        """Shapes of the outputs for one example, once the number of logits is checked."""
+        fields = {name: array.shape[1:] for name, array in self._outputs(example).items()}
+        if fields["logits"] != (self._num_classes,):
             raise InputError(
-                f"a teacher must give one logit per class, {self.num_classes}; {self._teacher.source} gives "
+                f"a teacher must give one logit per class, {self._num_classes}; {self._teacher.source} gives "
                 f"{fields['logits'][0]}: use a teacher of these classes, or name them by --teacher-input.classes"
             )
         return fields
 
 
-def _described(views: Views, view: int) -> Any:
-    """A view as plain data. What is mixed depends on which examples the split has, too."""
+def _key_of(views: Views, view: int) -> Any:
+    """A view as plain data. Which examples are mixed depends on the members of the split, too."""
     if views.augmentation is None:
         return "clean"
-    told: dict[str, Any] = {"augment": views.augmentation.describe(), "view": view}
+    key: dict[str, Any] = {"augment": views.augmentation.describe(), "view": view}
     if views.augmentation.mix:
-        told["among"] = hashlib.sha256(np.asarray(views.index, np.int64).tobytes()).hexdigest()
-    return told
+        key["among"] = hashlib.sha256(np.asarray(views.index, np.int64).tobytes()).hexdigest()
+    return key
 
 
-class Recorded:
-    """A teacher that has run already, on the examples as they are."""
+class RecordedTargets:
+    """Outputs that were computed before, on examples without augmentation."""
 
-    def __init__(self, logits: np.ndarray):
-        """Takes its logits [N, K], in the data set's order."""
-        self._logits, self.num_classes = logits, logits.shape[1]
-        self.aside: Aside = contextlib.nullcontext
+    def __init__(self, outputs: Mapping[str, np.ndarray]):
+        """Takes the outputs by name [N, ...], in the data set's order."""
+        self._recorded = dict(outputs)
+        self.pause_display: PauseDisplay = contextlib.nullcontext
 
-    def of(self, views: Views, count: int) -> Callable[..., dict[str, np.ndarray]]:
-        """The lesson on an explore split without augmentation, see `supply.Lesson`."""
+    def for_views(self, views: Views, count: int) -> TeacherOf:
+        """See `TeacherTargets.for_views`.
+
+        Raises:
+          InputError: the split is augmented.
+        """
         if views.augmentation is not None:
             raise InputError(
-                "recorded logits belong to the examples as they are; got an augmentation "
+                "recorded logits belong to examples without augmentation; got "
                 f"'{views.augmentation.describe()}': give --augment none, or the teacher itself"
             )
-        return lambda view, positions, pixels_of: {"logits": self._logits[positions]}
+        return lambda view, positions, pixels_of: self._at(positions)
 
-    def plain(self, positions: np.ndarray, title: str = "") -> np.ndarray:
-        """Logits [n, K] by positions [n] in the data set."""
-        return self._logits[positions]
+    def unchanged(self, positions: np.ndarray, title: str = "") -> Mapping[str, np.ndarray]:
+        """See `TeacherTargets.unchanged`."""
+        return self._at(positions)
+
+    def _at(self, positions: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: array[positions] for name, array in self._recorded.items()}
 
     def close(self) -> None:
         """Nothing is open."""
 
 
-class Labels(Recorded):
-    """No teacher: labels alone, and blank logits."""
+class BlankTargets(RecordedTargets):
+    """Zeros in place of a teacher's outputs, for runs that train on the data's own targets alone."""
 
-    def __init__(self, examples: int, num_classes: int):
-        """Takes N and K."""
-        super().__init__(np.broadcast_to(np.zeros(1, np.float32), (examples, num_classes)))
+    def __init__(self, examples: int, teacher_spec: Mapping[str, jax.ShapeDtypeStruct]):
+        """Takes N, and the shapes of the outputs for one example, `Task.teacher_spec`."""
+        zero = np.zeros(1, np.float32)
+        super().__init__({name: np.broadcast_to(zero, (examples, *leaf.shape)) for name, leaf in teacher_spec.items()})
 
-    def of(self, views: Views, count: int) -> Callable[..., dict[str, np.ndarray]]:
-        """Blank logits for any view."""
-        return lambda view, positions, pixels_of: {"logits": self._logits[positions]}
+    def for_views(self, views: Views, count: int) -> TeacherOf:
+        """Zeros for any view."""
+        return lambda view, positions, pixels_of: self._at(positions)
 
 
-class WithPeer:
-    """Lessons to which a peer, another student, adds what it says: the feature PEER, its logits [B, K]."""
+class PeerTargets:
+    """Teacher targets with the logits of a peer, another student, as the feature PEER [B, K]."""
 
-    def __init__(self, lessons: "Lessons | Recorded", peer: Callable[[np.ndarray], np.ndarray], *, batch_size: int):
-        """Takes the lessons, and the peer as a function from inputs [B, ...] to logits; `batch_size` bounds B."""
-        self._lessons, self._peer, self._batch_size = lessons, peer, batch_size
-        self.num_classes, self.plain, self.close = lessons.num_classes, lessons.plain, lessons.close
-        self.aside: Aside = contextlib.nullcontext
+    def __init__(self, targets: TeacherTargets, peer: Callable[[np.ndarray], np.ndarray], *, batch_size: int):
+        """Takes the teacher's targets, and the peer as a function from inputs [B, ...] to logits; `batch_size` bounds B."""
+        self._targets, self._peer, self._batch_size = targets, peer, batch_size
+        self.unchanged, self.close = targets.unchanged, targets.close
+        self.pause_display: PauseDisplay = contextlib.nullcontext
 
-    def of(self, views: Views, count: int) -> Callable[..., dict[str, np.ndarray]]:
-        """The lesson on the views of an explore split, see `supply.Lesson`."""
-        lesson = self._lessons.of(views, count)
+    def for_views(self, views: Views, count: int) -> TeacherOf:
+        """See `TeacherTargets.for_views`."""
+        teacher_of = self._targets.for_views(views, count)
 
         def both(
             view: int, positions: np.ndarray, pixels_of: Callable[[np.ndarray], np.ndarray]
         ) -> dict[str, np.ndarray]:
-            said = [self._peer(pixels_of(part)) for part in chunked(positions, self._batch_size)]
-            return {**lesson(view, positions, pixels_of), PEER: np.concatenate(said)}
+            logits = [self._peer(pixels_of(part)) for part in chunked(positions, self._batch_size)]
+            return {**teacher_of(view, positions, pixels_of), PEER: np.concatenate(logits)}
 
         return both
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from ev3_distill.config import Preprocessing
-from ev3_distill.errors import InputError
+from ev3_distill.errors import InputError, summary
 from ev3_distill.teachers.class_order import columns_of
 from ev3_distill.teachers.preprocessing import IDENTITY, flattens, merged, normal, prepared, settled
 from ev3_distill.types import Network, Variables
@@ -159,7 +159,7 @@ def _run(model: Model, ready: np.ndarray, source: str) -> Outputs:
         raise
     except Exception as error:  # of any library, and of the user's own code
         raise BatchError(
-            f"a teacher must run on the data; {source} fails with {told(error)} on a batch {list(ready.shape)} with values "
+            f"a teacher must run on the data; {source} fails with {summary(error)} on a batch {list(ready.shape)} with values "
             f"from {ready.min():.3g} to {ready.max():.3g}: mend it, or its inputs by --teacher-input"
         ) from error
 
@@ -249,9 +249,3 @@ def picked(
 
 def _told_shape(shape: Sequence[int | None] | None) -> str:
     return "of unknown shape" if shape is None else f"[{', '.join('?' if d is None else str(d) for d in shape)}]"
-
-
-def told(error: BaseException) -> str:
-    """An exception in a few words: its type and its first line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -37,9 +37,9 @@ if "EV3_DISTILL_CACHE" not in os.environ:  # never the user's own
 import numpy as np
 import pytest
 
-from ev3_distill.cli.main import PACE, main
+from ev3_distill.cli.main import GC_THRESHOLDS, main
 
-gc.set_threshold(*PACE)
+gc.set_threshold(*GC_THRESHOLDS)
 pytest.register_assert_rewrite(
     "refused_inputs", "report_examples", "teacher_cache_files", "random_walks"
 )  # what they assert is told in full, as in tests

@@ -28,7 +28,7 @@ def learnable(seed, n):
     return Batch(
         jnp.asarray(inputs, jnp.float32),
         jnp.asarray(logits.argmax(1), jnp.int32),
-        jnp.asarray(logits, jnp.float32),
+        {"logits": jnp.asarray(logits, jnp.float32)},
         jnp.arange(n, dtype=jnp.int32),
         jnp.ones(n),
     )
@@ -39,7 +39,7 @@ START = NETWORK.init(jax.random.key(1))
 
 
 def squared(logits, batch):
-    return jnp.square(logits - batch.teacher_logits).mean()
+    return jnp.square(logits - batch.teacher["logits"]).mean()
 
 
 def nan_loss(logits, batch):

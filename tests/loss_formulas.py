@@ -31,7 +31,7 @@ def make_batch(teacher, labels=None, weight=None):
     n = len(teacher)
     labels = jnp.zeros(n, jnp.int32) if labels is None else jnp.asarray(labels, jnp.int32)
     weight = jnp.ones(n) if weight is None else jnp.asarray(weight, jnp.float32)
-    return Batch(jnp.zeros((n, 1)), labels, teacher, jnp.arange(n, dtype=jnp.int32), weight)
+    return Batch(jnp.zeros((n, 1)), labels, {"logits": teacher}, jnp.arange(n, dtype=jnp.int32), weight)
 
 
 def draw(seed=0):

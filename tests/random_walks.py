@@ -63,7 +63,7 @@ def make_split(inputs, labels=None):
     inputs = jnp.asarray(inputs, jnp.float32)[:, None]
     n = inputs.shape[0]
     labels = jnp.zeros(n, jnp.int32) if labels is None else jnp.asarray(labels, jnp.int32)
-    return Batch(inputs, labels, jnp.zeros((n, 2)), jnp.arange(n, dtype=jnp.int32), jnp.ones(n))
+    return Batch(inputs, labels, {"logits": jnp.zeros((n, 2))}, jnp.arange(n, dtype=jnp.int32), jnp.ones(n))
 
 
 def ladder(n=N):

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ev3_distill.arms.evolution_arm import evolution_arm
-from ev3_distill.arms.gradient import LossWithParams, gradient_arm
+from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.arms.optimizers import adamw, muon
-from ev3_distill.arms.tuned_arm import TuningConfig, tuned_arm
+from ev3_distill.arms.tuned_arm import tuned_arm
 from ev3_distill.errors import InputError
-from ev3_distill.evolution import EvolutionConfig
+from ev3_distill.evolution.strategy import evolution_arm
 from ev3_distill.students.network import features_of
 from ev3_distill.tasks.classification import example_scores, losses, steering
 from ev3_distill.tasks.classification.feature_losses import FEATURE_LOSSES, with_features
+from ev3_distill.tasks.metrics import find_metric
 from ev3_distill.types import Apply, Arm, Loss, Network, Objective
 
 RATE, MUON_RATE = 1e-2, 5e-2
@@ -38,11 +38,11 @@ Make = Callable[[str, _Pass], Arm]
 
 
 def _adamw(loss: Callable[[], Loss], rate: float = RATE) -> Make:
-    return lambda name, by: gradient_arm(name, by.apply, loss(), adamw(rate), rounding=by.share)
+    return lambda name, by: gradient_arm(name, by.apply, loss(), adamw(rate), share=by.share)
 
 
 def _muon(loss: Callable[[], Loss], rate: float = MUON_RATE) -> Make:
-    return lambda name, by: gradient_arm(name, by.apply, loss(), muon(rate), anneal=up_and_down, rounding=by.share)
+    return lambda name, by: gradient_arm(name, by.apply, loss(), muon(rate), anneal=up_and_down, share=by.share)
 
 
 def _challenger(make: Make) -> Make:
@@ -60,8 +60,8 @@ def up_and_down(spent: jax.Array) -> jax.Array:
 
 
 def _evolving(objective: Callable[[], Objective]) -> Callable[[str, Apply, Mesh | None], Arm]:
-    config = EvolutionConfig(pairs=32, sigma=0.02)
-    return lambda name, apply, mesh: evolution_arm(name, apply, objective(), optax.adam(3e-3), config, mesh=mesh)
+    how: dict[str, Any] = {"pairs": 32, "sigma": 0.02}
+    return lambda name, apply, mesh: evolution_arm(name, apply, objective(), optax.adam(3e-3), mesh=mesh, **how)
 
 
 def _with_labels(teacher: Loss) -> Loss:
@@ -125,8 +125,7 @@ GUARDED = (
     "ce-half-balanced",
 )  # where rare classes must count: these do race
 # Peers challenge late, too: one that is no better than what a student will be starts it fast, and holds it back for long.
-PEER = "peer"  # the feature in which a search's lessons bring what another student says
-BALANCING = ("worst_class_accuracy", "balanced_accuracy", "macro_f1")  # goals for which rare classes must count
+PEER = "peer"  # the feature that holds a peer's logits, another student's, in a search
 PEERS, CONVOLUTIONAL_PEERS = ("kd4-peer", "kd4-ensemble"), ("kd4-muon-peer", "kd4-muon-ensemble")
 BY_PEERS = PEERS + CONVOLUTIONAL_PEERS
 CONVOLUTIONAL_FAMILIES = ("resnet", "mobilenet", "conv4", "convnet1d")
@@ -143,7 +142,7 @@ def default_names(spec: Mapping[str, Any], *, labels: bool = True, goals: Sequen
     """
     convolutional = spec.get("family") in CONVOLUTIONAL_FAMILIES
     names: tuple[str, ...] = CONVOLUTIONAL if convolutional else DEFAULT
-    if any(metric in BALANCING for metric in goals):
+    if any((query := find_metric(name)) and query.row.balances_classes for name in goals):
         names = (*CONVOLUTIONAL, "kd4-muon-balanced") if convolutional else GUARDED
     return tuple(name for name in names if labels or not name.startswith("ce"))
 
@@ -254,10 +253,10 @@ def _number_off(text: str, sign: str) -> tuple[str, str]:
 
 def _tuned(name: str, apply: Apply, network: Network | None) -> Arm:
     """The arm of a name such as `tuned-temperature-mix`, with the optimizer that its kind of network learns by."""
-    config = TuningConfig(tune=tuple(name.split("-")[1:]))
+    tune = name.split("-")[1:]
     if network is not None and network.spec.get("family") in CONVOLUTIONAL_FAMILIES:
-        return tuned_arm(name, apply, muon(MUON_RATE), config, anneal=up_and_down)
-    return tuned_arm(name, apply, adamw(RATE), config)
+        return tuned_arm(name, apply, muon(MUON_RATE), tune=tune, anneal=up_and_down)
+    return tuned_arm(name, apply, adamw(RATE), tune=tune)
 
 
 def _pass(name: str, apply: Apply, network: Network | None) -> _Pass:
@@ -285,7 +284,7 @@ def _featured(name: str, network: Network | None, teacher: Shapes) -> Arm:
     logits_loss = _with_labels(losses.kd(temperature=4.0))
     loss = with_features(logits_loss, feature_loss, student=asked.student, teacher=asked.teacher, weight=asked.weight)
     extra = feature_loss.begin(student[asked.student], teacher[asked.teacher])
-    return gradient_arm(name, network.features, LossWithParams(loss, extra), adamw(asked.rate))
+    return gradient_arm(name, network.features, loss, adamw(asked.rate), extra=extra)
 
 
 def _listed(shapes: Shapes) -> str:

@@ -1,56 +1,69 @@
-"""The certificate: what may be promised of the final student, from the sealed test split.
+"""The certificate: what may be claimed of the final student, from the sealed test split.
 
-Every bound is for the population that the test split was drawn from, example by example, independently. It holds for one
-student, fixed before the split was opened, and says nothing of other populations. Where a few students were fixed then, each
-has its share of the error probability (Bonferroni): so the bounds of all hold together, and any of them may be delivered.
+Every bound is about the population that the test split was drawn from, example by example and independently. It holds for a
+student that was fixed before the split was opened, and says nothing about other populations. Where a few students were fixed,
+each gets an equal part of the error probability (Bonferroni), so the bounds of all hold jointly and any of the students may
+be delivered.
 
-There are up to three statements, each with the certificate's confidence by itself: that all claims hold together; that the
-accuracy on every class is at least what the table of classes says; the same of groups.
+A certificate makes up to three statements, each with the certificate's confidence by itself: all claims hold jointly; the
+accuracy on every class is at least what the table of classes says; the same for groups.
+
+This module is pure statistics and knows no task: the caller hands in a bound for each metric.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from ev3_distill.certify.bounds import clopper_pearson_lower
-from ev3_distill.guards import FORMS, KNOWN, METRICS, TOP_K, form_of
-from ev3_distill.tasks.classification.metric_bounds import Bound, Claim, Outputs, by_part, claims_of, in_top, share
+from ev3_distill.certify import bounds
 
 __all__ = [
     "COVERED",
     "NOT_COVERED",
+    "Bound",
     "Certificate",
     "Claim",
-    "Outputs",
     "Table",
-    "accuracy_by",
-    "claims_of",
-    "clopper_pearson_lower",
+    "equal_shares",
+    "fraction_bound",
     "make_certificate",
-    "shares_of",
-    "shares_when_reopened",
-]  # fmt: skip
+    "mean_bound",
+    "median_bound",
+    "part_bounds",
+]
 
 COVERED = (
-    "Examples that come as those of the test split came: the same source, the same mix of classes, one independent of the "
-    "other."
+    "Examples that come as those of the test split came: from the same source, with the same mix of classes, each independent "
+    "of the others."
 )
 NOT_COVERED = (
     "data from elsewhere: another source, another time, another camera, an adversary",
     "single examples, and classes or groups that no claim and no table names",
-    "this student once its weights, their precision or its inputs' preparation are changed",
-    "a student that was chosen by certificates on this split, but among the candidates that its own counts",
-    "latency_ms: other machines, or this one under another load",
+    "this student after a change of its weights, their precision or the preprocessing of its inputs",
+    "a student that was selected by certificates on this split, except among the candidates that its certificate counts",
+    "latency_ms: other machines, or the same machine under another load",
 )
-ASKED = tuple(name for name in (*METRICS, *FORMS) if name not in KNOWN)  # what a reopened split may be asked about
-ANEW = ("cost", "latency_ms", "MODULE:FUNCTION")  # what each opening may fill with something new
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """In the population, the metric is at least `lower_bound`, or at most `upper_bound`."""
+
+    metric: str
+    point: float  # on the split
+    lower_bound: float | None  # at the claim's own level, see `make_certificate`
+    n: int  # examples
+    upper_bound: float | None = None  # in place of the lower bound, for a metric that is better when lower
+
+
+Bound = Callable[[float], Claim]  # confidence of this claim alone -> the claim
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Accuracies by class or by group that all hold together with the given confidence, apart from all other claims."""
+    """Accuracies by class or by group that hold jointly with the given confidence, apart from all other claims."""
 
     of: str  # class or group
     confidence: float
@@ -65,18 +78,18 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """Claims that hold all together with the given confidence, and tables that do so each by itself."""
+    """Claims that hold jointly with the given confidence, and tables that each hold by themselves."""
 
     confidence: float
     claims: tuple[Claim, ...]
     tables: tuple[Table, ...] = ()
     reopened: int = 0  # how often the split had been opened before
-    among: int = 1  # students for which it was opened
+    among: int = 1  # students for which the split was opened
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON: {"confidence", "claims": [{"metric", "point", "lower_bound" or "upper_bound", "n"}]}.
 
-        Where there are any, `tables`, see Table, `reopened` and, above 1, `among` stand beside these.
+        `tables` (see Table), `reopened` and `among` are present where there are tables, earlier openings, or several students.
         """
         claims = [
             {name: value for name, value in dataclasses.asdict(claim).items() if value is not None}
@@ -97,85 +110,99 @@ def make_certificate(
 ) -> Certificate:
     """The certificate of one student.
 
-    Each of m claims on each of k students gets the level (1 - confidence) / (k m), so that by Bonferroni's inequality all
-    bounds hold together with the given confidence, however metrics and students depend on each other.
+    Each of m claims on each of k students gets the level (1 - confidence) / (k m). By Bonferroni's inequality all bounds then
+    hold jointly with the given confidence, however metrics and students depend on each other.
 
     Args:
-      claims: by metric, as from `claims_of`: functions of their own confidence. Or a score per example, [N] of 0 and 1 on
-        the sealed split, for the share of ones.
-      confidence: of all claims together, in (0, 1).
-      shares: of the error probability 1 - confidence that the claims get, 1 in all at most; alike by default.
-      among: k, students for which the split was opened.
+      claims: by metric, a bound: a function of the claim's own confidence. Or scores [N] of 0 and 1 on the sealed split, to
+        claim the fraction of ones.
+      confidence: of all claims jointly, in (0, 1).
+      shares: each claim's part of the error probability 1 - confidence, at most 1 in total; equal by default.
+      among: k, the number of students for which the split was opened.
 
     Raises:
-      InputError: the split is empty or confidence is out of range.
-      ValueError: no metric, or scores that are not a vector of zeros and ones.
+      InputError: the split is empty, or confidence is out of range.
+      ValueError: there is no metric, or scores are not a vector of zeros and ones.
     """
     if not claims:
         raise ValueError("a certificate needs at least one metric; got none: pass {name: scores}")
-    shares = shares_of(claims) if shares is None else shares
+    shares = equal_shares(claims) if shares is None else shares
     made = []
     for metric, claim in claims.items():
-        bound = claim if callable(claim) else share(metric, claim)
+        bound = claim if callable(claim) else fraction_bound(metric, claim)
         made.append(bound(1 - (1 - confidence) * shares[metric] / among))
     return Certificate(confidence, tuple(made), among=among)
 
 
-def shares_of(metrics: Mapping[str, Any] | Sequence[str]) -> dict[str, float]:
-    """The same share of the error probability for each of these claims."""
+def equal_shares(metrics: Mapping[str, Any] | Sequence[str]) -> dict[str, float]:
+    """An equal part of the error probability for each claim."""
     return {metric: 1 / len(metrics) for metric in metrics}
 
 
-def shares_when_reopened(metrics: Sequence[str], reopened: int) -> dict[str, float]:
-    """Shares of the error probability for claims that may have been chosen after the split was opened.
-
-    Who has seen the first certificate may choose the next claims by it. So the family is all that could ever be asked: each
-    metric of ASKED gets an equal share, whichever are asked; of that top-K accuracies get 1 / (K (K - 1)) for K = 2, 3, ...;
-    and what an opening may fill with something new (a function, costs, a measured time) 1 / (j (j + 1)) in the j-th, shared
-    out evenly among functions. All these shares sum to 1 at most, so all certificates of reopened splits hold together with
-    the confidence, however they were chosen; those with functions or costs where these were written without the split.
+def fraction_bound(metric: str, hits: np.ndarray) -> Bound:
+    """A lower bound of the fraction of ones, by Clopper and Pearson.
 
     Args:
-      metrics: asked for.
-      reopened: j, how often the split had been opened before, at least 1.
+      metric: name of the claim.
+      hits: [N] in {0, 1}.
+
+    Raises:
+      ValueError: `hits` is not a vector of zeros and ones.
     """
-    functions = sum(form_of(metric) == "MODULE:FUNCTION" for metric in metrics)
-
-    def of(metric: str) -> float:
-        form = form_of(metric)
-        part = 1 / len(ASKED)
-        if top := TOP_K.search(metric) if form in FORMS and form not in ANEW else None:
-            part /= int(top[1]) * (int(top[1]) - 1)
-        if form in ANEW:
-            part /= reopened * (reopened + 1) * (functions if form == "MODULE:FUNCTION" else 1)
-        return part
-
-    return {metric: of(metric) for metric in metrics}
+    hits = np.asarray(hits)
+    if hits.ndim != 1 or not np.isin(hits, (0, 1)).all():
+        raise ValueError(
+            f"scores must be a vector of 0 and 1; got {metric} of shape {hits.shape} with {np.unique(hits)[:5]}: "
+            "score each example as right (1) or wrong (0)"
+        )
+    n, k = len(hits), int(np.count_nonzero(hits))
+    return lambda confidence: Claim(metric, k / max(n, 1), bounds.clopper_pearson_lower(k, n, confidence=confidence), n)
 
 
-class Parts(NamedTuple):
-    """How a split falls into classes or groups."""
-
-    of: str  # class or group
-    members: np.ndarray  # [N] from 0, the part of each example; -1 for none
-    names: Sequence[str]
-
-
-def accuracy_by(outputs: Outputs, parts: Parts, *, confidence: float, among: int = 1) -> Table:
-    """The accuracy on each part, with bounds that all hold together with the given confidence.
-
-    Each of K parts has Clopper and Pearson's bound at the level (1 - confidence) / K (Bonferroni), for each of the students for
-    which the split was opened. One without examples has no point, and the bound 0.
+def mean_bound(metric: str, scores: np.ndarray, low: float, high: float, *, higher_is_better: bool = True) -> Bound:
+    """A bound of the mean of bounded scores, by betting: a lower bound where higher is better, else an upper bound.
 
     Args:
-      outputs: of the sealed split, [N].
-      parts: classes or groups of the same examples.
-      confidence: of the table as a whole, in (0, 1).
-      among: students for which the split was opened.
+      metric: name of the claim.
+      scores: [N] in [low, high].
+      low: smallest possible score.
+      high: largest possible score.
+      higher_is_better: which side to bound.
     """
-    labelled = np.where(outputs.labels >= 0, parts.members, -1)
-    hits = in_top(outputs.logits, outputs.labels, 1)
-    each = 1 - (1 - confidence) / len(parts.names) / among
-    found = by_part(hits, labelled, len(parts.names), confidence=each)
-    rows = [(name, k / n if n else None, bound, n) for name, (k, n, bound) in zip(parts.names, found, strict=True)]
-    return Table(parts.of, confidence, tuple(rows))
+    point, n = float(scores.mean()), len(scores)
+
+    def bound(confidence: float) -> Claim:
+        if higher_is_better:
+            return Claim(metric, point, bounds.mean_lower(scores, low, high, confidence=confidence), n)
+        return Claim(metric, point, None, n, upper_bound=bounds.mean_upper(scores, low, high, confidence=confidence))
+
+    return bound
+
+
+def median_bound(metric: str, values: np.ndarray) -> Bound:
+    """An upper bound of the median of independent measurements [N], by order statistics."""
+    point = float(np.median(values))
+
+    def bound(confidence: float) -> Claim:
+        upper = bounds.median_upper(values, confidence=confidence)
+        return Claim(metric, point, None, len(values), upper_bound=upper)
+
+    return bound
+
+
+def part_bounds(hits: np.ndarray, parts: np.ndarray, count: int, *, confidence: float) -> list[tuple[int, int, float]]:
+    """(hits, examples, lower bound) of each part, each bound with the given confidence; the bound is 0 without examples.
+
+    Args:
+      hits: [N] in {0, 1}.
+      parts: [N] from 0, such as classes or groups; -1 for none.
+      count: number of parts.
+      confidence: of each bound alone.
+    """
+    inside = parts >= 0
+    sizes = np.bincount(parts[inside], minlength=count)
+    right = np.bincount(parts[inside & np.asarray(hits, bool)], minlength=count)
+    return [
+        (int(k), int(n), bounds.clopper_pearson_lower(int(k), int(n), confidence=confidence) if n else 0.0)
+        for k, n in zip(right, sizes, strict=True)
+    ]

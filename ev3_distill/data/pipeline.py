@@ -1,7 +1,8 @@
-"""Supply: brings the explore split to the device part by part, with what the teacher says of each view.
+"""Input pipeline: streams batches of the explore split and the teacher's outputs on them to the device.
 
-Two ways, the same batches: a split that fits lives there whole and gets its views as the run reaches them; a larger one
-comes in windows of a few steps, read ahead by a loader's threads. Teacher outputs are asked for as late as possible.
+There are two pipelines, which give the same batches. `ResidentPipeline` holds the whole split on the device and adds each view
+when the run reaches it. `WindowPipeline` is for larger splits: it brings windows of a few steps, which a thread reads ahead.
+The teacher runs on a view as late as possible.
 """
 
 import functools
@@ -13,162 +14,172 @@ import jax.numpy as jnp
 import numpy as np
 
 from ev3_distill.data.augment import Augmentation, partner_of, view_of
-from ev3_distill.data.batches import Resident, Window, resident
+from ev3_distill.data.batches import Resident, Window, make_batch, resident, without_targets
 from ev3_distill.data.shuffle import Order, epoch_of, order, rows, steps_per_epoch
-from ev3_distill.types import Batch, Variables
+from ev3_distill.types import PyTree, Variables
 
-Lesson = Callable[[int, np.ndarray, Callable[[np.ndarray], np.ndarray]], dict[str, np.ndarray]]
-# (view, positions [n] in the data set, positions -> pixels) -> the teacher's "logits" [n, K] and features [n, ...]
+TeacherOf = Callable[[int, np.ndarray, Callable[[np.ndarray], np.ndarray]], dict[str, np.ndarray]]
+# (view, positions [n] in the data set, positions -> pixels) -> the teacher's outputs and features by name, [n, ...]
 
-PART = 64  # steps between two signs of life
+PART_STEPS = 64  # steps of one part of a resident split; the host regains control in between
 
 
 class Views:
-    """The explore split and its views: which pixels they are.
+    """The augmented views of the explore split.
 
     Attributes:
-      index: [N] positions of the split in the data set, in ascending order.
-      augmentation: None for the examples as they are, which have one view.
+      targets: of all examples of the data set, leaves [N, ...].
+      inputs: of all examples, [N, ...].
+      index: [M] positions of the split's examples in the data set, ascending.
+      augmentation: None for unchanged examples, which have one view.
     """
 
-    def __init__(self, dataset: Any, index: np.ndarray, augmentation: Augmentation | None):
-        self.dataset, self.index, self.augmentation = dataset, index, augmentation
+    def __init__(self, inputs: Any, targets: PyTree, index: np.ndarray, augmentation: Augmentation | None):
+        self.inputs, self.targets, self.index, self.augmentation = inputs, targets, index, augmentation
         if augmentation is not None:
             self._view = jax.jit(functools.partial(view_of, augmentation))
             self._partner = jax.jit(functools.partial(partner_of, augmentation, n=len(index)))
 
     def pixels(self, view: int, positions: np.ndarray) -> np.ndarray:
-        """One view of examples by their positions [n] in the data set."""
-        return self.seen(self.dataset.inputs[positions], positions, np.full(len(positions), view, np.int32))[0]
+        """One view of the examples at positions [n] of the data set."""
+        return self.augment(self.inputs[positions], positions, np.full(len(positions), view, np.int32))[0]
 
-    def seen(self, inputs: np.ndarray, positions: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Views [n] of examples that were read already, and which of them are mixed with others [n] bool."""
+    def augment(self, inputs: np.ndarray, positions: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Applies the views [n] to inputs [n, ...].
+
+        Returns:
+          The pixels [n, ...], and which examples are mixed with others, [n] bool.
+        """
         if self.augmentation is None:
             return inputs, np.zeros(len(inputs), bool)
         index, partners = jnp.asarray(positions, jnp.int32), None
         if self.augmentation.mix:
             own = jnp.asarray(np.searchsorted(self.index, positions), jnp.int32)
-            partners = self.dataset.inputs[self.index[np.asarray(self._partner(own, views))]]
+            partners = self.inputs[self.index[np.asarray(self._partner(own, views))]]
         pixels, mixed = self._view(inputs, partners, index, views)
         return np.asarray(pixels), np.asarray(mixed)
 
+    def targets_at(self, positions: np.ndarray) -> PyTree:
+        """Targets of the examples at positions [n], leaves [n, ...]."""
+        return jax.tree.map(lambda leaf: leaf[positions], self.targets)
 
-class ResidentSupply:
-    """All of the split on the device; view v is learnt when the run reaches its first epoch."""
+
+class ResidentPipeline:
+    """Holds the whole split on the device; the teacher runs on view v when the run reaches the first epoch of v."""
 
     def __init__(
         self,
         views: Views,
-        lesson: Lesson,
+        teacher_of: TeacherOf,
         *,
         count: int,
         batch_size: int,
         seed: int,
         teacher: Variables | tuple[()] = (),
     ):
-        """Takes the views, their teacher, the number V of views that it is asked of, and the seed of the order.
+        """Prepares the pipeline; nothing is computed yet.
 
-        `teacher` are the variables of a JAX teacher that runs inside the step.
+        Args:
+          views: of the explore split.
+          teacher_of: gives the teacher's outputs.
+          count: V, the number of views that the teacher runs on.
+          batch_size: B.
+          seed: of the order in which examples are visited.
+          teacher: variables of a JAX teacher that runs inside the training step.
         """
-        self._views, self._lesson, self._count, self._teacher = views, lesson, count, teacher
-        self._learnt: dict[str, np.ndarray] = {}  # [V, N, ...], filled view by view
-        self._known = 0
+        self._views, self._teacher_of, self._count, self._teacher = views, teacher_of, count, teacher
+        self._outputs: dict[str, np.ndarray] = {}  # the teacher's, [V, N, ...], filled view by view
+        self._ready = 0  # views
         self._seed, self._per_epoch = seed, steps_per_epoch(len(views.index), batch_size)
         self._pool: Resident | None = None
 
     def __call__(self, first: int, last: int) -> Iterator[tuple[Resident, int, int]]:
-        """Consecutive parts of the steps [first, last), each with the pool."""
-        wanted = min((last - 1) // self._per_epoch + 1, self._count)
-        if wanted > self._known:
-            self._learn(wanted)
-        for begin in range(first, last, PART):
+        """Yields consecutive parts of the steps [first, last) with the pool."""
+        needed = min((last - 1) // self._per_epoch + 1, self._count)
+        if needed > self._ready:
+            self._run_teacher(needed)
+        for begin in range(first, last, PART_STEPS):
             assert self._pool is not None
-            yield self._pool, begin, min(begin + PART, last)
+            yield self._pool, begin, min(begin + PART_STEPS, last)
 
     def whole(self) -> Resident:
         """The pool with all its views."""
-        self._learn(self._count)
+        self._run_teacher(self._count)
         assert self._pool is not None
         return self._pool
 
-    def _learn(self, wanted: int) -> None:
+    def _run_teacher(self, needed: int) -> None:
+        """Extends the pool to `needed` views."""
         index = self._views.index
-        for view in range(self._known, wanted):
-            said = self._lesson(view, index, functools.partial(self._views.pixels, view))
-            for name, rows_ in said.items():
-                blank = self._learnt.setdefault(name, np.zeros((self._count, *rows_.shape), np.float32))
-                blank[view] = rows_
-        self._known = wanted
+        for view in range(self._ready, needed):
+            outputs = self._teacher_of(view, index, functools.partial(self._views.pixels, view))
+            for name, array in outputs.items():
+                all_views = self._outputs.setdefault(name, np.zeros((self._count, *array.shape), np.float32))
+                all_views[view] = array
+        self._ready = needed
         if self._pool is None:
-            dataset = self._views.dataset
-            pool = resident(dataset.inputs[index], dataset.labels[index], index, self._learnt, seed=self._seed)
+            pool = resident(
+                self._views.inputs[index], self._views.targets_at(index), index, self._outputs, seed=self._seed
+            )
             self._pool = pool._replace(teacher=self._teacher)
             return
-        fresh = {name: jnp.asarray(said) for name, said in self._learnt.items()}
-        logits = fresh.pop("logits")
-        examples = self._pool.examples._replace(teacher_logits=logits, teacher_features=fresh)
-        self._pool = self._pool._replace(examples=examples)
+        teacher = {name: jnp.asarray(array) for name, array in self._outputs.items()}
+        self._pool = self._pool._replace(examples=self._pool.examples._replace(teacher=teacher))
 
 
-class WindowSupply:
-    """The split window by window; each is read ahead while the one before it is trained on.
+class WindowPipeline:
+    """Brings the split window by window, and reads the next window while the present one is trained on.
 
-    Windows begin at multiples of their number of steps, so a run's parts do not depend on where it was interrupted.
+    Windows start at multiples of their length, so a resumed run sees the same windows as an uninterrupted one.
     """
 
-    def __init__(self, views: Views, lesson: Lesson, *, count: int, batch_size: int, seed: int, steps: int):
-        """Takes what `ResidentSupply` takes, and the steps W of a window."""
-        self._views, self._lesson, self._count = views, lesson, count
+    def __init__(self, views: Views, teacher_of: TeacherOf, *, count: int, batch_size: int, seed: int, steps: int):
+        """Takes the arguments of `ResidentPipeline`, and W, the steps of a window."""
+        self._views, self._teacher_of, self._count = views, teacher_of, count
         self._batch_size, self._steps = batch_size, steps
-        self._visits = _Visits(views, order(len(views.index), seed), count, batch_size, steps)
+        self._reads = _WindowReads(views, order(len(views.index), seed), count, batch_size, steps)
         self._ahead: Iterator[Any] | None = None
-        self._at = -1
+        self._number = -1
         self._window: Window | None = None
 
     def __call__(self, first: int, last: int) -> Iterator[tuple[Window, int, int]]:
-        """Consecutive parts of the steps [first, last), each with the window that holds it."""
+        """Yields consecutive parts of the steps [first, last) with the window that holds each."""
         while first < last:
             end = min(last, (first // self._steps + 1) * self._steps)
-            yield self._window_of(first // self._steps), first, end
+            yield self._window_at(first // self._steps), first, end
             first = end
 
-    def _window_of(self, number: int) -> Window:
-        if number != self._at or self._window is None:
-            if self._ahead is None or number != self._at + 1:
-                self._ahead = _read_ahead(self._visits, number)
-            self._window = self._made(number, *next(self._ahead))
-            self._at = number
+    def _window_at(self, number: int) -> Window:
+        if number != self._number or self._window is None:
+            if self._ahead is None or number != self._number + 1:
+                self._ahead = _read_ahead(self._reads, number)
+            self._window = self._make_window(number, *next(self._ahead))
+            self._number = number
         return self._window
 
-    def _made(self, number: int, positions: np.ndarray, views: np.ndarray, inputs: np.ndarray) -> Window:
-        pixels, mixed = self._views.seen(inputs, positions, views)
-        said: dict[str, np.ndarray] = {}
+    def _make_window(self, number: int, positions: np.ndarray, views: np.ndarray, inputs: np.ndarray) -> Window:
+        pixels, mixed = self._views.augment(inputs, positions, views)
+        teacher: dict[str, np.ndarray] = {}
         for view in np.unique(views):
             of_view = views == view
-            learnt = self._lesson(int(view), positions[of_view], functools.partial(_at, positions, of_view, pixels))
-            for name, rows_ in learnt.items():
-                said.setdefault(name, np.zeros((len(views), *rows_.shape[1:]), np.float32))[of_view] = rows_
-        examples = Batch(
-            inputs=jnp.asarray(pixels),
-            labels=jnp.asarray(np.where(mixed, -1, self._views.dataset.labels[positions]), jnp.int32),
-            teacher_logits=jnp.asarray(said.pop("logits")),
-            index=jnp.asarray(positions, jnp.int32),
-            weight=jnp.ones(len(positions), jnp.float32),
-            teacher_features={name: jnp.asarray(rows_) for name, rows_ in said.items()},
-        )
-        return Window(examples, jnp.int32(number * self._steps))
+            pixels_at = functools.partial(_pixels_at, positions, of_view, pixels)
+            for name, array in self._teacher_of(int(view), positions[of_view], pixels_at).items():
+                teacher.setdefault(name, np.zeros((len(views), *array.shape[1:]), np.float32))[of_view] = array
+        batch = make_batch(pixels, self._views.targets_at(positions), positions, teacher)
+        batch = batch._replace(targets=without_targets(batch.targets, mixed))
+        return Window(batch, jnp.int32(number * self._steps))
 
 
-def _at(positions: np.ndarray, of_view: np.ndarray, pixels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The pixels [n, ...] of the wanted positions [n] among those of one view."""
+def _pixels_at(positions: np.ndarray, of_view: np.ndarray, pixels: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """The pixels [n, ...] of the queried positions [n] among those of one view."""
     among = np.flatnonzero(of_view)
-    order_of = np.argsort(positions[among])
-    found = np.searchsorted(positions[among], wanted, sorter=order_of)
-    return np.asarray(pixels[among[order_of[found]]])
+    sorter = np.argsort(positions[among])
+    at = np.searchsorted(positions[among], query, sorter=sorter)
+    return np.asarray(pixels[among[sorter[at]]])
 
 
-class _Visits:
-    """Window number -> (positions [W * B], views [W * B], inputs [W * B, ...]): a random access source for the loader."""
+class _WindowReads:
+    """Window number -> (positions [W * B], views [W * B], inputs [W * B, ...]): a random-access source for grain."""
 
     def __init__(self, views: Views, order_: Order, count: int, batch_size: int, steps: int):
         self._views, self._order, self._count, self._steps = views, order_, count, steps
@@ -184,12 +195,12 @@ class _Visits:
         positions = self._views.index[np.asarray(self._rows(self._order, steps)).reshape(-1)]
         epochs = np.asarray(self._epoch(self._order, steps)) % self._count
         views = np.repeat(epochs.astype(np.int32), self._batch_size)
-        return positions, views, self._views.dataset.inputs[positions]
+        return positions, views, self._views.inputs[positions]
 
 
-def _read_ahead(visits: _Visits, first: int) -> Iterator[Any]:
+def _read_ahead(reads: _WindowReads, first: int) -> Iterator[Any]:
     """Windows from `first` on, the next one read by another thread."""
     import grain
 
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    return iter(grain.MapDataset.source(visits)[first:].to_iter_dataset(ahead))
+    return iter(grain.MapDataset.source(reads)[first:].to_iter_dataset(ahead))

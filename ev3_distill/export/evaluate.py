@@ -8,22 +8,31 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ev3_distill import config, students
-from ev3_distill.certify import certificate
+from ev3_distill.certify.certificate import Bound, Certificate, equal_shares, median_bound
 from ev3_distill.data.sources import Dataset
 from ev3_distill.data.splits import split_rows
 from ev3_distill.errors import InputError, warn
 from ev3_distill.export import teacher_latency
 from ev3_distill.export.formats.metadata import About
 from ev3_distill.export.formats.runtime import Deployed, deployed
-from ev3_distill.guards import judge
+from ev3_distill.guards import Guard, evaluate_guards
 from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.runtime.timing import PASSES, summary
-from ev3_distill.tasks.classification import metric_bounds
+from ev3_distill.tasks.classification.example_metrics import predicted_class, probabilities
+from ev3_distill.tasks.classification.user_metrics import digest_of_costs, read_costs
+from ev3_distill.tasks.outputs import Outputs
 from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.teachers.targets import chunked
 from ev3_distill.training import run_dir, sealed_split
-from ev3_distill.training.certify_run import known_of, measured, metrics_asked
-from ev3_distill.training.guard_checks import check_labelled, guards_of
+from ev3_distill.training.certify_run import (
+    CertificateRequest,
+    certificate_of,
+    measured_bounds,
+    metrics_to_claim,
+    sizes_of,
+    write_certificate,
+)
+from ev3_distill.training.guard_checks import parse_guards, require_labels
 from ev3_distill.training.run_reader import config_of, data_of, report_in
 from ev3_distill.training.setup import CHUNK, evaluated_at_once, limit_of
 from ev3_distill.types import Network, Variables
@@ -41,7 +50,7 @@ def evaluate(
     *,
     costs: str = "",
     reopen: bool = False,
-) -> tuple[certificate.Certificate, list[dict[str, Any]]]:
+) -> tuple[Certificate, list[dict[str, Any]]]:
     """Accuracy of a finished run's student, and what guards ask for, on a source as a whole or on the run's own sealed split.
 
     On the sealed split this is the run's own certificate again, claim by claim; what that does not claim needs `reopen`.
@@ -56,7 +65,7 @@ def evaluate(
       reopen: the sealed split for other claims.
 
     Returns:
-      The certificate, and for each guard whether it is certified, see `guards.judge`.
+      The certificate, and for each guard whether it is certified, see `guards.evaluate_guards`.
     """
     finished = _report_of(directory)
     network, variables = students.load(directory, factory=students.factory_of(student))
@@ -64,19 +73,19 @@ def evaluate(
     dataset, classes = data_of(chosen, source), finished["data"]["classes"]
     _check_fits(dataset, finished["data"])
     rows = _rows(directory, chosen, dataset, source, finished["data"]["fingerprint"])
-    table = metric_bounds.read_costs(costs, len(classes)) if costs else None
-    known = known_of(variables)
-    asked = guards_of(guards, dataset, num_classes=len(classes), known=known, costs=table, teacher=False)
-    metrics = metrics_asked(asked, labelled=True, teacher=False)
+    table = read_costs(costs, len(classes)) if costs else None
+    sizes = sizes_of(variables)
+    parsed = _parsed_guards(guards, dataset, classes, sizes=sizes, costs=table)
+    metrics = metrics_to_claim(parsed, labeled=True, teacher=False)
     sealed = None if source else directory
-    level = _level(sealed, tree_digest(variables), metrics, confidence=confidence, costs=table, reopen=reopen)
+    request = _Request(metrics, classes, table)
+    level = _level(sealed, tree_digest(variables), request, confidence=confidence, reopen=reopen)
     at_once = evaluated_at_once(dataset, limit_of(chosen.memory), CHUNK)
     outputs = _outputs(forward(network, variables), dataset, rows, at_once=at_once)
-    found = measured(metrics, network, variables, dataset)
-    made = _certified(metrics, outputs, found, level, costs=table)
+    certificate = _certificate(outputs, request, measured_bounds(metrics, network, variables, dataset), level)
     if level.reopened:
-        run_dir.write_certificate(directory, made, tree_digest(variables))
-    return made, judge(asked, made.claims, known=known)
+        write_certificate(directory, certificate, tree_digest(variables))
+    return certificate, evaluate_guards(parsed, certificate.claims, sizes=sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +93,7 @@ class OfFile:
     """What became of an exported file that was run."""
 
     lines: list[str]  # what it is, how it agrees with the student, and how long it takes
-    certificate: certificate.Certificate
+    certificate: Certificate
     guards: list[dict[str, Any]]
 
 
@@ -128,19 +137,20 @@ def evaluate_file(
         dataset = data_of(chosen, source)
         _check_takes(about, dataset)
         rows = _rows(of, chosen, dataset, source, about.data["fingerprint"])
-        table = metric_bounds.read_costs(costs, len(about.classes)) if costs else None
-        known = {"params": about.params, "bytes": path.stat().st_size}
-        asked = guards_of(guards, dataset, num_classes=len(about.classes), known=known, costs=table, teacher=False)
-        metrics = metrics_asked(asked, labelled=True, teacher=False)
+        table = read_costs(costs, len(about.classes)) if costs else None
+        sizes = {"params": about.params, "bytes": path.stat().st_size}
+        parsed = _parsed_guards(guards, dataset, about.classes, sizes=sizes, costs=table)
+        metrics = metrics_to_claim(parsed, labeled=True, teacher=False)
+        request = _Request(metrics, about.classes, table)
         outputs = _outputs(
             file.logits, dataset, rows, at_once=evaluated_at_once(dataset, limit_of(chosen.memory), AT_ONCE)
         )
-        lines = [f"{path}: {about.network}, {about.precision}, {known['bytes']:,} bytes, run by {file.by}"]
+        lines = [f"{path}: {about.network}, {about.precision}, {sizes['bytes']:,} bytes, run by {file.by}"]
         sealed = None if source else of
         if of is not None:
             network, variables = _student_of(of, about.student, students.factory_of(student))
             theirs = _outputs(forward(network, variables), dataset, rows, at_once=AT_ONCE)
-            same = _agreement(outputs.logits, theirs.logits, about.output)
+            same = _agreement(outputs.student, theirs.student, about.output)
             lines.append(f"the student of {of}: {same.told}")
             rounds = (
                 about.precision == "int8" and about.certificate
@@ -150,14 +160,14 @@ def evaluate_file(
                     f"a sealed split certifies one student, and files that compute the same; {path} is of {about.precision} "
                     f"weights and gives {same.told}: score data that are new to it by --data"
                 )
-        level = _level(sealed, about.student, metrics, confidence=confidence, costs=table, reopen=reopen)
+        level = _level(sealed, about.student, request, confidence=confidence, reopen=reopen)
         own, of_teacher = times_of(file, dataset, of)
         lines += _latency_lines(own, of_teacher, threads=file.threads)
-        found = {"latency_ms": metric_bounds.latency(own[1])} if "latency_ms" in metrics else {}
-        made = _certified(metrics, outputs, found, level, costs=table)
+        measured = {"latency_ms": median_bound("latency_ms", own[1])} if "latency_ms" in metrics else {}
+        certificate = _certificate(outputs, request, measured, level)
         if level.reopened and sealed is not None:
-            run_dir.write_certificate(sealed, made, about.student)
-        return OfFile(lines, made, judge(asked, made.claims, known=known))
+            write_certificate(sealed, certificate, about.student)
+        return OfFile(lines, certificate, evaluate_guards(parsed, certificate.claims, sizes=sizes))
 
 
 def _report_of(directory: Path) -> dict[str, Any]:
@@ -240,8 +250,8 @@ class _Agreement(NamedTuple):
 def _agreement(said: np.ndarray, expected: np.ndarray, output: str) -> _Agreement:
     """How a file's answers [N, K] compare with the student's."""
     if output == "probabilities":  # the file's logits are such up to a constant for each example
-        said, expected = (metric_bounds.probabilities(logits) for logits in (said, expected))
-    others = int((metric_bounds.said(said) != metric_bounds.said(expected)).sum())
+        said, expected = (probabilities(logits) for logits in (said, expected))
+    others = int((predicted_class(said) != predicted_class(expected)).sum())
     difference, n = np.abs(said - expected).max(), len(said)
     return _Agreement(
         others, f"the same class on {n - others:,} of {n:,} examples, {output} differ by {difference:.1g} at most"
@@ -261,28 +271,45 @@ def _student_of(directory: Path, digest: str, factory: Callable[..., Any] | None
 
 def _outputs(
     logits: Callable[[np.ndarray], np.ndarray], dataset: Dataset, rows: np.ndarray, *, at_once: int
-) -> certificate.Outputs:
+) -> Outputs:
     """What is said of some examples of a data set."""
     parts = [logits(dataset.inputs[part]) for part in chunked(rows, at_once)]
     groups = None if dataset.groups is None else dataset.groups[rows]
-    return certificate.Outputs(
-        np.concatenate(parts), dataset.labels[rows], groups=groups, num_groups=len(dataset.group_names)
+    return Outputs(np.concatenate(parts), dataset.labels[rows], groups=groups, num_groups=len(dataset.group_names))
+
+
+def _parsed_guards(
+    texts: Sequence[str],
+    dataset: Dataset,
+    classes: Sequence[str],
+    *,
+    sizes: Mapping[str, int],
+    costs: np.ndarray | None,
+) -> list[Guard]:
+    """The guards of a student of these classes, checked on the data that it is scored on, without its teacher."""
+    return parse_guards(
+        texts, dataset, num_classes=len(classes), class_names=classes, sizes=sizes, costs=costs, teacher=False
     )
 
 
-def _certified(
-    metrics: Sequence[str],
-    outputs: certificate.Outputs,
-    found: Mapping[str, metric_bounds.Bound],
-    level: "_Level",
-    *,
-    costs: np.ndarray | None,
-) -> certificate.Certificate:
-    """The certificate at that level; some claims may be found already."""
-    all_of = {**found, **certificate.claims_of([name for name in metrics if name not in found], outputs, costs=costs)}
-    of_metrics = {metric: all_of[metric] for metric in metrics}
-    made = certificate.make_certificate(of_metrics, confidence=level.confidence, shares=level.shares, among=level.among)
-    return dataclasses.replace(made, reopened=level.reopened)
+class _Request(NamedTuple):
+    """What to claim."""
+
+    metrics: Sequence[str]
+    class_names: Sequence[str]
+    costs: np.ndarray | None  # [K, K], for a claim on cost
+
+
+def _certificate(outputs: Outputs, request: _Request, measured: Mapping[str, Bound], level: "_Level") -> Certificate:
+    """The certificate at that level."""
+    return certificate_of(
+        outputs,
+        CertificateRequest(request.metrics, request.class_names, level.confidence, costs=request.costs),
+        measured=measured,
+        shares=level.shares,
+        among=level.among,
+        reopened=level.reopened,
+    )
 
 
 class _Level(NamedTuple):
@@ -295,33 +322,33 @@ class _Level(NamedTuple):
 def _level(
     directory: Path | None,
     student: str,
-    metrics: Sequence[str],
+    request: _Request,
     *,
     confidence: float | None,
-    costs: np.ndarray | None,
     reopen: bool,
 ) -> _Level:
-    """At which level these metrics may be claimed; opens the sealed split of a run again where that is due.
+    """The level at which metrics may be claimed; opens the sealed split of a run again where that is due.
 
     Args:
       directory: of the run whose sealed split is scored; None for other data.
       student: its digest.
-      metrics: to be claimed.
-      confidence: asked for.
-      costs: [K, K], for a claim on them.
-      reopen: the split for other claims.
+      request: what to claim.
+      confidence: that the user gives, if any.
+      reopen: allow further claims on the sealed split.
     """
+    metrics = request.metrics
     if confidence is not None and not 0 < confidence < 1:
-        raise InputError(f"confidence is a probability above 0 and below 1; got {confidence}: try 0.95")
+        raise InputError(f"confidence must lie between 0 and 1, exclusive; got {confidence}: try 0.95")
     if directory is None:
-        return _Level(0.95 if confidence is None else confidence, certificate.shares_of(metrics), 0, 1)
+        return _Level(0.95 if confidence is None else confidence, equal_shares(metrics), 0, 1)
     finished = _report_of(directory)
     own = finished["certificate"]["confidence"]
-    digest = metric_bounds.digest_of_costs(costs)
-    if not sealed_split.openings(directory):  # a run from before they were kept
+    digest = digest_of_costs(request.costs)
+    if not sealed_split.read_openings(directory):  # a run that is older than this record
         claimed = [claim["metric"] for claim in finished["certificate"]["claims"]]
-        sealed_split.open_split(directory, student, claimed, confidence=own)
-    first, *_ = sealed_split.openings(directory)
+        family = sealed_split.ORIGINAL_FAMILY
+        sealed_split.open_split(directory, student, claimed, confidence=own, family=family)
+    first, *_ = sealed_split.read_openings(directory)
     among = len(sealed_split.candidates_of(first))
     same = (
         student in sealed_split.candidates_of(first)
@@ -329,20 +356,23 @@ def _level(
         and ("cost" not in metrics or first["costs"] == digest)
     )
     if same and set(metrics) <= set(first["claims"]):
-        return _Level(own, certificate.shares_of(first["claims"]), 0, among)
+        return _Level(own, equal_shares(first["claims"]), 0, among)
     if confidence not in (None, own):
         raise InputError(
             f"a sealed split keeps the confidence that it was opened at; that of {directory} is {own:.10g}, got "
-            f"{confidence:.10g}: leave out --confidence, or score other data by --data"
+            f"{confidence:.10g}: leave out --confidence, or score other data with --data"
         )
     with run_dir.held(directory):
         reopened = sealed_split.open_split(directory, student, metrics, confidence=own, costs=digest, reopen=reopen)
-    return _Level(own, certificate.shares_when_reopened(metrics, reopened), reopened, among)
+    shares = sealed_split.shares_when_reopened(
+        metrics, reopened, family=sealed_split.family_of(first), num_classes=len(request.class_names)
+    )
+    return _Level(own, shares, reopened, among)
 
 
 def _check_fits(dataset: Dataset, expected: dict[str, Any]) -> None:
     """Whether a student of these data can be scored on that data set."""
-    check_labelled(dataset, "evaluate")
+    require_labels(dataset, "evaluate")
     if list(dataset.inputs.shape[1:]) != expected["input_shape"] or dataset.num_classes > len(expected["classes"]):
         raise InputError(
             f"the student takes inputs of shape {expected['input_shape']} and knows {len(expected['classes'])} classes; "

@@ -6,7 +6,6 @@ whole or not at all, and not before the file was run again and said what the stu
 
 import dataclasses
 import functools
-import os
 import shutil
 from collections.abc import Callable
 from importlib import metadata
@@ -29,7 +28,7 @@ from ev3_distill.export.formats.metadata import BESIDE, About
 from ev3_distill.export.formats.runtime import deployed
 from ev3_distill.monitor import report
 from ev3_distill.runtime.digest import tree_digest
-from ev3_distill.runtime.files import sha256_of
+from ev3_distill.runtime.files import atomic_directory, sha256_of
 from ev3_distill.runtime.timing import summary
 from ev3_distill.search.archive import FILE, Archive, pick
 from ev3_distill.students.layers import conv
@@ -119,20 +118,15 @@ def export(run: Path, out: Path, wanted: Wanted | None = None) -> list[str]:
         raise InputError(f"export writes a new folder; {out} is there: choose another --out")
     finished = read_json(run / "report.json")
     source = _source(run, finished, wanted.pick)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        evidence, lines = _write(temporary, run, finished, source, wanted)
-        write_json(temporary / EVIDENCE, evidence)
-        (temporary / model_card.NAME).write_text(
-            model_card.render(finished, evidence, wanted, network=source.network), encoding="utf-8"
-        )
-        os.replace(temporary, out)
+        with atomic_directory(out) as temporary:
+            evidence, lines = _write(temporary, run, finished, source, wanted)
+            write_json(temporary / EVIDENCE, evidence)
+            (temporary / model_card.NAME).write_text(
+                model_card.render(finished, evidence, wanted, network=source.network), encoding="utf-8"
+            )
     except OSError as error:
         raise InputError(f"export needs a folder that it can write; got {out} ({error}): choose another") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return [f"Exported {source.told}.", *lines, f"Student: {out}"]
 
 

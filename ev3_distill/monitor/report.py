@@ -6,35 +6,21 @@ rounded down, because a page must not promise more than was proven.
 
 import json
 import math
-import os
 import re
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ev3_distill.errors import InputError
-from ev3_distill.guards import DROP, KNOWN, TOP_K, metric_named
 from ev3_distill.monitor import charts, html
+from ev3_distill.runtime.files import atomic_write
+from ev3_distill.tasks.metrics import find_metric
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 MISSING = "\u2013"  # shown where a value is null
 PALETTE = ("#20639b", "#d9822b", "#3c8d5a", "#8e5ea2", "#c2446f", "#8c6d4f", "#6b7480", "#b59a1d", "#c0392b", "#2a9d9d")
-METRICS = {
-    "accuracy": "accuracy",
-    "agreement": "agreement with its teacher",
-    "worst_class_accuracy": "accuracy on its worst class",
-    "worst_group_accuracy": "accuracy on its worst group",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1": "macro F1",
-    "drop(accuracy)": "less accuracy than its teacher",
-    "ece": "expected calibration error",
-    "brier": "Brier score",
-    "cost": "cost per example",
-    "latency_ms": "median latency on that machine",
-}
-NUMBERS = {"brier": "", "cost": "", "latency_ms": " ms"}  # metrics that are no percentages, with their units
 OPEN = 20  # rows of a table that is shown unfolded, at most
 
 
@@ -50,13 +36,9 @@ def write_html(run_dir: Path) -> Path:
     report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
     lines = (run_dir / "ledger.jsonl").read_text(encoding="utf-8").split("\n")
     page = render(report, [json.loads(line) for line in lines if line.strip()])
-    path, temporary = run_dir / "report.html", run_dir / f".report.html.{os.getpid()}"
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    with atomic_write(run_dir / "report.html") as file:
+        file.write(page.encode())
+    return run_dir / "report.html"
 
 
 def render(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -75,7 +57,7 @@ def render(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         report={**report, "arms": arms},
         promise=promise(report),
         reached=[_reached(claim) for claim in report["certificate"]["claims"]],
-        exact=all(_is_share(claim["metric"]) for claim in report["certificate"]["claims"]),
+        exact=all(_is_exact(claim["metric"]) for claim in report["certificate"]["claims"]),
         corrected=corrected(report["certificate"]),
         tables=report["certificate"].get("tables", []),
         unfolded=OPEN,
@@ -153,7 +135,8 @@ def claim_line(claim: dict[str, Any], confidence: float) -> str:
     metric, lower, upper = claim["metric"], claim.get("lower_bound"), claim.get("upper_bound")
     told = _bound(metric, lower, upper, digits=2).replace(" %", "%")
     things = "passes" if metric == "latency_ms" else "examples"
-    point = f"{claim['point']:.4g}{NUMBERS[metric]}" if metric in NUMBERS else f"{claim['point']:.2%}"
+    unit = _unit(metric)
+    point = f"{claim['point']:.2%}" if unit == "%" else f"{claim['point']:.4g}{unit}"
     return f"{metric}: {point} of {claim['n']} {things}; {told} with {100 * confidence:.10g}% confidence"
 
 
@@ -168,38 +151,42 @@ def corrected(certificate: dict[str, Any]) -> str:
 
 
 def label(metric: str) -> str:
-    """What a metric is called in a sentence."""
-    if top := TOP_K.fullmatch(metric):
-        return f"top-{top[1]} accuracy"
-    dropped = DROP.fullmatch(metric)
-    if dropped and (top := TOP_K.fullmatch(dropped[1])):
-        return f"less top-{top[1]} accuracy than its teacher"
-    return METRICS.get(metric, metric)
+    """What a sentence calls a metric."""
+    query = find_metric(metric)
+    return query.label if query else metric
 
 
 def verdict(guard: dict[str, Any]) -> str:
     """Whether a guard is certified, in one line."""
     metric = guard["metric"]
-    if metric in KNOWN:
-        known = f"{count(guard['point'])} {'parameters' if metric == 'params' else metric}"
+    query = find_metric(metric)
+    if query is not None and query.row.source == "size":
+        known = f"{count(guard['point'])} {query.row.unit}"
     else:
-        about = metric_named(metric)
-        upper = about is not None and not about.at_least
-        known = f"proven is {_bound(metric, *((None, guard['bound']) if upper else (guard['bound'], None)))}"
+        higher = query is None or query.row.higher_is_better
+        known = f"proven is {_bound(metric, *((guard['bound'], None) if higher else (None, guard['bound'])))}"
     return f"Guard {guard['guard']}: {'certified' if guard['certified'] else 'NOT CERTIFIED'}, {known}"
 
 
 def _reached(claim: dict[str, Any]) -> str:
     """The point of a claim, in words."""
     metric = claim["metric"]
-    shown = f"{claim['point']:.3g}{NUMBERS[metric]}" if metric in NUMBERS else percent(claim["point"])
+    unit = _unit(metric)
+    shown = percent(claim["point"]) if unit == "%" else f"{claim['point']:.3g}{unit}"
     return f"{shown} {label(metric)} (n\u00a0=\u00a0{count(claim['n'])})"
 
 
-def _is_share(metric: str) -> bool:
-    """Whether the bound is of shares of examples alone."""
-    plain = ("accuracy", "agreement", "drop(accuracy)", "worst_class_accuracy", "worst_group_accuracy")
-    return metric in plain or TOP_K.search(metric) is not None
+def _is_exact(metric: str) -> bool:
+    """Whether the metric has an exact bound (Clopper and Pearson)."""
+    query = find_metric(metric)
+    return query is not None and query.row.exact
+
+
+def _unit(metric: str) -> str:
+    """What stands behind the number: % for a fraction, else the unit after a space, or nothing."""
+    query = find_metric(metric)
+    unit = query.row.unit if query else "%"
+    return f" {unit}" if unit not in ("", "%") else unit
 
 
 def _bound(metric: str, lower: float | None, upper: float | None, *, digits: int = 1) -> str:
@@ -207,8 +194,9 @@ def _bound(metric: str, lower: float | None, upper: float | None, *, digits: int
     word, value, rounding = ("at most", upper, ROUND_CEILING) if lower is None else ("at least", lower, ROUND_FLOOR)
     if value is None or _missing(value):
         return f"{word} {MISSING}"
-    if metric in NUMBERS:
-        return f"{word} {_rounded(value, 3, rounding)}{NUMBERS[metric]}"
+    unit = _unit(metric)
+    if unit != "%":
+        return f"{word} {_rounded(value, 3, rounding)}{unit}"
     return f"{word} {_fixed(value, digits, rounding=rounding)} %"
 
 

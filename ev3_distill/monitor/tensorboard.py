@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ev3_distill.errors import InputError, warn
+from ev3_distill.errors import InputError, summary, warn
 from ev3_distill.runtime.ledger import Tail, tails
 
 EVERY_S = 2.0
@@ -123,7 +123,7 @@ def _told(work: Any) -> None:
     try:
         work()
     except Exception as error:
-        warn(f"nothing more is written for TensorBoard: {type(error).__name__}: {error}")
+        warn(f"nothing more is written for TensorBoard: {summary(error)}")
 
 
 def _packages() -> tuple[Any, Any]:

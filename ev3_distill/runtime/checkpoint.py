@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ev3_distill.errors import InputError
+from ev3_distill.errors import InputError, summary
 from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.runtime.distributed import first, from_first
 from ev3_distill.types import PyTree
@@ -80,8 +80,7 @@ class Checkpoints:
             try:
                 state = self._read(iteration, template)
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-                warnings.append(f"checkpoint {iteration} is damaged, falling back to the one before ({reason})")
+                warnings.append(f"checkpoint {iteration} is damaged, falling back to the one before ({summary(error)})")
                 continue
             for damaged in [i for i in self._manager.all_steps() if i > iteration]:
                 self._manager.delete(damaged)

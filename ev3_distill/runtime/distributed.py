@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ev3_distill.errors import InputError
+from ev3_distill.errors import InputError, summary
 from ev3_distill.runtime.cpu import cores
 from ev3_distill.types import PyTree
 
@@ -173,9 +173,8 @@ def start(
             heartbeat_timeout_seconds=SILENCE_S,
         )
     except (ValueError, RuntimeError) as error:  # JAX's own errors are RuntimeErrors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise InputError(
-            f"{processes} processes could not be joined: {reason}: give each --processes, --coordinator HOST:PORT and "
+            f"{processes} processes could not be joined: {summary(error)}: give each --processes, --coordinator HOST:PORT and "
             "--process-id, all from one start"
         ) from None
     return jax.process_index(), jax.process_count()
@@ -252,9 +251,8 @@ def joined() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        reason = str(error).splitlines()[0][:200]
         raise InputError(
-            f"processes of one run work together to its end; one has died or is out of reach ({reason}): "
+            f"processes of one run work together to its end; one has died or is out of reach ({summary(error)}): "
             "start all anew, the run goes on from its checkpoint, with fewer of them if need be"
         ) from None
 

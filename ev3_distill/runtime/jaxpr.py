@@ -1,4 +1,4 @@
-"""Traced programs (jaxprs): the primitives that call another program, and flat programs without such calls."""
+"""Traced programs, flat: their primitives in order, with the calls among them written out."""
 
 import dataclasses
 import itertools
@@ -8,23 +8,14 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr
 
-# Primitives that call a program on their own arguments, and the parameter that holds the program.
-CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-}
+INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr",
+           "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr", "remat": "jaxpr", "remat2": "jaxpr",
+           "checkpoint": "jaxpr"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class Operation:
-    """One application of a primitive. Arrays are identified by numbers."""
+class Step:
+    """One primitive applied; arrays are numbered."""
 
     primitive: Any
     params: dict[str, Any]
@@ -33,40 +24,39 @@ class Operation:
 
     @property
     def name(self) -> str:
-        """Name of the primitive."""
+        """Of the primitive."""
         return str(self.primitive.name)
 
     def apply(self, values: Sequence[Any]) -> list[Any]:
-        """Outputs for these inputs."""
-        out = self.primitive.bind(*values, **self.params)
-        return list(out) if self.primitive.multiple_results else [out]
+        """Its results."""
+        found = self.primitive.bind(*values, **self.params)
+        return list(found) if self.primitive.multiple_results else [found]
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A flat program: operations in order, and the numbers of its input and output arrays."""
+    """Steps, and the numbers of the arrays that they begin and end with."""
 
     inputs: tuple[int, ...]
     constants: dict[int, Any]
-    operations: tuple[Operation, ...]
+    steps: tuple[Step, ...]
     outputs: tuple[int, ...]
-    avals: dict[int, Any]  # shape and dtype of each array
+    avals: dict[int, Any]  # shape and type of each array
 
 
 def is_variable(atom: Any) -> bool:
-    """Whether an atom of a jaxpr is a variable; otherwise it is a literal."""
+    """Whether an atom of a program is a variable; else it is a literal."""
     return not hasattr(atom, "val")
 
 
-def called(equation: Any) -> Any:
-    """The closed program that an equation of CALLS calls; some primitives hold an open one without constants."""
-    program = equation.params[CALLS[equation.primitive.name]]
+def closed(program: Any) -> Any:
+    """A closed program; one without constants may come open."""
     return program if hasattr(program, "consts") else ClosedJaxpr(program, ())
 
 
-def flatten(program: Any) -> Program:
-    """Inline all calls of a closed jaxpr."""
-    numbers, constants, operations, avals = itertools.count(), dict[int, Any](), list[Operation](), dict[int, Any]()
+def flat(program: Any) -> Program:
+    """A closed program with all calls written out."""
+    numbers, constants, steps, avals = itertools.count(), dict[int, Any](), list[Step](), dict[int, Any]()
     inputs = tuple(_numbered(program.jaxpr.invars, numbers, avals))
 
     def constant(value: Any) -> int:
@@ -82,17 +72,17 @@ def flatten(program: Any) -> Program:
             return known[atom] if is_variable(atom) else constant(atom.val)
 
         for equation in program.jaxpr.eqns:
-            operands = [number(atom) for atom in equation.invars]
-            if equation.primitive.name in CALLS:
-                results = walk(called(equation), operands)
+            taken, name = [number(atom) for atom in equation.invars], equation.primitive.name
+            if name in INLINED:
+                given = walk(closed(equation.params[INLINED[name]]), taken)
             else:
-                results = list(_numbered(equation.outvars, numbers, avals))
-                operations.append(Operation(equation.primitive, equation.params, tuple(operands), tuple(results)))
-            known.update(zip(equation.outvars, results, strict=True))
+                given = list(_numbered(equation.outvars, numbers, avals))
+                steps.append(Step(equation.primitive, equation.params, tuple(taken), tuple(given)))
+            known.update(zip(equation.outvars, given, strict=True))
         return [number(atom) for atom in program.jaxpr.outvars]
 
     outputs = tuple(walk(program, inputs))
-    return Program(inputs, constants, tuple(operations), outputs, avals)
+    return Program(inputs, constants, tuple(steps), outputs, avals)
 
 
 def _numbered(variables: Sequence[Any], numbers: Iterator[int], avals: dict[int, Any]) -> Iterator[int]:

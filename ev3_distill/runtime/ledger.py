@@ -11,6 +11,7 @@ import numpy as np
 from scipy import special
 
 from ev3_distill.errors import InputError
+from ev3_distill.runtime.files import atomic_write
 from ev3_distill.types import VERDICTS, Decision, Goal
 
 PROMISE = "promise"  # the objective where no goal rules
@@ -120,9 +121,8 @@ class Ledger:
                 f"{self._path} has {len(content.splitlines())}, some of them cut or removed: start the run again elsewhere"
             )
         if keep != content:
-            temporary = self._path.with_name(f".{self._path.name}.tmp")
-            temporary.write_bytes(keep)
-            os.replace(temporary, self._path)
+            with atomic_write(self._path) as file:
+                file.write(keep)
 
 
 class Tail:

@@ -44,10 +44,10 @@ from ev3_distill.search.stage import Rung, falls_behind, leads, level_of, of_run
 from ev3_distill.students.growth.grow import growth
 from ev3_distill.students.growth.narrow import narrow
 from ev3_distill.students.network import count_params
-from ev3_distill.tasks.classification.steering import steers
+from ev3_distill.tasks.metrics import steers
 from ev3_distill.teachers.kinds.flax import forward
-from ev3_distill.teachers.targets import Lessons, Recorded, WithPeer
-from ev3_distill.training.certify_run import metrics_asked
+from ev3_distill.teachers.targets import PeerTargets, TeacherTargets
+from ev3_distill.training.certify_run import metrics_to_claim
 from ev3_distill.training.run_dir import read_json, write_json
 from ev3_distill.training.setup import CHUNK, Course, Task, course_of, evaluated_at_once
 from ev3_distill.training.train import iterated
@@ -74,12 +74,12 @@ class Climb:
         chosen: Any,
         task: Task,
         arm_names: Sequence[str],
-        lessons: Lessons | Recorded,
+        targets: TeacherTargets,
         *,
         progress: Progress,
     ):
         self.directory, self.chosen, self.task, self.progress = directory, chosen, task, progress
-        self.arm_names, self.lessons = tuple(arm_names), lessons
+        self.arm_names, self.targets = tuple(arm_names), targets
         self.archive = Archive(directory, confidence=chosen.confidence)
         self.entries: list[Entry] = []  # so far: a search that was resumed finds later ones in the archive
         self.factory = students.factory_of(str(task.network.spec.get("factory", "")))
@@ -88,7 +88,7 @@ class Climb:
         kept = directory / TRIALS
         self.trials: list[dict[str, Any]] = read_json(kept)["trials"] if kept.exists() else []
         self.lost = 0  # steps of trials that led nowhere
-        claims = metrics_asked(task.guards, labelled=task.labelled, teacher=True)
+        claims = metrics_to_claim(task.guards, labeled=task.labelled, teacher=True)
         level, goals = (1 - chosen.confidence) / len(claims), max(sum(steers(guard.metric) for guard in task.guards), 1)
         ratio = len(task.rows["decide"]) / len(task.rows["test"])
         self.sure = level_of(level, ratio, LIKELY) / goals  # of each goal, on decide
@@ -279,12 +279,12 @@ class Climb:
         network = students.build(like.spec, factory=self.factory)
         teaches = students.load(self._folder(peer.number), factory=self.factory)
         at_once = evaluated_at_once(self.task.dataset, self.task.memory, CHUNK)
-        lessons = WithPeer(self.lessons, forward(*teaches), batch_size=at_once)
+        targets = PeerTargets(self.targets, forward(*teaches), batch_size=at_once)
         names = (*self.arm_names, *names_for_peers(network.spec))
         task = dataclasses.replace(
-            self.task, teacher_features={**self.task.teacher_features, PEER: (lessons.num_classes,)}
+            self.task, teacher_features={**self.task.teacher_features, PEER: (network.spec["num_classes"],)}
         )
-        return self._course(network, task=task, names=names, lessons=lessons)
+        return self._course(network, task=task, names=names, targets=targets)
 
     def _part_of(self, larger: Entry, like: Entry) -> Variables | None:
         """What a student of a smaller size may begin with; none where nothing of the larger one is of use."""
@@ -328,10 +328,10 @@ class Climb:
     # Rungs.
 
     def _course(
-        self, network: Network, *, task: Task | None = None, names: Sequence[str] = (), lessons: Any = None
+        self, network: Network, *, task: Task | None = None, names: Sequence[str] = (), targets: Any = None
     ) -> Course:
         task = dataclasses.replace(task or self.task, network=network)
-        return course_of(self.chosen, task, names or self.arm_names, lessons or self.lessons, stops=self.stops)
+        return course_of(self.chosen, task, names or self.arm_names, targets or self.targets, stops=self.stops)
 
     def _folder(self, number: int) -> Path:
         return self.directory / "sizes" / f"{number:02d}"
@@ -373,7 +373,7 @@ class Climb:
             rung.folder,
             self.chosen,
             rung.course,
-            self.lessons,
+            self.targets,
             self.progress,
             budget=budget,
             start=rung.start,

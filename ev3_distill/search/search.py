@@ -16,7 +16,7 @@ from ev3_distill.runtime.progress import Progress
 from ev3_distill.search import archive
 from ev3_distill.search.archive import Entry
 from ev3_distill.search.policy import Climb
-from ev3_distill.teachers.targets import Lessons, Recorded
+from ev3_distill.teachers.targets import TeacherTargets
 from ev3_distill.training.run_dir import write_lines
 from ev3_distill.training.setup import Task
 from ev3_distill.training.train import Final, concluded
@@ -29,7 +29,7 @@ def search(
     chosen: Any,
     task: Task,
     arm_names: Sequence[str],
-    lessons: Lessons | Recorded,
+    targets: TeacherTargets,
     *,
     teacher: dict[str, Any],
 ) -> dict[str, Any]:
@@ -40,13 +40,13 @@ def search(
       chosen: config.Compress with a start or sizes.
       task: what is trained on what; its network is the smallest.
       arm_names: of the arms.
-      lessons: what the teacher says.
+      targets: of the teacher.
       teacher: facts for the report.
     """
     if not chosen.ev3.patience:
         chosen = dataclasses.replace(chosen, ev3=dataclasses.replace(chosen.ev3, patience=PATIENCE))
     with Progress("search", steps=task.steps, seconds=None) as progress:
-        made = Climb(directory, chosen, task, arm_names, lessons, progress=progress)
+        made = Climb(directory, chosen, task, arm_names, targets, progress=progress)
         made.up()
         made.down()
         made.polish()
@@ -92,7 +92,7 @@ def search(
         )
 
     final, *surer = map(final_of, candidates)
-    return concluded(directory, chosen, task, final, lessons, teacher=teacher, surer=surer[0] if surer else None)
+    return concluded(directory, chosen, task, final, targets, teacher=teacher, surer=surer[0] if surer else None)
 
 
 def _arms_in(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

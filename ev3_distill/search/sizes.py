@@ -1,16 +1,40 @@
 """Sizes: what a student of a search may become next, within the limits that the user set."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from ev3_distill import students
+from ev3_distill.config import Compress
 from ev3_distill.errors import InputError, warn
-from ev3_distill.guards import KNOWN
 from ev3_distill.students.growth.grow import moves
 from ev3_distill.students.network import count_params
 from ev3_distill.training.setup import Task
+from ev3_distill.types import Network
+
+
+def first_network(config: Compress, spec: Mapping[str, Any]) -> Network:
+    """The network with which a search starts.
+
+    Args:
+      config: of a run that searches.
+      spec: of the network that `config.student` names.
+
+    Raises:
+      InputError: --sizes are not in ascending order of parameters.
+    """
+    shape = spec["input_shape"], spec["num_classes"]
+    if config.start:
+        return students.tiny(config.student, *shape) if config.start == "tiny" else students.named(config.start, *shape)
+    ladder = [students.named(text, *shape) for text in config.sizes]
+    params = [count_params(jax.eval_shape(network.init, jax.random.key(0))) for network in ladder]
+    if sorted(set(params)) != params:
+        raise InputError(
+            f"the sizes of a search must come smallest first; got {', '.join(config.sizes)} of {params} parameters: order "
+            "them"
+        )
+    return ladder[0]
 
 
 class Sizes:
@@ -26,7 +50,7 @@ class Sizes:
         named = [students.named(text, spec["input_shape"], spec["num_classes"]) for text in chosen.sizes]
         self.ladder = [dict(network.spec) for network in named]
         self._moves, self._factory = chosen.moves, factory
-        limits = [(guard.metric, guard.threshold) for guard in task.guards if guard.metric in KNOWN]
+        limits = [(guard.metric, guard.threshold) for guard in task.guards if guard.row.source == "size"]
         self._limits = limits + ([("params", chosen.max_params)] if chosen.max_params else [])
         self._asked: dict[str, dict[str, dict[str, Any]]] = {}  # what networks may become, by name
 

@@ -1,121 +1,204 @@
-"""Certifying: the sealed split is opened, on record, for the student that is final, or a few, and one is certified from it."""
+"""Certification of a run: opens the sealed split, on record, for one or a few final students, and certifies one of them."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from ev3_distill.certify.certificate import Certificate
+from ev3_distill.certify.certificate import COVERED, NOT_COVERED, Bound, Certificate, make_certificate, median_bound
+from ev3_distill.core.assess import logits_of
 from ev3_distill.data.sources import Dataset
-from ev3_distill.guards import KNOWN, Guard, judge
+from ev3_distill.guards import Guard, evaluate_guards
+from ev3_distill.runtime.compile import jit
 from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.runtime.latency import passes_ms
 from ev3_distill.students.network import count_params
-from ev3_distill.tasks.classification.metric_bounds import Bound, Outputs, digest_of_costs, latency, said
-from ev3_distill.training import run_dir, sealed_split
+from ev3_distill.tasks.classification.example_metrics import predicted_class
+from ev3_distill.tasks.classification.tables import accuracy_tables
+from ev3_distill.tasks.classification.user_metrics import digest_of_costs
+from ev3_distill.tasks.metrics import METRICS, find_metric
+from ev3_distill.tasks.outputs import Outputs, bounds_of
+from ev3_distill.training import sealed_split
+from ev3_distill.training.run_dir import write_json
 from ev3_distill.types import Batch, Network, Variables
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Asked:
-    """What is to be promised, fixed before the split is opened."""
+class CertificateRequest:
+    """What to claim, fixed before the split is opened.
+
+    Attributes:
+      metrics: to be claimed.
+      class_names: of the K classes.
+      confidence: of all claims jointly, and of each table.
+      group_names: of the groups; empty where there are none.
+      costs: [K, K] of predictions, for a claim on cost.
+    """
 
     metrics: Sequence[str]
     class_names: Sequence[str]
     confidence: float
-    costs: np.ndarray | None = None  # [K, K], for a claim on them
+    group_names: Sequence[str] = ()
+    costs: np.ndarray | None = None
 
 
-def metrics_asked(guards: Iterable[Guard], *, labelled: bool, teacher: bool) -> list[str]:
-    """Accuracy where there are labels, agreement where there is a teacher, and what guards ask for, each once."""
-    promised = [name for name, holds in (("accuracy", labelled), ("agreement", teacher)) if holds]
-    return list(dict.fromkeys([*promised, *(guard.metric for guard in guards if guard.metric not in KNOWN)]))
+class Certification(NamedTuple):
+    """The outcome of certifying a run."""
 
-
-class Certified(NamedTuple):
-    """What came of it."""
-
-    which: int  # of the candidates
+    which: int  # index of the certified candidate
     certificate: Certificate
-    guards: list[dict[str, Any]]  # see `guards.judge`
-    of_teacher: float | None  # its own accuracy
+    guards: list[dict[str, Any]]  # see `guards.evaluate_guards`
+    teacher_accuracy: float | None  # on the labeled examples of the split
 
 
-def certified(
+def metrics_to_claim(guards: Iterable[Guard], *, labeled: bool, teacher: bool) -> list[str]:
+    """Metrics that every certificate claims where labels and a teacher allow it, then guarded ones; each once."""
+    available = {name for name, present in (("labels", labeled), ("teacher", teacher)) if present}
+    default = [name for name, row in METRICS.items() if row.by_default and available.issuperset(row.needs)]
+    return list(dict.fromkeys([*default, *(guard.metric for guard in guards if guard.row.source != "size")]))
+
+
+def certify_run(
     directory: Path,
     candidates: Sequence[tuple[Network, Variables]],
     dataset: Dataset,
     *,
     test: Callable[[], Iterable[Batch]],
-    asked: Asked,
+    request: CertificateRequest,
     guards: Sequence[Guard],
     teacher: bool,
     batch_size: int,
-) -> Certified:
-    """Opens a run's sealed split for its student, and writes what may be promised.
+) -> Certification:
+    """Opens a run's sealed split and writes the certificate of a student.
 
-    Of several candidates it is the first whose guards all are certified, or the last.
+    Of several candidates it certifies the first whose guards are all certified, or else the last.
 
     Args:
       directory: of the run.
-      candidates: students, final, the most wanted first.
-      dataset: that the split is of.
-      test: the split in parts, which nobody has looked at before this.
-      asked: what is to be promised.
+      candidates: final students, the preferred one first.
+      dataset: that the split belongs to.
+      test: returns the split in parts; nothing has been scored on it before.
+      request: what to claim.
       guards: what must hold.
-      teacher: whether there is one.
+      teacher: whether there is a teacher.
       batch_size: examples of one forward pass.
     """
-    labelled = bool((dataset.labels >= 0).any())
+    labeled = bool((dataset.labels >= 0).any())
     names, among = [tree_digest(variables) for _, variables in candidates], len(candidates)
     sealed_split.open_split(
         directory,
         names[0],
-        asked.metrics,
-        confidence=asked.confidence,
-        costs=digest_of_costs(asked.costs),
+        request.metrics,
+        confidence=request.confidence,
+        costs=digest_of_costs(request.costs),
         others=names[1:],
     )
     for which, (network, variables) in enumerate(candidates):
-        outputs = run_dir.outputs_of(
-            network, variables, test(), labelled=labelled, teacher=teacher, batch_size=batch_size
-        )
-        certificate = run_dir.certificate_of(
-            outputs._replace(num_groups=len(dataset.group_names)),
-            asked.metrics,
-            class_names=asked.class_names,
-            group_names=dataset.group_names,
-            confidence=asked.confidence,
-            costs=asked.costs,
-            measured=measured(asked.metrics, network, variables, dataset),
+        outputs = outputs_on(network, variables, test(), labeled=labeled, teacher=teacher, batch_size=batch_size)
+        outputs = outputs._replace(num_groups=len(request.group_names))
+        measured = measured_bounds(request.metrics, network, variables, dataset)
+        tables = accuracy_tables(
+            outputs,
+            class_names=request.class_names,
+            group_names=request.group_names,
+            confidence=request.confidence,
             among=among,
         )
-        judged = judge(guards, certificate.claims, known=known_of(variables))
-        if which + 1 == among or all(guard["certified"] for guard in judged):
-            run_dir.write_certificate(directory, certificate, names[which])
-            return Certified(which, certificate, judged, _of_teacher(outputs))
-    raise ValueError("a split is opened for at least one student; got none")
+        certificate = certificate_of(outputs, request, measured=measured, among=among)
+        certificate = dataclasses.replace(certificate, tables=tables)
+        outcomes = evaluate_guards(guards, certificate.claims, sizes=sizes_of(variables))
+        if which + 1 == among or all(guard["certified"] for guard in outcomes):
+            write_certificate(directory, certificate, names[which])
+            return Certification(which, certificate, outcomes, _teacher_accuracy(outputs))
+    raise ValueError("a sealed split is opened for at least one student; got none: pass candidates")
 
 
-def _of_teacher(outputs: Outputs) -> float | None:
-    """The teacher's own accuracy, where there are labels and a teacher."""
-    labelled = outputs.labels >= 0
-    if outputs.teacher_logits is None or not labelled.any():
+def outputs_on(
+    network: Network, variables: Variables, split: Iterable[Batch], *, labeled: bool, teacher: bool, batch_size: int
+) -> Outputs:
+    """Outputs of a student and its teacher on a split.
+
+    Args:
+      network: the student's.
+      variables: the student's.
+      split: in parts.
+      labeled: whether targets are labels, and not predictions of the teacher that stand in for them.
+      teacher: whether the teacher's outputs are real, and not blank.
+      batch_size: examples of one forward pass.
+    """
+    forward = jit(lambda variables, inputs: logits_of(network.apply, variables, inputs, batch_size=batch_size))
+    parts = [(forward(variables, part.inputs), part.targets, part.teacher["logits"], part.group) for part in split]
+
+    def joined(field: int) -> np.ndarray:
+        return np.concatenate([np.asarray(part[field]) for part in parts])
+
+    labels = joined(1) if labeled else np.full(sum(len(part[1]) for part in parts), -1)
+    groups = None if isinstance(parts[0][3], tuple) else joined(3)
+    return Outputs(joined(0), labels, {"logits": joined(2)} if teacher else None, groups)
+
+
+def certificate_of(
+    outputs: Outputs,
+    request: CertificateRequest,
+    *,
+    measured: Mapping[str, Bound] | None = None,
+    shares: Mapping[str, float] | None = None,
+    among: int = 1,
+    reopened: int = 0,
+) -> Certificate:
+    """The certificate of a student from its outputs on the sealed split, without tables.
+
+    Args:
+      outputs: on the sealed split.
+      request: what to claim, fixed before the split was opened.
+      measured: bounds of metrics that are not measured on examples.
+      shares: of the error probability by metric; equal by default.
+      among: number of students for which the split was opened.
+      reopened: number of earlier openings.
+    """
+    measured = measured or {}
+    on_examples = bounds_of(
+        [metric for metric in request.metrics if metric not in measured],
+        outputs,
+        costs=request.costs,
+        class_names=request.class_names,
+    )
+    claims = {metric: {**on_examples, **measured}[metric] for metric in request.metrics}
+    certificate = make_certificate(claims, confidence=request.confidence, shares=shares, among=among)
+    return dataclasses.replace(certificate, reopened=reopened)
+
+
+def write_certificate(directory: Path, certificate: Certificate, student: str) -> None:
+    """Writes certificate.json: the claims, the digest of the student, and the population that they are about.
+
+    The certificate of a split that was opened before gets a file of its own: certificate-2.json and so on.
+    """
+    number = f"-{certificate.reopened + 1}" if certificate.reopened else ""
+    population = {"covered": COVERED, "not_covered": NOT_COVERED}
+    content = {**certificate.as_dict(), "student": student, "population": population}
+    write_json(directory / f"certificate{number}.json", content)
+
+
+def _teacher_accuracy(outputs: Outputs) -> float | None:
+    """The teacher's accuracy on labeled examples; None without labels or teacher."""
+    labeled = outputs.targets >= 0
+    if outputs.teacher is None or not labeled.any():
         return None
-    return float((said(outputs.teacher_logits) == outputs.labels)[labelled].mean())
+    return float((predicted_class(outputs.teacher["logits"]) == outputs.targets)[labeled].mean())
 
 
-def measured(metrics: Sequence[str], network: Network, variables: Variables, dataset: Dataset) -> dict[str, Bound]:
-    """Those of the claims that stand on measurements of their own, made here."""
-    if "latency_ms" not in metrics:
-        return {}
-    return {"latency_ms": latency(passes_ms(network, variables, dataset.inputs[:1][0]))}
+def measured_bounds(
+    metrics: Sequence[str], network: Network, variables: Variables, dataset: Dataset
+) -> dict[str, Bound]:
+    """Bounds of the metrics that are measured by timing; the timing is done here."""
+    timed = [name for name in metrics if (query := find_metric(name)) and query.row.source == "timing"]
+    return {name: median_bound(name, passes_ms(network, variables, dataset.inputs[:1][0])) for name in timed}
 
 
-def known_of(variables: Variables) -> dict[str, int]:
-    """What is known of a student without an example: trained parameters, and bytes of all its arrays as they are saved."""
+def sizes_of(variables: Variables) -> dict[str, int]:
+    """`params`: trained parameters. `bytes`: of all arrays of a student as they are saved."""
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
     return {"params": count_params(variables), "bytes": size}

@@ -1,4 +1,4 @@
-"""Demands: what a user asks to hold of a student, once it is clear that these data and this student can answer it."""
+"""Checks that data and student can answer the guards of a user, before anything is trained."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,62 +6,77 @@ import numpy as np
 
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError
-from ev3_distill.guards import FORMS, KNOWN, TOP_K, Guard, form_of, parse
-from ev3_distill.tasks.classification import metric_bounds
+from ev3_distill.guards import Guard, parse
+from ev3_distill.tasks.base import has_target
+from ev3_distill.tasks.metrics import GuardData, MetricQuery, find_metric, resolve
 
 
-def check_labelled(dataset: Dataset, who: str) -> None:
-    """Raises InputError where no example has a label."""
-    if not (dataset.labels >= 0).any():
-        raise InputError(f"{who} needs labels; {dataset.source} has none: name a --teacher, or data with labels")
+def require_labels(dataset: Dataset, subject: str) -> None:
+    """Raises InputError where no example has a label.
+
+    Args:
+      dataset: to check.
+      subject: of the error, such as `evaluate`.
+    """
+    if not has_target(dataset.labels).any():
+        raise InputError(f"{subject} needs labels; {dataset.source} has none: name a --teacher, or data with labels")
 
 
-def guards_of(
+def parse_guards(
     texts: Sequence[str],
     dataset: Dataset,
     *,
     num_classes: int,
-    known: Mapping[str, int],
+    sizes: Mapping[str, int],
     costs: np.ndarray | None,
     teacher: bool = True,
+    class_names: Sequence[str] = (),
 ) -> list[Guard]:
-    """The guards, parsed, once it is clear that none is beyond what can be known, or reached.
+    """Parses guards, and refuses those that these data cannot answer or this student cannot meet.
 
     Args:
       texts: of the guards.
-      dataset: that the student will be scored on.
-      num_classes: that it tells apart.
-      known: of it, see `guards.KNOWN`.
-      costs: of its mistakes, where there are any.
-      teacher: whether what its teacher says will be known.
+      dataset: on which the student will be scored.
+      num_classes: that the student tells apart.
+      sizes: the student's `params` and `bytes`.
+      costs: [K, K] of predictions, where there are any.
+      teacher: whether the teacher's outputs will be known.
+      class_names: of the student's classes; the data's by default.
+
+    Raises:
+      InputError: a guard cannot be parsed, answered or met.
     """
-    parsed = [parse(text) for text in texts]
-    for guard in parsed:
-        _check_known(guard, dataset, num_classes, costs=costs is not None, teacher=teacher)
-    for guard in parsed:
-        if guard.metric in KNOWN and known[guard.metric] > guard.threshold:
-            has = f"{known[guard.metric]:,} {'parameters' if guard.metric == 'params' else 'bytes'}"
+    guards = [parse(text) for text in texts]
+    data = GuardData(dataset.source, dataset.labels, num_classes, tuple(class_names or dataset.class_names))
+    available = {
+        "labels": bool(has_target(dataset.labels).any()),
+        "teacher": teacher,
+        "groups": dataset.groups is not None,
+        "costs": costs is not None,
+    }
+    for guard in guards:
+        query = find_metric(guard.metric)
+        if query is not None:
+            _check(query, data, available)
+    for guard in guards:
+        if guard.row.source == "size" and sizes[guard.metric] > guard.threshold:
             raise InputError(
-                f"a guard must be within reach; got '{guard}' and a student of {has}: name a smaller --student"
+                f"a guard must be within reach; got '{guard}' and a student of {sizes[guard.metric]:,} {guard.row.unit}: "
+                "name a smaller --student"
             )
-    return parsed
+    return guards
 
 
-def _check_known(guard: Guard, dataset: Dataset, num_classes: int, *, costs: bool, teacher: bool) -> None:
-    """Whether a guard's metric can be known of a student on these data."""
-    needs, told = guard.about.needs, f"a guard on {guard.metric} needs"
-    if "labels" in needs and not (dataset.labels >= 0).any():
-        raise InputError(f"{told} labels; {dataset.source} has none: guard agreement")
-    if "teacher" in needs and not teacher:
-        raise InputError(f"{told} the teacher; evaluate has the student alone: guard accuracy")
-    if "groups" in needs and dataset.groups is None:
-        raise InputError(f"{told} groups; {dataset.source} has none: guard worst_class_accuracy")
-    if "costs" in needs and not costs:
-        raise InputError(f"{told} costs; got none: give a CSV file of them by --costs")
-    top = TOP_K.search(guard.metric) if form_of(guard.metric) in FORMS else None
-    if top and int(top[1]) >= num_classes:
-        raise InputError(
-            f"{told} more classes; {dataset.source} has {num_classes}, and any answer is right: guard accuracy"
-        )
-    if form_of(guard.metric) == "MODULE:FUNCTION":
-        metric_bounds.function_named(guard.metric)
+def _check(query: MetricQuery, data: GuardData, available: Mapping[str, bool]) -> None:
+    """Raises InputError where the data cannot answer the metric."""
+    ways_out = {
+        "labels": f"labels; {data.source} has none: guard agreement",
+        "teacher": "the teacher; evaluate has only the student: guard accuracy",
+        "groups": f"groups; {data.source} has none: guard worst_class_accuracy",
+        "costs": "costs; got none: give a CSV file of them with --costs",
+    }
+    for need in query.row.needs:
+        if not available[need]:
+            raise InputError(f"a guard on {query.name} needs {ways_out[need]}")
+    if query.row.check is not None:
+        resolve(query.row.check)(query, data)

@@ -32,30 +32,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import tomli_w
 
-from ev3_distill.certify.certificate import (
-    COVERED,
-    NOT_COVERED,
-    Certificate,
-    Outputs,
-    Parts,
-    accuracy_by,
-    claims_of,
-    make_certificate,
-)
 from ev3_distill.config import EV3
-from ev3_distill.core.assess import logits_of
 from ev3_distill.core.flatten_state import Packed
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.checkpoint import Checkpoints
-from ev3_distill.runtime.compile import jit
+from ev3_distill.runtime.files import atomic_write
 from ev3_distill.runtime.ledger import Ledger, row_of, rows
-from ev3_distill.tasks.classification.metric_bounds import Bound
 from ev3_distill.training.iterate import UNLIMITED, Supply
 from ev3_distill.training.trainer import Distillation
-from ev3_distill.types import Batch, Network, Pools, State, Variables
+from ev3_distill.types import Pools, State
 
 FILES = (
     *("archive.json", "certificate.json", "config.toml", "given.json", "ledger.jsonl", "logits.npz", "opened.json"),
@@ -291,76 +278,6 @@ def iterate(
         return written()
 
 
-def outputs_of(
-    network: Network, variables: Variables, split: Iterable[Batch], *, labelled: bool, teacher: bool, batch_size: int
-) -> Outputs:
-    """What a student and its teacher say of a split.
-
-    Args:
-      network: the student's.
-      variables: the student's.
-      split: in parts.
-      labelled: whether its labels are such, and not its teacher's choices.
-      teacher: whether its teacher's logits are such, and not blank.
-      batch_size: examples of one forward pass.
-    """
-    forward = jit(lambda variables, inputs: logits_of(network.apply, variables, inputs, batch_size=batch_size))
-    parts = [(forward(variables, part.inputs), part.labels, part.teacher_logits, part.group) for part in split]
-
-    def together(field: int) -> np.ndarray:
-        return np.concatenate([np.asarray(part[field]) for part in parts])
-
-    labels = together(1) if labelled else np.full(sum(len(part[1]) for part in parts), -1)
-    groups = None if isinstance(parts[0][3], tuple) else together(3)
-    return Outputs(together(0), labels, together(2) if teacher else None, groups)
-
-
-def certificate_of(
-    outputs: Outputs,
-    metrics: Iterable[str],
-    *,
-    class_names: Sequence[str],
-    group_names: Sequence[str] = (),
-    confidence: float,
-    costs: np.ndarray | None = None,
-    measured: Mapping[str, Bound] | None = None,
-    among: int = 1,
-) -> Certificate:
-    """The certificate of a student from what it says of the sealed split, with the accuracy by class (and by group).
-
-    Args:
-      outputs: of the sealed split.
-      metrics: to be claimed, fixed before it was opened.
-      class_names: of the K classes.
-      group_names: of the groups, where the outputs tell any.
-      confidence: of all claims together, and of each table.
-      costs: [K, K], for a claim on them.
-      measured: claims that stand on other measurements.
-      among: students for which the split was opened.
-    """
-    measured = measured or {}
-    claims = claims_of([metric for metric in metrics if metric not in measured], outputs, costs=costs)
-    of_metrics = {metric: {**claims, **measured}[metric] for metric in metrics}
-    certificate = make_certificate(of_metrics, confidence=confidence, among=among)
-    parts = [Parts("class", outputs.labels, class_names)]
-    if outputs.groups is not None:
-        parts.append(Parts("group", outputs.groups, group_names))
-    labelled = (outputs.labels >= 0).any()
-    tables = [accuracy_by(outputs, part, confidence=confidence, among=among) for part in parts if labelled]
-    return dataclasses.replace(certificate, tables=tuple(tables))
-
-
-def write_certificate(directory: Path, certificate: Certificate, student: str) -> None:
-    """Writes what is promised of a student, named by its digest, and of what population: certificate.json.
-
-    One from a split that was opened before gets a file of its own, certificate-2.json and so on.
-    """
-    number = f"-{certificate.reopened + 1}" if certificate.reopened else ""
-    population = {"covered": COVERED, "not_covered": NOT_COVERED}
-    content = {**certificate.as_dict(), "student": student, "population": population}
-    write_json(directory / f"certificate{number}.json", content)
-
-
 def report_of(
     directory: Path, state: State, arms: Sequence[str], *, compile_s: float, config: EV3, facts: dict[str, Any]
 ) -> dict[str, Any]:
@@ -430,9 +347,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with atomic_write(path) as file:
+        file.write(text.encode())

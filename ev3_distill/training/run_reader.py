@@ -30,7 +30,7 @@ def config_of(directory: Path, finished: dict[str, Any]) -> config.Compress | co
     return read_config(kind, directory / "config.toml")
 
 
-def data_of(chosen: config.Compress | config.Teach, source: str = "") -> Dataset:
+def data_of(chosen: config.RunConfig, source: str = "") -> Dataset:
     """The data of a run, or another source as that run would read it."""
     with Counter("images", things="images") as counter:
         return load_data(

@@ -1,23 +1,39 @@
-"""The sealed split's openings, on record before anybody looks.
+"""Record of the sealed split's openings, written before anything is scored on it.
 
-opened.json of a run: {"openings": [{"student", "time", "confidence", "claims", "costs"}]}, the run's own opening first; one
-with `others` is for these students, too, any of which may then be delivered. A run that is killed while it scores its students
-finishes the same opening when it is resumed; whatever would be another one must say so.
+opened.json of a run: {"openings": [{"student", "time", "confidence", "claims", "costs", "family"}]}, the run's own opening
+first. `others` lists further students of the same opening, any of which may be delivered. `family` names all metrics that a
+claim could have been about at the first opening; the level of a reopened certificate depends on their number. A run that is
+killed while it scores its students continues the same opening when it is resumed. Any other use is a further opening and
+requires `reopen=True`.
 """
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ev3_distill.errors import InputError
+from ev3_distill.runtime.files import sync_directory
+from ev3_distill.tasks.metrics import METRICS, MetricQuery, find_metric
 from ev3_distill.training.run_dir import read_json, write_json
 
 NAME = "opened.json"
+ORIGINAL_FAMILY = (  # of runs whose record has no `family`, because they are older than that entry
+    *("accuracy", "balanced_accuracy", "worst_class_accuracy", "worst_group_accuracy", "macro_f1", "agreement"),
+    *(
+        "drop(accuracy)",
+        "ece",
+        "brier",
+        "cost",
+        "latency_ms",
+        "topK_accuracy",
+        "drop(topK_accuracy)",
+        "MODULE:FUNCTION",
+    ),
+)
 
 
-def openings(directory: Path) -> list[dict[str, Any]]:
+def read_openings(directory: Path) -> list[dict[str, Any]]:
     """All openings of a run's sealed split so far.
 
     Raises:
@@ -25,13 +41,23 @@ def openings(directory: Path) -> list[dict[str, Any]]:
     """
     if not (directory / NAME).exists():
         return []
-    told: list[dict[str, Any]] = read_json(directory / NAME)["openings"]
-    return told
+    openings: list[dict[str, Any]] = read_json(directory / NAME)["openings"]
+    return openings
 
 
 def candidates_of(opening: dict[str, Any]) -> list[str]:
-    """The students that a split was opened for."""
+    """Digests of the students that a split was opened for."""
     return [opening["student"], *opening.get("others", [])]
+
+
+def family_of(opening: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the metrics that claims could have been about when the split was opened."""
+    return tuple(opening.get("family", ORIGINAL_FAMILY))
+
+
+def claimable_metrics() -> tuple[str, ...]:
+    """Names of all metrics that a certificate can claim today, a family of metrics counted once."""
+    return tuple(name for name, row in METRICS.items() if row.source != "size")
 
 
 def open_split(
@@ -43,56 +69,106 @@ def open_split(
     costs: str | None = None,
     reopen: bool = False,
     others: Sequence[str] = (),
+    family: Sequence[str] | None = None,
 ) -> int:
-    """Opens the sealed split of a run for one student, or a few, and a family of claims that is now fixed.
+    """Opens the sealed split of a run for one or a few students and a fixed list of claims.
 
-    The opening is on disk when this returns. One that is on record already goes on, and is no further one.
+    The opening is on disk when this returns. One that is recorded already continues, and does not count again.
 
     Args:
       directory: of the run.
       student: its digest.
       claims: metrics that will be claimed.
       confidence: of the certificate.
-      costs: digest of the table of costs, for a claim on them.
+      costs: digest of the table of costs, for a claim on cost.
       reopen: open a split again that was opened for other claims.
-      others: digests of those that may be delivered in its place.
+      others: digests of the students that may be delivered in place of `student`.
+      family: metrics that a claim can be about, for a first opening; all of them by default.
 
     Returns:
-      How many openings came before it.
+      The number of openings before this one.
 
     Raises:
-      InputError: the split was opened for another student, or for other claims and is not to be reopened.
+      InputError: the split was opened for another student; or for other claims, and `reopen` is False or a claim is not in
+        the family of the first opening.
     """
-    told = openings(directory)
-    family = {"confidence": confidence, "claims": list(claims), "costs": costs}
-    ours = bool(told) and {student, *others} <= set(candidates_of(told[0]))
-    for i, other in enumerate(told):
-        if ours and {name: other[name] for name in family} == family:
+    openings = read_openings(directory)
+    request = {"confidence": confidence, "claims": list(claims), "costs": costs}
+    same_students = bool(openings) and {student, *others} <= set(candidates_of(openings[0]))
+    for i, opening in enumerate(openings):
+        if same_students and {name: opening[name] for name in request} == request:
             return i
-    if told and not ours:
+    if openings and not same_students:
         raise InputError(
-            f"a sealed split certifies those that it was opened for; that of {directory} was opened for "
-            f"{' and '.join(name[:12] for name in candidates_of(told[0]))} and is asked about {student[:12]}: start anew with "
-            "--out, or score other data by --data"
+            f"a sealed split certifies only the students that it was opened for; that of {directory} was opened for "
+            f"{' and '.join(name[:12] for name in candidates_of(openings[0]))}, got {student[:12]}: start a new run with "
+            "--out, or score other data with --data"
         )
-    if told and not reopen:
-        first = told[0]
-        raise InputError(
-            f"a sealed split is opened once; that of {directory} was, on {first['time']}, for {', '.join(first['claims'])} at "
-            f"{first['confidence']:.10g}, and is asked for {', '.join(claims)} at {confidence:.10g}: score other data by "
-            "--data, or give --reopen, and the bounds are corrected for it"
-        )
+    if openings:
+        _check_reopening(directory, openings[0], claims, confidence=confidence, reopen=reopen)
+        family = family_of(openings[0])
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    row = {"student": student, **family, **({"others": list(others)} if others else {})}
-    write_json(directory / NAME, {"openings": [*told, {**row, "time": moment}]})
-    _sync(directory)
-    return len(told)
+    names = list(claimable_metrics() if family is None else family)
+    row = {"student": student, **request, **({"others": list(others)} if others else {}), "family": names}
+    write_json(directory / NAME, {"openings": [*openings, {**row, "time": moment}]})
+    sync_directory(directory)
+    return len(openings)
 
 
-def _sync(directory: Path) -> None:
-    """Brings the names of a directory to the disk, as `write_json` does the content of its files."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _check_reopening(
+    directory: Path, first: dict[str, Any], claims: Sequence[str], *, confidence: float, reopen: bool
+) -> None:
+    if not reopen:
+        raise InputError(
+            f"a sealed split is opened once; that of {directory} was opened on {first['time']} for "
+            f"{', '.join(first['claims'])} at {first['confidence']:.10g}, got {', '.join(claims)} at {confidence:.10g}: "
+            "score other data with --data, or give --reopen, which widens the bounds to correct for it"
+        )
+    unknown = [name for name in claims if _query(name).row.name not in family_of(first)]
+    if unknown:
+        raise InputError(
+            "a reopened split can claim only metrics that existed when it was first opened, because these share its error "
+            f"probability; that of {directory} was opened without {', '.join(unknown)}: score other data with --data"
+        )
+
+
+def shares_when_reopened(
+    metrics: Sequence[str], reopened: int, *, family: Sequence[str], num_classes: int
+) -> dict[str, float]:
+    """Shares of the error probability for claims that may have been selected after the split was opened.
+
+    Someone who has read the first certificate may choose the next claims because of it. A correction for the claims that were
+    made is therefore not enough: the family is everything that could ever be claimed. Each of its metrics gets an equal
+    share, whether it is claimed or not. Of that, top-K accuracies get 1 / (K (K - 1)) for K = 2, 3, ..., each class gets
+    1 / num_classes, and a metric that each opening may fill with something new (a function, costs, a measured time) gets
+    1 / (j (j + 1)) in the j-th reopening, divided equally among functions. All these shares sum to at most 1, so the
+    certificates of all reopenings hold jointly with the confidence, however the claims were selected. For functions and costs
+    this requires that they were written without knowledge of the split.
+
+    Args:
+      metrics: to be claimed.
+      reopened: j, the number of openings before this one, at least 1.
+      family: names of the metrics that could be claimed at the first opening, see `family_of`.
+      num_classes: that the student tells apart.
+    """
+    queries = {name: _query(name) for name in metrics}
+
+    def share(query: MetricQuery) -> float:
+        part = 1 / len(family)
+        if query.row.family == "k":
+            k = int(query.argument)
+            part /= k * (k - 1)
+        elif query.row.family == "class":
+            part /= num_classes
+        if query.row.renewable:
+            part /= reopened * (reopened + 1) * sum(other.row is query.row for other in queries.values())
+        return part
+
+    return {name: share(query) for name, query in queries.items()}
+
+
+def _query(name: str) -> MetricQuery:
+    query = find_metric(name)
+    if query is None:
+        raise ValueError(f"a claim needs a known metric; got '{name}': see tasks/metrics.py")
+    return query

@@ -16,13 +16,14 @@ from ev3_distill import config, students
 from ev3_distill.arms import arms_named
 from ev3_distill.data import augment
 from ev3_distill.data.batches import held_out, sampler
-from ev3_distill.data.pipeline import ResidentSupply, Views, WindowSupply
+from ev3_distill.data.pipeline import ResidentPipeline, Views, WindowPipeline
 from ev3_distill.data.sources import Dataset
 from ev3_distill.data.splits import split_rows
 from ev3_distill.errors import InputError
 from ev3_distill.guards import Guard
-from ev3_distill.tasks.classification.steering import goal, steers
-from ev3_distill.teachers.targets import Labels, Lessons, Recorded, chunked
+from ev3_distill.tasks.classification.steering import goal
+from ev3_distill.tasks.metrics import steers
+from ev3_distill.teachers.targets import BlankTargets, TeacherTargets, chunked
 from ev3_distill.training.devices import ONE, Devices
 from ev3_distill.training.iterate import UNLIMITED, Supply
 from ev3_distill.training.trainer import Distillation
@@ -99,7 +100,7 @@ def course_of(
     chosen: Any,
     task: Task,
     arm_names: Sequence[str],
-    lessons: Lessons | Recorded,
+    targets: TeacherTargets,
     *,
     in_step: tuple[Network, Variables] | None = None,
     stops: float = 0.0,
@@ -110,17 +111,22 @@ def course_of(
       chosen: config.Compress or config.Teach.
       task: what is trained on what.
       arm_names: of the arms.
-      lessons: what the teacher says.
+      targets: of the teacher.
       in_step: a JAX teacher that runs inside the training step.
       stops: share of the certificate's level at which decide must prove every goal for the run to end early; 0: never.
     """
-    assess, decide = (_held(task, task.rows[name], lessons, name) for name in ("assess", "decide"))
+    assess, decide = (_held(task, task.rows[name], targets, name) for name in ("assess", "decide"))
     seen = None
     if chosen.ev3.patience:
         among = np.random.default_rng(chosen.seed).permutation(task.rows["explore"])
-        seen = _held(task, np.sort(among[: len(task.rows["assess"])]), lessons, "explore")
-    sample, supply, pools = _supplied(chosen, task, lessons, Pools((), assess, decide, seen), in_step)
-    goals = [goal(guard.metric, guard.threshold, costs=task.costs) for guard in task.guards if steers(guard.metric)]
+        seen = _held(task, np.sort(among[: len(task.rows["assess"])]), targets, "explore")
+    sample, supply, pools = _supplied(chosen, task, targets, Pools((), assess, decide, seen), in_step)
+    names = task.dataset.class_names
+    goals = [
+        goal(guard.metric, guard.threshold, costs=task.costs, class_names=names)
+        for guard in task.guards
+        if steers(guard.metric)
+    ]
     at_once = evaluated_at_once(task.dataset, task.memory, chosen.ev3.eval_batch_size)
     network = task.devices.network(task.network)
     distillation = Distillation(
@@ -142,17 +148,17 @@ def course_of(
 
 
 def _supplied(
-    chosen: Any, task: Task, lessons: Lessons | Recorded, pools: Pools, in_step: tuple[Network, Variables] | None
+    chosen: Any, task: Task, targets: TeacherTargets, pools: Pools, in_step: tuple[Network, Variables] | None
 ) -> tuple[Any, Supply | None, Pools]:
     """How batches are made, who brings the explore split, and the pools: with it where it is on the device as a whole."""
     dataset, size, index = task.dataset, chosen.ev3.batch_size, task.rows["explore"]
-    views = Views(dataset, index, task.augmentation)
-    asked = not isinstance(lessons, Labels)  # what nobody is asked of needs no end of views
+    views = Views(dataset.inputs, dataset.labels, index, task.augmentation)
+    asked = not isinstance(targets, BlankTargets)  # what nobody is asked of needs no end of views
     count = 1 if task.augmentation is None else chosen.views if asked else UNLIMITED
     facts = {"batch_size": size, "seed": chosen.seed}
     apply = None if in_step is None else task.devices.network(in_step[0]).apply
     sample = sampler(batch_size=size, views=count, augmentation=task.augmentation, teacher=apply)
-    lesson = lessons.of(views, count)
+    teacher_of = targets.for_views(views, count)
     learnt = 4 * count * len(index) * sum(math.prod(shape) for shape in task.teacher_features.values())
     if in_step is not None and task.teacher_features:
         raise InputError(
@@ -166,9 +172,9 @@ def _supplied(
                 f"memory limit of {task.memory}: raise --memory, or leave out --teacher-in-step"
             )
         steps = min(max(task.memory // WINDOW_SHARE // (size * bytes_of_example(dataset)), 1), WINDOW_STEPS)
-        return sample, WindowSupply(views, lesson, count=count, steps=steps, **facts), pools
+        return sample, WindowPipeline(views, teacher_of, count=count, steps=steps, **facts), pools
     variables = () if in_step is None else in_step[1]
-    supply = ResidentSupply(views, lesson, count=count if asked else 1, teacher=variables, **facts)
+    supply = ResidentPipeline(views, teacher_of, count=count if asked else 1, teacher=variables, **facts)
     if task.augmentation is None:
         return sample, None, pools._replace(explore=supply.whole())
     return sample, supply, pools
@@ -205,20 +211,20 @@ def share_of(memory: int) -> int:
     return memory // 4
 
 
-def _held(task: Task, rows: np.ndarray, lessons: Lessons | Recorded, name: str) -> Batch:
+def _held(task: Task, rows: np.ndarray, targets: TeacherTargets, name: str) -> Batch:
     """Examples of a split, whole; without labels the teacher's choice stands in for them, and accuracy is agreement."""
-    return _batch(task, rows, lessons.plain(rows, f"teacher, {name} split"))
+    return _batch(task, rows, targets.unchanged(rows, f"teacher, {name} split"))
 
 
-def test_of(task: Task, lessons: Lessons | Recorded) -> Iterator[Batch]:
+def test_of(task: Task, targets: TeacherTargets) -> Iterator[Batch]:
     """The sealed split, opened part by part."""
     rows = task.rows["test"]
-    lessons.plain(rows, "teacher, test split")
+    targets.unchanged(rows, "teacher, test split")
     for part in chunked(rows, evaluated_at_once(task.dataset, task.memory, CHUNK)):
-        yield _batch(task, part, lessons.plain(part))
+        yield _batch(task, part, targets.unchanged(part))
 
 
-def _batch(task: Task, rows: np.ndarray, logits: np.ndarray) -> Batch:
-    labels = task.dataset.labels[rows] if task.labelled else logits.argmax(axis=1)
+def _batch(task: Task, rows: np.ndarray, teacher: Mapping[str, np.ndarray]) -> Batch:
+    labels = task.dataset.labels[rows] if task.labelled else teacher["logits"].argmax(axis=1)
     groups = None if task.dataset.groups is None else task.dataset.groups[rows]
-    return held_out(task.dataset.inputs[rows], labels, rows, logits, groups)
+    return held_out(task.dataset.inputs[rows], labels, rows, teacher, groups)

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from ev3_distill import config, students
-from ev3_distill.certify.certificate import clopper_pearson_lower
+from ev3_distill.certify.bounds import clopper_pearson_lower, clopper_pearson_upper
 from ev3_distill.data.splits import SPLITS
 from ev3_distill.errors import warn
 from ev3_distill.monitor import report
 from ev3_distill.runtime.progress import Progress
 from ev3_distill.students.network import count_params
-from ev3_distill.teachers.targets import Lessons, Recorded
+from ev3_distill.teachers.targets import TeacherTargets
 from ev3_distill.training import run_dir
-from ev3_distill.training.certify_run import Asked, certified, metrics_asked
+from ev3_distill.training.certify_run import CertificateRequest, certify_run, metrics_to_claim
 from ev3_distill.training.iterate import UNLIMITED
 from ev3_distill.training.setup import Course, Task, course_of, evaluated_at_once, test_of
 from ev3_distill.training.trainer import Distillation
@@ -44,7 +44,7 @@ def train(
     chosen: Any,
     task: Task,
     arm_names: Sequence[str],
-    lessons: Lessons | Recorded,
+    targets: TeacherTargets,
     *,
     teacher: dict[str, Any] | None,
     in_step: tuple[Network, Variables] | None = None,
@@ -56,32 +56,32 @@ def train(
       chosen: config.Compress or config.Teach.
       task: what is trained on what.
       arm_names: of the arms.
-      lessons: what the teacher says.
+      targets: of the teacher.
       teacher: facts for the report; None where labels alone teach.
       in_step: a JAX teacher that runs inside the training step.
     """
     stops = float(getattr(chosen, "stop_when_met", False))
-    course = course_of(chosen, task, arm_names, lessons, in_step=in_step, stops=stops)
+    course = course_of(chosen, task, arm_names, targets, in_step=in_step, stops=stops)
     distillation, seconds = course.distillation, config.Budget.parse(chosen.budget).seconds
     title = "teacher" if teacher is None else "student"
     with Progress(title, steps=task.steps, seconds=seconds) as progress:
-        state = iterated(directory, chosen, course, lessons, progress, budget=task.steps, seconds=seconds)
+        state = iterated(directory, chosen, course, targets, progress, budget=task.steps, seconds=seconds)
     which, distilled = distillation.judge.delivered(course.pools, state, getattr(chosen, "deliver", "best"))
     final = Final(task.network, distilled, which, state, course.arms, distillation.compile_s)
     if task.control is None:
-        return concluded(directory, chosen, task, final, lessons, teacher=teacher)
+        return concluded(directory, chosen, task, final, targets, teacher=teacher)
     control = students.load(task.control, factory=students.factory_of(chosen.student))[1]
     if distillation.judge.outranks(course.pools, control, distilled):
         final = dataclasses.replace(final, variables=control, which="control")
     helped = functools.partial(_helped, distillation, distilled, control, confidence=chosen.confidence)
-    return concluded(directory, chosen, task, final, lessons, teacher=teacher, helped=helped)
+    return concluded(directory, chosen, task, final, targets, teacher=teacher, helped=helped)
 
 
 def iterated(
     directory: Path,
     chosen: Any,
     course: Course,
-    lessons: Lessons | Recorded,
+    targets: TeacherTargets,
     progress: Progress,
     *,
     budget: int | None,
@@ -91,7 +91,7 @@ def iterated(
     about: Mapping[str, Any] | None = None,
 ) -> State:
     """The state at the end of a course, or where it pauses; see `run.iterate`."""
-    lessons.aside = progress.aside
+    targets.pause_display = progress.aside
     state = run_dir.iterate(
         directory,
         course.distillation,
@@ -108,7 +108,7 @@ def iterated(
         pause=pause,
         about=about,
     )
-    lessons.aside = contextlib.nullcontext
+    targets.pause_display = contextlib.nullcontext
     return state
 
 
@@ -117,7 +117,7 @@ def concluded(
     chosen: Any,
     task: Task,
     final: Final,
-    lessons: Lessons | Recorded,
+    targets: TeacherTargets,
     *,
     teacher: dict[str, Any] | None,
     helped: Callable[[Iterator[Batch]], dict[str, float]] | None = None,
@@ -129,14 +129,14 @@ def concluded(
     """
     dataset, finals = task.dataset, [final, *([surer] if surer else [])]
     students.save(directory / "student", final.network, final.variables)
-    classes = list(dataset.class_names or map(str, range(lessons.num_classes)))
-    metrics = metrics_asked(task.guards, labelled=task.labelled, teacher=teacher is not None)
-    which, certificate, guards, of_teacher = certified(
+    classes = list(dataset.class_names or map(str, range(task.network.spec["num_classes"])))
+    metrics = metrics_to_claim(task.guards, labeled=task.labelled, teacher=teacher is not None)
+    which, certificate, guards, of_teacher = certify_run(
         directory,
         [(one.network, one.variables) for one in finals],
         dataset,
-        test=functools.partial(test_of, task, lessons),
-        asked=Asked(metrics, classes, chosen.confidence, task.costs),
+        test=functools.partial(test_of, task, targets),
+        request=CertificateRequest(metrics, classes, chosen.confidence, dataset.group_names, task.costs),
         guards=task.guards,
         teacher=teacher is not None,
         batch_size=evaluated_at_once(dataset, task.memory, chosen.ev3.eval_batch_size),
@@ -158,7 +158,7 @@ def concluded(
             "delivered": final.which,
         },
         "certificate": certificate.as_dict(),
-        "control": helped(test_of(task, lessons)) if helped else None,
+        "control": helped(test_of(task, targets)) if helped else None,
         "guards": guards,
         "devices": str(task.devices),
         "seed": chosen.seed,
@@ -199,7 +199,7 @@ def _helped(
     n, each = len(right), 1 - (1 - confidence) / 4
     won, lost = int((right & ~reference).sum()), int((reference & ~right).sum())
     low = [clopper_pearson_lower(count, n, confidence=each) for count in (won, lost)]
-    high = [1 - clopper_pearson_lower(n - count, n, confidence=each) for count in (won, lost)]
+    high = [clopper_pearson_upper(count, n, confidence=each) for count in (won, lost)]
     return {
         "accuracy": float(reference.mean()),
         "gain": (won - lost) / n,

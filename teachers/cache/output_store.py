@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from ev3_distill.errors import InputError
-from ev3_distill.runtime.files import cache_root, written_whole
+from ev3_distill.errors import InputError, summary
+from ev3_distill.runtime.files import atomic_write, cache_root
 from ev3_distill.teachers.cache.append_log import BLOCK, FULL_DISK, ChunkLog
 from ev3_distill.teachers.cache.codec import Encoding
 
@@ -31,7 +31,6 @@ CHUNK_ROWS = 2048
 CHUNK_BYTES = 8 << 20  # rows with large features go into chunks of fewer
 FLUSH_S = 5.0  # a slow teacher's rows are appended at least this often, in smaller chunks
 SYNC_S = 5.0  # between two syncs; a crash of the machine loses no more
-TOLD = 300  # characters of an error that a teacher raises
 
 Outputs = Mapping[str, np.ndarray]
 TeacherOutputs = Callable[[np.ndarray], Outputs]  # inputs [B, ...] -> logits [B, K], features [B, ...]
@@ -105,7 +104,7 @@ class LogitStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         path, wanted = self.directory / "meta.json", self.contents.meta()
         if not path.exists():
-            with written_whole(path) as file:
+            with atomic_write(path) as file:
                 file.write(json.dumps(wanted, indent=1).encode() + b"\n")
             return
         try:
@@ -327,9 +326,9 @@ def _blame(error: Exception, rows: np.ndarray) -> InputError:
         where = f"{len(rows)} rows together, {rows[0]} to {rows[-1]}, though on none of them alone"
     if isinstance(error, InputError):
         return InputError(f"on {where}: {error} (what the teacher gave before is kept)")
-    told = " ".join(f"{type(error).__name__}: {error}".split())[:TOLD]
+    reason = summary(error)
     return InputError(
-        f"a teacher must give outputs on every example; got {told} on {where}: mend the teacher or its input; "
+        f"a teacher must give outputs on every example; got {reason} on {where}: fix the teacher or its input; "
         "what it gave before is kept"
     )
 

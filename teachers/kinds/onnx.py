@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ev3_distill.errors import InputError
+from ev3_distill.errors import InputError, summary
 from ev3_distill.runtime.files import sha256_of
 from ev3_distill.teachers.loading import digest_of, file_and_names, package
 from ev3_distill.teachers.preprocessing import read_beside
-from ev3_distill.teachers.teacher import Model, Outputs, Request, Teacher, in_chunks, picked, teacher_of, told
+from ev3_distill.teachers.teacher import Model, Outputs, Request, Teacher, in_chunks, picked, teacher_of
 
 LARGEST_BATCH = 256  # a larger one is no faster on a CPU, and its activations need the more memory
 DTYPES = {
@@ -78,7 +78,7 @@ def _session(path: Path, names: Sequence[str], source: str) -> Any:
         raise
     except Exception as error:  # onnxruntime has a type of its own for each way to fail
         raise InputError(
-            f"onnx:FILE needs a model that onnxruntime can load; {path} fails with {told(error)}: export it again"
+            f"onnx:FILE needs a model that onnxruntime can load; {path} fails with {summary(error)}: export it again"
         ) from None
 
 

@@ -1,6 +1,5 @@
 """`python:MODULE:FUNCTION`, any callable from a NumPy batch to logits: LightGBM, a web client, a model of another framework."""
 
-import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -10,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from ev3_distill.errors import InputError
+from ev3_distill.runtime.user_code import load_callable
 from ev3_distill.teachers.loading import digest_of
 from ev3_distill.teachers.preprocessing import IDENTITY, read_beside
-from ev3_distill.teachers.teacher import Model, Outputs, Request, Teacher, teacher_of, told
+from ev3_distill.teachers.teacher import Model, Outputs, Request, Teacher, teacher_of
 
 
 def python_teacher(place: str, request: Request) -> Teacher:
@@ -44,18 +44,7 @@ def _function(place: str) -> Callable[[np.ndarray], Any]:
     module, _, name = place.partition(":")
     if not module or not name:
         raise InputError(f"a python teacher is python:MODULE:FUNCTION; got 'python:{place}': name both")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a module in the working directory
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # of the user's own code
-        raise InputError(
-            f"a python teacher is an importable MODULE:FUNCTION; got '{place}', which fails with {told(error)}: check the "
-            "name, or run where the module is"
-        ) from error
-    if not callable(function):
-        raise InputError(f"a python teacher is a callable; got {type(function).__name__} of '{place}': name a function")
-    return function
+    return load_callable(place, rule="a python teacher is an importable MODULE:FUNCTION")
 
 
 def _file_of(function: Any, place: str) -> Path | None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from ev3_distill.errors import InputError
 from ev3_distill.runtime import npz
-from ev3_distill.runtime.files import written_whole
+from ev3_distill.runtime.files import atomic_write
 
 
 def load_logits(
@@ -39,7 +39,7 @@ def load_logits(
         (("logits",), ("train_logits", "test_logits")),
         optional="fingerprint",
         option="logits:FILE",
-        wanted="logits, or train_logits and test_logits",
+        expected="logits, or train_logits and test_logits",
     )
     made_on = arrays.get("fingerprint")
     if fingerprint is not None and made_on is not None and str(made_on) != fingerprint:
@@ -90,5 +90,5 @@ def _check(path: Path, name: str, logits: np.ndarray, rows: int, num_classes: in
 
 def save_logits(path: str | Path, logits: np.ndarray, fingerprint: str) -> None:
     """Saves logits [N, K] with the fingerprint of their data set, whole or not at all."""
-    with written_whole(Path(path).expanduser()) as file:
+    with atomic_write(Path(path).expanduser()) as file:
         np.savez(file, logits=np.asarray(logits, np.float32), fingerprint=np.array(fingerprint))

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from ev3_distill.errors import InputError
+from ev3_distill.errors import InputError, summary
 from ev3_distill.runtime.files import sha256_of
 from ev3_distill.teachers.loading import digest_of, file_and_names, package
 from ev3_distill.teachers.preprocessing import read_beside
-from ev3_distill.teachers.teacher import Model, Outputs, Request, Teacher, teacher_of, told
+from ev3_distill.teachers.teacher import Model, Outputs, Request, Teacher, teacher_of
 
 LEAST_PROBABILITY = 1e-7  # of a class, so that its logarithm is finite
 
@@ -55,7 +55,7 @@ def _load(path: Path) -> Any:
             return io.load(str(path), trusted=[])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, zipfile.BadZipFile) as error:
         raise InputError(
-            f"sklearn:FILE needs a file that skops.io.dump wrote; {path} fails with {told(error)}: write it again"
+            f"sklearn:FILE needs a file that skops.io.dump wrote; {path} fails with {summary(error)}: write it again"
         ) from None
     raise InputError(
         f"a skops file may hold types that skops trusts; {path} holds {', '.join(untrusted)}: if you trust them, load it in a "

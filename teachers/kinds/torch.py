@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ev3_distill.errors import InputError
+from ev3_distill.errors import InputError, summary
 from ev3_distill.runtime.files import sha256_of
 from ev3_distill.teachers.kinds.onnx import LARGEST_BATCH, as_type
 from ev3_distill.teachers.kinds.torch_archive import SAVE, safe_archive
 from ev3_distill.teachers.loading import digest_of, file_and_names, package
 from ev3_distill.teachers.preprocessing import read_beside
-from ev3_distill.teachers.teacher import Model, Outputs, Request, Teacher, in_chunks, picked, teacher_of, told
+from ev3_distill.teachers.teacher import Model, Outputs, Request, Teacher, in_chunks, picked, teacher_of
 
 INSTALL = "ev3-distill[torch]"
 _TRAINING = {"aten.dropout.default": 2, "aten.batch_norm.default": 5}  # operator -> place of its argument `training`
@@ -65,7 +65,7 @@ def _program(path: Path, torch: Any) -> Any:
     except Exception as error:  # of many kinds, for a damaged file or one of another version
         raise InputError(
             f"torch:FILE.pt2 needs a program that this version of PyTorch ({torch.__version__}) loads; {path} fails with "
-            f"{told(error)}: export it again"
+            f"{summary(error)}: export it again"
         ) from None
     for node in program.graph.nodes:
         place = _TRAINING.get(str(node.target))

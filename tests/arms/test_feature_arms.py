@@ -72,13 +72,13 @@ def make_split(seed):
     return Batch(
         jnp.asarray(inputs),
         jnp.asarray(logits.argmax(1), jnp.int32),
-        jnp.asarray(logits, jnp.float32),
-        jnp.arange(N, dtype=jnp.int32),
-        jnp.ones(N),
         {
+            "logits": jnp.asarray(logits, jnp.float32),
             "block": jnp.asarray(block, jnp.float32),
             "embedding": jnp.asarray(embedding, jnp.float32),
         },
+        jnp.arange(N, dtype=jnp.int32),
+        jnp.ones(N),
     )
 
 
@@ -88,7 +88,7 @@ def sample(examples, step):
 
 EXPLORE = make_split(0)
 DRAW = draw_from(EXPLORE, sample, jax.random.key(0))
-HELD = [make_split(seed)._replace(teacher_features={}) for seed in (1, 2)]
+HELD = [split._replace(teacher={"logits": split.teacher["logits"]}) for split in (make_split(1), make_split(2))]
 POOLS = Pools(EXPLORE, *HELD)
 
 
@@ -145,7 +145,7 @@ def test_an_arm_learns_features_beside_logits(name):
     compare, fitted = jax.jit(FEATURE_LOSSES[kind]().compare), []
     for of in (state.iterate, trained("kd4")[0].iterate):
         (_, found), _ = SMALL.features(of, EXPLORE.inputs, train=True)
-        s, t = found[student], EXPLORE.teacher_features[teacher]
+        s, t = found[student], EXPLORE.teacher[teacher]
         fitted.append(float(compare(s, t, EXPLORE.weight, regressor(s, t) if kind == "fitnet" else ())))
     assert fitted[0] < 0.9 * fitted[1]
     begun = arm.init(start()).extra
@@ -169,7 +169,7 @@ def test_the_loss_of_a_named_arm_is_the_weighted_sum():
 
     def loss(outputs, batch):
         logits, found = outputs
-        block = batch.teacher_features["block"]
+        block = batch.teacher["block"]
         return logits_loss(logits, batch) + 2.5 * FORMULAS["sp"].compare(found["pooled"], block, batch.weight, ())
 
     made = gradient_arm("made", SMALL.features, loss, optax.adamw(0.003, weight_decay=1e-4))
@@ -188,7 +188,7 @@ def test_the_usual_weights():
         "sp": 3000,
     }
     two = FeatureLoss(lambda s, t, weight, extra: jnp.float32(2), lambda s, t: (), 3.0)
-    outputs = EXPLORE.teacher_logits, {"pooled": EXPLORE.inputs}
+    outputs = EXPLORE.teacher["logits"], {"pooled": EXPLORE.inputs}
     for weight, expected in ((None, 6.0), (0.5, 1.0)):
         loss = with_features(lambda logits, batch: 0.25, two, student="pooled", teacher="block", weight=weight)
         assert float(loss(outputs, EXPLORE)) == 0.25 + expected
@@ -273,5 +273,5 @@ def test_features_that_nobody_shows():
     with pytest.raises(InputError, match="two images"):
         named("at:pooled=embedding")
     loss = with_features(losses.kd(), FEATURE_LOSSES["sp"](), student="stage", teacher="block")
-    with pytest.raises(InputError, match="the teacher has no feature 'block'; got none"):
-        loss((EXPLORE.teacher_logits, {"stage": EXPLORE.inputs}), HELD[0])
+    with pytest.raises(InputError, match="the teacher has no feature 'block'; got logits"):
+        loss((EXPLORE.teacher["logits"], {"stage": EXPLORE.inputs}), HELD[0])

@@ -40,7 +40,7 @@ def make_split(seed, n=N):
     return Batch(
         jnp.asarray(rng.normal(size=(n, F)), jnp.float32),
         jnp.asarray(rng.integers(0, K, n), jnp.int32),
-        jnp.asarray(2 * rng.normal(size=(n, K)), jnp.float32),
+        {"logits": jnp.asarray(2 * rng.normal(size=(n, K)), jnp.float32)},
         jnp.arange(n, dtype=jnp.int32),
         jnp.ones(n),
     )
@@ -54,7 +54,8 @@ def sample(examples, step):
     return jax.tree.map(lambda leaf: leaf[rows(step)], examples)
 
 
-EXPLORE = make_split(0)._replace(teacher_features={"peer": make_split(3).teacher_logits})
+EXPLORE = make_split(0)
+EXPLORE = EXPLORE._replace(teacher={**EXPLORE.teacher, "peer": make_split(3).teacher["logits"]})
 POOLS = Pools(EXPLORE, make_split(1), make_split(2))
 DRAW = draw_from(EXPLORE, sample, jax.random.key(0))
 MLP = mlp((F,), K, hidden=(5,))
@@ -62,7 +63,7 @@ START = MLP.init(jax.random.key(1))
 
 
 def squared(logits, batch):
-    return 0.5 * jnp.square(logits - batch.teacher_logits).sum(-1).mean()
+    return 0.5 * jnp.square(logits - batch.teacher["logits"]).sum(-1).mean()
 
 
 def no_gradient(logits, batch):
@@ -89,7 +90,7 @@ def trajectory(start, rate, steps):
     for i in range(steps):
         chosen = np.asarray(rows(i))
         x = np.asarray(EXPLORE.inputs, np.float64)[chosen]
-        target = np.asarray(EXPLORE.teacher_logits, np.float64)[chosen]
+        target = np.asarray(EXPLORE.teacher["logits"], np.float64)[chosen]
         w = w - rate * x.T @ (x @ w - target) / B
         mean = 0.5 * mean + 0.5 * x.mean(0)
         iterates.append(w)
@@ -344,7 +345,7 @@ def test_arms_that_tune():
     (arm,) = arms_named(MLP.apply, ["tuned-temperature-mix"])
     assert arm.held
     assert set(arm.shows(arm.init(START))) == {"temperature", "mix"}
-    with pytest.raises(InputError, match=r"an arm can tune temperature, mix, weights, rate, noise; got 'depth'"):
+    with pytest.raises(InputError, match=r"what can be tuned is temperature, mix, weights, rate, noise; got 'depth'"):
         arms_named(MLP.apply, ["tuned-depth"])
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import SHARED
 
 from ev3_distill import students
-from ev3_distill.benchmarks import omniglot, protonet, sweeps
+from ev3_distill.benchmarks import omniglot, protonet_evolution, protonet_sweeps
 from ev3_distill.errors import InputError
 from ev3_distill.types import Variables
 
@@ -77,7 +77,7 @@ def test_a_query_belongs_to_the_nearest_prototype():
 
     network = students.mlp((1,), 1)
     object.__setattr__(network, "features", features)
-    found = protonet.likelihood(network, Variables({}, {}), jnp.zeros((2, 3, 28, 28, 1)), 2)
+    found = protonet_evolution.likelihood(network, Variables({}, {}), jnp.zeros((2, 3, 28, 28, 1)), 2)
     # prototypes (1, 0) and (0, 5): the first query is 1 and 17 away, squared, the second 4 and 10
     expected = np.mean([-np.log1p(np.exp(-16.0)), -10 - np.log(np.exp(-4.0) + np.exp(-10.0))])
     assert float(found[0]) == pytest.approx(expected, rel=1e-5)
@@ -86,12 +86,12 @@ def test_a_query_belongs_to_the_nearest_prototype():
 
 @pytest.mark.parametrize("pairs", [(4,), None], ids=["evolution", "backprop"])
 def test_training_goes_on_where_it_was_stopped(monkeypatch, tmp_path, pairs):
-    recipe = protonet.Recipe(2, pairs, 6, 0.05, rank=1, way=2, shot=1, query=1)
-    network = students.named("conv4:width=2", protonet.SHAPE, 1)
+    recipe = protonet_evolution.Recipe(2, pairs, 6, 0.05, rank=1, way=2, shot=1, query=1)
+    network = students.named("conv4:width=2", protonet_evolution.SHAPE, 1)
     drawings = np.random.default_rng(0).integers(0, 256, (4, 20, 28, 28), np.uint8)
     characters = omniglot.Characters(drawings, drawings, drawings)
-    monkeypatch.setattr(protonet, "KEEP_S", 0)
-    keep, kept = protonet._keep, []
+    monkeypatch.setattr(protonet_evolution, "KEEP_S", 0)
+    keep, kept = protonet_evolution._keep, []
 
     def stops(directory, state, log):
         keep(directory, state, log)
@@ -99,23 +99,23 @@ def test_training_goes_on_where_it_was_stopped(monkeypatch, tmp_path, pairs):
         if kept == [1, 2, 3]:
             raise KeyboardInterrupt
 
-    whole, _ = protonet.trained_state(recipe, 0, network, characters, tmp_path / "whole")
-    monkeypatch.setattr(protonet, "_keep", stops)
+    whole, _ = protonet_evolution.trained_state(recipe, 0, network, characters, tmp_path / "whole")
+    monkeypatch.setattr(protonet_evolution, "_keep", stops)
     with pytest.raises(KeyboardInterrupt):
-        protonet.trained_state(recipe, 0, network, characters, tmp_path / "stopped")
-    resumed, log = protonet.trained_state(recipe, 0, network, characters, tmp_path / "stopped")
+        protonet_evolution.trained_state(recipe, 0, network, characters, tmp_path / "stopped")
+    resumed, log = protonet_evolution.trained_state(recipe, 0, network, characters, tmp_path / "stopped")
     assert [row["generation"] for row in log] == [1, 2, 3, 4, 5, 6] == kept
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
 
 def test_a_sweep_changes_one_thing_at_a_time():
-    base = sweeps.BASE
-    assert sweeps.changed(base, "population", 0.5) == dataclasses.replace(base, pairs=(8, 24, 64, 128))
-    assert sweeps.changed(base, "sigma", 0.1) == dataclasses.replace(base, sigma=0.1)
-    shot = sweeps.changed(base, "shot", 5.0)
+    base = protonet_sweeps.BASE
+    assert protonet_sweeps.changed(base, "population", 0.5) == dataclasses.replace(base, pairs=(8, 24, 64, 128))
+    assert protonet_sweeps.changed(base, "sigma", 0.1) == dataclasses.replace(base, sigma=0.1)
+    shot = protonet_sweeps.changed(base, "shot", 5.0)
     assert shot == dataclasses.replace(base, shot=5) and isinstance(shot.shot, int)
-    for what, values in sweeps.WHAT.items():
-        assert base in [sweeps.changed(base, what, value) for value in values]  # each sweep goes through it
+    for what, values in protonet_sweeps.WHAT.items():
+        assert base in [protonet_sweeps.changed(base, what, value) for value in values]  # each sweep goes through it
 
 
 def test_a_sweep_trains_what_it_changes_and_tests_on_validation_characters(monkeypatch, tmp_path):
@@ -123,20 +123,20 @@ def test_a_sweep_trains_what_it_changes_and_tests_on_validation_characters(monke
     drawings = np.random.default_rng(0).integers(0, 256, (4, 20, 28, 28), np.uint8)
     characters = omniglot.Characters(drawings, drawings, drawings[:0])  # there is nothing to test on
     monkeypatch.setattr(omniglot, "load", lambda: characters)
-    monkeypatch.setattr(sweeps, "BASE", protonet.Recipe(2, (8,), 2, 0.02, way=2, shot=1, query=1))
-    monkeypatch.setattr(sweeps, "WAY", 2)
-    monkeypatch.setattr(sweeps, "SHOT", 1)
-    rows = list(sweeps.collect(seeds=1, size="smoke", done=[(0, "population", 0.5)]))
+    monkeypatch.setattr(protonet_sweeps, "BASE", protonet_evolution.Recipe(2, (8,), 2, 0.02, way=2, shot=1, query=1))
+    monkeypatch.setattr(protonet_sweeps, "WAY", 2)
+    monkeypatch.setattr(protonet_sweeps, "SHOT", 1)
+    rows = list(protonet_sweeps.collect(seeds=1, size="smoke", done=[(0, "population", 0.5)]))
     assert [(row["what"], row["value"]) for row in rows] == [("population", 0.25)]
     assert 0 <= rows[0]["accuracy"] <= 1 and rows[0]["half"] > 0
     both = [*rows, {**rows[0], "value": 0.5, "accuracy": 0.75, "half": 0.01, "seconds": 12.3}]
-    assert "| population 0.5 | 75.00 ± 1.00 | 12 |" in sweeps.table(both)
+    assert "| population 0.5 | 75.00 ± 1.00 | 12 |" in protonet_sweeps.table(both)
 
 
 def test_a_wider_network_is_guessed_by_a_power_of_the_width():
     """Errors of 8 % and 4 % at widths 8 and 16 halve with each doubling: 1 % at 64; its interval by draws."""
     errors = {16: (0.04, 0.004), 8: (0.08, 0.004)}
-    guess = protonet.extrapolated(errors, 64)
+    guess = protonet_evolution.extrapolated(errors, 64)
     assert guess.center == pytest.approx(0.99)
     rng = np.random.default_rng(0)
     wide, narrow = (np.log(e) + half / 1.96 / e * rng.normal(size=100_000) for e, half in (errors[16], errors[8]))
@@ -145,7 +145,7 @@ def test_a_wider_network_is_guessed_by_a_power_of_the_width():
     rows = [
         {
             "contender": f"{kind}, width {width}",
-            "accuracy": {f"{way}-way {shot}-shot": [1 - error, half] for way, shot in protonet.TESTS},
+            "accuracy": {f"{way}-way {shot}-shot": [1 - error, half] for way, shot in protonet_evolution.TESTS},
             "log": [{"seconds": 10.0}],
             "parameters": 5,
             "episodes": 10,
@@ -154,7 +154,7 @@ def test_a_wider_network_is_guessed_by_a_power_of_the_width():
         for width, (error, half) in sorted(errors.items())
         for kind in ("evolution", "backprop")
     ]
-    told = protonet.table(rows)
+    told = protonet_evolution.table(rows)
     assert "evolution, width 64: target ≥ 98.4 %: unproven, no accelerator was at hand; if the share of errors" in told
     assert f"as from 8 to 16, it would have 99.0 ({100 * guess.low:.1f} to {100 * guess.high:.1f})" in told
-    assert "as from" not in protonet.table(rows[:2])
+    assert "as from" not in protonet_evolution.table(rows[:2])

@@ -87,7 +87,7 @@ def test_coverage_is_never_below_the_confidence(n, confidence):
 
 def test_rejects_what_gives_no_bound():
     for confidence in (0.0, 1.0, 1.5, float("nan")):
-        with pytest.raises(InputError, match="confidence is a probability"):
+        with pytest.raises(InputError, match="confidence must lie between 0 and 1"):
             clopper_pearson_lower(1, 2, confidence=confidence)
     for successes in (-1, 3):
         with pytest.raises(ValueError, match="successes"):

@@ -1,26 +1,16 @@
 """The certificate shares the risk of error as it says, and promises exactly what its bounds allow."""
 
 import json
-import math
 
 import numpy as np
 import pytest
 from scipy.stats import binom
 
-from ev3_distill.certify.certificate import (
-    ASKED,
-    Certificate,
-    Claim,
-    Outputs,
-    Parts,
-    accuracy_by,
-    claims_of,
-    clopper_pearson_lower,
-    make_certificate,
-    shares_of,
-    shares_when_reopened,
-)
+from ev3_distill.certify.bounds import clopper_pearson_lower
+from ev3_distill.certify.certificate import Certificate, Claim, equal_shares, make_certificate
 from ev3_distill.errors import InputError
+from ev3_distill.tasks.classification.tables import Parts, accuracy_by
+from ev3_distill.tasks.outputs import Outputs, bounds_of
 
 
 def test_certify_shares_the_level_among_the_claims():
@@ -40,12 +30,12 @@ def test_certify_shares_the_level_among_the_claims():
 
 def test_certify_takes_claims_of_outputs():
     logits, labels = np.eye(2)[np.repeat([0, 1], [90, 10])], np.zeros(100, int)
-    outputs = Outputs(logits, labels, np.eye(2)[labels])
-    certificate = make_certificate(claims_of(["accuracy", "brier", "accuracy"], outputs), confidence=0.9)
+    outputs = Outputs(logits, labels, {"logits": np.eye(2)[labels]})
+    certificate = make_certificate(bounds_of(["accuracy", "brier", "accuracy"], outputs), confidence=0.9)
     assert [claim.metric for claim in certificate.claims] == ["accuracy", "brier"]
     assert certificate.claims[0].lower_bound == clopper_pearson_lower(90, 100, confidence=0.95)
     uneven = make_certificate(
-        claims_of(["accuracy", "agreement"], outputs), confidence=0.9, shares={"accuracy": 0.9, "agreement": 0.1}
+        bounds_of(["accuracy", "agreement"], outputs), confidence=0.9, shares={"accuracy": 0.9, "agreement": 0.1}
     )
     levels = [claim.lower_bound for claim in uneven.claims]
     assert levels == [pytest.approx(clopper_pearson_lower(90, 100, confidence=c)) for c in (0.91, 0.99)]
@@ -87,7 +77,7 @@ def test_whichever_of_two_students_is_delivered_the_promise_holds():
 
 def test_each_of_several_students_has_its_share_of_a_table():
     outputs = Outputs(np.eye(2)[[0, 0, 0, 1, 1, 0]], np.array([0, 0, 0, 0, 1, 1]))
-    table = accuracy_by(outputs, Parts("class", outputs.labels, ["a", "b"]), confidence=0.9, among=2)
+    table = accuracy_by(outputs, Parts("class", outputs.targets, ["a", "b"]), confidence=0.9, among=2)
     expected = [clopper_pearson_lower(k, n, confidence=1 - 0.1 / 4) for k, n in ((3, 4), (1, 2))]
     assert [row[2] for row in table.rows] == pytest.approx(expected)
     assert table.confidence == 0.9
@@ -99,18 +89,18 @@ def test_all_claims_of_one_student_hold_together():
     labels = np.arange(30_000) % 3
     logits = rng.normal(size=(30_000, 3)) + 2 * np.eye(3)[labels]
     teacher = rng.normal(size=(30_000, 3)) + 3 * np.eye(3)[labels]
-    whole = Outputs(logits, labels, teacher, rng.integers(2, size=30_000), 2)
+    whole = Outputs(logits, labels, {"logits": teacher}, rng.integers(2, size=30_000), 2)
     costs = 1 - np.eye(3)
     metrics = [
         *("accuracy", "agreement", "top2_accuracy", "balanced_accuracy", "worst_class_accuracy", "macro_f1"),
-        *("worst_group_accuracy", "drop(accuracy)", "ece", "brier", "cost"),
+        *("worst_group_accuracy", "drop(accuracy)", "ece", "brier", "cost", "precision(0)", "recall(2)"),
     ]
-    truth = {name: claim(0.5).point for name, claim in claims_of(metrics, whole, costs=costs).items()}
+    truth = {name: claim(0.5).point for name, claim in bounds_of(metrics, whole, costs=costs).items()}
     failed = 0
     for _ in range(100):
         rows = rng.integers(30_000, size=200)
-        split = Outputs(*(leaf[rows] for leaf in whole[:4]), 2)
-        claims = make_certificate(claims_of(metrics, split, costs=costs), confidence=0.8).claims
+        split = Outputs(logits[rows], labels[rows], {"logits": teacher[rows]}, whole.groups[rows], 2)
+        claims = make_certificate(bounds_of(metrics, split, costs=costs), confidence=0.8).claims
         lower = [claim.lower_bound is None or claim.lower_bound <= truth[claim.metric] for claim in claims]
         upper = [claim.upper_bound is None or claim.upper_bound >= truth[claim.metric] for claim in claims]
         failed += not all(lower + upper)
@@ -129,7 +119,7 @@ def test_as_dict_is_json():
 
 def test_upper_bounds_stand_in_the_json_in_their_place():
     logits = np.eye(2)[np.zeros(10, int)]
-    claims = make_certificate(claims_of(["brier"], Outputs(logits, np.zeros(10, int)))).as_dict()["claims"]
+    claims = make_certificate(bounds_of(["brier"], Outputs(logits, np.zeros(10, int)))).as_dict()["claims"]
     assert set(claims[0]) == {"metric", "point", "upper_bound", "n"}
 
 
@@ -177,37 +167,5 @@ def test_a_table_holds_as_a_whole():
     assert failed <= binom.isf(0.001, 400, 0.2)
 
 
-# Reopened splits.
-
-
-def test_shares_of_a_reopened_split_sum_to_one_over_all_that_could_be_asked():
-    assert sum(shares_of(["a", "b", "c"]).values()) == pytest.approx(1)
-    single = [name for name in ASKED if name not in ("topK_accuracy", "drop(topK_accuracy)", "MODULE:FUNCTION")]
-    tops = [f"top{k}_accuracy" for k in range(2, 300)]
-    named = [*single, *tops, *(f"drop({name})" for name in tops)]
-    spent = dict.fromkeys(named, 0.0)
-    for j in range(1, 300):
-        functions = [f"own:score{j}_{i}" for i in range(j % 3)]
-        shares = shares_when_reopened([*named, *functions], j)
-        for metric in ("cost", "latency_ms"):
-            spent[metric] += shares.pop(metric)  # of something new each time
-        assert shares["accuracy"] == 1 / len(ASKED)
-        spent |= shares  # the same bounds as the time before
-    assert 0.97 < sum(spent.values()) <= 1 + 1e-9
-
-
-def test_a_claim_of_a_reopened_split_is_looser_than_the_same_in_a_first_opening():
-    shares = shares_when_reopened(["accuracy", "top5_accuracy", "own:score"], 2)
-    assert shares["accuracy"] == 1 / len(ASKED)
-    assert shares["top5_accuracy"] == pytest.approx(1 / len(ASKED) / 20)
-    assert shares["own:score"] == pytest.approx(1 / len(ASKED) / 6)
-    assert shares_when_reopened(["own:a", "own:b"], 1)["own:a"] == pytest.approx(1 / len(ASKED) / 4)
-    assert math.fsum(shares.values()) < 1
-
-
-def test_the_promise_page_tells_the_number_of_metrics():
-    from pathlib import Path
-
-    page = (Path(__file__).parents[2] / "docs" / "promise.md").read_text()
-    assert f"each of the {len(ASKED)} metrics" in " ".join(page.split())
-    assert f"gets delta / {len(ASKED)}" in " ".join(page.split())
+def test_equal_shares_sum_to_one():
+    assert sum(equal_shares(["a", "b", "c"]).values()) == pytest.approx(1)

@@ -9,9 +9,10 @@ from conftest import SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ev3_distill.certify import Claim
 from ev3_distill.errors import InputError
-from ev3_distill.guards import FORMS, KNOWN, METRICS, Guard, form_of, judge, metric_named, parse
-from ev3_distill.tasks.classification.metric_bounds import Claim
+from ev3_distill.guards import Guard, evaluate_guards, parse
+from ev3_distill.tasks.metrics import METRICS, find_metric
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,8 @@ from ev3_distill.tasks.classification.metric_bounds import Claim
         ("drop(top5_accuracy) <= 0", Guard("drop(top5_accuracy)", 0)),
         ("cost <= -2.5", Guard("cost", -2.5)),
         ("latency_ms<=0.5", Guard("latency_ms", 0.5)),
+        ("recall(3) >= 0.5", Guard("recall(3)", 0.5)),
+        ("precision(golden retriever (dog))>=.9", Guard("precision(golden retriever (dog))", 0.9)),
         ("my_pkg.my_module:Score_1 >= 0.3", Guard("my_pkg.my_module:Score_1", 0.3)),
     ],
 )
@@ -32,21 +35,32 @@ def test_parse(text, guard):
     assert parse(text) == guard
 
 
-MANY = ("top2_accuracy", "top10_accuracy", "drop(top3_accuracy)", "module:function")
+FAMILIES = (
+    *("top2_accuracy", "top10_accuracy", "drop(top3_accuracy)", "module:function"),
+    *("precision(3)", "recall(golden retriever)"),
+)
+SINGLE = [name for name, row in METRICS.items() if not row.pattern]
 
 
-@given(st.sampled_from([*sorted(METRICS), *MANY]), st.floats(0.01, 1))
-def test_what_is_written_is_read_again(metric, threshold):
-    guard = Guard(metric, float(f"{threshold * (1000 if metric in KNOWN else 1):.10g}"))
+@given(st.sampled_from([*SINGLE, *FAMILIES]), st.floats(0.01, 1))
+def test_a_guard_survives_printing_and_parsing(metric, threshold):
+    scale = 1000 if find_metric(metric).row.source == "size" else 1
+    guard = Guard(metric, float(f"{threshold * scale:.10g}"))
     assert parse(str(guard)) == guard
 
 
-def test_every_metric_has_a_form():
-    assert {form_of(metric) for metric in MANY} == set(FORMS)
-    assert all(form_of(metric) == metric for metric in METRICS)
-    for name in ("top1_accuracy", "top05_accuracy", "drop(ece)", "drop(top1_accuracy)", "f1", "a:b:c", ""):
-        assert metric_named(name) is None, name
-    with pytest.raises(ValueError, match="parse it"):
+def test_every_family_of_metrics_is_found_by_its_pattern():
+    assert {find_metric(metric).row.name for metric in FAMILIES} == {
+        name for name, row in METRICS.items() if row.pattern
+    }
+    assert all(find_metric(metric).row is METRICS[metric] for metric in SINGLE)
+    assert find_metric("recall( cat )").argument == "cat"
+    for name in ("top1_accuracy", "top05_accuracy", "drop(ece)", "drop(top1_accuracy)", "f1", "a:b:c", "", "recall()"):
+        assert find_metric(name) is None, name
+    for name, row in METRICS.items():
+        if row.pattern:
+            assert find_metric(name) is None or name == "MODULE:FUNCTION" or row.family == "class", name
+    with pytest.raises(ValueError, match="make guards by parse"):
         str(Guard("f1", 0.5))
 
 
@@ -55,11 +69,11 @@ def test_every_metric_has_a_form():
     [
         ("accuracy", "METRIC >= NUMBER"),
         ("accuracy > 0.9", "METRIC >= NUMBER"),
-        ("f1 >= 0.9", "about accuracy, balanced_accuracy, "),
-        ("f1 >= 0.9", "topK_accuracy, drop(topK_accuracy), MODULE:FUNCTION; got 'f1' in 'f1 >= 0.9'"),
+        ("f1 >= 0.9", "needs a known metric (accuracy, balanced_accuracy, "),
+        ("f1 >= 0.9", "precision(CLASS), recall(CLASS), MODULE:FUNCTION); got 'f1' in 'f1 >= 0.9'"),
         ("top1_accuracy >= 0.9", "got 'top1_accuracy'"),
         ("drop(ece) <= 0.1", "got 'drop(ece)'"),
-        ("cross_entropy <= 0.3", "cross entropy has no limit"),
+        ("cross_entropy <= 0.3", "cross entropy is unbounded"),
         ("cross_entropy <= 0.3", "got 'cross_entropy <= 0.3': guard brier, which lies in [0, 1]"),
         ("accuracy <= 0.9", "write 'accuracy >= 0.9'"),
         ("params >= 10", "write 'params <= 10'"),
@@ -67,7 +81,7 @@ def test_every_metric_has_a_form():
         ("accuracy >= high", "got 'high'"),
         ("accuracy >= nan", "got 'nan'"),
         ("params <= inf", "at least 1; got 'inf'"),
-        ("cost <= inf", "for cost is finite; got 'inf'"),
+        ("cost <= inf", "for cost must be finite; got 'inf'"),
         ("latency_ms <= -1", "at least 0; got '-1'"),
         ("ece >= 0.1", "write 'ece <= 0.1'"),
         ("top5_accuracy <= 0.1", "write 'top5_accuracy >= 0.1'"),
@@ -89,13 +103,13 @@ def test_the_bound_decides_and_not_the_point():
     ]
     texts = ["accuracy >= 0.93", "accuracy >= 0.94", "drop(accuracy) <= 0.03", "drop(accuracy) <= 0.02", "params <= 10",
              "bytes <= 44", "ece <= 0.02", "own:score >= 0.8"]  # fmt: skip
-    known = {"params": 11, "bytes": 44}
-    outcomes = judge([parse(text) for text in texts], claims, known=known)
+    sizes = {"params": 11, "bytes": 44}
+    outcomes = evaluate_guards([parse(text) for text in texts], claims, sizes=sizes)
     assert [outcome["guard"] for outcome in outcomes] == texts
     assert [outcome["certified"] for outcome in outcomes] == [True, False, True, False, False, True, False, True]
     assert [outcome["bound"] for outcome in outcomes] == [0.93, 0.93, 0.03, 0.03, 11, 44, 0.05, 0.8]
     json.dumps(outcomes)
-    assert judge([parse("params <= 11")], [], known=known)[0]["certified"]
+    assert evaluate_guards([parse("params <= 11")], [], sizes=sizes)[0]["certified"]
 
 
 def test_compress_and_evaluate_exit_by_their_guards(here, cli):
@@ -135,6 +149,7 @@ def test_every_metric_can_be_guarded(here, cli):
         *("macro_f1 >= 0.5", "latency_ms <= 10000"),
         *("agreement >= 0.5", "drop(accuracy) <= 0.3", "drop(top3_accuracy) <= 0.3", "ece <= 0.5", "brier <= 0.4"),
         *("cost <= 0.5", "params <= 610", "bytes <= 2440", "guard_metric:close >= 0.5"),
+        *("precision(0) >= 0.5", "recall(0) >= 0.5"),
     )
     options = [word for guard in certain for word in ("--guard", guard)]
     answer = cli("compress", *SMALL, *options, "--costs", "costs.csv", "--out", "run")
@@ -142,7 +157,7 @@ def test_every_metric_can_be_guarded(here, cli):
     assert "Guard bytes <= 2440: certified, 2,440 bytes" in answer.out
     told = json.loads((here / "run" / "report.json").read_text())
     claims = {claim["metric"]: claim for claim in told["certificate"]["claims"]}
-    assert len(claims) == 13
+    assert len(claims) == 15
     assert claims["cost"]["point"] == pytest.approx(1 - claims["accuracy"]["point"])
     assert claims["cost"]["upper_bound"] < 1 - claims["accuracy"]["lower_bound"] + 0.05
     assert claims["latency_ms"]["n"] == 301
@@ -205,8 +220,10 @@ def test_the_worst_group_is_guarded(here, cli):
     ("guard", "told"),
     [
         ("worst_group_accuracy >= 0.5", "needs groups; digits has none: guard worst_class_accuracy"),
-        ("cost <= 0.5", "needs costs; got none: give a CSV file of them by --costs"),
-        ("top10_accuracy >= 0.5", "needs more classes; digits has 10"),
+        ("cost <= 0.5", "needs costs; got none: give a CSV file of them with --costs"),
+        ("top10_accuracy >= 0.5", "needs more classes than K; digits has 10"),
+        ("recall(10) >= 0.5", "needs a class by its name or number; got '10': use one of 0, 1, 2, "),
+        ("precision(ten) >= 0.5", "or a number from 0 to 9"),
         ("no_such_module:score >= 0.5", "fails with ModuleNotFoundError"),
         ("bytes <= 2439", "2,440 bytes: name a smaller --student"),
     ],

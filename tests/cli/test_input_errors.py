@@ -54,14 +54,14 @@ def test_resume_without_a_value(cli, here):
         ("--arms", "0.5*kd+ce", r"an arm is one of ce, .*; got '0\.5\*kd\+ce'"),
         ("--arms", "1*kd@0", r"an arm is one of ce, .*; got '1\*kd@0'"),
         ("--data", "mnist", "a data source is digits, npz:FILE, .* or tfds:NAME; got 'mnist': name one of these"),
-        ("--data", "npz:no.npz", "got no.npz, which is missing or no file: check the path"),
+        ("--data", "npz:no.npz", "got no.npz, which does not exist or is not a file: check the path"),
         (
             "--teacher",
             "torch:x.pt",
-            r"torch:FILE needs a file; got 'x.pt', which is missing or no file: check the path",
+            r"torch:FILE needs a file; got 'x.pt', which does not exist or is not a file: check the path",
         ),
         ("--teacher", "flax:", r"a teacher is KIND:PLACE with a KIND of onnx, .* or logits; got 'flax:': for example"),
-        ("--teacher", "logits:no.npz", "got no.npz, which is missing or no file: check the path"),
+        ("--teacher", "logits:no.npz", "got no.npz, which does not exist or is not a file: check the path"),
         ("--teacher", "flax:nowhere", r"nowhere has none that can be read .*: name a finished run"),
         ("--student", "cnn", r"a student is one of mlp.* or MODULE:FACTORY; got 'cnn': for example"),
         ("--student", ":make", r"got ':make': for example"),
@@ -139,7 +139,7 @@ def test_truncated_data(cli, here):
     whole = (here / "data.npz").read_bytes()
     (here / "data.npz").write_bytes(whole[: len(whole) // 2])
     refused(
-        cli, here, "compress", "--data", "npz:data.npz", says="must be a whole npz file; got one that cannot be read"
+        cli, here, "compress", "--data", "npz:data.npz", says="must be a complete npz file; got one that cannot be read"
     )
 
 
@@ -192,7 +192,7 @@ def test_flax_teacher_of_other_data(cli, here, finished):
         ("1 +", r"got 'own_1:make', which fails with SyntaxError"),
         ("raise RuntimeError('at import')", r"got 'own_2:make', which fails with RuntimeError: at import"),
         ("x = 1", r"got 'own_3:make', which fails with AttributeError: .*'make'"),
-        ("make = 7", r"FACTORY is callable; got int of 'own_4:make': name a function"),
+        ("make = 7", r"MODULE:FACTORY; got 'own_4:make', which is of type int: name a function"),
         (
             "def make(input_shape, num_classes, rngs): raise KeyError('oh')",
             r"own_5:make .* fails with KeyError: 'oh': mend",

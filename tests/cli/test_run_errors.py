@@ -60,7 +60,7 @@ def test_resume_of_no_run(cli, here):
     ("options", "changed"),
     [
         (["--budget", "1600"], "budget"),
-        (["--seed=1", "--arms", "ce"], "arms, seed"),
+        (["--seed=1", "--arms", "ce"], "seed, arms"),
         (["--delta", "0.1"], "ev3"),
         (["--out", "elsewhere"], "--out"),
         (["--config", "same.toml"], "--config"),
@@ -68,7 +68,7 @@ def test_resume_of_no_run(cli, here):
 )
 def test_resume_with_another_configuration(cli, here, finished, options, changed):
     shutil.copy(finished / "config.toml", here / "same.toml")
-    says = f"a resumed run keeps its configuration; got another {changed}: resume without it, or start anew with --out"
+    says = f"a resumed run keeps its configuration; got another {changed}: resume without it, or start a new run with --out"
     refused(cli, here, "compress", "--resume", finished, *options, says=says)
 
 
@@ -82,8 +82,8 @@ def test_resume_by_the_other_command(cli, here, finished):
 def test_two_processes_in_one_run(cli, here, finished):
     from ev3_distill.training.train import run_dir
 
-    holder = "import sys; from pathlib import Path; from ev3_distill import run\n"
-    holder += "with run.held(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()\n"
+    holder = "import sys; from pathlib import Path; from ev3_distill.training import run_dir\n"
+    holder += "with run_dir.held(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()\n"
     command = [sys.executable, "-c", holder, str(finished)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
@@ -179,7 +179,7 @@ def test_ledger_shorter_than_its_checkpoint(cli, interrupted):
 
 def compress(*argv, limit=resource.RLIM_INFINITY):
     """In a process of its own, which may write no file above `limit` bytes."""
-    code = "import resource, sys; from ev3_distill.cli import main; "
+    code = "import resource, sys; from ev3_distill.cli.main import main; "
     code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {resource.RLIM_INFINITY})); main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "compress", *map(str, argv)]
     return subprocess.run(command, check=False, capture_output=True, text=True)
@@ -245,7 +245,7 @@ def test_evaluate_on_other_shapes(cli, here, finished):
 
 
 def test_evaluate_with_no_confidence(cli, here, finished):
-    refused(cli, here, "evaluate", finished, "--confidence", "1.5", says="confidence is a probability")
+    refused(cli, here, "evaluate", finished, "--confidence", "1.5", says="confidence must lie between 0 and 1")
 
 
 def test_a_real_process_tells_the_same(here):

@@ -258,7 +258,7 @@ def apply_threshold(variables, inputs, *, train, key=None):
 def test_the_best_arm_gets_most():
     """Arms that climb at different speeds: the first of them leads at first, most steps go to the fastest."""
     inputs = jnp.linspace(0, 1200, 300)[:, None]
-    split = Batch(inputs, jnp.zeros(300, int), jnp.zeros((300, 2)), jnp.arange(300), jnp.ones(300))
+    split = Batch(inputs, jnp.zeros(300, int), {"logits": jnp.zeros((300, 2))}, jnp.arange(300), jnp.ones(300))
     pools = Pools(split, split, split)
     arms = [climber(str(i), speed) for i, speed in enumerate(SPEEDS)]
     rules = {

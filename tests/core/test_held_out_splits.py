@@ -42,8 +42,8 @@ def scrambled(split):
     rng = np.random.default_rng(7)
     return split._replace(
         inputs=jnp.asarray(100 * rng.normal(size=split.inputs.shape), jnp.float32),
-        labels=jnp.asarray(rng.permutation(split.labels)),
-        teacher_logits=-split.teacher_logits,
+        targets=jnp.asarray(rng.permutation(split.targets)),
+        teacher={"logits": -split.teacher["logits"]},
         weight=5 * split.weight,
     )
 
@@ -58,15 +58,12 @@ def test_proposals_do_not_depend_on_assess_or_decide():
 def test_no_gradient_of_an_iteration_reaches_a_held_out_split():
     """Forward derivatives of a whole, adopted iteration: zero along assess and decide, not along explore."""
     start = begin_good(LEARNABLE)
-    at = {
-        name: (getattr(LEARNABLE, name).inputs, getattr(LEARNABLE, name).teacher_logits)
-        for name in LEARNABLE._fields[:3]
-    }
+    at = {name: (getattr(LEARNABLE, name).inputs, getattr(LEARNABLE, name).teacher) for name in LEARNABLE._fields[:3]}
 
     def outcome(floats):
         splits = {
-            name: getattr(LEARNABLE, name)._replace(inputs=inputs, teacher_logits=logits)
-            for name, (inputs, logits) in floats.items()
+            name: getattr(LEARNABLE, name)._replace(inputs=inputs, teacher=teacher)
+            for name, (inputs, teacher) in floats.items()
         }
         state, decision = step_good(LEARNABLE._replace(**splits), start, np.int32(MANY))
         return (state.current, state.champion, state.arm_states), decision.verdict
@@ -131,7 +128,7 @@ def test_assess_scores_every_proposal_on_every_example():
         apply_threshold,
         proposals,
         ladder(23),
-        assess.Measures(lambda logits, split: logits[:, 0] + 0 * split.labels, example_scores.accuracy),
+        assess.Measures(lambda logits, split: logits[:, 0] + 0 * split.targets, example_scores.accuracy),
         batch_size=5,
     )
     x = np.arange(23) + 0.5

@@ -98,7 +98,7 @@ def world():
     logits = (5 * np.eye(10)[dataset.labels]).astype(np.float32)
     pools, _ = batches.split(dataset, logits, seed=0)
     rows = np.arange(270)
-    seen = held_out(np.asarray(dataset.inputs)[rows], dataset.labels[rows], rows, logits[rows])
+    seen = held_out(np.asarray(dataset.inputs)[rows], dataset.labels[rows], rows, {"logits": logits[rows]})
     pools = pools._replace(seen=seen)
     made = {}
     for hidden in (3, 6):

@@ -25,8 +25,14 @@ def world(seed):
     for c in (0, 1):
         hardness[labels == c] = rng.permutation((labels == c).sum()) / (labels == c).sum()
     inputs = np.stack([labels, hardness], axis=1).astype(np.float32)
-    arrays = (inputs, labels, np.zeros((N, 2), np.float32), np.arange(N, dtype=np.int32), np.ones(N, np.float32))
-    return Batch(*map(jnp.asarray, arrays))
+    arrays = (
+        inputs,
+        labels,
+        {"logits": np.zeros((N, 2), np.float32)},
+        np.arange(N, dtype=np.int32),
+        np.ones(N, np.float32),
+    )
+    return Batch(*jax.tree.map(jnp.asarray, arrays))
 
 
 def apply(variables, inputs, *, train, key=None):
@@ -117,7 +123,7 @@ def test_a_broken_goal_promotes_by_a_proof_of_its_own():
     first = next(d for d in decisions if d.verdict == PROMOTE)
     assert first.tested_for == 0
     assert first.p_value <= first.alpha
-    assert first.wins + first.losses <= (np.asarray(POOLS.decide.labels) == 1).sum()  # of the worst class alone
+    assert first.wins + first.losses <= (np.asarray(POOLS.decide.targets) == 1).sum()  # of the worst class alone
     assert skills(state.champion)[1] > 0.5
 
 

@@ -17,15 +17,15 @@ def test_split_carries_examples_by_index():
     pools, test = split(digits, logits, seed=0)
     rows = split_rows(digits.labels, None, seed=0)
     examples = pools.explore.examples
-    assert examples.teacher_logits.shape == (1, len(rows["explore"]), 10)
-    examples = examples._replace(teacher_logits=examples.teacher_logits[0])
+    assert examples.teacher["logits"].shape == (1, len(rows["explore"]), 10)
+    examples = examples._replace(teacher={"logits": examples.teacher["logits"][0]})
     for name, batch in zip(SPLITS, (examples, pools.assess, pools.decide, test), strict=True):
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch))
-        assert (batch.labels.dtype, batch.index.dtype, batch.weight.dtype) == (jnp.int32, jnp.int32, jnp.float32)
+        assert (batch.targets.dtype, batch.index.dtype, batch.weight.dtype) == (jnp.int32, jnp.int32, jnp.float32)
         np.testing.assert_array_equal(batch.index, rows[name])
         np.testing.assert_array_equal(batch.inputs, digits.inputs[rows[name]])
-        np.testing.assert_array_equal(batch.labels, digits.labels[rows[name]])
-        np.testing.assert_array_equal(batch.teacher_logits, logits[rows[name]])
+        np.testing.assert_array_equal(batch.targets, digits.labels[rows[name]])
+        np.testing.assert_array_equal(batch.teacher["logits"], logits[rows[name]])
         np.testing.assert_array_equal(batch.weight, np.ones(len(rows[name])))
     assert sorted(pools.explore.order.base.tolist()) == list(range(len(rows["explore"])))
 

@@ -9,7 +9,7 @@ import pytest
 
 from ev3_distill.data.augment import Augmentation
 from ev3_distill.data.batches import sampler
-from ev3_distill.data.pipeline import PART, ResidentSupply, Views, WindowSupply
+from ev3_distill.data.pipeline import PART_STEPS, ResidentPipeline, Views, WindowPipeline
 from ev3_distill.data.shuffle import order, rows
 from ev3_distill.data.sources import Dataset
 
@@ -32,14 +32,18 @@ def make_dataset(dtype=np.uint8):
     return Dataset(inputs, rng.integers(0, 4, 100).astype(np.int32), 4, tuple("abcd"), None, "made", "f")
 
 
+def views_of(dataset, augmentation):
+    return Views(dataset.inputs, dataset.labels, INDEX, augmentation)
+
+
 def teacher(pixels):
     """Logits that tell every pixel apart."""
     flat = np.asarray(pixels, np.float64).reshape(len(pixels), -1)
     return (flat @ np.random.default_rng(2).normal(size=(flat.shape[1], 4)) / 1000).astype(np.float32)
 
 
-class Lesson:
-    """Asks the teacher and remembers what was asked."""
+class RecordingTeacher:
+    """Runs the teacher and records which views of which examples it ran on."""
 
     def __init__(self):
         self.asked = []
@@ -52,12 +56,12 @@ class Lesson:
 
 
 def supplies(name, dtype=np.uint8, steps=5):
-    views = Views(make_dataset(dtype), INDEX, AUGMENTATIONS[name])
+    views = views_of(make_dataset(dtype), AUGMENTATIONS[name])
     facts = {"count": V if AUGMENTATIONS[name] else 1, "batch_size": B, "seed": SEED}
-    lessons = Lesson(), Lesson()
-    pair = ResidentSupply(views, lessons[0], **facts), WindowSupply(views, lessons[1], **facts, steps=steps)
+    teachers = RecordingTeacher(), RecordingTeacher()
+    pair = ResidentPipeline(views, teachers[0], **facts), WindowPipeline(views, teachers[1], **facts, steps=steps)
     sample = jax.jit(sampler(batch_size=B, views=facts["count"], augmentation=AUGMENTATIONS[name]))
-    return pair, lessons, sample
+    return pair, teachers, sample
 
 
 def batches(supply, sample, first, last):
@@ -90,20 +94,18 @@ def test_windows_give_the_batches_of_a_resident_split(name, dtype):
 def test_the_teacher_saw_the_very_pixels(name, which):
     pair, _, sample = supplies(name)
     for batch in batches(pair[which], sample, 0, 2 * V * PER_EPOCH).values():
-        np.testing.assert_array_equal(batch.teacher_logits, teacher(batch.inputs))
-        np.testing.assert_array_equal(
-            batch.teacher_features["mean"], batch.inputs.reshape(B, -1).mean(1, dtype=np.float32)
-        )
+        np.testing.assert_array_equal(batch.teacher["logits"], teacher(batch.inputs))
+        np.testing.assert_array_equal(batch.teacher["mean"], batch.inputs.reshape(B, -1).mean(1, dtype=np.float32))
 
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_each_epoch_has_the_next_view_and_then_the_first_again(which):
     pair, _, sample = supplies("crop")
     found = batches(pair[which], sample, 0, (V + 1) * PER_EPOCH)
-    dataset, views = make_dataset(), Views(make_dataset(), INDEX, AUGMENTATIONS["crop"])
+    dataset, views = make_dataset(), views_of(make_dataset(), AUGMENTATIONS["crop"])
     for step, batch in found.items():
         np.testing.assert_array_equal(batch.index, INDEX[rows(order(N, SEED), jnp.int32(step), batch_size=B)])
-        np.testing.assert_array_equal(batch.labels, dataset.labels[batch.index])
+        np.testing.assert_array_equal(batch.targets, dataset.labels[batch.index])
         np.testing.assert_array_equal(batch.inputs, views.pixels(step // PER_EPOCH % V, batch.index))
 
 
@@ -113,34 +115,34 @@ def test_mixed_examples_have_no_label_and_partners_of_their_own_split():
     outside = np.setdiff1d(np.arange(100), INDEX)
     dataset.inputs[INDEX] = 0
     dataset.inputs[outside] = 255  # would show through
-    views = Views(dataset, INDEX, AUGMENTATIONS["mixup"])
-    supply = ResidentSupply(views, Lesson(), count=V, batch_size=B, seed=SEED)
+    views = views_of(dataset, AUGMENTATIONS["mixup"])
+    supply = ResidentPipeline(views, RecordingTeacher(), count=V, batch_size=B, seed=SEED)
     mixed = 0
     for batch in batches(supply, sample, 0, PER_EPOCH).values():
         assert batch.inputs.max() == 0
-        mixed += (batch.labels == -1).sum()
-        assert set(batch.labels[batch.labels >= 0]) <= set(range(4))
+        mixed += (batch.targets == -1).sum()
+        assert set(batch.targets[batch.targets >= 0]) <= set(range(4))
     assert mixed > PER_EPOCH * B * 0.9
 
 
 def test_views_are_learnt_when_the_run_reaches_them():
-    (resident, window), lessons, _ = supplies("crop")
+    (resident, window), teachers, _ = supplies("crop")
     list(resident(0, PER_EPOCH))
-    assert {view for view, _ in lessons[0].asked} == {0}
-    assert len(lessons[0].asked) == N
+    assert {view for view, _ in teachers[0].asked} == {0}
+    assert len(teachers[0].asked) == N
     list(resident(PER_EPOCH, PER_EPOCH + 1))
-    assert {view for view, _ in lessons[0].asked} == {0, 1}
+    assert {view for view, _ in teachers[0].asked} == {0, 1}
     list(resident(PER_EPOCH + 1, 10 * PER_EPOCH))
-    assert len(lessons[0].asked) == len(set(lessons[0].asked)) == V * N
+    assert len(teachers[0].asked) == len(set(teachers[0].asked)) == V * N
     list(window(0, 5))
-    assert len(lessons[1].asked) == 5 * B  # a window asks for what it shows
+    assert len(teachers[1].asked) == 5 * B  # a window asks for what it shows
 
 
 def test_a_window_is_read_once_and_a_resumed_run_begins_within_one():
-    (_, window), lessons, sample = supplies("crop")
+    (_, window), teachers, sample = supplies("crop")
     for first in range(10):
         list(window(first, first + 1))
-    assert len(lessons[1].asked) == 2 * 5 * B
+    assert len(teachers[1].asked) == 2 * 5 * B
     (resumed, other), _, _ = supplies("crop")
     whole = batches(resumed, sample, 0, 14)
     late = batches(other, sample, 12, 14)
@@ -150,16 +152,16 @@ def test_a_window_is_read_once_and_a_resumed_run_begins_within_one():
 
 def test_long_trajectories_come_in_parts():
     (resident, _), _, _ = supplies("none")
-    assert [(begin, end) for _, begin, end in resident(3, 3 + 2 * PART + 1)] == [
-        (3, 3 + PART),
-        (3 + PART, 3 + 2 * PART),
-        (3 + 2 * PART, 4 + 2 * PART),
+    assert [(begin, end) for _, begin, end in resident(3, 3 + 2 * PART_STEPS + 1)] == [
+        (3, 3 + PART_STEPS),
+        (3 + PART_STEPS, 3 + 2 * PART_STEPS),
+        (3 + 2 * PART_STEPS, 4 + 2 * PART_STEPS),
     ]
 
 
 def test_replay_is_exact_for_random_pairs_of_sample_and_view():
     """1,000 pairs, each shown alone on the device, against what the teacher was asked on the host in bulk."""
-    views = Views(make_dataset(), INDEX, AUGMENTATIONS["mixup"])
+    views = views_of(make_dataset(), AUGMENTATIONS["mixup"])
     rng = np.random.default_rng(3)
     pairs = np.stack([rng.choice(INDEX, 1000), rng.integers(0, 9, 1000)], 1).astype(np.int32)
     cached = {}

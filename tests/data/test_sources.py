@@ -288,7 +288,7 @@ def test_what_is_not_finite_is_found_wherever_it_lies(tmp_path, monkeypatch, mem
 
 def test_missing_file(tmp_path):
     for path in (tmp_path / "none.npz", tmp_path):
-        with pytest.raises(InputError, match="missing or no file: check the path"):
+        with pytest.raises(InputError, match="does not exist or is not a file: check the path"):
             load_data(f"npz:{path}")
 
 
@@ -310,7 +310,7 @@ def test_unreadable_file(tmp_path, memory):
     }
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=r"must be a whole npz file; got one that cannot be read"):
+        with pytest.raises(InputError, match=r"must be a complete npz file; got one that cannot be read"):
             load_data(f"npz:{tmp_path / name}", memory=memory)
 
 

@@ -284,8 +284,8 @@ def test_a_size_that_nothing_narrows_to_starts_afresh(cli, here):
         (("--start", "tiny", "--control"), "a search has no control"),
         (("--start", "tiny", "--teacher-in-step"), "a search uses cached teacher outputs"),
         (("--start", "tiny", "--budget", "90s"), "a search needs a budget in steps or epochs; got '90s'"),
-        (("--sizes", "mlp:hidden=4", "mlp:hidden=2"), "the sizes of a search come smallest first"),
-        (("--arms", "ce", "kd4-peer"), "only a search has peers to learn from; got the arm 'kd4-peer': leave it out"),
+        (("--sizes", "mlp:hidden=4", "mlp:hidden=2"), "the sizes of a search must come smallest first"),
+        (("--arms", "ce", "kd4-peer"), "only a search has peers to learn from; got the arm 'kd4-peer': omit it"),
         (("--start", "tiny", "--passes", "0"), "passes must be at least 1"),
     ],
 )

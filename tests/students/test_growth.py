@@ -170,7 +170,7 @@ def test_an_optimizers_memory_fits(name, move, optimizer):
 def batch(inputs):
     n = len(inputs)
     teacher = 4 * jax.nn.one_hot(jnp.arange(n) % CLASSES, CLASSES)
-    return Batch(inputs, jnp.arange(n, dtype=jnp.int32) % CLASSES, teacher, jnp.arange(n), jnp.ones(n))
+    return Batch(inputs, jnp.arange(n, dtype=jnp.int32) % CLASSES, {"logits": teacher}, jnp.arange(n), jnp.ones(n))
 
 
 def arm_of(name, network, inputs) -> tuple[Callable, Callable, Callable]:

@@ -10,7 +10,7 @@ import pytest
 
 from ev3_distill import students
 from ev3_distill.arms import arms_named
-from ev3_distill.benchmarks import int8
+from ev3_distill.benchmarks import int8_accuracy
 from ev3_distill.cli.main import main
 from ev3_distill.core.explore import fitting
 from ev3_distill.errors import InputError
@@ -142,7 +142,9 @@ def test_what_an_arm_proposes_is_fitted_to_its_stretch():
     inputs = jax.random.normal(jax.random.key(1), (20, 16, 6))
 
     def draw(step):
-        return Batch(inputs[step], jnp.zeros(16, jnp.int32), jnp.zeros((16, 3)), jnp.arange(16), jnp.ones(16)), None
+        return Batch(
+            inputs[step], jnp.zeros(16, jnp.int32), {"logits": jnp.zeros((16, 3))}, jnp.arange(16), jnp.ones(16)
+        ), None
 
     (arm,) = arms_named(network.apply, ("kd4",), network=network)
     for steps, batches in ((10, [10, 12, 15, 17]), (1, [10]), (0, [])):
@@ -159,7 +161,7 @@ def test_arms_train_rounded_what_is_deployed_rounded():
     network = students.deployed(base, "int8")
     variables = network.init(jax.random.key(0))
     inputs, logits = jax.random.normal(jax.random.key(1), (16, 6)), jax.random.normal(jax.random.key(2), (16, 3))
-    batch = Batch(inputs, jnp.zeros(16, jnp.int32), logits, jnp.arange(16), jnp.ones(16))
+    batch = Batch(inputs, jnp.zeros(16, jnp.int32), {"logits": logits}, jnp.arange(16), jnp.ones(16))
 
     def proposed(apply, name, spent, network=network):
         (arm,) = arms_named(apply, (name,), network=network)
@@ -198,7 +200,10 @@ def test_a_run_in_int8(tmp_path, monkeypatch, capsys):
     assert report["student"]["deploy"] == "int8"
     network, variables = students.load(tmp_path / "run")
     assert network.spec["deploy"] == "int8" and set(variables.stats) == {WHOLE, RANGES}
-    rounds, not_rounded = network.apply(variables, inputs, train=False)[0], int8.unrounded(tmp_path / "run", inputs)
+    rounds, not_rounded = (
+        network.apply(variables, inputs, train=False)[0],
+        int8_accuracy.unrounded(tmp_path / "run", inputs),
+    )
     assert 0.95 < (rounds.argmax(axis=1) == not_rounded).mean() < 1
     main(["export", "run", "--format", "onnx", "--out", "file"])
     told = json.loads((tmp_path / "file/model.json").read_text())
@@ -241,7 +246,7 @@ def test_the_suite_tells_what_int8_costs():
             "right": packed,
         } | facts
 
-    told = int8.table([row(seed, contender) for seed in (0, 1) for contender in right])
+    told = int8_accuracy.table([row(seed, contender) for seed in (0, 1) for contender in right])
     assert "| float32 | 93.75 ± 0.00 | 1,234 | 0.50 | 7.0 | 1.25 | 1 of 2 |" in told
     assert "| after training | 87.50 ± 0.00 | 1,234 | 0.50 | 7.0 | 1.25 |  |" in told
     assert "after training less float32, points, image by image: seed 0 -6.25 (-19.57 to 7.07), seed 1 -6.25" in told

@@ -243,7 +243,7 @@ def test_another_process_reads_what_was_saved(saved, name):
 def test_saved_twice_is_saved_once(tmp_path):
     network = students.named("mlp:hidden=3", SHAPE, CLASSES)
     one, other = network.init(jax.random.key(0)), network.init(jax.random.key(1))
-    (tmp_path / "student.tmp").mkdir()  # as a killed process leaves it
+    (tmp_path / ".student.1.tmp").mkdir()  # as a killed process leaves it
     students.save(tmp_path / "student", network, one)
     students.save(tmp_path / "student", network, other)
     assert bits(students.load(tmp_path)[1]) == bits(students.load(tmp_path / "student")[1]) == bits(other)

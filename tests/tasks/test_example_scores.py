@@ -26,7 +26,7 @@ def make_split(labels, teacher=None):
     labels = jnp.asarray(labels, jnp.int32)
     n = len(labels)
     teacher = jnp.zeros((n, K)) if teacher is None else jnp.asarray(teacher, jnp.float32)
-    return Batch(jnp.zeros((n, 1)), labels, teacher, jnp.arange(n, dtype=jnp.int32), jnp.ones(n))
+    return Batch(jnp.zeros((n, 1)), labels, {"logits": teacher}, jnp.arange(n, dtype=jnp.int32), jnp.ones(n))
 
 
 def score(name, logits, labels, teacher=None):

@@ -9,7 +9,7 @@ import optax
 import pytest
 from loss_formulas import REFERENCES, SETTINGS, B, K, all_losses, draw, make_batch, run, softmax
 
-from ev3_distill.tasks.classification import losses, steering
+from ev3_distill.tasks.classification import example_scores, losses
 from ev3_distill.tasks.classification.losses import LOSSES, mix
 
 CASES = [(name, dict(kwargs)) for name in LOSSES for kwargs in SETTINGS[name]]
@@ -77,7 +77,7 @@ def test_a_negated_score_is_the_loss_of_labelled_examples():
     q = np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.2, 0.2, 0.6], [1 / 3, 1 / 3, 1 / 3]], np.float32)
     batch = make_batch(np.zeros_like(q), np.array([0, 2, -1, 1]), [1.0, 3.0, 1.0, 0.0])
     by_hand = (1 * (0.25 + 2 * 0.0625) + 3 * (0.01 + 0.04 + 0.09)) / 4 / 2  # halved
-    loss = losses.negated(steering.brier)
+    loss = losses.negated(example_scores.brier)
     assert loss(jnp.log(q), batch) == pytest.approx(by_hand, rel=1e-5)
     sure = jnp.array([[60.0, 0.0, 0.0]])
     wrong = make_batch(np.zeros((1, 3)), np.array([1]))
@@ -180,7 +180,7 @@ def test_balanced_by_hand(power, shares):
     """Four of a class, one of another, one without a label, one that does not count."""
     batch = make_batch(np.zeros((7, 3)), [0, 0, 0, 0, 1, -1, 2], [1, 1, 1, 1, 1, 1, 0])
     weighed = losses.balanced(lambda logits, batch: batch.weight, power=power)
-    np.testing.assert_allclose(weighed(batch.teacher_logits, batch), shares)
+    np.testing.assert_allclose(weighed(batch.teacher["logits"], batch), shares)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -190,5 +190,5 @@ def test_taught_by_another(share):
     batch = make_batch(teacher, labels, weight)
     other = losses.taught_by(losses.kd(temperature=2.0), "peer", share=share)
     both = make_batch((1 - share) * teacher + share * peer, labels, weight)
-    value = other(student, batch._replace(teacher_features={"peer": jnp.asarray(peer)}))
+    value = other(student, batch._replace(teacher={**batch.teacher, "peer": jnp.asarray(peer)}))
     np.testing.assert_allclose(value, losses.kd(temperature=2.0)(student, both), rtol=1e-6)

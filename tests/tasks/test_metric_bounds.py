@@ -6,56 +6,55 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from ev3_distill import guards
 from ev3_distill.certify.bounds import clopper_pearson_lower, mean_lower, mean_upper
+from ev3_distill.certify.certificate import median_bound
 from ev3_distill.errors import InputError
-from ev3_distill.tasks.classification.metric_bounds import (
-    CLAIMS,
-    Outputs,
-    claims_of,
-    function_named,
-    in_top,
-    latency,
-    probabilities,
-    read_costs,
-    said,
-)
+from ev3_distill.tasks.classification.example_metrics import in_top_k, predicted_class, probabilities
+from ev3_distill.tasks.classification.user_metrics import function_named, read_costs
+from ev3_distill.tasks.metrics import METRICS, find_metric
+from ev3_distill.tasks.outputs import Outputs, bounds_of
 
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(5, size=400)
 LOGITS = (RNG.normal(size=(400, 5)) + 2 * np.eye(5)[LABELS]).astype(np.float32)
 TEACHER = (RNG.normal(size=(400, 5)) + 3 * np.eye(5)[LABELS]).astype(np.float32)
-OUTPUTS = Outputs(LOGITS, LABELS, TEACHER, RNG.integers(3, size=400), 3)
+OUTPUTS = Outputs(LOGITS, LABELS, {"logits": TEACHER}, RNG.integers(3, size=400), 3)
 ONE_HOT = np.eye(5, dtype=bool)[LABELS]
 COSTS = np.array([[0, 1, 1, 1, 4], [1, 0, 1, 1, 1], [1, 1, 0, 1, 1], [1, 1, 1, 0, 1], [9, 1, 1, 1, -1.0]])
 
 
-def claimed(metric, outputs=OUTPUTS, confidence=0.9, costs=COSTS):
-    return claims_of([metric], outputs, costs=costs)[metric](confidence)
+SINGLE = [name for name, row in METRICS.items() if row.bound and not row.pattern]
+FAMILIES = ("top2_accuracy", "drop(top3_accuracy)", "precision(3)", "recall(3)")
 
 
-def test_every_metric_of_the_guards_has_a_claim():
-    own = {name for name in guards.METRICS if name not in (*guards.KNOWN, "latency_ms", "cost", "drop(accuracy)")}
-    assert own == set(CLAIMS)
-    for metric in (*own, "cost", "drop(accuracy)", "top2_accuracy", "drop(top3_accuracy)"):
-        claim, about = claimed(metric), guards.metric_named(metric)
-        assert claim.metric == metric
-        assert (claim.upper_bound is None) == about.at_least
-        assert (claim.lower_bound is None) != about.at_least
-        wide, narrow = (claimed(metric, confidence=confidence) for confidence in (0.99, 0.6))
-        if about.at_least:
-            assert wide.lower_bound <= claim.lower_bound <= narrow.lower_bound <= claim.point
-        else:
-            assert wide.upper_bound >= claim.upper_bound >= narrow.upper_bound >= claim.point
-    with pytest.raises(ValueError, match="name one of these"):
-        claims_of(["f1"], OUTPUTS)
+def claimed(metric, outputs=OUTPUTS, confidence=0.9, costs=COSTS, class_names=()):
+    return bounds_of([metric], outputs, costs=costs, class_names=class_names)[metric](confidence)
+
+
+@pytest.mark.parametrize("metric", [*SINGLE, *FAMILIES])
+def test_claims_bound_the_point_on_the_side_that_the_row_names(metric):
+    claim, row = claimed(metric), find_metric(metric).row
+    assert claim.metric == metric
+    assert (claim.upper_bound is None) == row.higher_is_better
+    assert (claim.lower_bound is not None) == row.higher_is_better
+    wide, narrow = (claimed(metric, confidence=confidence) for confidence in (0.99, 0.6))
+    if row.higher_is_better:
+        assert wide.lower_bound <= claim.lower_bound <= narrow.lower_bound <= claim.point
+    else:
+        assert wide.upper_bound >= claim.upper_bound >= narrow.upper_bound >= claim.point
+
+
+@pytest.mark.parametrize("metric", ["f1", "params", "latency_ms"])
+def test_metrics_without_a_bound_on_examples_are_refused(metric):
+    with pytest.raises(ValueError, match="a bound needs a metric that is measured on examples"):
+        bounds_of([metric], OUTPUTS)
 
 
 def test_points_agree_with_scikit_learn():
     from sklearn import metrics
 
     answers = LOGITS.argmax(1)
-    point = {name: claimed(name).point for name in CLAIMS}
+    point = {name: claimed(name).point for name in SINGLE}
     assert point["accuracy"] == pytest.approx(metrics.accuracy_score(LABELS, answers))
     assert point["agreement"] == pytest.approx((answers == TEACHER.argmax(1)).mean())
     assert point["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(LABELS, answers))
@@ -78,7 +77,7 @@ def test_points_agree_with_scikit_learn():
 def test_bounds_by_hand():
     hits = LOGITS.argmax(1) == LABELS
     assert claimed("accuracy").lower_bound == clopper_pearson_lower(hits.sum(), 400, confidence=0.9)
-    top = in_top(LOGITS, LABELS, 2).sum()
+    top = in_top_k(LOGITS, LABELS, 2).sum()
     assert claimed("top2_accuracy").lower_bound == clopper_pearson_lower(top, 400, confidence=0.9)
     worst = min(clopper_pearson_lower(hits[own].sum(), own.sum(), confidence=0.9) for own in ONE_HOT.T)
     assert claimed("worst_class_accuracy").lower_bound == worst
@@ -96,13 +95,13 @@ def test_the_drop_by_hand():
     labels = np.zeros(100, int)
     teacher = np.eye(2)[np.repeat([0, 0, 1, 1], [80, 10, 4, 6])]
     student = np.eye(2)[np.repeat([0, 1, 0, 1], [80, 10, 4, 6])]
-    claim = claimed("drop(accuracy)", Outputs(student, labels, teacher))
+    claim = claimed("drop(accuracy)", Outputs(student, labels, {"logits": teacher}))
     assert (claim.point, claim.lower_bound, claim.n) == (pytest.approx(0.06), None, 100)
     lost = binomtest(10, 100, alternative="less").proportion_ci(0.95, method="exact").high
     won = binomtest(4, 100, alternative="greater").proportion_ci(0.95, method="exact").low
     assert claim.upper_bound == pytest.approx(lost - won, rel=1e-6)
     # of the two greatest of two logits the label is always one
-    assert claimed("drop(top2_accuracy)", Outputs(student, labels, teacher)).point == 0
+    assert claimed("drop(top2_accuracy)", Outputs(student, labels, {"logits": teacher})).point == 0
     with pytest.raises(ValueError, match="needs the teacher"):
         claimed("drop(accuracy)", Outputs(student, labels))
 
@@ -112,7 +111,9 @@ def test_the_drop_is_covered():
     draws = rng.choice(4, p=[0.85, 0.07, 0.03, 0.05], size=(400, 500))  # both right, lost, won, both wrong
     labels = np.zeros(500, int)
     bounds = [
-        claimed("drop(accuracy)", Outputs(np.eye(2)[row % 2], labels, np.eye(2)[row // 2]), 0.95).upper_bound
+        claimed(
+            "drop(accuracy)", Outputs(np.eye(2)[row % 2], labels, {"logits": np.eye(2)[row // 2]}), 0.95
+        ).upper_bound
         for row in draws
     ]
     assert (np.array(bounds) < 0.04).mean() <= 0.08  # 0.05 and 2.8 standard errors
@@ -142,7 +143,7 @@ def test_the_worst_class_is_covered():
 
 def test_groups_are_needed_for_the_worst_of_them():
     for groups in (None, np.full(400, -1)):
-        with pytest.raises(InputError, match=r"needs groups; .*: claim worst_class_accuracy"):
+        with pytest.raises(InputError, match=r"needs groups; .*: guard worst_class_accuracy"):
             claimed("worst_group_accuracy", OUTPUTS._replace(groups=groups))
     some = OUTPUTS._replace(groups=np.where(LABELS < 2, 0, -1))
     assert claimed("worst_group_accuracy", some._replace(num_groups=1)).n == (LABELS < 2).sum()
@@ -158,8 +159,8 @@ def test_logits_that_say_nothing_count_against_the_student(bad):
     labels, logits = np.zeros(100, int), np.tile([9.0, 0.0], (100, 1))
     logits[:20] = bad
     teacher = np.tile([9.0, 0.0], (100, 1))
-    outputs = Outputs(logits, labels, teacher, labels, 1)
-    assert (said(logits)[:20] == -1).all()
+    outputs = Outputs(logits, labels, {"logits": teacher}, labels, 1)
+    assert (predicted_class(logits)[:20] == -1).all()
     expected = {"accuracy": 0.8, "agreement": 0.8, "worst_class_accuracy": 0.8, "worst_group_accuracy": 0.8,
                 "balanced_accuracy": 0.8, "macro_f1": 8 / 9 / 2, "brier": 0.2, "top2_accuracy": 0.8,
                 "drop(accuracy)": 0.2, "cost": 0.6}  # fmt: skip
@@ -167,49 +168,49 @@ def test_logits_that_say_nothing_count_against_the_student(bad):
     found = {name: claimed(name, outputs, costs=costs).point for name in (*expected, "ece")}
     assert found == pytest.approx(expected | {"ece": 0.2}, abs=2e-4)
     # a teacher that says nothing is agreed with by nobody, not even by a student that says nothing either
-    assert claimed("agreement", outputs._replace(teacher_logits=logits)).point == 0.8
-    assert claimed("drop(accuracy)", outputs._replace(teacher_logits=logits)).point == 0
+    assert claimed("agreement", outputs._replace(teacher={"logits": logits})).point == 0.8
+    assert claimed("drop(accuracy)", outputs._replace(teacher={"logits": logits})).point == 0
 
 
 def test_one_bad_logit_is_enough_but_an_impossible_class_is_none():
     logits = np.array([[5.0, np.nan], [5.0, np.inf], [5.0, -np.inf]])
-    assert said(logits).tolist() == [-1, -1, 0]
+    assert predicted_class(logits).tolist() == [-1, -1, 0]
     assert probabilities(logits)[2].tolist() == [1, 0]
 
 
 def test_ties_go_to_the_first_classes():
     logits = np.array([[1.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
     for label, k, hit in ((0, 1, [1, 0]), (1, 1, [0, 1]), (1, 2, [1, 1]), (2, 2, [0, 1]), (0, 3, [1, 1])):
-        assert in_top(logits, np.full(2, label), k).tolist() == [bool(x) for x in hit]
+        assert in_top_k(logits, np.full(2, label), k).tolist() == [bool(x) for x in hit]
 
 
 def test_metrics_of_labels_are_about_labelled_examples():
     labels = np.where(np.arange(400) < 300, LABELS, -1)
-    some = OUTPUTS._replace(labels=labels)
-    first = Outputs(*(leaf[:300] for leaf in OUTPUTS[:4]), 3)
-    for metric in (*CLAIMS, "cost", "drop(accuracy)"):
+    some = OUTPUTS._replace(targets=labels)
+    first = Outputs(LOGITS[:300], LABELS[:300], {"logits": TEACHER[:300]}, OUTPUTS.groups[:300], 3)
+    for metric in (*SINGLE, *FAMILIES):
         if metric != "agreement":
             assert claimed(metric, some) == claimed(metric, first)
     assert claimed("agreement", some).n == 400
-    with pytest.raises(InputError, match="an example with one"):
-        claimed("ece", OUTPUTS._replace(labels=np.full(400, -1)))
+    with pytest.raises(InputError, match="needs labeled examples"):
+        claimed("ece", OUTPUTS._replace(targets=np.full(400, -1)))
 
 
 def test_the_scale_of_logits_is_the_confidence():
     """Twice the logits are the log-odds of these examples, twenty times are too sure: the same answers all the same."""
-    sure = OUTPUTS._replace(logits=20 * LOGITS)
+    sure = OUTPUTS._replace(student=20 * LOGITS)
     assert claimed("accuracy", sure) == claimed("accuracy")
-    calibrated = OUTPUTS._replace(logits=2 * LOGITS)
+    calibrated = OUTPUTS._replace(student=2 * LOGITS)
     assert claimed("ece", calibrated).point < 0.1 < 0.17 < min(claimed("ece").point, claimed("ece", sure).point)
     assert claimed("brier", calibrated).point < min(claimed("brier").point, claimed("brier", sure).point)
-    huge = OUTPUTS._replace(logits=np.float32(1e30) * LOGITS)
+    huge = OUTPUTS._replace(student=np.float32(1e30) * LOGITS)
     wrong = 1 - claimed("accuracy").point
     assert claimed("ece", huge).point == pytest.approx(wrong)
     assert claimed("brier", huge).point == pytest.approx(wrong)
 
 
 def test_latency_is_an_order_statistic():
-    claim = latency(np.arange(1.0, 102))(0.95)
+    claim = median_bound("latency_ms", np.arange(1.0, 102))(0.95)
     assert (claim.metric, claim.point, claim.n, claim.lower_bound) == ("latency_ms", 51, 101, None)
     assert claim.upper_bound == 60  # P[Binomial(101, 1/2) >= 60] = 0.037, >= 59 is 0.057
 
@@ -255,7 +256,7 @@ def test_a_function_of_ones_own(own):
     assert claim.lower_bound == mean_lower(expected, 0, 1, confidence=0.9)
     silent = LOGITS.copy()
     silent[0] = np.nan
-    assert claimed("own_metric:near", OUTPUTS._replace(logits=silent)).point == pytest.approx(
+    assert claimed("own_metric:near", OUTPUTS._replace(student=silent)).point == pytest.approx(
         (expected.sum() - expected[0]) / 400
     )
 
@@ -265,10 +266,10 @@ def test_a_function_of_ones_own(own):
     [
         ("own_metric:far", r"importable MODULE:FUNCTION; got 'own_metric:far', which fails with AttributeError"),
         ("no_such_metric:near", r"fails with ModuleNotFoundError"),
-        ("own_metric:LIMIT", r"FUNCTION is callable; got int"),
-        ("own_metric:greedy", r"scores lie in \[0, 1\]; own_metric:greedy gives 2: rescale"),
-        ("own_metric:one", r"gives scores \[N\], \[400\] here; own_metric:one gives \[\]"),
-        ("own_metric:ranks", r"scores half of them unlike all of them"),
+        ("own_metric:LIMIT", r"MODULE:FUNCTION; got .own_metric:LIMIT., which is of type int"),
+        ("own_metric:greedy", r"scores of a metric must lie in \[0, 1\]; own_metric:greedy returns 2: rescale"),
+        ("own_metric:one", r"must return scores \[N\], here \[400\]; own_metric:one returns \[\]"),
+        ("own_metric:ranks", r"independently of the others; own_metric:ranks scores the first 200 of 400"),
         ("own_metric:broken", r"own_metric:broken fails with AttributeError: .*missing"),
     ],
 )
@@ -294,8 +295,8 @@ def test_costs_are_read(here):
     [
         (None, "cannot be read"),
         ("0,1\n2,x\n", "cannot be read"),
-        ("0,1\n", r"2 x 2; costs.csv has 1 x 2: mend it"),
-        ("0,1\nnan,0\n", r"costs.csv has 2 x 2, not finite: mend it"),
+        ("0,1\n", r"2 x 2; costs.csv has 1 x 2: fix it"),
+        ("0,1\nnan,0\n", r"costs.csv has 2 x 2, not finite: fix it"),
     ],
 )
 def test_bad_costs(here, content, told):
@@ -306,5 +307,5 @@ def test_bad_costs(here, content, told):
 
 
 def test_a_bound_may_be_infinite_only_where_there_are_few_passes():
-    assert latency(np.ones(4))(0.95).upper_bound == math.inf
-    assert latency(np.ones(5))(0.95).upper_bound == 1
+    assert median_bound("latency_ms", np.ones(4))(0.95).upper_bound == math.inf
+    assert median_bound("latency_ms", np.ones(5))(0.95).upper_bound == 1

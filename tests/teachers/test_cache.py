@@ -102,7 +102,7 @@ def test_a_teacher_that_raises_at_example_7001(batch_size, tmp_path):
 
     counted = Counting(broken)
     with LogitStore(contents(8000), root=tmp_path) as store:
-        says = "a teacher must give .*; got RuntimeError: out of order on row 7001: mend .* before is kept$"
+        says = "a teacher must give .*; got RuntimeError: out on row 7001: fix .* before is kept$"
         with pytest.raises(InputError, match=says):
             collect(counted, pixels_of, np.arange(8000), store, batch_size=batch_size)
         assert counted.batches[-1] == [7001]
@@ -137,7 +137,7 @@ def test_a_teacher_that_fails_on_rows_together(tmp_path):
         return teacher(inputs)
 
     with LogitStore(contents(), root=tmp_path) as store:
-        says = "MemoryError: too large on 8 rows together, 64 to 71, though on none of them alone: mend"
+        says = "MemoryError: too large on 8 rows together, 64 to 71, though on none of them alone: fix"
         with pytest.raises(InputError, match=says):
             collect(greedy, pixels_of, np.arange(200), store, batch_size=64)
         assert store.missing(np.arange(200)).tolist() == list(range(72, 200))

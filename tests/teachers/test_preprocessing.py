@@ -6,7 +6,7 @@ import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ev3_distill.cli.main import CompressCommand
+from ev3_distill.cli.options import CompressCommand
 from ev3_distill.config import Preprocessing
 from ev3_distill.errors import InputError
 from ev3_distill.teachers.preprocessing import (

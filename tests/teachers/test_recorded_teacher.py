@@ -83,7 +83,7 @@ def test_fingerprint_is_compared_where_both_are_there(save):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(InputError, match=r"logits:FILE needs a file; got .*none\.npz, which is missing"):
+    with pytest.raises(InputError, match=r"logits:FILE needs a file; got .*none\.npz, which does not exist"):
         load_logits(tmp_path / "none.npz", rows=10, num_classes=3)
 
 
@@ -93,7 +93,7 @@ def test_unreadable_file(save, tmp_path):
     np.save(tmp_path / "one.npy", LOGITS)
     for content in (b"", b"1.5,2.5\n", whole[:1000], damaged, (tmp_path / "one.npy").read_bytes()):
         (tmp_path / "broken.npz").write_bytes(content)
-        with pytest.raises(InputError, match="must be a whole npz file; got one that cannot be read"):
+        with pytest.raises(InputError, match="must be a complete npz file; got one that cannot be read"):
             load_logits(tmp_path / "broken.npz", rows=500, num_classes=3)
 
 

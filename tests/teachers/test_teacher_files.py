@@ -114,7 +114,7 @@ def test_bad_onnx(here):
     Path("broken.onnx").write_bytes(b"\0" * 100)
     with pytest.raises(InputError, match=r"needs a model that onnxruntime can load; broken.onnx fails with"):
         load("onnx:broken.onnx")
-    with pytest.raises(InputError, match=r"onnx:FILE needs a file; got 'none.onnx', which is missing"):
+    with pytest.raises(InputError, match=r"onnx:FILE needs a file; got 'none.onnx', which does not exist"):
         load("onnx:none.onnx")
     with pytest.raises(InputError, match=r"has one input, the examples; .* has 2 \(x, y\)"):
         load(f"onnx:{onnx_file('two.onnx', inputs=2)}")

@@ -152,7 +152,7 @@ def test_python_that_fails(own, name, message):
 @pytest.mark.parametrize(("place", "message"), [
     ("own:missing", "'own:missing', which fails with AttributeError"),
     ("no_such_module:f", "which fails with ModuleNotFoundError"),
-    ("own:NUMBER", "a callable; got int of 'own:NUMBER'"),
+    ("own:NUMBER", "MODULE:FUNCTION; got 'own:NUMBER', which is of type int"),
     ("own", "is python:MODULE:FUNCTION; got 'python:own'"),
 ])  # fmt: skip
 def test_python_that_is_none(own, place, message):

@@ -16,12 +16,12 @@ from ev3_distill import load_data, students
 from ev3_distill.config import Preprocessing
 from ev3_distill.data.augment import Augmentation
 from ev3_distill.data.batches import sampler
-from ev3_distill.data.pipeline import ResidentSupply, Views
+from ev3_distill.data.pipeline import ResidentPipeline, Views
 from ev3_distill.data.sources import Dataset
 from ev3_distill.students.network import from_nnx
 from ev3_distill.teachers import load_teacher
 from ev3_distill.teachers.kinds.flax import forward
-from ev3_distill.teachers.targets import Lessons
+from ev3_distill.teachers.targets import CachedTargets
 from ev3_distill.types import Variables
 
 PATHS = ("onnx", "torch", "flax", "python")
@@ -212,19 +212,19 @@ def test_the_real_teacher_said_it_of_the_very_pixels(tmp_path, cifar, mix):
     )
     dataset = Dataset(images, labels.astype(np.int32), 10, classes, None, "made", "f")
     augmentation = Augmentation(flip=True, crop=4, cutout=8, mix=mix)
-    views = Views(dataset, np.arange(len(images)), augmentation)
-    lessons = Lessons(teacher, dataset, num_classes=10, root=tmp_path, warn=pytest.fail)
+    views = Views(images, dataset.labels, np.arange(len(images)), augmentation)
+    targets = CachedTargets(teacher, dataset, num_classes=10, root=tmp_path, warn=pytest.fail)
     batch_size, count = 50, 4
-    supply = ResidentSupply(views, lessons.of(views, count), count=count, batch_size=batch_size, seed=0)
+    supply = ResidentPipeline(views, targets.for_views(views, count), count=count, batch_size=batch_size, seed=0)
     pool = supply.whole()
-    lessons.close()
+    targets.close()
     sample = jax.jit(sampler(batch_size=batch_size, views=count, augmentation=augmentation))
     steps = np.random.default_rng(0).choice(count * len(images) // batch_size, 20, replace=False)
     asked = set()
     for step in steps:
         batch = jax.device_get(sample(pool, jnp.int32(step)))
         afresh = teacher.outputs(batch.inputs)["logits"]
-        difference = np.abs(afresh - batch.teacher_logits).max(axis=1)
+        difference = np.abs(afresh - batch.teacher["logits"]).max(axis=1)
         assert (difference <= 1e-5 * np.abs(afresh).max(axis=1)).all(), difference.max()
         asked |= {(int(i), int(step) * batch_size // len(images)) for i in batch.index}
         assert (batch.inputs != images[batch.index]).any(axis=(1, 2, 3)).mean() > 0.9

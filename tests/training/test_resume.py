@@ -101,7 +101,7 @@ def test_interrupt_tells_how_to_resume(stage, finished, tmp_path):
     process.send_signal(signal.SIGINT)
     _, told = process.communicate()
     assert process.returncode == 130
-    assert told.splitlines()[-1] == f"ev3-distill: interrupted; go on with: ev3-distill compress --resume {run}"
+    assert told.splitlines()[-1] == f"ev3-distill: interrupted; resume with: ev3-distill compress --resume {run}"
     assert "Traceback" not in told
     seen = count_rows(run)
     again = start(run)
@@ -129,7 +129,7 @@ def test_interrupt_saves_what_the_ledger_has(monkeypatch, cli, here, random_logi
         patch.setattr(run_dir, "row_of", interrupted)
         answer = cli("compress", *options, "--out", "run")
     assert answer.code == 130
-    assert "go on with: ev3-distill compress --resume run" in answer.err
+    assert "resume with: ev3-distill compress --resume run" in answer.err
     kept = len(rows_without_times(here / "run/ledger.jsonl"))
     assert 3 <= kept < len(rows_without_times(here / "whole/ledger.jsonl"))
     assert [path.name for path in (here / "run/checkpoints").iterdir()] == [str(kept)]

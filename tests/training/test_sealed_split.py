@@ -6,16 +6,20 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from conftest import SMALL, assert_same_run
+from scipy.stats import binom
 
 from ev3_distill import students
-from ev3_distill.certify.certificate import ASKED, clopper_pearson_lower
+from ev3_distill.certify.bounds import clopper_pearson_lower
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.digest import tree_digest
+from ev3_distill.tasks.classification import metric_bounds
+from ev3_distill.tasks.metrics import METRICS, Metric
 from ev3_distill.training import sealed_split
 from ev3_distill.types import Variables
 
@@ -31,9 +35,9 @@ def read(path):
 
 
 def test_an_opening_goes_on_and_another_is_refused(here):
-    assert sealed_split.openings(here) == []
+    assert sealed_split.read_openings(here) == []
     assert sealed_split.open_split(here, "ab" * 32, ["accuracy"], confidence=0.95) == 0
-    (row,) = sealed_split.openings(here)
+    (row,) = sealed_split.read_openings(here)
     assert (row["student"], row["claims"], row["confidence"]) == ("ab" * 32, ["accuracy"], 0.95)
     before = (here / "opened.json").read_bytes()
     assert sealed_split.open_split(here, "ab" * 32, ["accuracy"], confidence=0.95) == 0
@@ -44,12 +48,14 @@ def test_an_opening_goes_on_and_another_is_refused(here):
         (["accuracy"], 0.95, "c"),
     )
     for claims, confidence, costs in others:
-        with pytest.raises(InputError, match=r"opened once; .* was, on 2.*, for accuracy at 0\.95, .* give --reopen"):
+        with pytest.raises(
+            InputError, match=r"opened once; .* was opened on 2.* for accuracy at 0\.95, .* give --reopen"
+        ):
             sealed_split.open_split(here, "ab" * 32, claims, confidence=confidence, costs=costs)
     for reopen in (False, True):
         with pytest.raises(
             InputError,
-            match=r"certifies those that it was opened for; .* was opened for abababababab and is asked about cdcd",
+            match=r"certifies only the students that .* was opened for abababababab, got cdcd",
         ):
             sealed_split.open_split(here, "cd" * 32, ["accuracy"], confidence=0.95, reopen=reopen)
     assert (here / "opened.json").read_bytes() == before
@@ -62,14 +68,14 @@ def test_an_opening_goes_on_and_another_is_refused(here):
 def test_an_opening_for_several_goes_on_for_each(here):
     one, other, third = ("ab" * 32, "cd" * 32, "ef" * 32)
     assert sealed_split.open_split(here, one, ["accuracy"], confidence=0.95, others=[other]) == 0
-    (row,) = sealed_split.openings(here)
+    (row,) = sealed_split.read_openings(here)
     assert sealed_split.candidates_of(row) == [one, other]
     before = (here / "opened.json").read_bytes()
     for student in (one, other):
         assert sealed_split.open_split(here, student, ["accuracy"], confidence=0.95) == 0
     assert sealed_split.open_split(here, one, ["accuracy"], confidence=0.95, others=[other]) == 0
     for student, others in ((third, ()), (one, (third,))):
-        with pytest.raises(InputError, match=r"was opened for abababababab and cdcdcdcdcdcd and is asked about"):
+        with pytest.raises(InputError, match=r"was opened for abababababab and cdcdcdcdcdcd, got"):
             sealed_split.open_split(here, student, ["accuracy"], confidence=0.95, others=others, reopen=True)
     assert (here / "opened.json").read_bytes() == before
     assert sealed_split.open_split(here, other, ["ece"], confidence=0.95, reopen=True) == 1
@@ -119,9 +125,9 @@ def test_other_claims_need_a_reopening_and_pay_for_it(run, cli):
     options = ("--guard", "balanced_accuracy >= 0.1")
     refused = cli("evaluate", run, *options)
     assert refused.code == 2
-    assert "for accuracy, agreement at 0.95, and is asked for accuracy, balanced_accuracy at 0.95" in refused.err
-    assert "score other data by --data, or give --reopen" in refused.err
-    assert len(sealed_split.openings(run)) == 1
+    assert "for accuracy, agreement at 0.95, got accuracy, balanced_accuracy at 0.95" in refused.err
+    assert "score other data with --data, or give --reopen" in refused.err
+    assert len(sealed_split.read_openings(run)) == 1
 
     claim = read(run / "report.json")["certificate"]["claims"][0]
     answer = cli("evaluate", run, *options, "--reopen")
@@ -131,11 +137,11 @@ def test_other_claims_need_a_reopening_and_pay_for_it(run, cli):
     assert told["reopened"] == 1
     right = round(claim["point"] * claim["n"])
     assert told["claims"][0]["lower_bound"] == pytest.approx(
-        clopper_pearson_lower(right, claim["n"], confidence=1 - 0.05 / len(ASKED))
+        clopper_pearson_lower(right, claim["n"], confidence=1 - 0.05 / len(sealed_split.claimable_metrics()))
     )
     assert told["claims"][0]["lower_bound"] < claim["lower_bound"]
     again = cli("evaluate", run, *options, "--reopen")
-    assert (again.out, len(sealed_split.openings(run))) == (answer.out, 2)
+    assert (again.out, len(sealed_split.read_openings(run))) == (answer.out, 2)
     more = cli("evaluate", run, "--guard", "ece <= 0.9", "--reopen")
     assert "opened 2 times before" in more.out
     assert read(run / "certificate-3.json")["reopened"] == 2
@@ -166,7 +172,7 @@ def test_a_sealed_split_keeps_its_student(run, cli):
     for options in ((), ("--reopen",)):
         answer = cli("evaluate", run, *options)
         assert answer.code == 2
-        assert "a sealed split certifies those that it was opened for" in answer.err
+        assert "a sealed split certifies only the students that it was opened for" in answer.err
 
 
 def test_a_run_from_before_openings_were_kept(run, cli):
@@ -174,28 +180,29 @@ def test_a_run_from_before_openings_were_kept(run, cli):
     assert cli("evaluate", run).code == 0
     assert cli("evaluate", run, "--guard", "ece <= 0.9").code == 2
     assert "opened once before" in cli("evaluate", run, "--guard", "ece <= 0.9", "--reopen").out
-    assert len(sealed_split.openings(run)) == 2
+    assert len(sealed_split.read_openings(run)) == 2
 
 
 KILLED = """
 import os, signal, sys
-from ev3_distill.training import run_dir as run
+from ev3_distill.training import certify_run, train
 from ev3_distill.cli.main import main
 
 def killed(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
-setattr(run, sys.argv[1], killed)
+module = train.run_dir if sys.argv[1] == "report_of" else certify_run
+setattr(module, sys.argv[1], killed)
 main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("moment", ["outputs_of", "write_certificate", "report_of"])
+@pytest.mark.parametrize("moment", ["outputs_on", "write_certificate", "report_of"])
 def test_a_killed_opening_is_finished_by_a_resume(run, finished, here, moment):
     """The run as it was before its report, resumed and killed after the split was opened, then resumed again."""
     for name in ("report.json", "report.html", "certificate.json"):
         (run / name).unlink()
-    if moment == "outputs_of":
+    if moment == "outputs_on":
         (run / "opened.json").unlink()
     command = [sys.executable, "-c", KILLED, moment, "compress", "--resume", str(run)]
     killed = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
@@ -232,7 +239,101 @@ def test_a_damaged_record_is_told(run, cli):
 def test_guards_join_the_first_opening(cli, here):
     answer = cli("compress", *SMALL, "--guard", "ece <= 0.9", "--confidence", "0.9", "--out", "guarded")
     assert answer.code == 0, answer.err
-    (row,) = sealed_split.openings(here / "guarded")
+    (row,) = sealed_split.read_openings(here / "guarded")
     assert row["claims"] == ["accuracy", "agreement", "ece"]
     assert cli("evaluate", "guarded", "--guard", "ece <= 0.1").code in (0, 3)
     assert cli("evaluate", "guarded", "--guard", "ece <= 0.9").out.count("with 90% confidence") == 2
+
+
+# The family of claims, on which the level of a reopened certificate depends.
+
+FAMILY = sealed_split.claimable_metrics()
+PATTERNS = ("topK_accuracy", "drop(topK_accuracy)", "precision(CLASS)", "recall(CLASS)", "MODULE:FUNCTION")
+
+
+def shares_of(metrics, reopened, *, family=FAMILY, num_classes=10):
+    return sealed_split.shares_when_reopened(metrics, reopened, family=family, num_classes=num_classes)
+
+
+def test_shares_of_reopened_splits_sum_to_at_most_one_over_everything_that_could_be_claimed():
+    single = [name for name in FAMILY if name not in PATTERNS]
+    tops = [f"top{k}_accuracy" for k in range(2, 300)]
+    classes = [f"{name}({k})" for name in ("precision", "recall") for k in range(10)]
+    names = [*single, *classes, *tops, *(f"drop({name})" for name in tops)]
+    spent = dict.fromkeys(names, 0.0)
+    for j in range(1, 300):
+        functions = [f"own:score{j}_{i}" for i in range(j % 3)]
+        shares = shares_of([*names, *functions], j)
+        for metric in ("cost", "latency_ms"):
+            spent[metric] += shares.pop(metric)  # about something new each time
+        assert shares["accuracy"] == 1 / len(FAMILY)
+        spent |= shares  # the same bounds as the time before
+    assert 0.97 < sum(spent.values()) <= 1 + 1e-9
+
+
+def test_share_of_a_family_of_metrics_is_divided_among_its_members():
+    shares = shares_of(["accuracy", "top5_accuracy", "recall(3)", "own:score"], 2, num_classes=4)
+    part = 1 / len(FAMILY)
+    assert shares == pytest.approx(
+        {"accuracy": part, "top5_accuracy": part / 20, "recall(3)": part / 4, "own:score": part / 6}
+    )
+    assert shares_of(["own:a", "own:b"], 1)["own:a"] == pytest.approx(part / 4)
+
+
+def test_the_documentation_states_the_size_of_the_family():
+    page = (Path(__file__).parents[2] / "docs" / "explanation" / "promise.md").read_text()
+    assert f"each of the {len(FAMILY)} metrics" in " ".join(page.split())
+    assert f"gets delta / {len(FAMILY)}" in " ".join(page.split())
+
+
+@pytest.fixture
+def extra_metric(monkeypatch):
+    """A row that is added to the table after the run was made."""
+    row = Metric("extra_accuracy", "extra accuracy", bound=metric_bounds.accuracy)
+    monkeypatch.setitem(METRICS, row.name, row)
+    assert len(sealed_split.claimable_metrics()) == len(FAMILY) + 1
+
+
+def reopened_level(run, cli):
+    """1 - the confidence of the claim on accuracy in a certificate that claims balanced accuracy, too."""
+    answer = cli("evaluate", run, "--guard", "balanced_accuracy >= 0.1", "--reopen")
+    assert answer.code == 0, answer.err
+    claim = read(run / "certificate-2.json")["claims"][0]
+    hits = round(claim["point"] * claim["n"])
+    return binom.sf(hits - 1, claim["n"], claim["lower_bound"])
+
+
+def test_a_new_metric_does_not_change_the_level_of_a_reopened_certificate(run, cli, extra_metric):
+    assert tuple(read(run / "opened.json")["openings"][0]["family"]) == FAMILY
+    assert reopened_level(run, cli) == pytest.approx(0.05 / len(FAMILY))
+    assert tuple(read(run / "opened.json")["openings"][1]["family"]) == FAMILY
+
+
+@pytest.mark.parametrize("record", ["without a family", "none"])
+def test_runs_older_than_the_family_entry_keep_its_original_size(run, cli, extra_metric, record):
+    content = read(run / "opened.json")
+    del content["openings"][0]["family"]
+    (run / "opened.json").write_text(json.dumps(content))
+    if record == "none":
+        (run / "opened.json").unlink()
+    assert reopened_level(run, cli) == pytest.approx(0.05 / 14)
+
+
+@pytest.mark.parametrize("metric", ["extra_accuracy", "recall(3)"])
+def test_a_metric_younger_than_the_first_opening_cannot_be_claimed_from_the_same_split(run, cli, extra_metric, metric):
+    content = read(run / "opened.json")
+    del content["openings"][0]["family"]
+    (run / "opened.json").write_text(json.dumps(content))
+    before = (run / "opened.json").read_bytes()
+    answer = cli("evaluate", run, "--guard", f"{metric} >= 0.1", "--reopen")
+    assert answer.code == 2
+    assert f"was opened without {metric}: score other data with --data" in answer.err
+    assert (run / "opened.json").read_bytes() == before
+    assert cli("evaluate", run, "--guard", f"{metric} >= 0.1", "--data", "digits").code == 0
+
+
+def test_a_new_metric_is_claimed_by_new_runs(run, cli, extra_metric):
+    (run / "opened.json").unlink()
+    student = read(run / "certificate.json")["student"]
+    assert sealed_split.open_split(run, student, ["extra_accuracy"], confidence=0.95) == 0
+    assert read(run / "opened.json")["openings"][0]["family"] == [*FAMILY, "extra_accuracy"]

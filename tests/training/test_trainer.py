@@ -35,7 +35,7 @@ def make_split(seed, n):
     return Batch(
         jnp.asarray(inputs, jnp.float32),
         jnp.asarray(labels, jnp.int32),
-        jnp.asarray(logits, jnp.float32),
+        {"logits": jnp.asarray(logits, jnp.float32)},
         jnp.arange(n, dtype=jnp.int32),
         jnp.ones(n),
     )
@@ -43,18 +43,18 @@ def make_split(seed, n):
 
 def views(batch):
     """As a resident split keeps them: one view."""
-    return batch._replace(teacher_logits=batch.teacher_logits[None])
+    return batch._replace(teacher={"logits": batch.teacher["logits"][None]})
 
 
 POOLS = Pools(Resident(views(make_split(0, N)), order(N, 0)), make_split(1, N), make_split(2, N))
 
 
 def squared(logits, batch):
-    return jnp.square(logits - batch.teacher_logits).mean()
+    return jnp.square(logits - batch.teacher["logits"]).mean()
 
 
 def cross_entropy(logits, batch):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets).mean()
 
 
 ARMS = (

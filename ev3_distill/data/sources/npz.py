@@ -1,9 +1,7 @@
 """`npz:FILE`: named arrays in a file that numpy.savez or numpy.savez_compressed wrote. Nothing in it is unpickled."""
 
-import contextlib
 import functools
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +14,9 @@ from ev3_distill.data.sources.row_file import Part, RowFile
 from ev3_distill.data.sources.zip_reader import Archive
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.files import sha256_of
+from ev3_distill.runtime.npz import check_file, readable, without_objects
 from ev3_distill.types import MOST_GROUPS
 
-_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, zlib.error)
 _SEQUENCES = "sequences"
 _PAIRS = (("inputs", "labels"), ("image", "label"), (_SEQUENCES, "labels"))  # of a file, alone or as train_* and test_*
 _PARTS = ("train_", "test_")
@@ -50,9 +48,8 @@ def load(place: str, reading: Reading) -> Dataset:
       InputError: the file is missing or broken, or has not the arrays of a classification data set.
     """
     path = Path(place).expanduser()
-    if not path.is_file():
-        raise InputError(f"npz:FILE needs a file; got {path}, which is missing or no file: check the path")
-    with _whole(path):
+    check_file(path, option="npz:FILE")
+    with readable(path):
         archive = Archive(path)
         members = {info.filename.removesuffix(".npy"): info for info in archive.members}
         pairs = _form(sorted(members), path)
@@ -66,18 +63,6 @@ def load(place: str, reading: Reading) -> Dataset:
     test_rows = np.arange(len(labels[0]), len(together)) if len(pairs) > 1 else None
     digest = fingerprint(inputs, together, test_rows, groups)
     return Dataset(inputs, together, len(names), names, test_rows, f"npz:{place}", digest, groups, group_names)
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except _UNREADABLE as error:
-        raise InputError(
-            f"{path} must be a whole npz file; got one that cannot be read ({error}): write it again with numpy.savez"
-        ) from None
 
 
 def _form(found: list[str], path: Path) -> list[tuple[str, str]]:
@@ -102,20 +87,8 @@ def _any_labels(found: list[str]) -> bool:
 
 
 def _array(archive: Archive, members: dict[str, zipfile.ZipInfo], name: str) -> np.ndarray:
-    with archive.zip.open(members[name]) as file, _plain(name, archive.path):
+    with archive.zip.open(members[name]) as file, without_objects(name, archive.path):
         return np.lib.format.read_array(file, allow_pickle=False)
-
-
-@contextlib.contextmanager
-def _plain(name: str, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        if "Object arrays" not in str(error):
-            raise
-        raise InputError(
-            f"{path}: arrays must hold numbers or text; got Python objects in {name!r}: save it with a plain dtype"
-        ) from None
 
 
 def _member(archive: Archive, members: dict[str, zipfile.ZipInfo], name: str) -> Member:
@@ -127,7 +100,7 @@ def _member(archive: Archive, members: dict[str, zipfile.ZipInfo], name: str) ->
         shape, fortran, dtype = read(file)
         member = Member(name, members[name], file.tell(), shape, dtype, fortran)
     if dtype.hasobject:
-        with _plain(name, path):
+        with without_objects(name, path):
             raise ValueError("Object arrays")
     wanted = {3: "[N, L, C]"} if name.endswith(_SEQUENCES) else {2: "[N, F]", 3: "[N, H, W]", 4: "[N, H, W, C]"}
     if dtype.kind not in "buif" or len(shape) not in wanted:

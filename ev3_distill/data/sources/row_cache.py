@@ -17,7 +17,7 @@ import numpy as np
 from ev3_distill.data.sources.dataset import Reading
 from ev3_distill.data.sources.row_file import Part, RowFile, in_chunks
 from ev3_distill.errors import InputError
-from ev3_distill.runtime.files import cache_root, written_whole
+from ev3_distill.runtime.files import atomic_write, cache_root
 
 Notes = dict[str, Any]
 
@@ -83,10 +83,10 @@ def cached(key: str, make: Callable[[RowWriter], Notes], reading: Reading) -> tu
         reading.warn(f"{path} is damaged: made anew")
     with _room_on_disk(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             writer = RowWriter(file)
             notes = {"notes": make(writer)} | writer.finish()
-        with written_whole(path.with_suffix(".json")) as file:
+        with atomic_write(path.with_suffix(".json")) as file:
             file.write(json.dumps(notes).encode())
     found = _read(path, reading.memory)
     if found is None:

@@ -11,7 +11,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from ev3_distill.errors import InputError
+from ev3_distill.errors import InputError, first_line
 from ev3_distill.export.formats import safetensors
 from ev3_distill.export.formats.metadata import BESIDE, About, from_dict, from_texts
 from ev3_distill.runtime.cpu import cores
@@ -82,7 +82,7 @@ class Deployed:
         line = self._process.stdout.readline()
         told = json.loads(line) if line else {"error": self._last_words()}
         if "error" in told:
-            reason = (told["error"].strip() or "no reason is told").splitlines()[0][:300]
+            reason = first_line(told["error"])
             raise InputError(
                 f"an exported file is one that its runtime can run; {self.path} fails with {reason}: export it again"
             )

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax import export
 
-from ev3_distill.errors import InputError
+from ev3_distill.errors import InputError, summary
 from ev3_distill.export.formats.onnx_graph import BATCH
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -49,8 +49,7 @@ def program_of(
     try:
         return written(jax.vmap(lambda *of: forward(*of[:-1], of[-1][None])[0], (*[None] * len(given), 0)))
     except Exception:
-        reason = (str(first).strip() or type(first).__name__).splitlines()[0][:200]
         raise InputError(
-            f"an exported program has a free batch axis; the network {name} cannot ({type(first).__name__}: {reason}): let it "
+            f"an exported program has a free batch axis; the network {name} cannot ({summary(first)}): let it "
             "treat each example by itself, by operations of JAX alone"
         ) from None

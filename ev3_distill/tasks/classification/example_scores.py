@@ -1,9 +1,9 @@
-"""Objectives, `(logits [N, K], split) -> score [N]`: one float32 score per example, higher is better.
+"""Objectives `(logits [N, K], split) -> score [N]`: one float32 score per example, higher is better.
 
-They score for selection and promotion, not for gradients; the split's weights play no part. Where an objective asks for
-a label and there is none (-1), the score is 0 whatever the logits, so paired comparisons ignore that example. Logits
-with nan or +inf, or with nothing but -inf, never win: accuracy and agreement score 0, the others nan. An argmax takes
-the first class of a tie.
+They score students for selection and promotion, not for gradients, and ignore the split's weights. Where an objective needs a
+label and there is none (-1), the score is 0 whatever the logits, so paired comparisons ignore that example. Logits with a nan
+or +inf, or with nothing but -inf, never win: accuracy and agreement score 0, the others nan. An argmax takes the first class
+of a tie.
 """
 
 import math
@@ -11,9 +11,20 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ev3_distill.tasks.classification import example_metrics
 from ev3_distill.types import Batch, Objective
 
-__all__ = ["DEFAULT_SELECT", "OBJECTIVES", "accuracy", "agreement", "log_likelihood", "margin", "probability"]
+__all__ = [
+    "DEFAULT_SELECT",
+    "OBJECTIVES",
+    "accuracy",
+    "agreement",
+    "brier",
+    "log_likelihood",
+    "margin",
+    "probability",
+    "top_k",
+]
 
 
 def accuracy(logits: jax.Array, split: Batch) -> jax.Array:
@@ -21,25 +32,38 @@ def accuracy(logits: jax.Array, split: Batch) -> jax.Array:
 
     Args:
       logits: [N, K], the student's.
-      split: the examples; its labels [N] are used.
+      split: the examples; its targets [N] are used.
 
     Returns:
       The scores [N].
     """
-    return _hit(logits, split.labels)
+    return example_metrics.hit(logits, split.targets, xp=jnp).astype(jnp.float32)
 
 
 def agreement(logits: jax.Array, split: Batch) -> jax.Array:
-    """Whether student and teacher choose the same class, each the first of its greatest logits, in {0, 1}.
+    """Whether student and teacher predict the same class, each the first of its greatest logits, in {0, 1}.
 
     Args:
       logits: [N, K], the student's.
-      split: the examples; its teacher_logits [N, K] are used, labels are not.
+      split: the examples; the teacher's logits [N, K] are used, targets are not.
 
     Returns:
       The scores [N].
     """
-    return _hit(logits, jnp.argmax(split.teacher_logits, -1))
+    return example_metrics.agrees(logits, split.teacher["logits"], xp=jnp).astype(jnp.float32)
+
+
+def top_k(k: int) -> Objective:
+    """Whether the label is among the k greatest logits, in {0, 1}; of a tie the first classes count.
+
+    Args:
+      k: at least 1.
+    """
+
+    def objective(logits: jax.Array, split: Batch) -> jax.Array:
+        return example_metrics.in_top_k(logits, split.targets, k, xp=jnp).astype(jnp.float32)
+
+    return objective
 
 
 def log_likelihood(logits: jax.Array, split: Batch) -> jax.Array:
@@ -47,12 +71,12 @@ def log_likelihood(logits: jax.Array, split: Batch) -> jax.Array:
 
     Args:
       logits: [N, K], the student's.
-      split: the examples; its labels [N] are used.
+      split: the examples; its targets [N] are used.
 
     Returns:
       The scores [N].
     """
-    return _at_label(jax.nn.log_softmax(logits), split.labels)
+    return _at_label(jax.nn.log_softmax(logits), split.targets)
 
 
 def probability(logits: jax.Array, split: Batch) -> jax.Array:
@@ -60,38 +84,53 @@ def probability(logits: jax.Array, split: Batch) -> jax.Array:
 
     Args:
       logits: [N, K], the student's.
-      split: the examples; its labels [N] are used.
+      split: the examples; its targets [N] are used.
 
     Returns:
       The scores [N].
     """
-    return _at_label(jax.nn.softmax(logits), split.labels)
+    return _at_label(jax.nn.softmax(logits), split.targets)
+
+
+def brier(logits: jax.Array, split: Batch) -> jax.Array:
+    """Half of Brier's score (1950), negated: -sum_k (q_k - [k = y])^2 / 2, in [-1, 0].
+
+    Args:
+      logits: [N, K], the student's.
+      split: the examples; its targets [N] are used.
+
+    Returns:
+      The scores [N].
+    """
+    squares = example_metrics.brier(jax.nn.softmax(logits), split.targets, xp=jnp)
+    return jnp.where(split.targets >= 0, -squares, 0.0)
 
 
 def margin(*, sharpness: float = 1.5) -> Objective:
     """A smooth accuracy that ignores the scale of the logits: sigmoid(sharpness (z_y - max_{k != y} z_k)), in [0, 1].
 
-    z is the z-score of an example's logits over its classes, population std; flat logits have z = 0 and score 1/2, as
-    does any tie for the first place. With two classes z is -1 or 1, so the score only tells right from wrong.
+    z is the z-score of an example's logits over its classes, with the population standard deviation. Flat logits have z = 0
+    and score 1/2, as does any tie for the first place. With two classes z is -1 or 1, so the score only tells right from
+    wrong.
 
     Args:
       sharpness: slope of the sigmoid per standard deviation of the logits, above 0; accuracy is the limit of infinity.
 
     Returns:
-      The objective; it uses the split's labels.
+      The objective; it uses the split's targets.
     """
     if not 0 < sharpness < math.inf:
         raise ValueError(f"sharpness must be finite and above 0; got {sharpness}: for a sharp step use accuracy")
 
     def objective(logits: jax.Array, split: Batch) -> jax.Array:
         logits = logits - logits.max(-1, keepdims=True)
-        span = -logits.min(-1, keepdims=True)  # scaled by it, squares neither overflow nor vanish, whatever the scale
+        span = -logits.min(-1, keepdims=True)  # squares of values scaled by it neither overflow nor underflow
         values = logits / jnp.where(span == 0, 1.0, span)
         std = jnp.sqrt(jnp.where(span == 0, 1.0, values.var(-1, keepdims=True)))[:, 0]
-        is_label = jnp.arange(logits.shape[-1]) == split.labels[:, None]
+        is_label = jnp.arange(logits.shape[-1]) == split.targets[:, None]
         best_other = jnp.where(is_label, -jnp.inf, values).max(-1)
-        lead = (_at_label(values, split.labels) - best_other) / std
-        return jnp.where(split.labels >= 0, jax.nn.sigmoid(sharpness * lead), 0.0)
+        lead = (_at_label(values, split.targets) - best_other) / std
+        return jnp.where(split.targets >= 0, jax.nn.sigmoid(sharpness * lead), 0.0)
 
     return objective
 
@@ -105,12 +144,6 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 DEFAULT_SELECT: Objective = OBJECTIVES["margin"]
-
-
-def _hit(logits: jax.Array, classes: jax.Array) -> jax.Array:
-    # argmax takes nan for the greatest, and so would call it right
-    sound = jnp.isfinite(logits.max(-1))
-    return ((jnp.argmax(logits, -1) == classes) & sound).astype(jnp.float32)
 
 
 def _at_label(scores: jax.Array, labels: jax.Array) -> jax.Array:

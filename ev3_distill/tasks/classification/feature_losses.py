@@ -174,7 +174,7 @@ def with_features(
       loss: on logits.
       feature_loss: one of this module.
       student: name of the student's feature.
-      teacher: name of the teacher's, in `batch.teacher_features`.
+      teacher: name of the teacher's, in `batch.teacher`.
       weight: of the feature loss; its usual one where None.
 
     Returns:
@@ -185,7 +185,7 @@ def with_features(
 
     def total(outputs: Outputs, batch: Batch, extra: PyTree = ()) -> jax.Array:
         logits, found = outputs
-        s, t = _named(found, student, "student"), _named(batch.teacher_features, teacher, "teacher")
+        s, t = _named(found, student, "student"), _named(batch.teacher, teacher, "teacher")
         return loss(logits, batch) + factor * feature_loss.compare(s, t, batch.weight, extra)
 
     return total

@@ -60,7 +60,7 @@ def cross_entropy(*, label_smoothing: Scalar = 0.0) -> Loss:
 
     def loss(logits: jax.Array, batch: Batch) -> jax.Array:
         log_q = jax.nn.log_softmax(logits)
-        hard, uniform = _target(log_q, batch.labels), log_q.mean(-1)
+        hard, uniform = _target(log_q, batch.targets), log_q.mean(-1)
         return _mean(-(1 - label_smoothing) * hard - label_smoothing * uniform, _labelled_weight(batch))
 
     return loss
@@ -103,7 +103,7 @@ def logit_mse() -> Loss:
     """
 
     def loss(logits: jax.Array, batch: Batch) -> jax.Array:
-        return _mean(jnp.square(logits - batch.teacher_logits).mean(-1), batch.weight)
+        return _mean(jnp.square(logits - batch.teacher["logits"]).mean(-1), batch.weight)
 
     return loss
 
@@ -129,9 +129,9 @@ def dkd(*, alpha: Scalar = 1.0, beta: Scalar = 8.0, temperature: Scalar = 4.0) -
     _check_temperature("temperature", temperature)
 
     def loss(logits: jax.Array, batch: Batch) -> jax.Array:
-        s, t = logits / temperature, batch.teacher_logits / temperature
-        target = _kl(_log_target_or_not(t, batch.labels), _log_target_or_not(s, batch.labels))
-        others = _kl(_log_others(t, batch.labels), _log_others(s, batch.labels))
+        s, t = logits / temperature, batch.teacher["logits"] / temperature
+        target = _kl(_log_target_or_not(t, batch.targets), _log_target_or_not(s, batch.targets))
+        others = _kl(_log_others(t, batch.targets), _log_others(s, batch.targets))
         return temperature**2 * _mean(alpha * target + beta * others, _labelled_weight(batch))
 
     return loss
@@ -192,9 +192,9 @@ def nkd(*, gamma: Scalar = 1.5, temperature: Scalar = 1.0) -> Loss:
 
     def loss(logits: jax.Array, batch: Batch) -> jax.Array:
         log_q, log_p = _log_softmaxes(logits, batch, 1.0)
-        target = -jnp.exp(_target(log_p, batch.labels)) * _target(log_q, batch.labels)
-        log_q_hat = _log_others(logits / temperature, batch.labels)
-        log_p_hat = _log_others(batch.teacher_logits / temperature, batch.labels)
+        target = -jnp.exp(_target(log_p, batch.targets)) * _target(log_q, batch.targets)
+        log_q_hat = _log_others(logits / temperature, batch.targets)
+        log_p_hat = _log_others(batch.teacher["logits"] / temperature, batch.targets)
         others = -(jnp.exp(log_p_hat) * log_q_hat).sum(-1)
         return _mean(target + gamma * temperature**2 * others, _labelled_weight(batch))
 
@@ -221,7 +221,7 @@ def standardized_kd(*, base: Scalar = 2.0) -> Loss:
     def loss(logits: jax.Array, batch: Batch) -> jax.Array:
         classes = jnp.ones(logits.shape[-1])
         z_s = _standardize(logits, classes, floor=_LOGIT_FLOOR)
-        z_t = _standardize(batch.teacher_logits, classes, floor=_LOGIT_FLOOR)
+        z_t = _standardize(batch.teacher["logits"], classes, floor=_LOGIT_FLOOR)
         return base**2 * _mean(_kl(jax.nn.log_softmax(z_t / base), jax.nn.log_softmax(z_s / base)), batch.weight)
 
     return loss
@@ -332,10 +332,10 @@ def balanced(loss: Loss, *, power: float = 1.0) -> Loss:
     """
 
     def by_class(logits: jax.Array, batch: Batch) -> jax.Array:
-        same = (batch.labels[:, None] == batch.labels) & (batch.labels >= 0)
+        same = (batch.targets[:, None] == batch.targets) & (batch.targets >= 0)
         of_class = (same * batch.weight).sum(-1)
         share = jnp.where(of_class > 0, batch.weight / jnp.where(of_class > 0, of_class, 1.0) ** power, 0.0)
-        return loss(logits, batch._replace(weight=jnp.where(batch.labels >= 0, share, batch.weight)))
+        return loss(logits, batch._replace(weight=jnp.where(batch.targets >= 0, share, batch.weight)))
 
     return by_class
 
@@ -358,13 +358,13 @@ def taught_by(loss: Loss, feature: str, *, share: float = 1.0) -> Loss:
 
     Args:
       loss: any of these.
-      feature: its name in `Batch.teacher_features`, [B, K].
+      feature: its name in `Batch.teacher`, [B, K].
       share: 1 for the other teacher alone, 1/2 for the ensemble of both.
     """
 
     def of_other(logits: jax.Array, batch: Batch) -> jax.Array:
-        said = (1 - share) * batch.teacher_logits + share * batch.teacher_features[feature]
-        return loss(logits, batch._replace(teacher_logits=said))
+        said = (1 - share) * batch.teacher["logits"] + share * batch.teacher[feature]
+        return loss(logits, batch._replace(teacher={**batch.teacher, "logits": said}))
 
     return of_other
 
@@ -391,12 +391,12 @@ def _mean(values: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _labelled_weight(batch: Batch) -> jax.Array:
-    return jnp.where(batch.labels >= 0, batch.weight, 0.0)
+    return jnp.where(batch.targets >= 0, batch.weight, 0.0)
 
 
 def _log_softmaxes(logits: jax.Array, batch: Batch, temperature: Scalar) -> tuple[jax.Array, jax.Array]:
     """The logarithms of q and p, [B, K] each."""
-    return jax.nn.log_softmax(logits / temperature), jax.nn.log_softmax(batch.teacher_logits / temperature)
+    return jax.nn.log_softmax(logits / temperature), jax.nn.log_softmax(batch.teacher["logits"] / temperature)
 
 
 def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:

@@ -1,20 +1,18 @@
-"""Goals: metrics that a run steers by, from the guards on them; in `core/prioritise.py` they take turns with the promise.
+"""Steering goals: guards that training follows. In `core/prioritise.py` they take turns with the promise.
 
-A metric of a whole split is linearised: an example's score is the metric plus the example's influence on it (Hampel 1974), so
-that the mean over the split is the metric itself and the spread its standard error (the delta method). Lower-is-better metrics
-are negated. Examples without a label (-1) count as in `objectives.py`: not at all.
+Each `*_goal` function is named by a row of `tasks/metrics.py` and takes (query, threshold). A goal's scores are those of
+`example_scores.py` and `split_scores.py`.
 
-Tests that a run stops by (`refuted`) are exact for shares of examples, and for the worst class one test per class at the full
-level, all of which must succeed (Berger 1982); for the others normal. The certificate of the finished student, from the sealed
-split, uses none of them: see `bounds.py`.
+The tests that may end a run early (`refuted`) are exact for fractions of examples. For the worst class there is one test per
+class, each at the full level, and all must succeed (Berger 1982). The others use a normal approximation. The certificate of
+the finished student comes from the sealed split and uses none of these tests, see `metric_bounds.py`.
 
 References:
-  F. R. Hampel: The influence curve and its role in robust estimation. JASA 69, 1974.
   R. L. Berger: Multiparameter hypothesis testing and acceptance sampling. Technometrics 24 (4), 1982.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,143 +21,120 @@ import numpy as np
 from jax.scipy.special import betainc
 from jax.scipy.stats import norm
 
-from ev3_distill.tasks.classification import example_scores
-from ev3_distill.tasks.classification.metric_bounds import function_named
-from ev3_distill.types import MOST_GROUPS, Batch, Goal, Objective
+from ev3_distill.tasks.classification import example_metrics, example_scores, split_scores
+from ev3_distill.tasks.classification.metric_checks import class_index
+from ev3_distill.tasks.classification.user_metrics import function_named
+from ev3_distill.tasks.metrics import METRICS, MetricQuery, find_metric, resolve
+from ev3_distill.types import Batch, Goal, Objective
 
-BINS = 15  # of equal width, for the calibration error
+__all__ = ["goal"]
 
-Refuted = Callable[[jax.Array, Batch], jax.Array]
-Focus = Callable[[jax.Array, Batch], jax.Array]
+Test = Callable[[jax.Array, Batch], jax.Array]  # (logits [N, K], split) -> p-value
 
 
-def goal(metric: str, threshold: float, *, costs: np.ndarray | None = None) -> Goal:
-    """The goal that a metric lies at or above a threshold, or at or below it where lower is better.
+def goal(metric: str, threshold: float, *, costs: np.ndarray | None = None, class_names: Sequence[str] = ()) -> Goal:
+    """The goal that a metric is at least a threshold, or at most where lower is better.
 
     Args:
-      metric: one that `steers`.
+      metric: as a guard writes it.
       threshold: in the metric's own units.
-      costs: [K, K], for the metric cost: what it costs to say a class (column) of an example of a class (row).
+      costs: [K, K] of predicting a class (column) for an example of a class (row), for the metric `cost`.
+      class_names: of the K classes, for metrics of one class; empty where classes are numbered.
 
     Raises:
-      InputError: the metric is MODULE:FUNCTION, which is not there.
-      ValueError: the metric is none that steers, or costs are missing.
+      InputError: the metric is MODULE:FUNCTION and cannot be imported, or names an unknown class.
+      ValueError: training cannot steer by the metric, or costs are missing.
     """
-    if ":" in metric:
-        return _own(metric, threshold, function_named(metric))
-    if metric == "cost" and costs is not None:
-        return _cost(metric, threshold, jnp.asarray(costs, jnp.float32))
-    if not steers(metric) or metric == "cost":
-        raise ValueError(
-            f"a goal is about {', '.join(_METRICS)}, topK_accuracy, cost (with its table) or MODULE:FUNCTION; got "
-            f"'{metric}': name one of these"
-        )
-    if metric.startswith("top"):
-        return _share(metric, threshold, top(int(metric[3:].partition("_")[0])), example_scores.probability)
-    return _METRICS[metric](metric, threshold)
+    query = find_metric(metric)
+    if query is None or query.row.steering is None or ("costs" in query.row.needs and costs is None):
+        names = ", ".join(name for name, row in METRICS.items() if row.steering is not None)
+        raise ValueError(f"a goal needs one of the metrics {names} (cost with its table); got '{metric}': name one")
+    make_goal = resolve(query.row.steering)
+    steering: Goal = make_goal(MetricQuery(query.row, metric, query.argument, costs, class_names), threshold)
+    return steering
 
 
-def steers(metric: str) -> bool:
-    """Whether a run can steer by the metric; size and speed, which training does not change, are no such metrics."""
-    return (
-        metric in (*_METRICS, "cost")
-        or ":" in metric
-        or (metric.endswith("_accuracy") and metric[:3] == "top" and metric[3:-9].isdigit())
-    )
+# Fractions of examples.
 
 
-# Shares of examples.
+def accuracy_goal(query: MetricQuery, threshold: float) -> Goal:
+    """Accuracy."""
+    return _fraction(query.name, threshold, example_scores.accuracy, example_scores.DEFAULT_SELECT)
 
 
-def top(k: int) -> Objective:
-    """Whether the label is among the k greatest logits, in {0, 1}; of a tie the first classes count.
-
-    Args:
-      k: at least 1.
-    """
-
-    def objective(logits: jax.Array, split: Batch) -> jax.Array:
-        best = jax.lax.top_k(logits, min(k, logits.shape[-1]))[1]
-        sound = jnp.isfinite(logits.max(-1))
-        return ((best == split.labels[:, None]).any(-1) & sound).astype(jnp.float32)
-
-    return objective
+def top_k_goal(query: MetricQuery, threshold: float) -> Goal:
+    """Top-K accuracy."""
+    return _fraction(query.name, threshold, example_scores.top_k(int(query.argument)), example_scores.probability)
 
 
-def _share(metric: str, threshold: float, score: Objective, smooth: Objective) -> Goal:
+def agreement_goal(query: MetricQuery, threshold: float) -> Goal:
+    """Agreement with the teacher."""
+
+    def smooth(logits: jax.Array, split: Batch) -> jax.Array:
+        return example_scores.DEFAULT_SELECT(logits, split._replace(targets=jnp.argmax(split.teacher["logits"], -1)))
+
+    return _fraction(query.name, threshold, example_scores.agreement, smooth)
+
+
+def _fraction(metric: str, threshold: float, score: Objective, smooth: Objective) -> Goal:
     def refuted(logits: jax.Array, split: Batch) -> jax.Array:
         hits = score(logits, split)
-        return _tail(hits.sum(), jnp.float32(hits.shape[0]), threshold)
+        return _binomial_tail(hits.sum(), jnp.float32(hits.shape[0]), threshold)
 
-    return Goal(metric, threshold, score, smooth, _everything, _whole(score), shares=True, refuted=refuted)
-
-
-def _agreement(metric: str, threshold: float) -> Goal:
-    def smooth(logits: jax.Array, split: Batch) -> jax.Array:
-        return example_scores.DEFAULT_SELECT(logits, split._replace(labels=jnp.argmax(split.teacher_logits, -1)))
-
-    return _share(metric, threshold, example_scores.agreement, smooth)
+    return Goal(metric, threshold, score, smooth, _no_focus, _any_focus(score), shares=True, refuted=refuted)
 
 
-def _drop(metric: str, threshold: float) -> Goal:
-    """The teacher's accuracy less the student's, negated."""
+def accuracy_drop_goal(query: MetricQuery, threshold: float) -> Goal:
+    """The teacher's accuracy minus the student's, negated."""
 
     def score(logits: jax.Array, split: Batch) -> jax.Array:
-        return example_scores.accuracy(logits, split) - example_scores.accuracy(split.teacher_logits, split)
+        return example_scores.accuracy(logits, split) - example_scores.accuracy(split.teacher["logits"], split)
 
     return Goal(
-        metric,
+        query.name,
         -threshold,
         score,
         example_scores.DEFAULT_SELECT,
-        _everything,
-        _whole(example_scores.accuracy),
+        _no_focus,
+        _any_focus(example_scores.accuracy),
         shares=True,
-        refuted=_normal(score, -threshold),
+        refuted=_normal_test(score, -threshold),
     )
 
 
 # By class, or by group.
 
-Strata = Callable[
-    [jax.Array, Batch], tuple[jax.Array, int]
-]  # (logits, split) -> [N] int32, -1 for none, and their number
+
+def worst_class_goal(query: MetricQuery, threshold: float) -> Goal:
+    """The lowest accuracy on any class. Nothing is proven without examples of a class."""
+    return _worst(query.name, threshold, split_scores.classes, p_value_of_empty=1.0)
 
 
-def _classes(logits: jax.Array, split: Batch) -> tuple[jax.Array, int]:
-    return split.labels, logits.shape[-1]
+def worst_group_goal(query: MetricQuery, threshold: float) -> Goal:
+    """The lowest accuracy on any group. Numbers without examples are no groups."""
+    return _worst(query.name, threshold, split_scores.groups, p_value_of_empty=0.0)
 
 
-def _groups(logits: jax.Array, split: Batch) -> tuple[jax.Array, int]:
-    """Groups whose number is bounded by MOST_GROUPS; a labelled example of none (-1) counts for none."""
-    if isinstance(split.group, tuple):
-        raise ValueError("worst_group_accuracy needs groups; the split has none: give the data a column `groups`")
-    return jnp.where(split.labels >= 0, split.group, -1), MOST_GROUPS
-
-
-def _worst(metric: str, threshold: float, strata: Strata) -> Goal:
-    """The accuracy of the stratum in which it is lowest."""
-
+def _worst(metric: str, threshold: float, strata: split_scores.Strata, *, p_value_of_empty: float) -> Goal:
     def focus(logits: jax.Array, split: Batch) -> jax.Array:
-        share, count = _by(strata, example_scores.accuracy(logits, split), logits, split)
+        hits = example_scores.accuracy(logits, split)
+        share, count = split_scores.means_by_stratum(strata, hits, logits, split)
         return jnp.argmin(jnp.where(count > 0, share, jnp.inf)).astype(jnp.int32)
 
     def compared(logits: jax.Array, split: Batch, focus: jax.Array) -> jax.Array:
         return example_scores.accuracy(logits, split) * (strata(logits, split)[0] == focus)
 
     def refuted(logits: jax.Array, split: Batch) -> jax.Array:
-        share, count = _by(strata, example_scores.accuracy(logits, split), logits, split)
-        tails = _tail(jnp.round(share * count), jnp.maximum(count, 1), threshold)
-        empty = (
-            1.0 if strata is _classes else 0.0
-        )  # nothing is known of a class that is absent; MOST_GROUPS is no promise
-        return jnp.where(count > 0, tails, empty).max()
+        hits = example_scores.accuracy(logits, split)
+        share, count = split_scores.means_by_stratum(strata, hits, logits, split)
+        tails = _binomial_tail(jnp.round(share * count), jnp.maximum(count, 1), threshold)
+        return jnp.where(count > 0, tails, p_value_of_empty).max()
 
     return Goal(
         metric,
         threshold,
-        _of_worst(example_scores.accuracy, strata),
-        _of_worst(example_scores.DEFAULT_SELECT, strata),
+        split_scores.worst_stratum(example_scores.accuracy, strata),
+        split_scores.worst_stratum(example_scores.DEFAULT_SELECT, strata),
         focus,
         compared,
         shares=True,
@@ -167,194 +142,165 @@ def _worst(metric: str, threshold: float, strata: Strata) -> Goal:
     )
 
 
-def _of_worst(scores: Objective, strata: Strata) -> Objective:
-    """The least of the strata's mean scores, linearised: m_c + [in c] (N / n_c) (score - m_c), c that stratum."""
-
-    def objective(logits: jax.Array, split: Batch) -> jax.Array:
-        values = scores(logits, split)
-        share, count = _by(strata, values, logits, split)
-        worst = jnp.argmin(jnp.where(count > 0, share, jnp.inf))
-        weight = (strata(logits, split)[0] == worst) * values.shape[0] / jnp.maximum(count[worst], 1)
-        return share[worst] + weight * (values - share[worst])
-
-    return objective
+def balanced_accuracy_goal(query: MetricQuery, threshold: float) -> Goal:
+    """The mean over classes of the accuracy."""
+    score = split_scores.mean_over_classes(example_scores.accuracy)
+    smooth = split_scores.mean_over_classes(example_scores.DEFAULT_SELECT)
+    return _balanced(query.name, threshold, score, smooth)
 
 
-def _balanced(metric: str, threshold: float) -> Goal:
-    score = _of_all_classes(example_scores.accuracy)
+def macro_f1_goal(query: MetricQuery, threshold: float) -> Goal:
+    """Macro F1. A promotion proves that the balanced accuracy is higher, because F1 is no mean of scores."""
+    smooth = split_scores.mean_over_classes(example_scores.DEFAULT_SELECT)
+    return _balanced(query.name, threshold, split_scores.macro_f1, smooth)
+
+
+def _balanced(metric: str, threshold: float, score: Objective, smooth: Objective) -> Goal:
+    compared, refuted = _any_focus(split_scores.balanced_hits), _normal_test(score, threshold)
+    return Goal(metric, threshold, score, smooth, _no_focus, compared, shares=False, refuted=refuted)
+
+
+def recall_goal(query: MetricQuery, threshold: float) -> Goal:
+    """The recall of one class."""
+
+    def focus(logits: jax.Array, split: Batch) -> jax.Array:
+        return jnp.int32(class_index(query, logits.shape[-1]))
+
+    def of_class(scores: Objective) -> Objective:
+        def objective(logits: jax.Array, split: Batch) -> jax.Array:
+            index = class_index(query, logits.shape[-1])
+            return split_scores.of_stratum(scores, split_scores.classes, index)(logits, split)
+
+        return objective
+
+    def compared(logits: jax.Array, split: Batch, focus: jax.Array) -> jax.Array:
+        return example_scores.accuracy(logits, split) * (split.targets == focus)
+
+    def refuted(logits: jax.Array, split: Batch) -> jax.Array:
+        own = split.targets == focus(logits, split)
+        return _fraction_test(example_scores.accuracy(logits, split) * own, own, threshold)
+
     return Goal(
-        metric,
+        query.name,
         threshold,
-        score,
-        _of_all_classes(example_scores.DEFAULT_SELECT),
-        _everything,
-        _evened,
-        shares=False,
-        refuted=_normal(score, threshold),
+        of_class(example_scores.accuracy),
+        of_class(example_scores.DEFAULT_SELECT),
+        focus,
+        compared,
+        shares=True,
+        refuted=refuted,
     )
 
 
-def _of_all_classes(scores: Objective) -> Objective:
-    """The mean of the classes' mean scores, over classes that are there, linearised."""
+def precision_goal(query: MetricQuery, threshold: float) -> Goal:
+    """The precision of one class.
 
-    def objective(logits: jax.Array, split: Batch) -> jax.Array:
-        values = scores(logits, split)
-        share, count = _by(_classes, values, logits, split)
-        there = count > 0
-        weight = jnp.where(there, values.shape[0] / jnp.maximum(count, 1), 0) / jnp.maximum(there.sum(), 1)
-        own = jnp.maximum(split.labels, 0)
-        mean = jnp.where(there, share, 0).sum() / jnp.maximum(there.sum(), 1)
-        return mean + jnp.where(split.labels >= 0, weight[own] * (values - share[own]), 0)
-
-    return objective
-
-
-def _evened(logits: jax.Array, split: Batch, focus: jax.Array) -> jax.Array:
-    """Hits that weigh as much for each class, in [0, 1]: their mean is in proportion to the balanced accuracy."""
-    hits = example_scores.accuracy(logits, split)
-    _, count = _by(_classes, hits, logits, split)
-    fewest = jnp.where(count > 0, count, jnp.inf).min()
-    return hits * fewest / jnp.maximum(count, 1)[jnp.maximum(split.labels, 0)]
-
-
-def macro_f1(logits: jax.Array, split: Batch) -> jax.Array:
-    """The mean over classes of F1_c = 2 TP_c / (n_c + m_c), n_c examples of it, m_c predicted as it; linearised, [N].
-
-    Classes that are neither there nor predicted are left out.
+    Precision is no mean of scores, so a promotion proves that the mean of [predicted] ([label] - threshold) is higher: it is
+    above 0 just where the precision is above the threshold.
     """
-    hits = example_scores.accuracy(logits, split)
-    k, n = logits.shape[-1], hits.shape[0]
-    labels = jax.nn.one_hot(split.labels, k)
-    said = jax.nn.one_hot(jnp.argmax(logits, -1), k) * (split.labels >= 0)[:, None]
-    both = labels.sum(0) + said.sum(0)
-    there = both > 0
-    f1 = jnp.where(there, 2 * (hits[:, None] * labels).sum(0) / jnp.maximum(both, 1), 0)
-    influence = n / jnp.maximum(both, 1) * (2 * hits[:, None] * labels - f1 * (labels + said))
-    return (f1.sum() + jnp.where(there, influence, 0).sum(-1)) / jnp.maximum(there.sum(), 1)
+
+    def predicted(logits: jax.Array, split: Batch) -> jax.Array:
+        index = class_index(query, logits.shape[-1])
+        return example_metrics.hit(logits, jnp.int32(index), xp=jnp) & (split.targets >= 0)
+
+    def score(logits: jax.Array, split: Batch) -> jax.Array:
+        return split_scores.precision(logits, split, class_index(query, logits.shape[-1]))
+
+    def smooth(logits: jax.Array, split: Batch) -> jax.Array:
+        return split_scores.soft_precision(logits, split, class_index(query, logits.shape[-1]))
+
+    def compared(logits: jax.Array, split: Batch, focus: jax.Array) -> jax.Array:
+        return jnp.where(predicted(logits, split), example_scores.accuracy(logits, split), threshold)
+
+    def refuted(logits: jax.Array, split: Batch) -> jax.Array:
+        members = predicted(logits, split)
+        return _fraction_test(example_scores.accuracy(logits, split) * members, members, threshold)
+
+    return Goal(query.name, threshold, score, smooth, _no_focus, compared, shares=False, refuted=refuted)
 
 
-def _macro_f1(metric: str, threshold: float) -> Goal:
-    """A promotion for it proves the balanced accuracy to be higher, F1 being no mean of scores."""
-    refuted = _normal(macro_f1, threshold)
-    smooth = _of_all_classes(example_scores.DEFAULT_SELECT)
-    return Goal(metric, threshold, macro_f1, smooth, _everything, _evened, shares=False, refuted=refuted)
+def _fraction_test(hits: jax.Array, members: jax.Array, threshold: float) -> jax.Array:
+    """The exact p-value of "the fraction of hits among members is below the threshold", given their number; 1 for none."""
+    n = members.sum().astype(jnp.float32)
+    return jnp.where(n > 0, _binomial_tail(hits.sum(), jnp.maximum(n, 1), threshold), 1.0)
 
 
 # Of probabilities.
 
 
-def brier(logits: jax.Array, split: Batch) -> jax.Array:
-    """The negated Brier score (1950), halved: -sum_k (q_k - [k = y])^2 / 2, in [-1, 0], nan for logits that are."""
-    q = jax.nn.softmax(logits)
-    squares = jnp.square(q - jax.nn.one_hot(split.labels, logits.shape[-1])).sum(-1) / 2
-    return jnp.where(split.labels >= 0, -squares, 0.0)
+def ece_goal(query: MetricQuery, threshold: float) -> Goal:
+    """Calibration error. A promotion proves that the Brier score, which contains it, is lower."""
+    return _probabilistic(query.name, threshold, split_scores.calibration)
 
 
-def calibration(logits: jax.Array, split: Batch) -> jax.Array:
-    """The negated expected calibration error in BINS bins of equal width (Guo et al. 2017, arXiv 1706.04599), linearised.
-
-    ECE = sum_b |mean_i [i in b] (hit_i - q_i)|, q the greatest probability, so that an example's score is its own term with
-    the sign of its bin's sum.
-    """
-    q = jax.nn.softmax(logits).max(-1)
-    miss = jnp.where(split.labels >= 0, example_scores.accuracy(logits, split) - q, 0.0)
-    own = jnp.clip(jnp.floor(q * BINS), 0, BINS - 1).astype(jnp.int32)
-    sums = jax.ops.segment_sum(miss, own, BINS)
-    return -jnp.sign(sums)[own] * miss
+def brier_goal(query: MetricQuery, threshold: float) -> Goal:
+    """Brier score."""
+    return _probabilistic(query.name, threshold, example_scores.brier)
 
 
-def _ece(metric: str, threshold: float) -> Goal:
-    """A promotion for it proves the Brier score to be lower, of which the calibration error is a part."""
-    return _negated(metric, threshold, calibration)
-
-
-def _brier(metric: str, threshold: float) -> Goal:
-    return _negated(metric, threshold, brier)
-
-
-def _negated(metric: str, threshold: float, score: Objective) -> Goal:
+def _probabilistic(metric: str, threshold: float, score: Objective) -> Goal:
     def compared(logits: jax.Array, split: Batch, focus: jax.Array) -> jax.Array:
-        return 1 + brier(logits, split)
+        return 1 + example_scores.brier(logits, split)
 
-    refuted = _normal(score, -threshold)
-    return Goal(metric, -threshold, score, score, _everything, compared, shares=False, refuted=refuted)
-
-
-# Of one's own.
+    refuted = _normal_test(score, -threshold)
+    return Goal(metric, -threshold, score, score, _no_focus, compared, shares=False, refuted=refuted)
 
 
-def _cost(metric: str, threshold: float, costs: jax.Array) -> Goal:
-    """The negated mean cost; what is smooth is the cost expected under the student's own probabilities."""
+# What users bring.
+
+
+def cost_goal(query: MetricQuery, threshold: float) -> Goal:
+    """The mean cost, negated. The smooth score is the expected cost under the student's own probabilities."""
+    costs = jnp.asarray(query.costs, jnp.float32)
     least, span = costs.min(), jnp.maximum(costs.max() - costs.min(), 1e-12)
 
     def score(logits: jax.Array, split: Batch) -> jax.Array:
-        paid = costs[jnp.maximum(split.labels, 0), jnp.argmax(logits, -1)]
-        worst = costs.max(axis=-1)[jnp.maximum(split.labels, 0)]
-        return jnp.where(split.labels >= 0, -jnp.where(jnp.isfinite(logits.max(-1)), paid, worst), 0.0)
+        return jnp.where(split.targets >= 0, -example_metrics.cost(logits, split.targets, costs, xp=jnp), 0.0)
 
     def smooth(logits: jax.Array, split: Batch) -> jax.Array:
-        expected = (jax.nn.softmax(logits) * costs[jnp.maximum(split.labels, 0)]).sum(-1)
-        return jnp.where(split.labels >= 0, -expected, 0.0)
+        expected = (jax.nn.softmax(logits) * costs[jnp.maximum(split.targets, 0)]).sum(-1)
+        return jnp.where(split.targets >= 0, -expected, 0.0)
 
     def compared(logits: jax.Array, split: Batch, focus: jax.Array) -> jax.Array:
         return 1 - (-score(logits, split) - least) / span
 
-    refuted = _normal(score, -threshold)
-    return Goal(metric, -threshold, score, smooth, _everything, compared, shares=False, refuted=refuted)
+    refuted = _normal_test(score, -threshold)
+    return Goal(query.name, -threshold, score, smooth, _no_focus, compared, shares=False, refuted=refuted)
 
 
-def _own(metric: str, threshold: float, function: Callable[..., Any]) -> Goal:
+def user_metric_goal(query: MetricQuery, threshold: float) -> Goal:
     """A user's function of (logits [N, K], labels [N]) to scores [N] in [0, 1]; nan for logits that are not finite."""
+    function: Callable[..., Any] = function_named(query.name)
 
     def on_host(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         logits, labels = np.asarray(logits), np.asarray(labels)
-        sound = np.isfinite(logits).all(axis=1)
+        finite = np.isfinite(logits).all(axis=1)
         scores = np.full(len(logits), np.nan, np.float32)
-        if sound.any():
-            scores[sound] = function(logits[sound], labels[sound])
+        if finite.any():
+            scores[finite] = function(logits[finite], labels[finite])
         return scores
 
     def score(logits: jax.Array, split: Batch) -> jax.Array:
-        shape = jax.ShapeDtypeStruct(split.labels.shape, jnp.float32)
-        return jax.pure_callback(on_host, shape, logits, split.labels, vmap_method="sequential")
+        shape = jax.ShapeDtypeStruct(split.targets.shape, jnp.float32)
+        return jax.pure_callback(on_host, shape, logits, split.targets, vmap_method="sequential")
 
-    refuted = _normal(score, threshold)
-    return Goal(metric, threshold, score, score, _everything, _whole(score), shares=False, refuted=refuted)
-
-
-_METRICS: dict[str, Callable[[str, float], Goal]] = {
-    "accuracy": lambda metric, threshold: _share(
-        metric, threshold, example_scores.accuracy, example_scores.DEFAULT_SELECT
-    ),
-    "agreement": _agreement,
-    "balanced_accuracy": _balanced,
-    "worst_class_accuracy": lambda metric, threshold: _worst(metric, threshold, _classes),
-    "worst_group_accuracy": lambda metric, threshold: _worst(metric, threshold, _groups),
-    "macro_f1": _macro_f1,
-    "ece": _ece,
-    "brier": _brier,
-    "drop(accuracy)": _drop,
-}
+    refuted = _normal_test(score, threshold)
+    return Goal(query.name, threshold, score, score, _no_focus, _any_focus(score), shares=False, refuted=refuted)
 
 
-def _by(strata: Strata, values: jax.Array, logits: jax.Array, split: Batch) -> tuple[jax.Array, jax.Array]:
-    """Each stratum's mean value and number of examples, both [C]."""
-    own, many = strata(logits, split)
-    own = jnp.where(own >= 0, own, many)
-    count = jax.ops.segment_sum(jnp.ones_like(values), own, many + 1)[:many]
-    return jax.ops.segment_sum(values, own, many + 1)[:many] / jnp.maximum(count, 1), count
+# Parts of goals.
 
 
-def _everything(logits: jax.Array, split: Batch) -> jax.Array:
-    """The focus of a metric on all examples."""
+def _no_focus(logits: jax.Array, split: Batch) -> jax.Array:
+    """The focus of a metric of all examples."""
     return jnp.int32(0)
 
 
-def _whole(score: Objective) -> Callable[[jax.Array, Batch, jax.Array], jax.Array]:
+def _any_focus(score: Objective) -> Callable[[jax.Array, Batch, jax.Array], jax.Array]:
     return lambda logits, split, focus: score(logits, split)
 
 
-def _tail(hits: jax.Array, n: jax.Array, share: float) -> jax.Array:
+def _binomial_tail(hits: jax.Array, n: jax.Array, share: float) -> jax.Array:
     """P(Bin(n, share) >= hits)."""
     if share <= 0:
         return jnp.zeros_like(hits)
@@ -364,8 +310,8 @@ def _tail(hits: jax.Array, n: jax.Array, share: float) -> jax.Array:
     return jnp.where(hits > 0, tail, 1.0)
 
 
-def _normal(score: Objective, least: float) -> Refuted:
-    """That the mean score is below `least`, by its standard error, which is taken for no less than 1 / N."""
+def _normal_test(score: Objective, least: float) -> Test:
+    """The test of "the mean score is below `least`", by its standard error, which counts as at least 1 / N."""
 
     def refuted(logits: jax.Array, split: Batch) -> jax.Array:
         values = score(logits, split)

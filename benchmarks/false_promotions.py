@@ -1,0 +1,292 @@
+"""How often does a run promote what is no better, and how soon does it find what is? Simulated, by the rules as they run.
+
+A held-out example is right or wrong under a student; N = 1,024 of them on assess and as many on decide. A run is 200
+iterations; each brings one candidate (or eight). False promotions are those of a candidate that is, in the population, no
+better than the champion it replaces. Candidates:
+
+- `equal`: as accurate as the champion (90 %), independent of it;
+- `near-copies`: as accurate, and different on 6 % of the examples;
+- `best of 8`: of eight near-copies the one that assess likes best;
+- `after gains`: near-copies, after five candidates that are truly 4 points better (from 70 %);
+- `adapting`: coin flips on a problem of two classes, and every other one the weighted vote of all before it, by whether they
+  were accepted: what a searcher can learn of decide from the outcomes alone (after Blum and Hardt, arXiv 1502.04585).
+
+Rules: `ev3` as a run goes (assess predicts success, and the run's cost has grown by a half since the last test);
+`ev3, always asking` tests every iteration, the worst that the guarantee must bear; `reference` is that of the public EV3 code,
+two unpaired intervals of 1.96 standard errors that do not touch, from as many draws with replacement as named.
+
+Power: candidates 2 points better that differ on 6 % (4 % won, 2 % lost), independent of one another.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ev3_distill.benchmarks import statistics
+from ev3_distill.config import EV3
+from ev3_distill.core import adapt
+from ev3_distill.runtime.compile import jit
+from ev3_distill.types import ErrorBudget
+
+KEY = ("seed", "question", "candidates", "rule")  # identifies a row
+INTERVALS = (
+    "A seed is a block of 400 simulated runs (4,000 trials for the power). Rates pool the blocks and have "
+    "exact 95 % intervals (Clopper and Pearson)."
+)
+N = 1024  # examples of assess, and of decide
+ITERATIONS = {"full": 200, "smoke": 20}
+RUNS = {"full": 400, "smoke": 20}  # of a row
+TRIALS = {"full": 4000, "smoke": 100}  # of a row about power
+DELTA = EV3.delta
+SLACK = 0.015  # by which the upper limit of a rate may exceed delta
+TARGETS = {"first test": 0.45, "one of five": 0.7}
+DRAWS = {"reference, 1,024 draws": 1024, "reference, 32,768 draws": 32768}
+RULES = ("ev3", "ev3, always asking", *DRAWS)
+CANDIDATES = ("equal", "near-copies", "best of 8", "after gains", "adapting")
+SIMULATED = {"full": (CANDIDATES, RULES), "smoke": (CANDIDATES[1:2], RULES[:3])}
+GAINS = 5
+_BETTER = "2 points better"
+AFTER = tuple((tests, promotions) for tests in (1, 2, 4) for promotions in (0, tests))  # budgets whose power is told
+
+
+class Hits(NamedTuple):
+    """Which examples a student gets right, in {0, 1}."""
+
+    assess: jax.Array  # [N]
+    decide: jax.Array  # [N]
+
+
+class Run(NamedTuple):
+    """A simulated run, scalars unless said."""
+
+    champion: Hits
+    right: jax.Array  # the champion's accuracy in the population
+    budget: ErrorBudget
+    tested_cost: jax.Array
+    votes: jax.Array  # [2 N] of earlier candidates, for and against
+    false: jax.Array  # bool, whether something no better was promoted
+    waited: jax.Array  # int32, iterations up to the first promotion, that one included; all where there was none
+
+
+def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
+    """One row per seed, kind of candidates and rule: how many of its runs promoted falsely; then of waits and of power.
+
+    Args:
+      seeds: from 0; each is 400 runs and 4,000 trials of its own.
+      size: full, or smoke: a few short runs.
+      done: keys of rows to leave out.
+    """
+    for seed in range(seeds):
+        for candidates, rule in itertools.product(*SIMULATED[size]):
+            if (seed, "false", candidates, rule) in done:
+                continue
+            number = 1000 * seed + 10 * CANDIDATES.index(candidates) + RULES.index(rule)
+            keys = jax.random.split(jax.random.key(number), RUNS[size])
+            ended = _simulate(candidates, rule, ITERATIONS[size])(keys)
+            yield _row(seed, "false", candidates, rule, count=int(ended.false.sum()), of=len(keys))
+        for rule in SIMULATED[size][1]:
+            if (seed, "wait", _BETTER, rule) not in done:
+                keys = jax.random.split(jax.random.key(1000 * seed + 998), RUNS[size])
+                ended = _simulate(_BETTER, rule, ITERATIONS[size])(keys)
+                yield _row(seed, "wait", _BETTER, rule, count=int(ended.waited.sum()), of=len(keys))
+        for question, rule, happened in _power(jax.random.key(1000 * seed + 999), TRIALS[size]):
+            if (seed, "power", question, rule) not in done:
+                yield _row(seed, "power", question, rule, count=int(happened.sum()), of=len(happened))
+
+
+def _row(seed: int, question: str, candidates: str, rule: str, *, count: int, of: int) -> dict[str, Any]:
+    return {"seed": seed, "question": question, "candidates": candidates, "rule": rule, "count": count, "of": of}
+
+
+@functools.cache
+def _simulate(candidates: str, rule: str, iterations: int) -> Callable[[jax.Array], Run]:
+    """Keys [R] -> how each of R runs ended."""
+
+    def iterate(run: Run, given: tuple[jax.Array, jax.Array]) -> tuple[Run, None]:
+        t, key = given
+        mine, judge = jax.random.split(key)
+        candidate, right = _candidate(mine, candidates, run, t)
+        cost = 100 * (t + 1)
+        closing = t == iterations - 1
+        tested, promoted = _judged(judge, rule, candidate, run, cost=cost, closing=closing)
+        signed = jnp.concatenate(candidate) * 2 - 1
+        return Run(
+            champion=jax.tree.map(functools.partial(jnp.where, promoted), candidate, run.champion),
+            right=jnp.where(promoted, right, run.right),
+            budget=adapt.spend(run.budget, closing, tested, promoted),
+            tested_cost=jnp.where(tested, cost, run.tested_cost),
+            votes=run.votes + jnp.where(promoted, 1.0, -0.01 * tested) * signed,
+            false=run.false | (promoted & (right <= run.right)),
+            waited=run.waited + (run.budget.promotions == 0),
+        ), None
+
+    def one(key: jax.Array) -> Run:
+        first, rest = jax.random.split(key)
+        run = _begun(first, {"adapting": 0.5, "after gains": 0.7}.get(candidates, 0.9))
+        given = (jnp.arange(iterations), jax.random.split(rest, iterations))
+        return jax.lax.scan(iterate, run, given)[0]
+
+    runs: Callable[[jax.Array], Run] = jit(lambda keys: jax.lax.map(one, keys, batch_size=50))
+    return runs
+
+
+def _begun(key: jax.Array, right: float) -> Run:
+    champion = Hits(*jax.random.bernoulli(key, right, (2, N)).astype(jnp.float32))
+    zero = jnp.int32(0)
+    return Run(champion, jnp.float32(right), adapt.unspent(DELTA), zero, jnp.zeros(2 * N), jnp.bool_(False), zero)
+
+
+def _candidate(key: jax.Array, candidates: str, run: Run, t: jax.Array) -> tuple[Hits, jax.Array]:
+    """A candidate, and its accuracy in the population."""
+    if candidates == "equal":
+        return Hits(*jax.random.bernoulli(key, run.right, (2, N)).astype(jnp.float32)), run.right
+    if candidates == _BETTER:
+        return _changed(key, run, 0.04, 0.02), run.right + 0.02
+    if candidates == "near-copies":
+        return _changed(key, run, 0.03, 0.03), run.right
+    if candidates == "best of 8":
+        eight = jax.vmap(lambda k: _changed(k, run, 0.03, 0.03))(jax.random.split(key, 8))
+        best = jnp.argmax(eight.assess.sum(axis=1))
+        return Hits(eight.assess[best], eight.decide[best]), run.right
+    if candidates == "after gains":
+        gaining = t < GAINS
+        gain = jnp.where(gaining, 0.04, 0.0)
+        return _changed(key, run, 0.03 + gain / 2, 0.03 - gain / 2), run.right + gain
+    probe = jax.random.bernoulli(key, 0.5, (2 * N,)).astype(jnp.float32)
+    vote = jnp.where(run.votes == 0, probe, run.votes > 0).astype(jnp.float32)
+    return Hits(*jnp.split(jnp.where(t % 2 == 1, vote, probe), 2)), run.right
+
+
+def _changed(key: jax.Array, run: Run, won: Any, lost: Any) -> Hits:
+    """A student right on `won` of all examples that the champion gets wrong, and wrong on `lost` that it gets right."""
+    u = jax.random.uniform(key, (2, N))
+    now = [
+        jnp.where(hits > 0.5, u_ >= lost / run.right, u_ < won / (1 - run.right)).astype(jnp.float32)
+        for hits, u_ in zip(run.champion, u, strict=True)
+    ]
+    return Hits(*now)
+
+
+def _judged(
+    key: jax.Array, rule: str, candidate: Hits, run: Run, *, cost: jax.Array, closing: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Whether decide was asked, and whether it promotes."""
+    if rule in DRAWS:
+        n = DRAWS[rule]
+        ours, theirs = candidate.decide > 0.5, run.champion.decide > 0.5
+        shares = jnp.stack([ours & theirs, ours & ~theirs, theirs & ~ours, ~ours & ~theirs]).mean(axis=1)
+        both, won, lost, _ = jax.random.multinomial(key, n, shares)  # the two share the examples that are drawn
+        seen = jnp.stack([both + won, both + lost]) / n
+        half = 1.96 * jnp.sqrt(seen * (1 - seen) / n)
+        return jnp.bool_(True), seen[0] - half[0] > seen[1] + half[1]
+    alpha = adapt.level(run.budget, closing)
+    tested = jnp.bool_(True)
+    if rule == "ev3":
+        p_assess = adapt.mcnemar(candidate.assess, run.champion.assess)[2]
+        tested = adapt.due(cost, run.tested_cost, closing) & adapt.worth_testing(p_assess, alpha, closing)
+    return tested, tested & (adapt.mcnemar(candidate.decide, run.champion.decide)[2] <= alpha)
+
+
+def _power(key: jax.Array, trials: int) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(question, rule, whether it happened [trials])."""
+    five = np.asarray(_p_values(jax.random.split(key, 5 * trials))).reshape(trials, 5)
+    levels = np.array([_level(tests, 0) for tests in range(5)])
+    yield "first test", "ev3", np.asarray(five[:, 0] <= levels[0])
+    yield "one of five", "ev3", np.asarray((five <= levels).any(axis=1))
+    for tests, promotions in AFTER:
+        yield (
+            f"test {tests + 1}, {promotions} promoted before",
+            "ev3",
+            np.asarray(five[:, 0] <= _level(tests, promotions)),
+        )
+    for rule in DRAWS:
+        found = np.asarray(_found(rule)(jax.random.split(jax.random.fold_in(key, 1), trials)))
+        yield "first test", rule, found
+
+
+def _level(tests: int, promotions: int) -> float:
+    """Of the next test within a run."""
+    budget = adapt.unspent(DELTA)
+    for i in range(tests):
+        budget = adapt.spend(budget, jnp.bool_(False), jnp.bool_(True), jnp.bool_(i < promotions))
+    return float(adapt.level(budget, jnp.bool_(False)))
+
+
+def _pair(key: jax.Array) -> tuple[Run, Hits]:
+    """A champion, and a candidate that is two points better."""
+    first, second = jax.random.split(key)
+    run = _begun(first, 0.9)
+    return run, _changed(second, run, 0.04, 0.02)
+
+
+@jit
+def _p_values(keys: jax.Array) -> jax.Array:
+    def one(key: jax.Array) -> jax.Array:
+        run, candidate = _pair(key)
+        return adapt.mcnemar(candidate.decide, run.champion.decide)[2]
+
+    return jax.lax.map(one, keys, batch_size=500)
+
+
+@functools.cache
+def _found(rule: str) -> Callable[[jax.Array], jax.Array]:
+    def one(key: jax.Array) -> jax.Array:
+        made, judge = jax.random.split(key)
+        run, candidate = _pair(made)
+        return _judged(judge, rule, candidate, run, cost=jnp.int32(100), closing=jnp.bool_(False))[1]
+
+    return jit(lambda keys: jax.lax.map(one, keys, batch_size=500))
+
+
+def measures(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row's share of runs or of tests; of a wait, iterations up to a promotion."""
+    return {"iterations" if row["question"] == "wait" else "share": row["count"] / row["of"]}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rates of runs with a false promotion, and the power, with exact 95 % intervals."""
+    totals: dict[str, dict[tuple[str, str], list[int]]] = {"false": {}, "power": {}, "wait": {}}
+    for row in rows:
+        total = totals[row["question"]].setdefault((row["candidates"], row["rule"]), [0, 0])
+        total[0], total[1] = total[0] + row["count"], total[1] + row["of"]
+    false, power = (
+        {name: statistics.proportion(*total) for name, total in totals[of].items()} for of in ("false", "power")
+    )
+    rules = [rule for rule in RULES if any(rule == name[1] for name in false)]
+    ours = [rate for (_, rule), rate in false.items() if rule not in DRAWS]
+    worst = max(ours, key=lambda rate: rate.high)
+    sound = all(rate.center <= DELTA and rate.high <= DELTA + SLACK for rate in ours)
+    waits = {rule: count / of for (_, rule), (count, of) in totals["wait"].items()}
+    told = [
+        ["iterations up to a promotion, mean", *[f"{waits[rule]:.1f}" for rule in rules]],
+        *[
+            [
+                question,
+                *[statistics.percent(power[question, rule], 1) if (question, rule) in power else "" for rule in rules],
+            ]
+            for question in dict.fromkeys(question for question, _ in power)
+        ],
+    ]
+    verdicts = [
+        f"{question}: target ≥ {100 * target:g} %: {statistics.verdict(power[question, 'ev3'], target)}"
+        for question, target in TARGETS.items()
+    ]
+    kinds = dict.fromkeys(candidates for candidates, _ in false)
+    rates = [[kind, *[statistics.percent(false[kind, rule], 1) for rule in rules]] for kind in kinds]
+    return "\n\n".join(
+        [
+            f"Runs with a false promotion, % (exact 95 % interval), {worst.n:,} runs each:",
+            statistics.markdown(["candidates", *rules], rates),
+            f"Our worst: {statistics.percent(worst, 1)}; at most {100 * DELTA:g} % promised, with an upper limit of "
+            f"{100 * (DELTA + SLACK):g} %: {'held' if sound else 'missed'}.",
+            "Candidates 2 points better (4 % won, 2 % lost), a new one in each iteration; and, where decide is asked, the "
+            "probability that it promotes one, %:",
+            statistics.markdown(["decide is asked", *rules], told),
+            "; ".join(verdicts) + ".",
+        ]
+    )

@@ -1,0 +1,235 @@
+"""What does int8 cost: quantised after training, or trained for it?
+
+The pretrained ResNet-56 is distilled into a ResNet-8 on the CIFAR-10 image folder. For each seed, the file that would be
+deployed, an ONNX file run by onnxruntime in a process of its own:
+
+- `float32`: `compress --student resnet8 --budget 10e`, then `export --format onnx`;
+- `after training`: the same student, `export --format onnx --int8`, onnxruntime's quantiser on explore images;
+- `in the loop`: `compress ... --deploy int8`, as many steps, then `export --format onnx`: scored in int8 all along, and trained
+  rounded in the last quarter.
+
+Each run has a guard on accuracy, by which `evaluate` judges the file that computes what was certified. Accuracy is on the
+folder's 10,000 test images, which chose nothing. Differences are paired image by image: to the run in float32, which is another
+training, and to the same student without rounding. Files are timed in turns, and so are training steps of the arm that leads
+each run, as ratios to those in float32.
+"""
+
+import base64
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ev3_distill import students
+from ev3_distill.arms import CONVOLUTIONAL, arms_named
+from ev3_distill.benchmarks import datasets, pytorch_quality, statistics
+from ev3_distill.data.sources import Dataset, load_data
+from ev3_distill.export.formats.runtime import deployed
+from ev3_distill.runtime.compile import jit
+from ev3_distill.students.quantization import WHOLE
+from ev3_distill.types import Batch, Stretch, Variables
+
+KEY = ("seed", "contender")  # identifies a row
+INTERVALS = (
+    "Two kinds of intervals, both 95 %: over test images for the students of these seeds, and Student's t over "
+    "seeds. Verdicts go by the interval over seeds."
+)
+FIRST_SEED = 60  # seeds 0, 40 and 50 showed what rounding cost, and led to how ranges are found and that it comes late
+EPOCHS = {"full": 10, "smoke": 0.02}
+GUARD = {"full": "accuracy >= 0.75", "smoke": "accuracy >= 0.05"}
+RUNS: dict[str, tuple[str, ...]] = {
+    "float32": (),
+    "loop": ("--deploy", "int8"),
+}
+FILES: dict[str, tuple[str, tuple[str, ...]]] = {  # the run that each comes of, and how it is exported
+    "float32": ("float32", ()),
+    "after training": ("float32", ("--int8",)),
+    "in the loop": ("loop", ()),
+}
+CONTENDERS = tuple(FILES)
+BATCHES, TURNS, PASSES = (1, 64), 10, 10  # of timing files
+STEPS = 10  # of each turn of timing training
+TIMED = ("step", "p50_ms", "p50_ms_of_64")  # depend on the machine
+TARGET = -0.5  # points against the student in float32
+AT_ONCE = 1000
+
+
+def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
+    """One row per seed and contender.
+
+    Args:
+      seeds: of splits, initial parameters and batches, from FIRST_SEED.
+      size: full, or smoke: a fiftieth of an epoch, which proves nothing.
+      done: keys of rows to leave out; a seed of which any is missing is run again as a whole.
+    """
+    archive, onnx = datasets.cifar10_files()
+    dataset = load_data(f"folder:{archive}")
+    for seed in range(seeds):
+        if all((seed, contender) in done for contender in FILES):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            runs = {run: Path(folder) / run for run in RUNS}
+            for run, out in runs.items():
+                _command(
+                    *(
+                        "compress",
+                        "--teacher",
+                        f"onnx:{onnx}",
+                        *pytorch_quality.TEACHER_OPTIONS,
+                        "--data",
+                        f"folder:{archive}",
+                    ),
+                    *("--student", "resnet8", "--budget", f"{EPOCHS[size]:g}e", "--guard", GUARD[size]),
+                    *("--seed", str(FIRST_SEED + seed), "--out", str(out), *RUNS[run]),
+                )
+            yield from _rows(Path(folder), dataset, runs, seed=seed, size=size)
+
+
+def _rows(folder: Path, dataset: Dataset, runs: dict[str, Path], *, seed: int, size: str) -> Iterator[dict[str, Any]]:
+    """Of the files that come of a seed's runs, timed in turns."""
+    assert dataset.test_rows is not None
+    inputs, labels = dataset.inputs[dataset.test_rows], dataset.labels[dataset.test_rows]
+    outs = {contender: folder / f"{contender.replace(' ', '-')}-file" for contender in FILES}
+    for contender, (run, options) in FILES.items():
+        _command("export", str(runs[run]), "--format", "onnx", "--out", str(outs[contender]), *options)
+    with contextlib.ExitStack() as opened:
+        files = {name: opened.enter_context(deployed(out / "model.onnx")) for name, out in outs.items()}
+        turns: dict[tuple[str, int], list[float]] = {(name, batch): [] for name in files for batch in BATCHES}
+        for _ in range(TURNS):
+            for (name, batch), found in turns.items():
+                found.extend(files[name].passes_ms(inputs[:batch], PASSES))
+        starts = range(0, len(inputs), AT_ONCE)
+        said = {
+            name: np.concatenate([file.outputs(inputs[i : i + AT_ONCE]) for i in starts]).argmax(axis=1)
+            for name, file in files.items()
+        }
+    times = steps_s(turns=TURNS if size == "full" else 1)
+    for contender, (run, options) in FILES.items():
+        cost = json.loads((runs[run] / "report.json").read_text())["cost"]
+        judged = ("evaluate", str(outs[contender]), "--of", str(runs[run]), "--guard", GUARD[size])
+        right = said[contender] == labels
+        yield {
+            "seed": seed, "contender": contender, "steps": cost["steps"],
+            "step": float(np.median(np.divide(times[run], times["float32"]))),
+            "bytes": (outs[contender] / "model.onnx").stat().st_size, "accuracy": float(right.mean()),
+            "p50_ms": float(np.median(turns[contender, 1])), "p50_ms_of_64": float(np.median(turns[contender, 64])),
+            "guard": GUARD[size], "passes": None if options else _command(*judged) == 0,
+            "right": _packed(right),
+            "unrounded": "" if run == "float32" else _packed(unrounded(runs[run], inputs) == labels),
+        }  # fmt: skip
+
+
+def unrounded(run: Path, inputs: np.ndarray) -> np.ndarray:
+    """The classes [N] that a run's int8 student would choose without any rounding."""
+    network, variables = students.load(run)
+    base = students.build({name: value for name, value in network.spec.items() if name != "deploy"})
+    whole = Variables(variables.params, variables.stats[WHOLE])
+    classes = jit(lambda inputs: base.apply(whole, inputs, train=False)[0].argmax(axis=1))
+    return np.concatenate([classes(inputs[i : i + AT_ONCE]) for i in range(0, len(inputs), AT_ONCE)])
+
+
+def _packed(right: np.ndarray) -> str:
+    return base64.b64encode(np.packbits(right).tobytes()).decode()
+
+
+def _unpacked(text: str) -> list[float]:
+    """In percent."""
+    return list(100.0 * np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8)))
+
+
+def steps_s(*, turns: int) -> dict[str, list[float]]:
+    """Seconds that each run's leading arm trains for STEPS steps, in turns; the teacher and all scoring are left out."""
+    base = students.named("resnet8", (32, 32, 3), 10)
+    networks = {run: students.deployed(base, "int8" if options else "float32") for run, options in RUNS.items()}
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.integers(0, 256, (128, 32, 32, 3)), jnp.uint8)
+    logits, labels = (
+        jnp.asarray(rng.normal(size=(128, 10)), jnp.float32),
+        jnp.asarray(rng.integers(0, 10, 128), jnp.int32),
+    )
+    batch = Batch(images, labels, {"logits": logits}, jnp.arange(128, dtype=jnp.int32), jnp.ones(128))
+    stretch = Stretch(jnp.int32(0), jnp.int32(STEPS), jnp.float32(0.1), jnp.float32(0.001))
+
+    def trajectory(run: str) -> Callable[[], Any]:
+        network = networks[run]
+        (arm,) = arms_named(network.apply, CONVOLUTIONAL[:1], network=network)
+        state, key = arm.init(network.init(jax.random.key(0))), jax.random.key(1)
+        propose = jit(lambda state, batch, stretch: arm.propose(state, lambda step: (batch, key), stretch))
+        return lambda: jax.block_until_ready(propose(state, batch, stretch))
+
+    trajectories = {run: trajectory(run) for run in RUNS}
+    found: dict[str, list[float]] = {run: [] for run in RUNS}
+    for turn in range(-1, turns):  # the first compiles
+        for run, train in trajectories.items():
+            began = time.perf_counter()
+            train()
+            if turn >= 0:
+                found[run].append(time.perf_counter() - began)
+    return found
+
+
+def _command(*options: str) -> int:
+    """The exit code of a command of ours: 0, or 3 where a guard is not met."""
+    done = subprocess.run([sys.executable, "-m", "ev3_distill", *options], stdout=sys.stderr, check=False)
+    if done.returncode not in (0, 3):
+        raise RuntimeError(f"{options[0]} ended with {done.returncode}: see above")
+    return done.returncode
+
+
+def measures(row: dict[str, Any]) -> dict[str, float]:
+    """A row's numbers; what a guard says of a file, which not every file is asked, is none."""
+    return {field: row[field] for field in ("steps", "bytes", "accuracy", *TIMED)}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Accuracy, size and latency of each file, and what int8 costs, paired."""
+    by = {contender: [row for row in rows if row["contender"] == contender] for contender in CONTENDERS}
+    lines = []
+    for contender, own in by.items():
+        if not own:
+            continue
+        judged = [row["passes"] for row in own if row["passes"] is not None]
+        lines.append([
+            contender,
+            statistics.plus_minus(statistics.mean([100 * row["accuracy"] for row in own]), 2),
+            statistics.number(own[0]["bytes"], 0),
+            statistics.number(float(np.median([row["p50_ms"] for row in own])), 2),
+            statistics.number(float(np.median([row["p50_ms_of_64"] for row in own])), 1),
+            statistics.number(float(np.median([row["step"] for row in own])), 2),
+            f"{sum(judged)} of {len(judged)}" if judged else "",
+        ])  # fmt: skip
+    heads = ["file", "accuracy, %", "bytes", "p50 ms", "p50 ms, 64 at once", "a training step", "guard certified"]
+    told = [_less(contender, by, "float32") for contender in CONTENDERS[1:]]
+    told += [_less(contender, by, "itself in float32") for contender in CONTENDERS[2:]]
+    return statistics.markdown(heads, lines) + "\n\n" + "; ".join(filter(None, told)) + f". Guard: {rows[0]['guard']}."
+
+
+def _less(contender: str, by: dict[str, list[dict[str, Any]]], other: str) -> str:
+    """Points of accuracy less those of another: per seed over images, and over seeds.
+
+    The other is the run in float32, or the same student without rounding.
+    """
+    floats = {row["seed"]: row["right"] for row in by["float32"]}
+    of_others = floats if other == "float32" else {row["seed"]: row["unrounded"] for row in by[contender]}
+    pairs = [(row["seed"], _unpacked(row["right"]), _unpacked(of_others[row["seed"]])) for row in by[contender]]
+    if not pairs:
+        return ""
+    gains = [(seed, statistics.paired(ours, theirs)) for seed, ours, theirs in pairs]
+    each = ", ".join(f"seed {seed} {statistics.spread(gain, 2)}" for seed, gain in gains)
+    gain, over = gains[0][1], ""
+    if len(gains) > 1:
+        gain = statistics.mean([gain.center for _, gain in gains])
+        ours, theirs = (np.mean([pair[i] for pair in pairs], axis=0) for i in (1, 2))
+        together = statistics.spread(statistics.paired(list(ours), list(theirs)), 2)
+        over = f", these students together {together}; over seeds {statistics.spread(gain, 2)}"
+    target = f"target ≥ {TARGET:g}: {statistics.verdict(gain, TARGET)}"
+    return f"{contender} less {other}, points, image by image: {each}{over}, {target}"

@@ -1,0 +1,122 @@
+"""Does a run stay under its memory limit where the data are four times larger than that?
+
+One process per row makes images on disk and a teacher, then another one runs `compress --memory LIMIT` on them, cache and
+training together. What is measured is that process's greatest resident set, all libraries included. The student sees each
+image once; the teacher is a linear function of a few pixels, because only memory counts here. Batches have 32 examples: the
+activations of a training step are the student's own, some 4 MB per example here, and no limit makes them smaller.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ev3_distill.benchmarks import statistics
+
+KEY = ("seed",)  # identifies a row
+TIMED = ("seconds",)  # depend on the machine
+REPETITION = "run"
+INTERVALS = "The peak of each run is measured, not estimated; a further run may have another peak."
+LIMIT = {"full": 2**30, "smoke": 2**30}  # bytes
+TIMES = {"full": 4.0, "smoke": 0.3}  # data over limit
+SIDE = 128  # pixels
+CLASSES = 4
+TEACHER = """
+import numpy as np
+
+WEIGHTS = np.random.default_rng(7).normal(size=(48, 4)).astype(np.float32)
+
+
+def logits(images):
+    return images[:, ::32, ::32].reshape(len(images), -1) @ WEIGHTS
+"""
+
+
+def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
+    """One row per run.
+
+    Args:
+      seeds: runs.
+      size: full, or smoke: data smaller than the limit, which prove nothing.
+      done: keys of rows to leave out.
+    """
+    for seed in range(seeds):
+        if (seed,) in done:
+            continue
+        with tempfile.TemporaryDirectory() as directory:
+            yield {"seed": seed, **_run(Path(directory), seed, LIMIT[size], int(TIMES[size] * LIMIT[size]))}
+
+
+def _run(directory: Path, seed: int, limit: int, total: int) -> dict[str, Any]:
+    count = total // (SIDE * SIDE * 3)
+    _write(directory / "images.npz", count, seed)
+    (directory / "linear.py").write_text(TEACHER)
+    command = [
+        *(sys.executable, "-m", "ev3_distill", "compress", "--data", "npz:images.npz", "--teacher", "python:linear:logits"),
+        *("--student", "conv4:width=8", "--arms", "kd4", "--batch-size", "32", "--budget", "1e"),
+        *("--memory", f"{limit // 2**20}M"),
+        *("--augment", "flip", "--views", "1", "--teacher-as-is", "--seed", str(seed), "--out", "run"),
+    ]  # fmt: skip
+    began = time.perf_counter()
+    code = (
+        "import json, resource, subprocess, sys; done = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode; "
+        "print(json.dumps([done, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))"
+    )
+    environment = {**os.environ, "EV3_DISTILL_CACHE": str(directory / "cache")}
+    told = subprocess.run(
+        [sys.executable, "-c", code, *command], cwd=directory, env=environment, check=True, stdout=subprocess.PIPE
+    )
+    returned, peak = json.loads(told.stdout)
+    if returned:
+        raise RuntimeError(f"compress ended with {returned}: see above")
+    report = json.loads((directory / "run" / "report.json").read_text())
+    unit = 1024 if sys.platform != "darwin" else 1  # of ru_maxrss
+    return {
+        "limit": limit,
+        "data": count * SIDE * SIDE * 3,
+        "peak": peak * unit,
+        "seconds": round(time.perf_counter() - began, 1),
+        "steps": report["cost"]["steps"],
+    }
+
+
+def _write(path: Path, count: int, seed: int) -> None:
+    """Images of noise, with a label that a part of them tells, written piece by piece."""
+    import zipfile
+
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, count).astype(np.int32)
+    with zipfile.ZipFile(path, "w") as archive:
+        with archive.open("inputs.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, SIDE, SIDE, 3)}
+            np.lib.format.write_array_header_2_0(file, header)
+            for start in range(0, count, 256):
+                part = labels[start : start + 256]
+                block = rng.integers(0, 128, (len(part), SIDE, SIDE, 3), np.uint8)
+                block[:, : SIDE // 2] += (part * 32)[:, None, None, None].astype(np.uint8)
+                file.write(block.tobytes())
+        with archive.open("labels.npy", "w") as file:
+            np.lib.format.write_array(file, labels)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Peak beside limit and data, the greatest over the runs."""
+    worst = max(rows, key=lambda row: row["peak"])
+    unit = 2**30
+    body = [
+        [f"{row['seed']}", *(f"{row[name] / unit:.2f}" for name in ("data", "limit", "peak")), f"{row['steps']:,}",
+         f"{row['seconds']:,.0f}"]
+        for row in rows
+    ]  # fmt: skip
+    held = "held" if worst["peak"] <= worst["limit"] else "missed"
+    return (
+        statistics.markdown(["run", "data, GiB", "limit, GiB", "peak resident set, GiB", "steps", "seconds"], body)
+        + f"\n\nThe greatest peak is {worst['peak'] / worst['limit']:.2f} of the limit: {held}."
+    )

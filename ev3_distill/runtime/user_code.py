@@ -1,0 +1,50 @@
+"""User code: callables that options name as `MODULE:FUNCTION`."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ev3_distill.errors import InputError, summary
+
+
+def load_callable(name: str, *, rule: str) -> Callable[..., Any]:
+    """Imports the callable that `MODULE:FUNCTION` names.
+
+    The working directory comes first in the search for MODULE. All modules of this package are imported as `ev3_distill.*`, so
+    a user's `teachers.py` or `config.py` never hides ours, and ours never hide the user's.
+
+    Args:
+      name: `MODULE:FUNCTION`; MODULE may have dots.
+      rule: first part of the error message, such as "a metric is MODULE:FUNCTION".
+
+    Raises:
+      InputError: the import fails, the module lacks the function, or it is not callable.
+    """
+    module_name, _, attribute = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the working directory; it stays, because user code may import its neighbors later
+    try:
+        module = importlib.import_module(module_name)
+        _check_not_hidden(module_name, module)
+        function = getattr(module, attribute)
+    except Exception as error:  # user code may raise anything
+        raise InputError(
+            f"{rule}; got '{name}', which fails with {summary(error)}: check the name, or run in the folder of the module"
+        ) from error
+    if not callable(function):
+        raise InputError(f"{rule}; got '{name}', which is of type {type(function).__name__}: name a function")
+    return function
+
+
+def _check_not_hidden(name: str, module: ModuleType) -> None:
+    """Raises ImportError if an installed module that was imported earlier, such as `types`, hides the user's file."""
+    path = Path(*name.split("."))
+    files = [file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()]
+    loaded = getattr(module, "__file__", None)
+    if not files or (loaded and any(file.samefile(loaded) for file in files)):
+        return
+    if loaded is None or any(Path(loaded).is_relative_to(folder) for folder in sys.path if folder):
+        raise ImportError(f"{files[0]} is hidden by another module, {loaded or 'a built-in one'}; rename your file")

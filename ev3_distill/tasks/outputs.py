@@ -1,0 +1,68 @@
+"""Outputs of a student and its teacher on a split, and the bounds of a task's metrics from them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ev3_distill.certify.certificate import Bound
+from ev3_distill.errors import InputError
+from ev3_distill.tasks.base import has_target
+from ev3_distill.tasks.metrics import Metric, MetricQuery, find_metric, resolve
+
+__all__ = ["Outputs", "bounds_of"]
+
+
+class Outputs(NamedTuple):
+    """Outputs on N examples, in host memory. Pytrees are as the task declares them; each leaf is [N, ...]."""
+
+    student: Any  # the student's outputs
+    targets: Any  # with missing ones marked as in `tasks/base.py`
+    teacher: Mapping[str, Any] | None = None  # the teacher's outputs by name; None where they are unknown
+    groups: np.ndarray | None = None  # [N] from 0 to num_groups - 1, -1 for none
+    num_groups: int = 0
+
+    def with_target(self) -> "Outputs":
+        """The examples that have a target.
+
+        Raises:
+          InputError: none has.
+        """
+        rows = np.flatnonzero(has_target(self.targets))
+        if not len(rows):
+            raise InputError("this metric needs labeled examples; got none: claim agreement instead")
+        arrays = (self.student, self.targets, self.teacher, self.groups)
+        student, targets, teacher, groups = jax.tree.map(lambda leaf: np.asarray(leaf)[rows], arrays)
+        return Outputs(student, targets, teacher, groups, self.num_groups)
+
+
+def bounds_of(
+    metrics: Iterable[str],
+    outputs: Outputs,
+    *,
+    rows: Mapping[str, Metric] | None = None,
+    costs: np.ndarray | None = None,
+    class_names: Sequence[str] = (),
+) -> dict[str, Bound]:
+    """The bound of each metric in the population, as a function of the claim's own confidence.
+
+    Args:
+      metrics: names as guards write them; duplicates count once.
+      outputs: on the sealed split.
+      rows: the task's metrics by name; all known ones by default.
+      costs: [K, K] of predicting a class (column) for an example of a class (row), for `cost`.
+      class_names: of the K classes; empty where they are numbered.
+
+    Raises:
+      InputError: a user's own function cannot be used, or no example has what the metric needs.
+      ValueError: there is no such metric, or outputs lack what it needs.
+    """
+    result = {}
+    for name in dict.fromkeys(metrics):
+        query = find_metric(name, rows)
+        if query is None or query.row.bound is None:
+            raise ValueError(f"a bound needs a metric that is measured on examples; got '{name}': see tasks/metrics.py")
+        bound = resolve(query.row.bound)
+        result[name] = bound(MetricQuery(query.row, name, query.argument, costs, class_names), outputs)
+    return result
