@@ -3,7 +3,7 @@
 Speed: generations of 64 antithetic pairs, all contenders in turns of a second within one process, in another order each time;
 evaluations of members per second, compilation excluded.
 
-- `full rank` and `rank 1`: `ev3_distill.arms.evolution.estimate`, as it comes, noise held where it fits, spread over all
+- `full rank` and `rank 1`: `ev3_distill.evolution.estimate`, as it comes, noise held where it fits, spread over all
   devices of all processes, while the others have one;
 - `ask, vmap, tell`: the usual way, written here: all noise and all members at once, [N, P] each, `vmap` over members;
 - `evosax`: Open-ES of that library, where it is installed (it is no dependency), the same way;
@@ -36,7 +36,7 @@ import optax
 
 from ev3_distill import students
 from ev3_distill.benchmarks import statistics
-from ev3_distill.evolution.strategy import Fitness, estimate
+from ev3_distill.evolution import Fitness, Population, estimate
 from ev3_distill.runtime import distributed
 from ev3_distill.runtime.compile import jit
 from ev3_distill.types import Network, PyTree, Variables
@@ -117,7 +117,7 @@ def contenders(name: str, shape: Sequence[int], pairs: int) -> dict[str, Callabl
 
         def generation(key: jax.Array, params: PyTree) -> PyTree:
             now = jax.random.wrap_key_data(key)
-            return estimate(now, params, fitness, pairs=pairs, sigma=SIGMA, rank=rank, spread=spread)[0]
+            return estimate(now, params, fitness, Population(pairs=pairs, sigma=SIGMA, rank=rank), spread=spread)[0]
 
         run = jit(generation if mesh.size == 1 else distributed.everywhere(generation, mesh))
         given = params if mesh.size == 1 else distributed.replicate(params, mesh)
@@ -214,7 +214,7 @@ def of_population(members: int, *, width: int) -> dict[str, Any]:
     fitness = _problem(network, (28, 28, 1)).fitness
 
     def generation(key: jax.Array, mean: PyTree) -> PyTree:
-        return estimate(key, mean, fitness, pairs=members // 2, sigma=SIGMA, chunk=1, hold=False)
+        return estimate(key, mean, fitness, Population(pairs=members // 2, sigma=SIGMA, chunk=1, hold_noise=False))
 
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     return {"parameters": size, "bytes": _temporary(generation, params), "optimizer": 2 * 4 * size}
@@ -255,7 +255,7 @@ def resident(members: int) -> None:
     def fitness(params: PyTree, key: jax.Array) -> jax.Array:
         return network.apply(Variables(params, {}), inputs, train=False)[0].mean()
 
-    run = jit(lambda key: estimate(key, params, fitness, pairs=members // 2, sigma=SIGMA, chunk=16))
+    run = jit(lambda key: estimate(key, params, fitness, Population(pairs=members // 2, sigma=SIGMA, chunk=16)))
     jax.block_until_ready(run(jax.random.key(0)))
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     unit = 1024 if sys.platform != "darwin" else 1  # of ru_maxrss
@@ -314,7 +314,7 @@ def of_episode(count: int) -> dict[str, Any]:
 
 def _compared(fitness: Callable[..., jax.Array], params: PyTree, data: jax.Array) -> dict[str, Any]:
     def evaluated(key: jax.Array, mean: PyTree, data: jax.Array) -> PyTree:
-        return estimate(key, mean, lambda p, k: fitness(p, k, data), pairs=1, sigma=SIGMA)[0]
+        return estimate(key, mean, lambda p, k: fitness(p, k, data), Population(pairs=1, sigma=SIGMA))[0]
 
     def reverse(key: jax.Array, mean: PyTree, data: jax.Array) -> PyTree:
         return jax.grad(fitness)(mean, key, data)

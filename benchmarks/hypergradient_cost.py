@@ -18,10 +18,10 @@ import numpy as np
 import optax
 
 from ev3_distill import students
-from ev3_distill.arms.tuned_arm import PARTS
+from ev3_distill.arms.tunable_loss import distillation
+from ev3_distill.arms.tuned_arm import VAL_PARTS
 from ev3_distill.benchmarks import statistics
-from ev3_distill.hypergrad.one_step import TrainLoss, ValLoss, hypergradient
-from ev3_distill.hypergrad.spaces import distillation, student_losses
+from ev3_distill.hypergrad import TrainLoss, ValLoss, hypergradient, student_train_loss, student_val_loss
 from ev3_distill.runtime.compile import jit
 from ev3_distill.tasks.classification import losses
 from ev3_distill.types import Batch, Network, PyTree, Variables
@@ -99,11 +99,9 @@ def start(size: str) -> PyTree:
 
 def losses_of(network: Network, variables: Variables, train: Batch, val: Batch) -> tuple[TrainLoss, ValLoss]:
     """Of tuned distillation on one batch, and of the labels on another."""
-    return student_losses(
-        network.apply, variables, train, val,
-        loss=lambda hyper, logits, batch: distillation(hyper)(logits, batch), val_loss=losses.cross_entropy(),
-        parts=PARTS,
-    )  # fmt: skip
+    tuned = lambda hyper, logits, batch: distillation(hyper)(logits, batch)  # noqa: E731
+    train_loss = student_train_loss(network.apply, variables.stats, train, tuned)
+    return train_loss, student_val_loss(network.apply, variables.stats, val, losses.cross_entropy(), parts=VAL_PARTS)
 
 
 def train(network: Network, student: Student, hyper: PyTree, batch: Batch) -> tuple[Student, PyTree]:

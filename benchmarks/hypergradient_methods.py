@@ -23,7 +23,7 @@ from ev3_distill import students
 from ev3_distill.benchmarks import datasets, hypergradient_cost, hypergradient_one_dimension, statistics
 from ev3_distill.benchmarks.hypergradient_cost import BATCH, OPTIMIZER, REVERSE, Student
 from ev3_distill.data.sources import load_data
-from ev3_distill.hypergrad.one_step import hypergradient
+from ev3_distill.hypergrad import hypergradient
 from ev3_distill.runtime.compile import jit
 from ev3_distill.types import Batch, Network, PyTree
 

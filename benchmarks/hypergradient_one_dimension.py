@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from ev3_distill.benchmarks import statistics
-from ev3_distill.hypergrad.one_step import hypergradient
+from ev3_distill.hypergrad import hypergradient
 from ev3_distill.types import PyTree
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ as published. The angle enters before the network, so that `jvp` needs a backwar
 One step's slope asks what an angle does to the next step, and may stay degrees from the truth: a network that has learned from
 images turned by 24 degrees has its smallest gradients near there, and what a step is worth grows with them to both sides. On
 three dev seeds other outer optimizers, averages and a momentum of the held-out gradient left each seed with its own angle.
-`carried` asks what all steps so far have made of the network.
+`forward_mode_step` asks what all steps so far have made of the network.
 
 References:
   Bohdal et al., EvoGrad: Efficient gradient-based meta-learning and hyperparameter optimization, 2021, section 4.2.
@@ -28,9 +28,17 @@ from flax import nnx
 
 from ev3_distill.benchmarks import datasets, statistics
 from ev3_distill.data.sources import load_data
-from ev3_distill.hypergrad.forward_mode import Carried, carried, carrying
-from ev3_distill.hypergrad.one_step import hypergradient
-from ev3_distill.hypergrad.spaces import FREE, Tuned, outer_step, start, tuned_values
+from ev3_distill.hypergrad import (
+    ForwardModeState,
+    OuterState,
+    averaged_values,
+    forward_mode_init,
+    forward_mode_step,
+    hypergradient,
+    outer_init,
+    outer_step,
+)
+from ev3_distill.hypergrad.spaces import FREE
 from ev3_distill.runtime.compile import jit
 from ev3_distill.students.layers.conv import Conv
 from ev3_distill.students.network import from_nnx
@@ -73,8 +81,8 @@ class Data(NamedTuple):
 class Carry(NamedTuple):
     """What a step hands to the next."""
 
-    training: Carried
-    tuned: Tuned
+    training: ForwardModeState
+    tuned: OuterState
 
 
 class LeNet(nnx.Module):
@@ -177,19 +185,19 @@ def _epoch(options: dict[str, Any]) -> Callable[..., tuple[Carry, jax.Array]]:
             return _loss(params, held_images, val.labels[held])
 
         if options.get("method") == "carried":
-            training, slope, info = carried(carry.training, angle.free, train_loss, val_loss, optimizer=INNER)
+            training, slope, info = forward_mode_step(carry.training, angle.free, train_loss, val_loss, optimizer=INNER)
         else:
             gradient = jax.grad(train_loss)(params, angle.free, 0)
             updates, after = INNER.update(gradient, opt_state, params)
-            training = Carried(optax.apply_updates(params, updates), after, tangents)
+            training = ForwardModeState(optax.apply_updates(params, updates), after, tangents)
             if not options:
                 return Carry(training, angle), angle.free
             at, own = params, {"optimizer": INNER, "opt_state": opt_state, "gradient": gradient}
             if options["method"] == "evograd":
                 at, own = training.params, {}  # as published, after the step
             slope, info = hypergradient(key, at, angle.free, train_loss, val_loss, **own, **options)
-        decay = 1 - (ETA + 1) / (angle.steps + 1 + ETA)  # as of `arms.gradient.averaged`
-        angle = outer_step(angle, slope, OUTER, sound=info.finite, decay=decay)
+        decay = 1 - (ETA + 1) / (angle.steps + 1 + ETA)  # as of `arms.gradient.update_average`
+        angle = outer_step(angle, slope, OUTER, valid=info.finite, decay=decay)
         return Carry(training, angle), angle.free
 
     @jit
@@ -200,8 +208,8 @@ def _epoch(options: dict[str, Any]) -> Callable[..., tuple[Carry, jax.Array]]:
 
 
 def _run(epoch: Any, train: Data, val: Data, test: Data, *, seed: int, epochs: int) -> dict[str, Any]:
-    params, angle = NETWORK.init(jax.random.key(seed)).params, start(FREE, 0.0, OUTER)
-    carry = Carry(carrying(params, INNER.init(params), angle.free), angle)
+    params, angle = NETWORK.init(jax.random.key(seed)).params, outer_init(FREE, 0.0, OUTER)
+    carry = Carry(forward_mode_init(params, INNER.init(params), angle.free), angle)
     rng, angles = np.random.default_rng(seed), []
     for number in range(epochs):
         steps = len(train.labels) // BATCH
@@ -212,7 +220,7 @@ def _run(epoch: Any, train: Data, val: Data, test: Data, *, seed: int, epochs: i
         carry, path = epoch(carry, key, (train, val), (jnp.asarray(rows), jnp.asarray(held)))
         angles += np.degrees(path).tolist()
     return {
-        "angle": math.degrees(float(tuned_values(FREE, carry.tuned))),
+        "angle": math.degrees(float(averaged_values(FREE, carry.tuned))),
         "last": angles[-1],
         "accuracy": _accuracy(carry.training.params, test),
         "path": [round(angle, 2) for angle in angles[::EVERY]],

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ev3_distill.arms import CONVOLUTIONAL_FAMILIES, MUON_RATE, RATE, up_and_down
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.arms.optimizers import adamw, muon
-from ev3_distill.arms.tuned_arm import tuned_arm
+from ev3_distill.arms.tuned_arm import TuningConfig, tuned_arm
 from ev3_distill.config import EV3
 from ev3_distill.core.assess import logits_of
 from ev3_distill.core.explore import draw_from, held_from
@@ -46,8 +46,8 @@ def arm_of(network: Network, loss: Loss) -> Arm:
 
 
 def tuned_arm_of(network: Network, tune: Sequence[str], **options: Any) -> Arm:
-    """The same with a tuned loss; `options` are those of `tuned_arm`."""
-    return tuned_arm("tuned", network.apply, tune=tune, **_recipe(network), **options)
+    """The same with a tuned loss; `options` are those of `TuningConfig`."""
+    return tuned_arm("tuned", network.apply, config=TuningConfig(tune=tuple(tune), **options), **_recipe(network))
 
 
 def _recipe(network: Network) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ev3_distill import students
+from ev3_distill.arms.tunable_loss import distillation
 from ev3_distill.benchmarks import problems, statistics, trajectories
 from ev3_distill.data import batches
-from ev3_distill.hypergrad.spaces import distillation
 from ev3_distill.runtime.compile import jit
 from ev3_distill.types import Network, Pools, PyTree, Variables
 

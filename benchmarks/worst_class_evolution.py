@@ -29,13 +29,13 @@ import optax
 
 from ev3_distill import students
 from ev3_distill.arms import arms_named
+from ev3_distill.arms.evolution_arm import evolution_arm
 from ev3_distill.benchmarks import datasets, guard_steering, statistics, trajectories
 from ev3_distill.config import EV3
 from ev3_distill.core.explore import draw_from
 from ev3_distill.data import batches
 from ev3_distill.data.sources import Dataset, load_data
-from ev3_distill.evolution.strategy import evolution_arm
-from ev3_distill.evolution.subspace import named
+from ev3_distill.evolution import EvolutionConfig, parameters_named
 from ev3_distill.tasks.classification import example_scores, steering
 from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.training.trainer import Distillation
@@ -48,7 +48,7 @@ STARTS = ("kd4", "kd4-balanced")
 GRADIENTS = ("kd4", "ce", "kd4-balanced", "ce-balanced", "ce-half-balanced")
 BALANCED = ("kd4-balanced", "ce-balanced")
 BATCH = 2048  # that a population sees
-BIASES, HEAD = named(r"\[1\]\['bias'\]"), named("head")
+BIASES, HEAD = parameters_named(r"\[1\]\['bias'\]"), parameters_named("head")
 WORST = ("evolution, last biases", "evolution, last layer", "evolution, last biases, on explore")
 INT8 = "evolution, as int8"
 COST = {"full": 8000, "smoke": 400}  # of the start, and of what follows
@@ -123,18 +123,17 @@ def contenders(student: Network) -> dict[str, Callable[..., Variables]]:
     for arm in arms_named(student.apply, BALANCED):
         found[f"{arm.name}, with assess"] = _going_on(arm, "both", usual)
     worst = steering.goal("worst_class_accuracy", 0).score
-    of_biases: dict[str, Any] = {"subspace": BIASES, "pairs": 8, "sigma": 0.3, "rate": 0.1}
-    of_head: dict[str, Any] = {"subspace": HEAD, "pairs": 16, "sigma": 0.1, "rate": 0.03}
+    of_biases = BIASES, EvolutionConfig(pairs=8, sigma=0.3), 0.1
+    of_head = HEAD, EvolutionConfig(pairs=16, sigma=0.1), 0.03
     asked = (
         (WORST[0], "assess", student.apply, worst, of_biases),
         (WORST[1], "assess", student.apply, worst, of_head),
         (WORST[2], "explore", student.apply, worst, of_biases),
         (INT8, "assess", quantised(student.apply), example_scores.accuracy, of_head),
     )
-    for name, where, apply, objective, how in asked:
-        rate = optax.cosine_decay_schedule(how["rate"], GENERATIONS // how["pairs"])
-        others = {option: value for option, value in how.items() if option != "rate"}
-        arm = evolution_arm(name, apply, objective, optax.adam(rate), **others)
+    for name, where, apply, objective, (subspace, config, rate) in asked:
+        schedule = optax.cosine_decay_schedule(rate, GENERATIONS // config.pairs)
+        arm = evolution_arm(name, apply, objective, optax.adam(schedule), config, subspace=subspace)
         found[name] = _going_on(arm, where, BATCH)
     return found
 

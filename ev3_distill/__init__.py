@@ -20,6 +20,7 @@ _HOME = {
     "distill": "ev3_distill.training.trainer:distill",
     "from_nnx": "ev3_distill.students.network:from_nnx",
     "goal": "ev3_distill.tasks.classification.steering:goal",
+    "hypergradient": "ev3_distill.hypergrad:hypergradient",
     "gradient_arm": "ev3_distill.arms.gradient:gradient_arm",
     "load_data": "ev3_distill.data.sources:load_data",
     "load_student": "ev3_distill.students:load",

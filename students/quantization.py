@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from ev3_distill.runtime.jaxpr import Program, Step, flat
+from ev3_distill.runtime.jaxpr import Operation, Program, flatten
 from ev3_distill.types import Network, Variables
 
 WHOLE, RANGES = "network", "ranges"  # in the statistics: the network's own, and those of activations
@@ -63,7 +63,7 @@ def as_int8(network: Network, *, tracing: Tracing = contextlib.nullcontext) -> N
             traced = jax.make_jaxpr(lambda variables, inputs: network.apply(variables, inputs, train=False)[0])(
                 variables, inputs
             )
-        return _planned(flat(traced), len(jax.tree.leaves(variables.params)), len(jax.tree.leaves(variables)))
+        return _planned(flatten(traced), len(jax.tree.leaves(variables.params)), len(jax.tree.leaves(variables)))
 
     def init(key: jax.Array) -> Variables:
         variables = network.init(key)
@@ -177,17 +177,17 @@ def _nearest(array: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
 
 def _planned(program: Program, params: int, variables: int) -> _Plan:
     """What of a program is rounded, the first `variables` inputs of which are variables, parameters first."""
-    makers = {number: step for step in program.steps for number in step.outputs}
-    users: dict[int, list[Step]] = {}
-    for step in program.steps:
+    makers = {number: step for step in program.operations for number in step.outputs}
+    users: dict[int, list[Operation]] = {}
+    for step in program.operations:
         for number in step.inputs:
             users.setdefault(number, []).append(step)
     fixed = {*program.inputs[:variables], *program.constants}
-    for step in program.steps:
+    for step in program.operations:
         if all(number in fixed for number in step.inputs):
             fixed.update(step.outputs)
     marked, weights, leaves = set[int](), dict[int, tuple[int, tuple[int, ...]]](), dict[int, tuple[int, ...]]()
-    for i, step in enumerate(program.steps):
+    for i, step in enumerate(program.operations):
         held = [number in fixed for number in step.inputs]
         if step.name not in PRODUCTS or sum(held) != 1 or program.avals[step.outputs[0]].dtype != jnp.float32:
             continue
@@ -205,7 +205,7 @@ def _planned(program: Program, params: int, variables: int) -> _Plan:
     return _Plan(program, {number: site for site, number in enumerate(order)}, weights, leaves)
 
 
-def _outputs_of(step: Step, which: int, rank: int) -> tuple[int, ...]:
+def _outputs_of(step: Operation, which: int, rank: int) -> tuple[int, ...]:
     """The axes of a product's weights that are axes of what it makes."""
     numbers = step.params["dimension_numbers"]
     if step.name == "conv_general_dilated":
@@ -213,7 +213,7 @@ def _outputs_of(step: Step, which: int, rank: int) -> tuple[int, ...]:
     return tuple(sorted({*range(rank)} - {*numbers[0][which]}))
 
 
-def _settled(number: int, users: dict[int, list[Step]], fixed: set[int]) -> int:
+def _settled(number: int, users: dict[int, list[Operation]], fixed: set[int]) -> int:
     """What a product makes, behind all that a runtime takes into it: scales, shifts and a ReLU."""
     while len(using := users.get(number, [])) == 1:
         (step,) = using
@@ -238,7 +238,7 @@ def _run(
     arrays = dict(program.constants)
     given = zip(program.inputs, (*jax.tree.leaves(variables), inputs), strict=True)
     arrays.update((number, settled(number, array)) for number, array in given)
-    for i, step in enumerate(program.steps):
+    for i, step in enumerate(program.operations):
         taken = [arrays[number] for number in step.inputs]
         if i in plan.weights:
             which, axes = plan.weights[i]

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ev3_distill.arms.gradient import gradient_arm
+from ev3_distill.arms.evolution_arm import evolution_arm
+from ev3_distill.arms.gradient import LossWithParams, gradient_arm
 from ev3_distill.arms.optimizers import adamw, muon
-from ev3_distill.arms.tuned_arm import tuned_arm
+from ev3_distill.arms.tuned_arm import TuningConfig, tuned_arm
 from ev3_distill.errors import InputError
-from ev3_distill.evolution.strategy import evolution_arm
+from ev3_distill.evolution import EvolutionConfig
 from ev3_distill.students.network import features_of
 from ev3_distill.tasks.classification import example_scores, losses, steering
 from ev3_distill.tasks.classification.feature_losses import FEATURE_LOSSES, with_features
@@ -38,11 +39,11 @@ Make = Callable[[str, _Pass], Arm]
 
 
 def _adamw(loss: Callable[[], Loss], rate: float = RATE) -> Make:
-    return lambda name, by: gradient_arm(name, by.apply, loss(), adamw(rate), share=by.share)
+    return lambda name, by: gradient_arm(name, by.apply, loss(), adamw(rate), rounding=by.share)
 
 
 def _muon(loss: Callable[[], Loss], rate: float = MUON_RATE) -> Make:
-    return lambda name, by: gradient_arm(name, by.apply, loss(), muon(rate), anneal=up_and_down, share=by.share)
+    return lambda name, by: gradient_arm(name, by.apply, loss(), muon(rate), anneal=up_and_down, rounding=by.share)
 
 
 def _challenger(make: Make) -> Make:
@@ -60,8 +61,8 @@ def up_and_down(spent: jax.Array) -> jax.Array:
 
 
 def _evolving(objective: Callable[[], Objective]) -> Callable[[str, Apply, Mesh | None], Arm]:
-    how: dict[str, Any] = {"pairs": 32, "sigma": 0.02}
-    return lambda name, apply, mesh: evolution_arm(name, apply, objective(), optax.adam(3e-3), mesh=mesh, **how)
+    config = EvolutionConfig(pairs=32, sigma=0.02)
+    return lambda name, apply, mesh: evolution_arm(name, apply, objective(), optax.adam(3e-3), config, mesh=mesh)
 
 
 def _with_labels(teacher: Loss) -> Loss:
@@ -253,10 +254,10 @@ def _number_off(text: str, sign: str) -> tuple[str, str]:
 
 def _tuned(name: str, apply: Apply, network: Network | None) -> Arm:
     """The arm of a name such as `tuned-temperature-mix`, with the optimizer that its kind of network learns by."""
-    tune = name.split("-")[1:]
+    config = TuningConfig(tune=tuple(name.split("-")[1:]))
     if network is not None and network.spec.get("family") in CONVOLUTIONAL_FAMILIES:
-        return tuned_arm(name, apply, muon(MUON_RATE), tune=tune, anneal=up_and_down)
-    return tuned_arm(name, apply, adamw(RATE), tune=tune)
+        return tuned_arm(name, apply, muon(MUON_RATE), config, anneal=up_and_down)
+    return tuned_arm(name, apply, adamw(RATE), config)
 
 
 def _pass(name: str, apply: Apply, network: Network | None) -> _Pass:
@@ -284,7 +285,7 @@ def _featured(name: str, network: Network | None, teacher: Shapes) -> Arm:
     logits_loss = _with_labels(losses.kd(temperature=4.0))
     loss = with_features(logits_loss, feature_loss, student=asked.student, teacher=asked.teacher, weight=asked.weight)
     extra = feature_loss.begin(student[asked.student], teacher[asked.teacher])
-    return gradient_arm(name, network.features, loss, adamw(asked.rate), extra=extra)
+    return gradient_arm(name, network.features, LossWithParams(loss, extra), adamw(asked.rate))
 
 
 def _listed(shapes: Shapes) -> str:

@@ -1,9 +1,9 @@
-"""An estimate part by part: one population for each part of the parameters, such as a layer, while the others stay.
+"""Block-coordinate estimates: one population per block of parameters, such as a layer, while the other blocks stay fixed.
 
-With noise on a part of d_k of d parameters the variance of its estimate is |gradient of that part|^2 d_k / n, not
-|gradient|^2 d / n, and a network's layers before that part give all members the same, once. Deep layers are then cheap to
-evaluate, and their populations can be large for little. A block-coordinate estimate is of the sum over parts of each one's
-smoothed objective, which has no noise of other parts in it: as sigma falls, the gradient.
+With noise on a block of d_k of d parameters, the variance of its estimate is |gradient of the block|^2 d_k / n instead of
+|gradient|^2 d / n. All members share the layers before the block, which are evaluated once. So deep layers are cheap to
+evaluate and can have large populations. The estimate is of the sum over blocks of each block's smoothed objective, which has no
+noise from the other blocks; as sigma goes to 0, it tends to the gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,60 +13,52 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ev3_distill.evolution.strategy import Fitness, Report, estimate
+from ev3_distill.evolution.population import Fitness, Population, PopulationStats, estimate
 from ev3_distill.evolution.subspace import Subspace
 from ev3_distill.runtime.distributed import Spread
 from ev3_distill.types import PyTree
 
 
-class Part(NamedTuple):
-    """A population of its own."""
+class Block(NamedTuple):
+    """A block of parameters and its population."""
 
-    subspace: Callable[[PyTree], Subspace]  # of the parameters that move in it; disjoint from the other parts'
-    pairs: int
-    chunk: int | None = None  # pairs at once
+    subspace: Callable[[PyTree], Subspace]  # parameters -> the block; disjoint from other blocks
+    population: Population
 
 
-def estimate_by_parts(
+def estimate_by_blocks(
     key: jax.Array,
     mean: PyTree,
     fitness: Fitness,
-    parts: Sequence[Part],
+    blocks: Sequence[Block],
     *,
-    sigma: jax.typing.ArrayLike,
-    shaping: str = "rank",
-    rank: int | None = None,
-    spread: Spread = Spread(),  # noqa: B008  a tuple
-) -> tuple[PyTree, Report]:
-    """As `estimate`, of one population after the other; a parameter in no part has gradient 0.
+    spread: Spread | None = None,
+) -> tuple[PyTree, PopulationStats]:
+    """Like `estimate`, one population after the other. Parameters outside all blocks get gradient 0.
 
-    Shaping is within each population, so that its scale is each part's own: an optimizer that is deaf to scale, such as Adam,
-    is the one to take.
+    Fitness is shaped within each population, so every block has a scale of its own. Use an optimizer that is invariant to
+    scale, such as Adam.
     """
-    gradient, reports = optax.tree.zeros_like(mean), []
-    for i, part in enumerate(parts):
-        moving, join = part.subspace(mean)
-        found, report = estimate(
+    gradient, stats = optax.tree.zeros_like(mean), []
+    for i, block in enumerate(blocks):
+        selected, join = block.subspace(mean)
+        estimated, block_stats = estimate(
             jax.random.fold_in(key, i),
-            moving,
-            lambda moving, of_data, join=join: fitness(join(moving), of_data),  # type: ignore[misc]
-            pairs=part.pairs,
-            sigma=sigma,
-            shaping=shaping,
-            rank=rank,
-            chunk=part.chunk,
+            selected,
+            lambda selected, data_key, join=join: fitness(join(selected), data_key),  # type: ignore[misc]
+            block.population,
             spread=spread,
         )
-        gradient = part.subspace(gradient).join(found)
-        reports.append(report)
-    return gradient, _together(reports, [part.pairs for part in parts])
+        gradient = block.subspace(gradient).join(estimated)
+        stats.append(block_stats)
+    return gradient, _combined(stats, [block.population.pairs for block in blocks])
 
 
-def _together(reports: Sequence[Report], pairs: Sequence[int]) -> Report:
-    """Of all members: the sound ones' mean and spread."""
-    mean, best, std, broken = (jnp.stack(field) for field in zip(*reports, strict=True))
-    weight = 2 * jnp.array(pairs) - broken
+def _combined(stats: Sequence[PopulationStats], pairs: Sequence[int]) -> PopulationStats:
+    """Statistics over the members of all populations."""
+    mean, best, std, failed = (jnp.stack(field) for field in zip(*stats, strict=True))
+    weight = 2 * jnp.array(pairs) - failed
     weight = weight / jnp.maximum(weight.sum(), 1)
     center = weight @ mean
     variance = weight @ (jnp.square(std) + jnp.square(mean - center))
-    return Report(center, best.max(), jnp.sqrt(variance), broken.sum())
+    return PopulationStats(center, best.max(), jnp.sqrt(variance), failed.sum())

@@ -1,19 +1,21 @@
-"""Any function of parameters, evaluated at W + L R^T without making that matrix where a product or a convolution allows it.
+"""Evaluate any function of parameters at W + L R^T, without forming that matrix in products and convolutions.
 
-The function's jaxpr is run once over values some of which are `Factored`. Three operations know what to do with one:
+The function's jaxpr is evaluated over values some of which are `Factored`. Three kinds of operation handle a factored value:
 
-- x W, as a dot_general that contracts all of x's last axis with W's first (or, for x W^T, with its last):
-  x W + (x L) R^T;
-- a convolution [B, H, W, C] with a kernel [kh, kw, C, O], without groups: that with the mean, and the low-rank term, which is
-  not another convolution (under `vmap` one of kernels, slow everywhere) but C -> kh kw r products at every pixel, kh kw shifted
-  sums, and r -> O products;
-- calls (jit, custom derivatives, checkpoints), which are entered, whatever they are given: what is left can be run as it is.
+- A product x W: a dot_general that contracts the last axis of x with the first of W (or the last, for x W^T). It becomes
+  x W + (x L) R^T.
+- A convolution [B, H, W, C] with a kernel [kh, kw, C, O], without groups. It becomes the convolution with the mean plus a
+  low-rank term: C -> kh kw r products at every pixel, kh kw shifted sums, and r -> O products. Under `vmap`, a second
+  convolution would be one with a batch of kernels, which is slow on every backend.
+- A call (jit, custom derivative, checkpoint). It is entered.
 
-Everything else gets the matrix itself, W + L R^T: right, at the price of one matrix per member, and of a product with it. That
-is what grouped convolutions, 1x1 kernels that are sliced first, and parameters inside loops cost. Under `vmap` over L and R
-alone, the terms of the mean stay one product or convolution of a larger batch, and before the first layer one for all members.
+Every other operation gets the matrix W + L R^T itself. The result is correct, at the price of one matrix per member and a
+product with it. Grouped convolutions, 1x1 kernels that are sliced first, and parameters inside loops pay this price. Under
+`vmap` over L and R alone, the terms of the mean remain one product or convolution of a larger batch, and before the first layer
+one for all members.
 
-Reference: Sarkar et al., arXiv 2511.16652, where this is the reason for low-rank noise.
+References:
+  Sarkar et al.: Evolution strategies at the hyperscale (EGGROLL). arXiv 2511.16652.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,13 +23,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
+
+from ev3_distill.runtime.jaxpr import CALLS, called, is_variable
+from ev3_distill.types import PyTree
 
 Pair = tuple[int, int]
 
 
 class Factored(NamedTuple):
-    """mean + left right^T, with the mean as a matrix of its last axis' columns."""
+    """mean + left right^T, where the mean is viewed as a matrix with its last axis as columns."""
 
     mean: jax.Array  # [..., n], m entries before the last axis
     left: jax.Array  # [m, r]
@@ -38,43 +42,44 @@ class Factored(NamedTuple):
         return self.mean + (self.left @ self.right.T).reshape(self.mean.shape).astype(self.mean.dtype)
 
 
-def evaluate(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    """function(*arguments), arguments being arrays or `Factored`; derivatives are not what this is for."""
+def evaluate(function: Callable[..., PyTree], arguments: Sequence[Any]) -> PyTree:
+    """Compute function(*arguments), where each argument is an array or `Factored`. Not meant to be differentiated."""
     means = [value.mean if isinstance(value, Factored) else value for value in arguments]
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*means)
-    out = _run(closed.jaxpr, closed.consts, arguments)
+    out = _run(closed, arguments)
     return jax.tree.unflatten(jax.tree.structure(shape), [_dense(value) for value in out])
 
 
-def _run(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
+def _run(program: Any, arguments: Sequence[Any]) -> list[Any]:
+    """Outputs of a closed jaxpr."""
+    jaxpr = program.jaxpr
+    values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *arguments], strict=True))
 
-    def read(variable: Any) -> Any:
-        return variable.val if isinstance(variable, Literal) else values[variable]
+    def read(atom: Any) -> Any:
+        return values[atom] if is_variable(atom) else atom.val
 
     for equation in jaxpr.eqns:
-        out = _apply(equation, [read(variable) for variable in equation.invars])
+        out = _apply(equation, [read(atom) for atom in equation.invars])
         values.update(zip(equation.outvars, out, strict=True))
-    return [read(variable) for variable in jaxpr.outvars]
+    return [read(atom) for atom in jaxpr.outvars]
 
 
-def _apply(equation: Any, given: list[Any]) -> Sequence[Any]:
-    """One operation's results."""
-    name, params = equation.primitive.name, equation.params
-    if name in _CALLS:
-        inner = params[_CALLS[name]]
-        return _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), given)
-    if any(isinstance(value, Factored) for value in given):
-        if name in _RULES and isinstance(given[1], Factored) and not isinstance(given[0], Factored):
-            out = _RULES[name](equation, given[0], given[1])
+def _apply(equation: Any, inputs: list[Any]) -> Sequence[Any]:
+    """Outputs of one operation."""
+    name = equation.primitive.name
+    if name in CALLS:
+        return _run(called(equation), inputs)
+    if any(isinstance(value, Factored) for value in inputs):
+        if name in _RULES and isinstance(inputs[1], Factored) and not isinstance(inputs[0], Factored):
+            out = _RULES[name](equation, inputs[0], inputs[1])
             if out is not None:
                 return [out]
-        given = [_dense(value) for value in given]
-    return _bind(equation, given)
+        inputs = [_dense(value) for value in inputs]
+    return _bind(equation, inputs)
 
 
-def _bind(equation: Any, given: Sequence[Any]) -> Sequence[Any]:
-    out = equation.primitive.bind(*given, **equation.params)
+def _bind(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:
+    out = equation.primitive.bind(*inputs, **equation.params)
     return out if equation.primitive.multiple_results else [out]
 
 
@@ -83,23 +88,23 @@ def _dense(value: Any) -> Any:
 
 
 def _dot(equation: Any, x: jax.Array, w: Factored) -> jax.Array | None:
-    """x W, or x W^T, of a matrix W [m, n]."""
-    (of_x, of_w), (batch, _) = equation.params["dimension_numbers"]
-    if w.mean.ndim != 2 or batch or tuple(of_x) != (x.ndim - 1,):
+    """x W or x W^T for a matrix W [m, n]; None for any other contraction."""
+    (x_axes, w_axes), (batch, _) = equation.params["dimension_numbers"]
+    if w.mean.ndim != 2 or batch or tuple(x_axes) != (x.ndim - 1,):
         return None
-    near, far = (w.left, w.right) if tuple(of_w) == (0,) else (w.right, w.left)
+    near, far = (w.left, w.right) if tuple(w_axes) == (0,) else (w.right, w.left)
     out: jax.Array = _bind(equation, [x, w.mean])[0]
     return out + ((x @ near) @ far.T).astype(out.dtype)
 
 
 def _convolution(equation: Any, x: jax.Array, w: Factored) -> jax.Array | None:
-    """XLA's own convolution, if of the usual axes and without groups."""
+    """XLA's own convolution; None unless it is NHWC with HWIO kernels, without groups."""
     params = equation.params
     axes = params["dimension_numbers"]
-    usual = (axes.lhs_spec, axes.rhs_spec, axes.out_spec) == ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+    nhwc = (axes.lhs_spec, axes.rhs_spec, axes.out_spec) == ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
     groups = params["feature_group_count"] * params["batch_group_count"]
     cropped = min(min(pad) for pad in params["padding"]) < 0
-    if not usual or groups != 1 or set(params["lhs_dilation"]) != {1} or cropped:
+    if not nhwc or groups != 1 or set(params["lhs_dilation"]) != {1} or cropped:
         return None
     low = _by_taps(x, w, params["window_strides"], params["padding"], params["rhs_dilation"])
     out: jax.Array = _bind(equation, [x, w.mean])[0]
@@ -107,7 +112,7 @@ def _convolution(equation: Any, x: jax.Array, w: Factored) -> jax.Array | None:
 
 
 def _same_convolution(equation: Any, x: jax.Array, w: Factored) -> jax.Array:
-    """The primitive of `students/conv.py`: "SAME" padding, and strides."""
+    """The "students_conv" primitive: "SAME" padding, and strides."""
     strides = equation.params["strides"]
     pads = jax.lax.padtype_to_pads(x.shape[1:3], w.mean.shape[:2], strides, "SAME")
     out: jax.Array = _bind(equation, [x, w.mean])[0]
@@ -117,7 +122,7 @@ def _same_convolution(equation: Any, x: jax.Array, w: Factored) -> jax.Array:
 def _by_taps(
     x_BxHxWxC: jax.Array, w: Factored, strides: Sequence[int], pads: Sequence[Pair], dilation: Sequence[int]
 ) -> jax.Array:
-    """The convolution with L R^T, [B, H', W', O]: each tap of L at every pixel first, then the sum of the shifted."""
+    """The convolution with L R^T, [B, H', W', O]: apply each tap of L at every pixel, then sum the shifted results."""
     (kh, kw, channels, _), rank = w.mean.shape, w.left.shape[-1]
     left = w.left.reshape(kh * kw, channels, rank).transpose(1, 0, 2).reshape(channels, -1)
     taps = (x_BxHxWxC @ left).reshape(*x_BxHxWxC.shape[:3], kh, kw, rank)
@@ -135,13 +140,4 @@ _RULES: dict[str, Callable[[Any, jax.Array, Factored], jax.Array | None]] = {
     "dot_general": _dot,
     "conv_general_dilated": _convolution,
     "students_conv": _same_convolution,
-}
-# Operations that hold a jaxpr of their arguments, and the parameter that it is.
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
 }

@@ -1,9 +1,9 @@
-"""Noise on a network's parameters, drawn anew from a key wherever it is needed: nothing of it is stored.
+"""Noise on a network's parameters. It is regenerated from a key wherever it is needed, and never stored.
 
-A member is mean + scale E, where the entries of E have mean 0 and variance 1. Full-rank noise is Gaussian. Low-rank noise is
-E = A B^T / sqrt(r) for a matrix W [m, n], with Gaussian A [m, r] and B [n, r]; a kernel [kh, kw, C, O] is the matrix
-[kh kw C, O], vectors and what is too small to gain stay full-rank. A member's products are then those of the mean and cheap
-ones, x W + scale (x A) B^T / sqrt(r): see `lowrank.py`.
+A member is mean + scale E, where the entries of E have mean 0 and variance 1. Full-rank noise is Gaussian. Low-rank noise for a
+matrix W [m, n] is E = A B^T / sqrt(r), with Gaussian A [m, r] and B [n, r]. A kernel [kh, kw, C, O] is treated as the matrix
+[kh kw C, O]. Vectors, and matrices too small to gain, keep full-rank noise. A product with a member is then a product with the
+mean plus a cheap term, x W + scale (x A) B^T / sqrt(r); see `lowrank.py`.
 
 References:
   Salimans et al.: Evolution strategies as a scalable alternative to reinforcement learning. arXiv 1703.03864.
@@ -23,12 +23,14 @@ from ev3_distill.types import PyTree
 
 
 class Noise(NamedTuple):
-    """A family of noise on parameters of one structure. What is drawn is one vector, of `size` numbers."""
+    """A noise distribution on parameters of one structure. A draw is one vector of `size` numbers."""
 
     size: int  # numbers per draw
-    member: Callable[[Callable[[PyTree], Any], jax.Array, jax.Array], Any]  # (function, drawn [size], scale) ->
-    # function(mean + scale E)
-    weigh: Callable[[jax.Array, jax.Array], PyTree]  # (weights [c], drawn [c, size]) -> sum_i w_i E_i, as the mean
+    member: Callable[[Callable[[PyTree], Any], jax.Array, jax.Array], Any]
+    # (function, draw [size], scale) -> function(mean + scale E)
+    weigh: Callable[
+        [jax.Array, jax.Array], PyTree
+    ]  # (weights [c], draws [c, size]) -> sum_i w_i E_i, shaped like the mean
 
     def draw(self, key: jax.Array) -> jax.Array:
         """Standard normal numbers [size]."""
@@ -37,26 +39,29 @@ class Noise(NamedTuple):
 
 def full_rank(mean: PyTree) -> Noise:
     """Gaussian noise on every parameter."""
-    vector, back = ravel_pytree(mean)
+    vector, unravel = ravel_pytree(mean)
 
     def member(function: Callable[[PyTree], Any], drawn: jax.Array, scale: jax.Array) -> Any:
-        return function(back(vector + scale * drawn))
+        return function(unravel(vector + scale * drawn))
 
     def weigh(weights: jax.Array, drawn: jax.Array) -> PyTree:
-        return back(weights @ drawn)
+        return unravel(weights @ drawn)
 
     return Noise(vector.size, member, weigh)
 
 
 def low_rank(mean: PyTree, rank: int) -> Noise:
-    """Noise of a rank r on every matrix and kernel for which r (m + n) < m n, Gaussian noise on all else.
+    """Noise of rank r on every matrix and kernel with r (m + n) < m n, Gaussian noise on the rest.
 
     Args:
-      mean: whose members are drawn.
+      mean: parameters of the mean.
       rank: r, at least 1.
+
+    Raises:
+      ValueError: the rank is below 1.
     """
     if rank < 1:
-        raise ValueError(f"the rank of noise is at least 1; got {rank}: leave it out for noise of full rank")
+        raise ValueError(f"the rank of the noise must be at least 1; got {rank}: use None for full-rank noise")
     leaves, treedef = jax.tree.flatten(mean)
     counts = [_count(leaf.shape, rank) for leaf in leaves]
     ends = [sum(counts[:i]) for i in range(1, len(counts))]
@@ -65,7 +70,7 @@ def low_rank(mean: PyTree, rank: int) -> Noise:
         parts = jnp.split(drawn, ends)
         noisy = [
             Factored(leaf, scale / math.sqrt(rank) * left, right)
-            if _factors(leaf.shape, rank)
+            if _is_low_rank(leaf.shape, rank)
             else leaf + scale * part.reshape(leaf.shape)
             for leaf, part in zip(leaves, parts, strict=True)
             for left, right in [_split(part, leaf.shape, rank)]
@@ -75,7 +80,7 @@ def low_rank(mean: PyTree, rank: int) -> Noise:
     def weigh(weights: jax.Array, drawn: jax.Array) -> PyTree:
         summed = [
             _sum_of_products(weights / math.sqrt(rank), part, leaf.shape, rank)
-            if _factors(leaf.shape, rank)
+            if _is_low_rank(leaf.shape, rank)
             else (weights @ part).reshape(leaf.shape)
             for leaf, part in zip(leaves, jnp.split(drawn, ends, axis=1), strict=True)
         ]
@@ -88,18 +93,19 @@ def _matrix(shape: Sequence[int]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1]
 
 
-def _factors(shape: Sequence[int], rank: int) -> bool:
-    """Whether an array of this shape gets noise of low rank."""
+def _is_low_rank(shape: Sequence[int], rank: int) -> bool:
+    """Whether an array of this shape gets low-rank noise."""
     return len(shape) > 1 and rank * sum(_matrix(shape)) < math.prod(shape)
 
 
 def _count(shape: Sequence[int], rank: int) -> int:
-    return rank * sum(_matrix(shape)) if _factors(shape, rank) else math.prod(shape)
+    """Numbers per draw for an array of this shape."""
+    return rank * sum(_matrix(shape)) if _is_low_rank(shape, rank) else math.prod(shape)
 
 
 def _split(part: jax.Array, shape: Sequence[int], rank: int) -> tuple[jax.Array, jax.Array]:
-    """[..., r (m + n)] into A [..., m, r] and B [..., n, r]; of no meaning where nothing factors."""
-    if not _factors(shape, rank):
+    """Split [..., r (m + n)] into A [..., m, r] and B [..., n, r]; for full-rank noise, return the draw twice."""
+    if not _is_low_rank(shape, rank):
         return part, part
     m, n = _matrix(shape)
     left, right = part[..., : rank * m], part[..., rank * m :]
@@ -107,6 +113,6 @@ def _split(part: jax.Array, shape: Sequence[int], rank: int) -> tuple[jax.Array,
 
 
 def _sum_of_products(weights: jax.Array, drawn: jax.Array, shape: Sequence[int], rank: int) -> jax.Array:
-    """sum_i w_i A_i B_i^T as one product of [m, c r] and [c r, n]."""
+    """sum_i w_i A_i B_i^T, as one product of [m, c r] and [c r, n]."""
     left, right = _split(drawn, shape, rank)
     return jnp.einsum("c,cmr,cnr->mn", weights, left, right, optimize="optimal").reshape(shape)

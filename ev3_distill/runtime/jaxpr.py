@@ -1,4 +1,4 @@
-"""Traced programs, flat: their primitives in order, with the calls among them written out."""
+"""Traced programs (jaxprs): the primitives that call another program, and flat programs without such calls."""
 
 import dataclasses
 import itertools
@@ -8,14 +8,23 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr
 
-INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr",
-           "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr", "remat": "jaxpr", "remat2": "jaxpr",
-           "checkpoint": "jaxpr"}  # fmt: skip
+# Primitives that call a program on their own arguments, and the parameter that holds the program.
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """One primitive applied; arrays are numbered."""
+class Operation:
+    """One application of a primitive. Arrays are identified by numbers."""
 
     primitive: Any
     params: dict[str, Any]
@@ -24,39 +33,40 @@ class Step:
 
     @property
     def name(self) -> str:
-        """Of the primitive."""
+        """Name of the primitive."""
         return str(self.primitive.name)
 
     def apply(self, values: Sequence[Any]) -> list[Any]:
-        """Its results."""
-        found = self.primitive.bind(*values, **self.params)
-        return list(found) if self.primitive.multiple_results else [found]
+        """Outputs for these inputs."""
+        out = self.primitive.bind(*values, **self.params)
+        return list(out) if self.primitive.multiple_results else [out]
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Steps, and the numbers of the arrays that they begin and end with."""
+    """A flat program: operations in order, and the numbers of its input and output arrays."""
 
     inputs: tuple[int, ...]
     constants: dict[int, Any]
-    steps: tuple[Step, ...]
+    operations: tuple[Operation, ...]
     outputs: tuple[int, ...]
-    avals: dict[int, Any]  # shape and type of each array
+    avals: dict[int, Any]  # shape and dtype of each array
 
 
 def is_variable(atom: Any) -> bool:
-    """Whether an atom of a program is a variable; else it is a literal."""
+    """Whether an atom of a jaxpr is a variable; otherwise it is a literal."""
     return not hasattr(atom, "val")
 
 
-def closed(program: Any) -> Any:
-    """A closed program; one without constants may come open."""
+def called(equation: Any) -> Any:
+    """The closed program that an equation of CALLS calls; some primitives hold an open one without constants."""
+    program = equation.params[CALLS[equation.primitive.name]]
     return program if hasattr(program, "consts") else ClosedJaxpr(program, ())
 
 
-def flat(program: Any) -> Program:
-    """A closed program with all calls written out."""
-    numbers, constants, steps, avals = itertools.count(), dict[int, Any](), list[Step](), dict[int, Any]()
+def flatten(program: Any) -> Program:
+    """Inline all calls of a closed jaxpr."""
+    numbers, constants, operations, avals = itertools.count(), dict[int, Any](), list[Operation](), dict[int, Any]()
     inputs = tuple(_numbered(program.jaxpr.invars, numbers, avals))
 
     def constant(value: Any) -> int:
@@ -72,17 +82,17 @@ def flat(program: Any) -> Program:
             return known[atom] if is_variable(atom) else constant(atom.val)
 
         for equation in program.jaxpr.eqns:
-            taken, name = [number(atom) for atom in equation.invars], equation.primitive.name
-            if name in INLINED:
-                given = walk(closed(equation.params[INLINED[name]]), taken)
+            operands = [number(atom) for atom in equation.invars]
+            if equation.primitive.name in CALLS:
+                results = walk(called(equation), operands)
             else:
-                given = list(_numbered(equation.outvars, numbers, avals))
-                steps.append(Step(equation.primitive, equation.params, tuple(taken), tuple(given)))
-            known.update(zip(equation.outvars, given, strict=True))
+                results = list(_numbered(equation.outvars, numbers, avals))
+                operations.append(Operation(equation.primitive, equation.params, tuple(operands), tuple(results)))
+            known.update(zip(equation.outvars, results, strict=True))
         return [number(atom) for atom in program.jaxpr.outvars]
 
     outputs = tuple(walk(program, inputs))
-    return Program(inputs, constants, tuple(steps), outputs, avals)
+    return Program(inputs, constants, tuple(operations), outputs, avals)
 
 
 def _numbered(variables: Sequence[Any], numbers: Iterator[int], avals: dict[int, Any]) -> Iterator[int]:

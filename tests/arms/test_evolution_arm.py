@@ -10,10 +10,9 @@ import pytest
 from toy_landscapes import KEY, arrays_like
 
 from ev3_distill import students
+from ev3_distill.arms.evolution_arm import evolution_arm
 from ev3_distill.errors import InputError
-from ev3_distill.evolution.strategy import evolution_arm
-from ev3_distill.evolution.subspace import named
-from ev3_distill.evolution.unrolls import noise_reuse
+from ev3_distill.evolution import EvolutionConfig, UnrollConfig, noise_reuse, parameters_named
 from ev3_distill.tasks.classification import example_scores, steering
 from ev3_distill.types import Batch, Stretch
 
@@ -51,9 +50,10 @@ def propose(arm, state, start, steps):
 
 
 @functools.cache
-def an_arm(objective=example_scores.accuracy, **how):
-    how = {"pairs": 6, "sigma": 0.1} | how
-    return evolution_arm("es", MLP.apply, objective, optax.adam(0.05), **how)
+def an_arm(objective=example_scores.accuracy, pairs=6, sigma=0.1, **options):
+    return evolution_arm(
+        "es", MLP.apply, objective, optax.adam(0.05), EvolutionConfig(pairs=pairs, sigma=sigma), **options
+    )
 
 
 OBJECTIVES = {
@@ -79,11 +79,11 @@ def test_a_trajectory_in_parts_is_the_whole():
     """A generation of 6 pairs costs 4 steps; what is left of a stretch is spent in the next."""
     arm = an_arm()
     state, student = propose(arm, arm.init(START), 0, 22)
-    assert int(state.evolution.generation) == 5 and int(state.owed) == 2
+    assert int(state.evolution.generation) == 5 and int(state.unspent) == 2
     in_parts = arm.init(START)
     for start, steps in ((0, 3), (3, 0), (3, 9), (12, 10)):
         in_parts, last = propose(arm, in_parts, start, steps)
-    assert int(in_parts.evolution.generation) == 5 and int(in_parts.owed) == 2
+    assert int(in_parts.evolution.generation) == 5 and int(in_parts.unspent) == 2
     assert jax.tree.structure(last) == jax.tree.structure(student) == jax.tree.structure(START)
 
 
@@ -106,23 +106,23 @@ def test_an_arm_that_rests_proposes_what_it_had():
 def test_a_subspace_moves_alone(family, name, moving):
     shape = (16, 16, 1) if "conv" in family else (F,)
     params = jax.tree.map(np.asarray, arrays_like(students.named(family, shape, K)).params)
-    part = named(name)(params)
-    assert 0 < len(part.moving) < len(jax.tree.leaves(params))
-    assert all(any(word in path for word in moving) for path in part.moving)
-    joined = part.join(jax.tree.map(lambda leaf: leaf + 1, part.moving))
+    part = parameters_named(name)(params)
+    assert 0 < len(part.selected) < len(jax.tree.leaves(params))
+    assert all(any(word in path for word in moving) for path in part.selected)
+    joined = part.join(jax.tree.map(lambda leaf: leaf + 1, part.selected))
     for path, leaf in jax.tree_util.tree_leaves_with_path(joined):
         before = dict(jax.tree_util.tree_leaves_with_path(params))[path]
-        expected = 1 if jax.tree_util.keystr(path) in part.moving else 0
+        expected = 1 if jax.tree_util.keystr(path) in part.selected else 0
         np.testing.assert_array_equal(leaf, before + expected)
 
 
 def test_a_subspace_that_is_none_is_told():
-    with pytest.raises(InputError, match="no parameter is one of norms; the network has"):
-        an_arm(subspace=named("norms")).init(START)
+    with pytest.raises(InputError, match="norms must match at least one parameter; the network has"):
+        an_arm(subspace=parameters_named("norms")).init(START)
 
 
 def test_an_arm_leaves_the_rest_of_the_student_alone():
-    arm = an_arm(subspace=named("head"))
+    arm = an_arm(subspace=parameters_named("head"))
     _, student = propose(arm, arm.init(START), 0, 40)
     layers = student.params["layers"], START.params["layers"]
     np.testing.assert_array_equal(layers[0][0]["kernel"], layers[1][0]["kernel"])
@@ -148,13 +148,14 @@ def test_noise_reuse_is_unbiased_along_an_episode():
         return total / horizon
 
     pairs = 4000
-    ours = noise_reuse(lambda key: jnp.ones(2), advance, pairs=pairs, sigma=0.1, horizon=horizon, window=window)
+    config = UnrollConfig(pairs=pairs, sigma=0.1, horizon=horizon, window=window)
+    ours = noise_reuse(lambda key: jnp.ones(2), advance, config)
     state = jax.jit(ours.init)(KEY, theta)
     estimates = []
     run = jax.jit(ours.estimate)
     for _ in range(4):  # theta stays: the mean over a whole episode
         gradient, state, _ = run(KEY, theta, state)
         estimates.append(gradient["theta"])
-    assert sorted(np.unique(state.at)) == [0, 2, 4, 6] and (state.episode >= 1).all()
+    assert sorted(np.unique(state.step)) == [0, 2, 4, 6] and (state.episode >= 1).all()
     expected = jax.grad(mean_loss)(theta)["theta"]
     np.testing.assert_allclose(np.mean(estimates, axis=0), expected, atol=0.1 * float(jnp.abs(expected).max()))

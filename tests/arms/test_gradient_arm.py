@@ -345,7 +345,7 @@ def test_arms_that_tune():
     (arm,) = arms_named(MLP.apply, ["tuned-temperature-mix"])
     assert arm.held
     assert set(arm.shows(arm.init(START))) == {"temperature", "mix"}
-    with pytest.raises(InputError, match=r"what can be tuned is temperature, mix, weights, rate, noise; got 'depth'"):
+    with pytest.raises(InputError, match=r"an arm can tune temperature, mix, weights, rate, noise; got 'depth'"):
         arms_named(MLP.apply, ["tuned-depth"])
 
 

@@ -10,10 +10,10 @@ import pytest
 
 from ev3_distill.arms import arms_named
 from ev3_distill.arms.gradient import gradient_arm
-from ev3_distill.arms.tuned_arm import TUNABLE, seen, tuned_arm
+from ev3_distill.arms.tunable_loss import label_losses, net_weights
+from ev3_distill.arms.tuned_arm import TUNABLE, TuningConfig, tuned_arm
 from ev3_distill.core.explore import held_from
 from ev3_distill.errors import InputError
-from ev3_distill.hypergrad.spaces import net_weights
 from ev3_distill.students.families.resnet import resnet
 from ev3_distill.tasks.classification import losses
 from ev3_distill.types import Batch, Stretch, Variables
@@ -60,7 +60,7 @@ def stretch(start, steps):
 
 @functools.cache
 def rolled(*, wrong=1.0, steps=150, **options):
-    arm = tuned_arm("tuned", apply, optax.adam(1e-2), **options)
+    arm = tuned_arm("tuned", apply, optax.adam(1e-2), TuningConfig(**options))
     draw, held = drawing(split(0, wrong=wrong)), held_from(split(1, wrong=wrong), jax.random.key(1), batch_size=64)
     propose = jax.jit(lambda state, where: arm.propose(state, draw, where, held))
     return arm, propose, propose(arm.init(fresh()), stretch(0, steps))
@@ -85,7 +85,7 @@ def test_annealed_it_is_the_plain_arm_that_is_annealed():
         losses.mix((0.9, losses.kd(temperature=4.0)), (0.1, losses.cross_entropy())),
         lambda spent: 1 - spent,
     )
-    arm = tuned_arm("tuned", apply, optax.adam(1e-2), tune=(), anneal=schedule)
+    arm = tuned_arm("tuned", apply, optax.adam(1e-2), TuningConfig(tune=()), anneal=schedule)
     plain = gradient_arm("kd4", apply, loss, optax.adam(1e-2), anneal=schedule)
     draw, whole = (
         drawing(split(0, wrong=0.0)),
@@ -140,13 +140,15 @@ def test_weights_find_where_the_teacher_is_wrong():
     options = {"tune": ("weights",), "steps": 400, "every": 2, "wrong": 0.4}
     _, _, (state, student) = rolled(**options)
     examples = split(0, wrong=0.4)
-    weights = net_weights(state.tuned.free["weights"], seen(apply(student, examples.inputs, train=False)[0], examples))
+    weights = net_weights(
+        state.tuned.free["weights"], label_losses(apply(student, examples.inputs, train=False)[0], examples)
+    )
     wrong = examples.teacher["logits"].argmax(1) != examples.targets
     assert weights[wrong, 0].max() < weights[~wrong, 0].min()
 
 
 def test_a_rate_that_is_too_small_grows():
-    arm = tuned_arm("tuned", apply, optax.sgd(1e-4), tune=("rate",), every=1)
+    arm = tuned_arm("tuned", apply, optax.sgd(1e-4), TuningConfig(tune=("rate",), every=1))
     draw, held = drawing(split(0, wrong=0.0)), held_from(split(1, wrong=0.0), jax.random.key(1), batch_size=64)
     state, _ = jax.jit(lambda state: arm.propose(state, draw, stretch(0, 100), held))(arm.init(fresh()))
     assert arm.shows(state)["rate"] > 3
@@ -159,7 +161,7 @@ def shaken(examples, deviation, seed):
 
 def tuned_on(examples, held_out, begun, where, **options):
     """The student that an arm proposes, and the hyperparameters that it shows."""
-    arm = tuned_arm("tuned", apply, optax.adam(1e-2), every=2, **options)
+    arm = tuned_arm("tuned", apply, optax.adam(1e-2), TuningConfig(every=2, **options))
     held = held_from(held_out, jax.random.key(1), batch_size=64)
     state, student = jax.jit(lambda state: arm.propose(state, drawing(examples), where, held))(arm.init(begun))
     return student, arm.shows(state)
@@ -185,7 +187,7 @@ def test_noise_goes_where_it_only_hurts():
 
 def test_without_noise_to_tune_there_is_none():
     def program(tune, noise):
-        arm = tuned_arm("tuned", apply, optax.adam(1e-2), tune=tune, noise=noise)
+        arm = tuned_arm("tuned", apply, optax.adam(1e-2), TuningConfig(tune=tune, noise=noise))
         draw = drawing(split(0))
         return str(jax.make_jaxpr(lambda state: arm.propose(state, draw, stretch(0, 9), draw))(arm.init(fresh())))
 
@@ -204,7 +206,7 @@ def test_dropout_is_what_it_was_beside_noise():
         return (hidden * kept) @ variables.params["out"], variables
 
     def student(tune):
-        arm = tuned_arm("tuned", dropping, optax.adam(1e-2), tune=tune, noise=1e-20, every=1000)
+        arm = tuned_arm("tuned", dropping, optax.adam(1e-2), TuningConfig(tune=tune, noise=1e-20, every=1000))
         draw = drawing(split(0, wrong=0.0))
         return jax.jit(lambda state: arm.propose(state, draw, stretch(0, 30), draw))(arm.init(fresh()))[1].params
 
@@ -221,7 +223,8 @@ def test_an_outer_step_of_noise_is_the_slope_of_the_training_step_just_made():
         outer, begun = optax.sgd(1.0), widen(fresh())
 
         def after(noise):
-            arm = tuned_arm("tuned", apply, optax.sgd(0.1), tune=("noise",), noise=1.0, outer=outer, every=1)
+            config = TuningConfig(tune=("noise",), noise=1.0, outer_optimizer=outer, every=1)
+            arm = tuned_arm("tuned", apply, optax.sgd(0.1), config)
             state = arm.init(begun)
             free = {"noise": jnp.log(noise)}
             state = state._replace(tuned=state.tuned._replace(free=free, average=free))
@@ -246,7 +249,7 @@ def test_noise_on_bytes_is_noise_on_what_networks_take_them_as():
     images = split(0)._replace(inputs=jnp.asarray(rng.integers(0, 256, (N, 4)), jnp.uint8))
 
     def after(examples):
-        arm = tuned_arm("tuned", taking, optax.adam(1e-2), tune=("noise",), every=2)
+        arm = tuned_arm("tuned", taking, optax.adam(1e-2), TuningConfig(tune=("noise",), every=2))
         draw = drawing(examples)
         return jax.jit(lambda state: arm.propose(state, draw, stretch(0, 20), draw))(arm.init(fresh()))
 
@@ -282,4 +285,4 @@ def test_held_out_batches_follow_the_step_alone():
 def test_what_cannot_be_tuned():
     assert TUNABLE == ("temperature", "mix", "weights", "rate", "noise")
     with pytest.raises(InputError, match="temperature, mix, weights, rate, noise; got 'depth'"):
-        tuned_arm("tuned", apply, optax.adam(1e-2), tune=("depth",))
+        TuningConfig(tune=("depth",))

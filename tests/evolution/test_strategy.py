@@ -1,5 +1,6 @@
 """Evolution strategies: right in mean and spread, the same whatever the chunks, and deaf to what is broken."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -14,12 +15,19 @@ from hypothesis import strategies as st
 from toy_landscapes import CURVES, KEY, MEAN, arrays_like, cubic, quadratic
 
 from ev3_distill import students
-from ev3_distill.evolution import lowrank
-from ev3_distill.evolution import strategy as evolution_module
-from ev3_distill.evolution.layerwise import Part, estimate_by_parts
+from ev3_distill.evolution import (
+    Block,
+    EvolutionConfig,
+    Population,
+    estimate,
+    estimate_by_blocks,
+    evolution,
+    lowrank,
+    parameters_named,
+)
 from ev3_distill.evolution.noise import full_rank, low_rank
-from ev3_distill.evolution.strategy import SHAPINGS, estimate
-from ev3_distill.evolution.subspace import named
+from ev3_distill.evolution.population import CHUNK_BYTES
+from ev3_distill.evolution.shaping import SHAPINGS
 from ev3_distill.types import Variables
 
 
@@ -27,10 +35,10 @@ from ev3_distill.types import Variables
 def repeated(fitness, rank, sigma):
     """4,000 independent estimates from 4 pairs each, [4000, P]."""
 
+    population = Population(pairs=4, sigma=sigma, rank=rank, shaping="centered", chunk=4)
+
     def one(key):
-        return jax.flatten_util.ravel_pytree(
-            estimate(key, MEAN, fitness, pairs=4, sigma=sigma, rank=rank, shaping="centred", chunk=4)[0]
-        )[0]
+        return jax.flatten_util.ravel_pytree(estimate(key, MEAN, fitness, population)[0])[0]
 
     return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(KEY, 4000)), np.float64)
 
@@ -63,8 +71,8 @@ def test_the_variance_is_that_of_theory():
 
 @functools.cache
 def of_seven(rank, chunk, hold=None):
-    run = jax.jit(lambda key: estimate(key, MEAN, quadratic, pairs=7, sigma=0.1, rank=rank, chunk=chunk, hold=hold)[0])
-    return run(KEY)
+    population = Population(pairs=7, sigma=0.1, rank=rank, chunk=chunk, hold_noise=hold)
+    return jax.jit(lambda key: estimate(key, MEAN, quadratic, population)[0])(KEY)
 
 
 @pytest.mark.parametrize(("rank", "chunk"), [(None, 3), (None, 20), (1, 3)])
@@ -77,8 +85,8 @@ def test_members_of_a_pair_share_their_data():
     def noise_alone(params, key):
         return jax.random.normal(key)
 
-    gradient, told = jax.jit(lambda key: estimate(key, MEAN, noise_alone, pairs=16, sigma=0.1))(KEY)
-    assert told.std > 0.5  # pairs differ
+    gradient, stats = jax.jit(lambda key: estimate(key, MEAN, noise_alone, Population(pairs=16, sigma=0.1)))(KEY)
+    assert stats.std > 0.5  # pairs differ
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
 
 
@@ -86,7 +94,7 @@ def test_agrees_with_evosax():
     """Open-ES of evosax (Apache-2.0; tried with 0.3.2) minimises, and holds a population: with ours, it goes where we go."""
     algorithms = pytest.importorskip("evosax.algorithms", reason="evosax, for comparison alone, is not installed")
     pairs, sigma, optimizer = 8, 0.1, optax.adam(0.05)
-    ours = evolution_module.evolution(optimizer, pairs=pairs, sigma=sigma)
+    ours = evolution(optimizer, EvolutionConfig(pairs=pairs, sigma=sigma))
     state, x = ours.init(MEAN), jax.flatten_util.ravel_pytree(MEAN)[0]
     theirs = algorithms.Open_ES(2 * pairs, MEAN, optimizer=optimizer, std_schedule=optax.constant_schedule(sigma))
     their_state = theirs.init(KEY, MEAN, theirs.default_params)
@@ -110,33 +118,36 @@ def test_agrees_with_evosax():
 def test_an_estimate_by_parts_is_each_parts_own():
     """Both parts at once, with a parameter in neither: linear, so that the mean over many pairs is the gradient itself."""
     mean = {**MEAN, "left out": jnp.ones(3)}
-    parts = [Part(named("w"), 300), Part(named("b"), 200, 8)]
+    population = Population(pairs=300, sigma=0.1, shaping="centered")
+    blocks = [
+        Block(parameters_named("w"), population),
+        Block(parameters_named("b"), dataclasses.replace(population, pairs=200, chunk=8)),
+    ]
 
     def linear(params, key):
         broken = jnp.where(params["b"][0] > 0.55, jnp.nan, 0.0)
         return 2 * params["w"].sum() - 3 * params["b"].sum() + params["left out"].sum() + broken
 
-    run = jax.jit(lambda key: estimate_by_parts(key, mean, linear, parts, sigma=0.1, shaping="centred"))
-    gradient, told = run(KEY)
+    run = jax.jit(lambda key: estimate_by_blocks(key, mean, linear, blocks))
+    gradient, stats = run(KEY)
     np.testing.assert_allclose(gradient["w"], 2, atol=1.0)
     assert (gradient["b"] < -1).all() and (gradient["left out"] == 0).all()
-    assert 0 < int(told.broken) < 40 and float(told.mean) == pytest.approx(float(linear(mean, KEY)), abs=0.1)
-    assert float(told.best) > float(told.mean) + float(told.std)
-    how = {"pairs": 300, "sigma": 0.1, "shaping": "centred"}
-    own = jax.jit(lambda key: estimate(key, {"w": MEAN["w"]}, lambda w, k: linear(mean | w, k), **how)[0])
+    assert 0 < int(stats.failed) < 40 and float(stats.mean) == pytest.approx(float(linear(mean, KEY)), abs=0.1)
+    assert float(stats.best) > float(stats.mean) + float(stats.std)
+    own = jax.jit(lambda key: estimate(key, {"w": MEAN["w"]}, lambda w, k: linear(mean | w, k), population)[0])
     alone = own(jax.random.fold_in(KEY, 0))
     np.testing.assert_allclose(gradient["w"], alone["w"], rtol=1e-4, atol=1e-4)
 
 
 def test_members_of_a_part_share_the_layers_before_it():
     network, variables, inputs = case("conv4:width=6")
-    part = Part(named(r"\['convs'\]\[2\]"), 8, 4)
+    block = Block(parameters_named(r"\['convs'\]\[2\]"), Population(pairs=8, sigma=0.1, chunk=4))
 
     def fitness(params, key):
         return network.apply(Variables(params, variables.stats), inputs, train=True)[0].mean()
 
     def run(key):
-        return estimate_by_parts(key, variables.params, fitness, [part], sigma=0.1)
+        return estimate_by_blocks(key, variables.params, fitness, [block])
 
     convolutions = re.findall(r"f32\[([\d,]+)\] = students_conv", str(jax.make_jaxpr(run)(KEY)))
     # 3 images; 4 pairs at once have 48 filters in the third layer, and are 24 images in the last
@@ -170,7 +181,7 @@ def test_ranks_see_order_alone_and_z_scores_no_scale(scores):
 def test_shapings_by_hand():
     scores = jnp.array([[3.0, 1.0], [2.0, 2.0], [0.0, 5.0]])  # ranks 4 1, 2.5 2.5, 0 5 of 0 to 5
     np.testing.assert_allclose(SHAPED["rank"](scores), [0.6, 0, -1], atol=1e-6)
-    np.testing.assert_allclose(SHAPED["centred"](scores), [2, 0, -5])
+    np.testing.assert_allclose(SHAPED["centered"](scores), [2, 0, -5])
     std = np.std([3, 1, 2, 2, 0, 5])
     np.testing.assert_allclose(SHAPED["z-score"](scores), np.array([2, 0, -5]) / std, rtol=1e-6)
 
@@ -187,15 +198,15 @@ def test_broken_members_rank_last_and_are_counted(shaping):
         def fitness(params, key):
             return jnp.where(params["b"][0] > limit, value, quadratic(params))
 
-        return estimate(KEY, MEAN, fitness, pairs=64, sigma=0.05, shaping=shaping)
+        return estimate(KEY, MEAN, fitness, Population(pairs=64, sigma=0.05, shaping=shaping))
 
     for value in (math.nan, math.inf, -math.inf):
-        gradient, told = run(value, 0.3)
-        assert int(told.broken) == 64  # one of each pair
+        gradient, stats = run(value, 0.3)
+        assert int(stats.failed) == 64  # one of each pair
         assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
-        assert float(gradient["b"][0]) < 0 and math.isfinite(float(told.mean)) and math.isfinite(float(told.std))
-        gradient, told = run(value, -100.0)
-        assert int(told.broken) == 128
+        assert float(gradient["b"][0]) < 0 and math.isfinite(float(stats.mean)) and math.isfinite(float(stats.std))
+        gradient, stats = run(value, -100.0)
+        assert int(stats.failed) == 128
         assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
 
 
@@ -207,7 +218,7 @@ def stepped(strategy, fitness):
 
 
 def test_decay_acts_on_the_mean_alone():
-    ours = evolution_module.evolution(optax.adam(0.1), pairs=2, sigma=0.1, decay=0.01)
+    ours = evolution(optax.adam(0.1), EvolutionConfig(pairs=2, sigma=0.1, decay=0.01))
     step, state = stepped(ours, lambda params, key: jnp.float32(0)), ours.init(MEAN)
     for _ in range(10):
         state, _ = step(state)
@@ -222,20 +233,19 @@ def test_with_elitism_the_best_member_stays_where_it_beats_the_mean(rank):
         score = quadratic(params)
         return jnp.where(params["b"][0] < 0.2, jnp.nan, score)
 
-    ours = evolution_module.evolution(optax.sgd(0.0), pairs=3, sigma=0.1, rank=rank, elitism=True)
+    ours = evolution(optax.sgd(0.0), EvolutionConfig(pairs=3, sigma=0.1, rank=rank, elitism=True))
     step, state = stepped(ours, fitness), ours.init(MEAN)
     score = float(quadratic(MEAN))
     for _ in range(6):
-        state, told = step(state)
+        state, stats = step(state)
         now = float(quadratic(state.mean))
-        assert now == pytest.approx(max(score, float(told.best)), rel=1e-5)
+        assert now == pytest.approx(max(score, float(stats.best)), rel=1e-5)
         score = now
     assert score > float(quadratic(MEAN)) + 0.1
     means = []
     for elitism in (False, True):
-        ours = evolution_module.evolution(
-            optax.sgd(0.1), pairs=64, sigma=1e-3, shaping="centred", rank=rank, elitism=elitism
-        )
+        config = EvolutionConfig(pairs=64, sigma=1e-3, shaping="centered", rank=rank, elitism=elitism)
+        ours = evolution(optax.sgd(0.1), config)
         means.append(stepped(ours, quadratic)(ours.init(MEAN))[0].mean)
     jax.tree.map(np.testing.assert_array_equal, *means)
 
@@ -243,7 +253,7 @@ def test_with_elitism_the_best_member_stays_where_it_beats_the_mean(rank):
 def test_sigma_follows_its_schedule():
     """Of a square around 0, which optimization at rate 0 does not leave, the fitness grows with sigma squared."""
     schedule = optax.piecewise_constant_schedule(0.1, {1: 10.0})
-    ours = evolution_module.evolution(optax.sgd(0.0), pairs=32, sigma=schedule)
+    ours = evolution(optax.sgd(0.0), EvolutionConfig(pairs=32, sigma=schedule))
     step = stepped(ours, lambda params, key: (params["w"] ** 2).sum())
     state, first = step(ours.init(jax.tree.map(jnp.zeros_like, MEAN)))
     state, _ = step(state)
@@ -251,10 +261,10 @@ def test_sigma_follows_its_schedule():
     assert 50 < float(third.mean / first.mean) < 200
 
 
-@pytest.mark.parametrize("how", [{"pairs": 0}, {"pairs": 2, "chunk": 0}, {"pairs": 2, "shaping": "none"}])
-def test_what_makes_no_population_is_told(how):
-    with pytest.raises(ValueError, match="evolution needs pairs >= 1"):
-        estimate(KEY, MEAN, quadratic, sigma=0.1, **how)
+@pytest.mark.parametrize("options", [{"pairs": 0}, {"pairs": 2, "chunk": 0}, {"pairs": 2, "shaping": "none"}])
+def test_invalid_population_is_rejected(options):
+    with pytest.raises(ValueError, match="a population needs pairs >= 1"):
+        Population(sigma=0.1, **options)
 
 
 # Noise of low rank.
@@ -350,8 +360,10 @@ def compiled(pairs, width=64, chunk=None):
     def fitness(params, key):
         return network.apply(Variables(params, {}), inputs, train=False)[0].mean()
 
+    population = Population(pairs=pairs, sigma=0.1, chunk=chunk, hold_noise=False)
+
     def run(key, params):
-        return estimate(key, params, fitness, pairs=pairs, sigma=0.1, chunk=chunk, hold=False)
+        return estimate(key, params, fitness, population)
 
     size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     return jax.jit(run).lower(KEY, shapes).compile(), size
@@ -361,7 +373,7 @@ def test_a_member_takes_at_most_16_bytes():
     few, many = 2048, 65536
     temporary = [compiled(pairs)[0].memory_analysis().temp_size_in_bytes for pairs in (few // 2, many // 2)]
     assert (temporary[1] - temporary[0]) / (many - few) <= 16
-    assert temporary[1] < 16 * many + 12 * evolution_module.CHUNK_BYTES[True]
+    assert temporary[1] < 16 * many + 12 * CHUNK_BYTES[True]
 
 
 def test_no_buffer_holds_the_noise_of_all():

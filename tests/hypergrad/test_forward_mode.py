@@ -9,7 +9,7 @@ import optax
 import pytest
 from test_one_step import SWIFTLY, ask, assert_close, float64, student, warm
 
-from ev3_distill.hypergrad.forward_mode import carried, carrying
+from ev3_distill.hypergrad import forward_mode_init, forward_mode_step
 
 __all__ = ["float64"]  # a fixture
 
@@ -27,10 +27,12 @@ def test_a_training_that_carries_tangents_is_exact_over_all_its_steps(float64, o
     def run(params, state, hyper, *, decay):
         def advance(carry, _):
             before = carry
-            carry, gradient, info = carried(carry, hyper, train_loss, val_loss, optimizer=optimizer, decay=decay)
+            carry, gradient, info = forward_mode_step(
+                carry, hyper, train_loss, val_loss, optimizer=optimizer, decay=decay
+            )
             return carry, (gradient, info, before.params, before.opt_state)
 
-        return jax.lax.scan(advance, carrying(params, state, hyper), length=3)
+        return jax.lax.scan(advance, forward_mode_init(params, state, hyper), length=3)
 
     own = {"optimizer": optimizer, "opt_state": state}
     whole, last = run(params, state, hyper, decay=1.0), run(params, state, hyper, decay=0.0)
@@ -51,14 +53,14 @@ def test_tangents_of_what_is_not_finite_are_forgotten(float64):
     params, hyper, loss, val_loss = student()
     optimizer, begun = optax.sgd(0.1), None
     for broken in (False, True, False):
-        carry = carrying(params, optimizer.init(params), hyper) if begun is None else begun
+        carry = forward_mode_init(params, optimizer.init(params), hyper) if begun is None else begun
 
         def train_loss(params, hyper, t, broken=broken):
             kink = jnp.sqrt(0 * hyper["temperature"]) if broken else 0.0  # finite, without a derivative
             return loss(params, hyper, t) * (1 + kink)
 
         begun, gradient, info = jax.jit(
-            functools.partial(carried, train_loss=train_loss, val_loss=val_loss, optimizer=optimizer)
+            functools.partial(forward_mode_step, train_loss=train_loss, val_loss=val_loss, optimizer=optimizer)
         )(carry, hyper)
         assert jax.tree.all(jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), (begun, gradient)))
         assert info.finite and bool(gradient["mix"].any()) != broken
@@ -71,8 +73,8 @@ def test_an_optimizer_without_a_derivative_at_zero():
     def train_loss(params, lam, t):
         return lam * jnp.square(params["seen"]).sum() + 0 * params["unseen"].sum()
 
-    carry, gradient, info = carried(
-        carrying(params, optimizer.init(params), lam), lam, train_loss, optax.tree.norm, optimizer=optimizer
+    carry, gradient, info = forward_mode_step(
+        forward_mode_init(params, optimizer.init(params), lam), lam, train_loss, optax.tree.norm, optimizer=optimizer
     )
     assert info.finite and gradient < 0
     seen, unseen = carry.tangents[:2]

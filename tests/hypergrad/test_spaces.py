@@ -10,8 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ev3_distill.arms import tunable_loss
+from ev3_distill.hypergrad import (
+    averaged_values,
+    hypergradient,
+    outer_init,
+    outer_step,
+    student_train_loss,
+    student_val_loss,
+)
 from ev3_distill.hypergrad import spaces as hp
-from ev3_distill.hypergrad.one_step import hypergradient
 from ev3_distill.tasks.classification import losses
 from ev3_distill.types import Batch, Variables
 
@@ -19,7 +27,7 @@ few = settings(deadline=None, max_examples=25)
 RANGES = {
     "POSITIVE": st.floats(1e-3, 1e3),
     "LOG": st.floats(1e-3, 1e3),
-    "SHARE": st.floats(1e-3, 0.999),
+    "UNIT_INTERVAL": st.floats(1e-3, 0.999),
     "FREE": st.floats(-1e3, 1e3, width=32, allow_subnormal=False),
 }
 
@@ -60,9 +68,9 @@ def test_spaces():
 @given(st.floats(-50, 50), st.integers(1, 5))
 def test_no_step_leaves_the_range(size, steps):
     optimizer = optax.sgd(1.0)
-    tuned = hp.start(SPACE, HYPER, optimizer)
+    tuned = outer_init(SPACE, HYPER, optimizer)
     for _ in range(steps):
-        tuned = hp.outer_step(tuned, jax.tree.map(lambda x: jnp.full_like(x, size), tuned.free), optimizer)
+        tuned = outer_step(tuned, jax.tree.map(lambda x: jnp.full_like(x, size), tuned.free), optimizer)
     hyper = hp.constrain(SPACE, tuned.free)
     assert hyper["temperature"] >= 0 and hyper["rate"] >= 0 and (hyper["mix"] >= 0).all()
     np.testing.assert_allclose(hyper["mix"].sum(), 1, rtol=1e-6)
@@ -70,24 +78,24 @@ def test_no_step_leaves_the_range(size, steps):
 
 def test_outer_steps_and_their_average():
     optimizer = optax.sgd(0.5)
-    tuned = hp.start(hp.FREE, 1.0, optimizer)
+    tuned = outer_init(hp.FREE, 1.0, optimizer)
     for _ in range(2):
-        tuned = hp.outer_step(tuned, jnp.float32(1), optimizer, decay=0.75)
+        tuned = outer_step(tuned, jnp.float32(1), optimizer, decay=0.75)
     assert tuned.free == 0 and tuned.steps == 2  # 1, 0.5, 0
     np.testing.assert_allclose(tuned.average, 0.75 * (0.75 * 1 + 0.25 * 0.5) + 0.25 * 0)
-    np.testing.assert_allclose(hp.tuned_values(hp.LOG, tuned), np.exp(tuned.average))
+    np.testing.assert_allclose(averaged_values(hp.LOG, tuned), np.exp(tuned.average))
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     optimizer = optax.adam(0.1)
-    tuned = hp.start(SPACE, HYPER, optimizer)
+    tuned = outer_init(SPACE, HYPER, optimizer)
     gradient = jax.tree.map(jnp.ones_like, tuned.free) | {"rate": jnp.float32(bad)}
-    after = hp.outer_step(tuned, gradient, optimizer)
+    after = outer_step(tuned, gradient, optimizer)
     jax.tree.map(np.testing.assert_array_equal, after, tuned)
     fine = gradient | {"rate": jnp.float32(1)}
-    jax.tree.map(np.testing.assert_array_equal, hp.outer_step(tuned, fine, optimizer, sound=jnp.bool_(False)), tuned)
-    assert hp.outer_step(tuned, gradient | {"rate": jnp.float32(1)}, optimizer).steps == 1
+    jax.tree.map(np.testing.assert_array_equal, outer_step(tuned, fine, optimizer, valid=jnp.bool_(False)), tuned)
+    assert outer_step(tuned, gradient | {"rate": jnp.float32(1)}, optimizer).steps == 1
 
 
 def batch(seed, n=64):
@@ -109,15 +117,15 @@ def test_distillation_is_kd_and_ce_of_weighted_examples():
     of = batch(0)
     logits = jax.random.normal(jax.random.key(0), (64, 2))
     weights = jax.random.uniform(jax.random.key(1), (64,))
-    got = hp.distillation({"temperature": 3.0, "mix": jnp.array([0.2, 0.8]), "weights": weights})(logits, of)
+    got = tunable_loss.distillation({"temperature": 3.0, "mix": jnp.array([0.2, 0.8]), "weights": weights})(logits, of)
     weighted = of._replace(weight=weights)
     want = 0.2 * losses.kd(temperature=3.0)(logits, weighted) + 0.8 * losses.cross_entropy()(logits, weighted)
     np.testing.assert_allclose(got, want, rtol=1e-6)
     each = jnp.stack([weights, jnp.ones(64)], 1)
-    got = hp.distillation({"temperature": 3.0, "mix": jnp.array([0.2, 0.8]), "weights": each})(logits, of)
+    got = tunable_loss.distillation({"temperature": 3.0, "mix": jnp.array([0.2, 0.8]), "weights": each})(logits, of)
     want = 0.2 * losses.kd(temperature=3.0)(logits, weighted) + 0.8 * losses.cross_entropy()(logits, of)
     np.testing.assert_allclose(got, want, rtol=1e-6)
-    plain = hp.distillation({"temperature": 3.0, "mix": jnp.array([0.2, 0.8])})(logits, of)
+    plain = tunable_loss.distillation({"temperature": 3.0, "mix": jnp.array([0.2, 0.8])})(logits, of)
     want = 0.2 * losses.kd(temperature=3.0)(logits, of) + 0.8 * losses.cross_entropy()(logits, of)
     np.testing.assert_allclose(plain, want, rtol=1e-6)
 
@@ -127,50 +135,49 @@ def test_tuning_turns_from_a_teacher_that_is_wrong(method):
     """Plain SGD outer steps on a student in training: the mix leaves the teacher for the labels."""
     train, val = batch(0), batch(1)
     inner, outer, space = optax.sgd(0.5), optax.sgd(20.0), {"mix": hp.SIMPLEX, "temperature": hp.POSITIVE}
-    tuned = hp.start(space, {"mix": jnp.array([0.5, 0.5]), "temperature": 2.0}, outer)
+    tuned = outer_init(space, {"mix": jnp.array([0.5, 0.5]), "temperature": 2.0}, outer)
 
     def apply(variables, inputs, *, train, key=None):
         return inputs @ variables.params["w"], variables
 
     def loss(free, logits, of):
-        return hp.distillation(hp.constrain(space, free))(logits, of)
+        return tunable_loss.distillation(hp.constrain(space, free))(logits, of)
 
     options = {"rate": 0.5, "copies": 16} if method == "evograd" else {"optimizer": inner}
 
     @jax.jit
     def advance(i, carry):
         params, tuned = carry
-        train_loss, val_loss = hp.student_losses(
-            apply, Variables(params, {}), train, val, loss=loss, val_loss=losses.cross_entropy()
-        )
+        train_loss = student_train_loss(apply, {}, train, loss)
+        val_loss = student_val_loss(apply, {}, val, losses.cross_entropy())
         gradient, _ = hypergradient(
             jax.random.fold_in(jax.random.key(0), i), params, tuned.free, train_loss, val_loss, method=method, **options
         )
         updates, _ = inner.update(jax.grad(train_loss)(params, tuned.free, 0), inner.init(params))
-        return optax.apply_updates(params, updates), hp.outer_step(tuned, gradient, outer)
+        return optax.apply_updates(params, updates), outer_step(tuned, gradient, outer)
 
     params, tuned = jax.lax.fori_loop(0, 60, advance, ({"w": jnp.zeros((3, 2))}, tuned))
-    assert hp.tuned_values(space, tuned)["mix"][1] > 0.8
+    assert averaged_values(space, tuned)["mix"][1] > 0.8
     assert ((val.inputs @ params["w"]).argmax(1) == val.targets).mean() > 0.9
 
 
 def test_noise_on_inputs():
     x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (500, 4, 5)), jnp.float32)
     key, other = jax.random.split(jax.random.key(0))
-    noise = hp.noisy(x, 0.5, key) - x
+    noise = tunable_loss.add_noise(x, 0.5, key) - x
     assert abs(noise.mean()) < 0.05 and abs(noise.std() / (0.5 * x.std()) - 1) < 0.02
-    np.testing.assert_allclose(hp.noisy(x, 1.0, key) - x, 2 * noise, rtol=1e-3, atol=1e-4)
-    assert not jnp.allclose(hp.noisy(x, 0.5, other), hp.noisy(x, 0.5, key), atol=0.1)
-    assert (hp.noisy(jnp.full((3, 2), 7.0), 0.5, key) == 7).all()  # there is no unit to measure noise by
-    assert (jax.grad(lambda x: hp.noisy(x, 0.5, key).sum())(x) == 1).all()  # the unit counts as data
+    np.testing.assert_allclose(tunable_loss.add_noise(x, 1.0, key) - x, 2 * noise, rtol=1e-3, atol=1e-4)
+    assert not jnp.allclose(tunable_loss.add_noise(x, 0.5, other), tunable_loss.add_noise(x, 0.5, key), atol=0.1)
+    assert (tunable_loss.add_noise(jnp.full((3, 2), 7.0), 0.5, key) == 7).all()  # there is no unit to measure noise by
+    assert (jax.grad(lambda x: tunable_loss.add_noise(x, 0.5, key).sum())(x) == 1).all()  # the unit counts as data
 
 
 def test_noise_on_bytes_is_on_numbers_up_to_1():
     of_bytes = jnp.asarray(np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3)), jnp.uint8)
     key = jax.random.key(0)
-    noisy = hp.noisy(of_bytes, 0.1, key)
+    noisy = tunable_loss.add_noise(of_bytes, 0.1, key)
     assert noisy.dtype == jnp.float32
-    np.testing.assert_array_equal(noisy, hp.noisy(of_bytes.astype(jnp.float32) / 255, 0.1, key))
+    np.testing.assert_array_equal(noisy, tunable_loss.add_noise(of_bytes.astype(jnp.float32) / 255, 0.1, key))
 
 
 def noisy_losses(space):
@@ -183,14 +190,13 @@ def noisy_losses(space):
         return jnp.tanh(inputs @ variables.params["w"]) @ variables.params["out"], variables
 
     def loss(free, logits, of):
-        return hp.distillation(hp.constrain(space, free))(logits, of)
+        return tunable_loss.distillation(hp.constrain(space, free))(logits, of)
 
     def inputs_of(free, of):
-        return hp.noisy(of.inputs, hp.constrain(space, free)["noise"], jax.random.key(5))
+        return tunable_loss.add_noise(of.inputs, hp.constrain(space, free)["noise"], jax.random.key(5))
 
-    return params, *hp.student_losses(
-        apply, Variables(params, {}), train, val, loss=loss, val_loss=losses.cross_entropy(), inputs_of=inputs_of
-    )
+    train_loss = student_train_loss(apply, {}, train, loss, inputs_of=inputs_of)
+    return params, train_loss, student_val_loss(apply, {}, val, losses.cross_entropy())
 
 
 def test_the_slope_of_noise_is_exact():
@@ -232,9 +238,9 @@ def test_inputs_as_they_are_where_nothing_else_is_said():
         assert told is of
         return logits.sum()
 
-    options = {"loss": loss, "val_loss": lambda logits, of: logits.sum(), "batch_statistics": False}
     for inputs_of, factor in ((None, 1), (lambda hyper, of: hyper * of.inputs, 3)):
-        train_loss, val_loss = hp.student_losses(apply, Variables({}, {}), of, of, inputs_of=inputs_of, **options)
+        train_loss = student_train_loss(apply, {}, of, loss, inputs_of=inputs_of)
+        val_loss = student_val_loss(apply, {}, of, lambda logits, of: logits.sum(), batch_statistics=False)
         assert train_loss({}, jnp.float32(3), 0) == factor * of.inputs[:, :2].sum()
         assert val_loss({}) == of.inputs[:, :2].sum()
     assert [train for train, _ in seen] == [True, False] * 2
@@ -256,8 +262,9 @@ def halves_of(parts, seen=None):
         return losses.cross_entropy()(apply(Variables(params, {}), of.inputs, train=True)[0], of)
 
     train, val = batch(0, 12), batch(1, 12)
-    made = hp.student_losses(
-        apply, Variables({}, {}), train, val, loss=loss, val_loss=losses.cross_entropy(), parts=parts
+    made = (
+        student_train_loss(apply, {}, train, loss),
+        student_val_loss(apply, {}, val, losses.cross_entropy(), parts=parts),
     )
     params = {"w": jax.random.normal(jax.random.key(0), (3, 2))}
     rows = np.split(np.arange(12), parts)
@@ -304,12 +311,12 @@ def test_a_held_out_gradient_in_parts_keeps_the_passes_of_none():
 
 def test_weights_of_examples():
     of = batch(0)._replace(index=jnp.arange(64)[::-1])
-    assert (hp.table_weights(jnp.arange(100.0), of) == jnp.arange(64.0)[::-1]).all()
-    net = hp.weight_net(jax.random.key(0), inputs=2, outputs=3, hidden=16)
+    assert (tunable_loss.table_weights(jnp.arange(100.0), of) == jnp.arange(64.0)[::-1]).all()
+    net = tunable_loss.weight_net(jax.random.key(0), inputs=2, outputs=3, hidden=16)
     seen = jnp.array([[0.0, 1.0], [1e3, 1e30]])
-    assert (hp.net_weights(net, seen) == 0.5).all()
+    assert (tunable_loss.net_weights(net, seen) == 0.5).all()
     net["w2"] = jax.random.normal(jax.random.key(1), (16, 3))
-    weights = hp.net_weights(net, seen)
+    weights = tunable_loss.net_weights(net, seen)
     assert weights.shape == (2, 3) and ((weights >= 0) & (weights <= 1)).all() and jnp.unique(weights).size > 2
-    slopes = jax.grad(lambda net, seen: hp.net_weights(net, seen).sum(), (0, 1))(net, seen)
+    slopes = jax.grad(lambda net, seen: tunable_loss.net_weights(net, seen).sum(), (0, 1))(net, seen)
     assert any((leaf != 0).any() for leaf in jax.tree.leaves(slopes[0])) and (slopes[1] == 0).all()

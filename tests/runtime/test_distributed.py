@@ -21,7 +21,7 @@ WORK = """
 import hashlib, json, os, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from ev3_distill.runtime import distributed as sharding
-from ev3_distill.evolution.strategy import evolution
+from ev3_distill.evolution import EvolutionConfig, evolution
 from ev3_distill import students
 
 asked = json.loads(sys.argv[1])
@@ -43,8 +43,8 @@ def fitness(params, key):
 def run(devices, fixed, rank, generations, pairs=13):
     mesh = sharding.mesh_of(devices)
     spread = sharding.spread_over(mesh, fixed_order=fixed)
-    how = {"pairs": pairs, "sigma": 0.1, "rank": rank, "chunk": 2 if rank else 1}
-    strategy = evolution(optax.adam(0.05), spread=spread, **how)
+    config = EvolutionConfig(pairs=pairs, sigma=0.1, rank=rank, chunk=2 if rank else 1)
+    strategy = evolution(optax.adam(0.05), config, spread=spread)
 
     def trajectory(key, params):
         def generation(state, _):
@@ -67,7 +67,7 @@ for devices, fixed, rank in asked["runs"]:
             mean = np.asarray(mean.addressable_data(0))
         if turn == 0 and asked.get("dies") == jax.process_index():
             os._exit(1)
-    broken = int(np.asarray(told.broken.addressable_data(0)).sum())
+    broken = int(np.asarray(told.failed.addressable_data(0)).sum())
     digest = hashlib.sha256(mean.tobytes()).hexdigest()
     found[f"{devices} {fixed} {rank}"] = [digest, mean.tolist(), broken, program.as_text()]
 print(json.dumps(found))

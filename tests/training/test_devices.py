@@ -22,7 +22,8 @@ sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests" / "training")!r}]
 import jax, numpy as np, optax
 import ev3_distill as ev3
 from ev3_distill.tasks.classification import example_scores as objectives
-from ev3_distill.evolution.strategy import evolution_arm
+from ev3_distill.arms.evolution_arm import evolution_arm
+from ev3_distill.evolution import EvolutionConfig
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.core import initial_state
 from ev3_distill.training.devices import ONE, devices_of
@@ -43,8 +44,9 @@ def run(devices, name="conv4:width=2", supplied=False, population=False):
         gradient_arm("fast", network.apply, squared, optax.sgd(0.2)),
     )
     if population:
-        adam, how = optax.adam(0.05), dict(pairs=8, sigma=0.1, mesh=devices.of_steps)
-        arms = (arms[1], evolution_arm("es", network.apply, objectives.accuracy, adam, **how))
+        adam, evolving = optax.adam(0.05), EvolutionConfig(pairs=8, sigma=0.1)
+        es = evolution_arm("es", network.apply, objectives.accuracy, adam, evolving, mesh=devices.of_steps)
+        arms = (arms[1], es)
     made = Distillation(network, arms, config=config, devices=devices)
     supply = (lambda first, last: iter([(pools.explore, first, last)])) if supplied else None
     state = made.begin(pools, 0)

@@ -15,7 +15,7 @@ from ev3_distill.errors import InputError
 from ev3_distill.export.formats.onnx_graph import BATCH, Graph, Node, Value, pruned, sizes_of
 from ev3_distill.export.formats.onnx_operators import OPERATORS, Call, Unsupported
 from ev3_distill.export.formats.onnx_static_quantization import whole_numbers
-from ev3_distill.runtime.jaxpr import INLINED, closed, is_variable
+from ev3_distill.runtime.jaxpr import CALLS, called, is_variable
 
 INPUTS = "inputs"
 OPSET, IR = 18, 9  # onnxruntime 1.15 and later
@@ -98,8 +98,8 @@ def _inlined(graph: Graph, one: Any, other: Any, arguments: Sequence[Value]) -> 
 
 def _applied(graph: Graph, equation: Any, twin: Any, values: Sequence[Value]) -> list[Value]:
     name = equation.primitive.name
-    if name in INLINED:
-        inner, other = (closed(e.params[INLINED[name]]) for e in (equation, twin))
+    if name in CALLS:
+        inner, other = (called(e) for e in (equation, twin))
         return _inlined(graph, inner, other, values)
     shapes = [sizes_of(a.aval.shape, b.aval.shape) for a, b in zip(equation.outvars, twin.outvars, strict=True)]
     if all(value.known for value in values):
