@@ -33,9 +33,9 @@ from ev3_distill import students
 from ev3_distill.arms import CONVOLUTIONAL, arms_named
 from ev3_distill.benchmarks import datasets, pytorch_quality, statistics
 from ev3_distill.data.sources import Dataset, load_data
-from ev3_distill.export.formats.runtime import deployed
+from ev3_distill.export.formats.runtime import open_exported
 from ev3_distill.runtime.compile import jit
-from ev3_distill.students.quantization import WHOLE
+from ev3_distill.students.quantization import NETWORK_STATS
 from ev3_distill.types import Batch, Stretch, Variables
 
 KEY = ("seed", "contender")  # identifies a row
@@ -102,7 +102,7 @@ def _rows(folder: Path, dataset: Dataset, runs: dict[str, Path], *, seed: int, s
     for contender, (run, options) in FILES.items():
         _command("export", str(runs[run]), "--format", "onnx", "--out", str(outs[contender]), *options)
     with contextlib.ExitStack() as opened:
-        files = {name: opened.enter_context(deployed(out / "model.onnx")) for name, out in outs.items()}
+        files = {name: opened.enter_context(open_exported(out / "model.onnx")) for name, out in outs.items()}
         turns: dict[tuple[str, int], list[float]] = {(name, batch): [] for name in files for batch in BATCHES}
         for _ in range(TURNS):
             for (name, batch), found in turns.items():
@@ -132,7 +132,7 @@ def unrounded(run: Path, inputs: np.ndarray) -> np.ndarray:
     """The classes [N] that a run's int8 student would choose without any rounding."""
     network, variables = students.load(run)
     base = students.build({name: value for name, value in network.spec.items() if name != "deploy"})
-    whole = Variables(variables.params, variables.stats[WHOLE])
+    whole = Variables(variables.params, variables.stats[NETWORK_STATS])
     classes = jit(lambda inputs: base.apply(whole, inputs, train=False)[0].argmax(axis=1))
     return np.concatenate([classes(inputs[i : i + AT_ONCE]) for i in range(0, len(inputs), AT_ONCE)])
 

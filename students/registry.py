@@ -248,7 +248,7 @@ def _deployed(network: Network, spec: Mapping[str, Any]) -> Network:
         return network
     if spec["deploy"] != "int8":
         raise InputError(f"a network is deployed in int8 or float32; got {spec['deploy']!r}: name one of these")
-    made = as_int8(network, tracing=standard)
+    made = as_int8(network, trace_context=standard)
     ranges = jax.eval_shape(made.init, jax.random.key(0)).stats[RANGES]
     if not ranges["low"].size:
         raise InputError(

@@ -342,7 +342,7 @@ def print_result(result: RunResult) -> None:
 def evaluate(options: EvaluateCommand) -> list[dict[str, Any]]:
     """Scores a finished run or an exported file and prints the outcome; returns the outcome of each guard."""
     from ev3_distill.export import evaluate as evaluation
-    from ev3_distill.export.formats.runtime import file_in
+    from ev3_distill.export.formats.runtime import find_model_file
 
     common: dict[str, Any] = {
         "student": options.student,
@@ -350,7 +350,7 @@ def evaluate(options: EvaluateCommand) -> list[dict[str, Any]]:
         "costs": options.costs,
         "reopen": options.reopen,
     }
-    if path := file_in(options.run):
+    if path := find_model_file(options.run):
         of_file = evaluation.evaluate_file(
             path, options.data, of=options.of, threads=options.threads, confidence=options.confidence, **common
         )

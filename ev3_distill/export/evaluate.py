@@ -13,11 +13,11 @@ from ev3_distill.data.sources import Dataset
 from ev3_distill.data.splits import split_rows
 from ev3_distill.errors import InputError, warn
 from ev3_distill.export import teacher_latency
-from ev3_distill.export.formats.metadata import About
-from ev3_distill.export.formats.runtime import Deployed, deployed
+from ev3_distill.export.formats.metadata import ModelMetadata
+from ev3_distill.export.formats.runtime import ExportedModel, open_exported
 from ev3_distill.guards import Guard, evaluate_guards
 from ev3_distill.runtime.digest import tree_digest
-from ev3_distill.runtime.timing import PASSES, summary
+from ev3_distill.runtime.timing import PASSES, quantiles
 from ev3_distill.tasks.classification.example_metrics import predicted_class, probabilities
 from ev3_distill.tasks.classification.user_metrics import digest_of_costs, read_costs
 from ev3_distill.tasks.outputs import Outputs
@@ -131,8 +131,8 @@ def evaluate_file(
         raise InputError(
             "a file is scored on examples; got none: name them by --data, or the run that it is of by --of RUN"
         )
-    with deployed(path, threads=threads) as file:
-        about = file.about
+    with open_exported(path, threads=threads) as file:
+        about = file.metadata
         chosen = config.Compress() if of is None else config_of(of, _report_of(of))
         dataset = data_of(chosen, source)
         _check_takes(about, dataset)
@@ -145,7 +145,7 @@ def evaluate_file(
         outputs = _outputs(
             file.logits, dataset, rows, at_once=evaluated_at_once(dataset, limit_of(chosen.memory), AT_ONCE)
         )
-        lines = [f"{path}: {about.network}, {about.precision}, {sizes['bytes']:,} bytes, run by {file.by}"]
+        lines = [f"{path}: {about.network}, {about.precision}, {sizes['bytes']:,} bytes, run by {file.runtime}"]
         sealed = None if source else of
         if of is not None:
             network, variables = _student_of(of, about.student, students.factory_of(student))
@@ -183,7 +183,7 @@ def _report_of(directory: Path) -> dict[str, Any]:
     return finished
 
 
-def _check_takes(about: About, dataset: Dataset) -> None:
+def _check_takes(about: ModelMetadata, dataset: Dataset) -> None:
     """Whether a file can be scored on that data set."""
     _check_fits(dataset, {"input_shape": about.input_shape, "classes": about.classes})
     if dataset.inputs.dtype.name != about.dtype:
@@ -208,7 +208,7 @@ def _rows(
 
 
 def latency_line(whose: str, size: int, told: Mapping[str, float], *, threads: int) -> str:
-    """What passes on batches of this size took, see `timing.summary`."""
+    """What passes on batches of this size took, see `timing.quantiles`."""
     count = f"{threads} thread{'s' if threads > 1 else ''}"
     return (
         f"latency{whose} at batch {size}: {told['p50']:.3g} ms p50, {told['p99']:.3g} ms p99, {count}, "
@@ -217,7 +217,7 @@ def latency_line(whose: str, size: int, told: Mapping[str, float], *, threads: i
 
 
 def times_of(
-    file: Deployed, dataset: Dataset, of: Path | None
+    file: ExportedModel, dataset: Dataset, of: Path | None
 ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray] | str]:
     """Times of passes of a file, and of the teacher of the run that it is of, each by the size of its batches.
 
@@ -235,11 +235,11 @@ def times_of(
 
 
 def _latency_lines(own: dict[int, np.ndarray], theirs: dict[int, np.ndarray] | str, *, threads: int) -> list[str]:
-    lines = [latency_line("", size, summary(times), threads=threads) for size, times in own.items()]
+    lines = [latency_line("", size, quantiles(times), threads=threads) for size, times in own.items()]
     if isinstance(theirs, str):
         return [*lines, f"latency of the teacher: {theirs}"] if theirs else lines
     whose = " of the teacher"
-    return lines + [latency_line(whose, size, summary(times), threads=threads) for size, times in theirs.items()]
+    return lines + [latency_line(whose, size, quantiles(times), threads=threads) for size, times in theirs.items()]
 
 
 class _Agreement(NamedTuple):

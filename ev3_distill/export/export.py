@@ -22,14 +22,13 @@ from ev3_distill.data.splits import split_rows
 from ev3_distill.errors import InputError
 from ev3_distill.export import model_card
 from ev3_distill.export.evaluate import times_of
-from ev3_distill.export.formats import onnx, onnx_int8_weights, stablehlo
-from ev3_distill.export.formats import safetensors as of_flax
-from ev3_distill.export.formats.metadata import BESIDE, About
-from ev3_distill.export.formats.runtime import deployed
+from ev3_distill.export.formats import onnx, onnx_static_quantization, safetensors_file, stablehlo
+from ev3_distill.export.formats.metadata import SIDECAR, ModelMetadata
+from ev3_distill.export.formats.runtime import open_exported
 from ev3_distill.monitor import report
 from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.runtime.files import atomic_directory, sha256_of
-from ev3_distill.runtime.timing import summary
+from ev3_distill.runtime.timing import quantiles
 from ev3_distill.search.archive import FILE, Archive, pick
 from ev3_distill.students.layers import conv
 from ev3_distill.students.network import count_params
@@ -185,31 +184,33 @@ def _write(
     return evidence, lines
 
 
-def _saved(folder: Path, source: _Source, wanted: Wanted, student: tuple[Network, Variables], about: About) -> Path:
+def _saved(
+    folder: Path, source: _Source, wanted: Wanted, student: tuple[Network, Variables], about: ModelMetadata
+) -> Path:
     """The file that is run, with what it says of itself, and as flax what else belongs to it."""
     network, variables = student
     example = jax.ShapeDtypeStruct(_laid(about.input_shape, wanted.layout), np.dtype(about.dtype))
     says, name, beside = _says(network, wanted), about.network, dict[str, str]()
     whole = functools.partial(says, variables)
     if wanted.format == "flax":
-        path, program = folder / of_flax.FILE, folder / of_flax.PROGRAM
+        path, program = folder / safetensors_file.FILE, folder / safetensors_file.PROGRAM
         shutil.copytree(source.folder, folder, dirs_exist_ok=True)
-        path.write_bytes(of_flax.file_of(variables, about.as_texts()))
-        program.write_bytes(of_flax.program_of(says, variables, example, name=name))
+        path.write_bytes(safetensors_file.serialize_variables(variables, about.as_texts()))
+        program.write_bytes(safetensors_file.serialize_apply(says, variables, example, name=name))
         beside["sha256_program"] = sha256_of(program)
     elif wanted.format == "stablehlo":
         path = folder / "model.stablehlo"
-        path.write_bytes(stablehlo.program_of(whole, example, name=name))
+        path.write_bytes(stablehlo.serialize(whole, example, name=name))
     else:
         path = folder / "model.onnx"
-        path.write_bytes(onnx.model_of(whole, example, name=name, output=about.output, about=about.as_texts()))
-    write_json(folder / BESIDE, {**about.as_dict(), "sha256": sha256_of(path), **beside})
+        path.write_bytes(onnx.serialize(whole, example, name=name, output=about.output, metadata=about.as_texts()))
+    write_json(folder / SIDECAR, {**about.as_dict(), "sha256": sha256_of(path), **beside})
     return path
 
 
 def _about(
     finished: dict[str, Any], source: _Source, wanted: Wanted, student: tuple[Network, Variables], *, dtype: str
-) -> About:
+) -> ModelMetadata:
     network, variables = student
     certificate = source.evidence.get("certificate", {})
     promised = {**finished, "certificate": certificate}
@@ -221,7 +222,7 @@ def _about(
             "what is proven of the file itself"
         )
     versions = {name: metadata.version(name) for name in ("jax", "flax", "onnx") if _installed(name)}
-    return About(
+    return ModelMetadata(
         format=wanted.format,
         precision=precision,
         classes=finished["data"]["classes"],
@@ -240,7 +241,7 @@ def _about(
     )
 
 
-def _as_int8(about: About) -> About:
+def _as_int8(about: ModelMetadata) -> ModelMetadata:
     told = "No certificate is about these int8 weights, only about the float32 student that they come from"
     return dataclasses.replace(about, precision="int8", promise=told, certificate={})
 
@@ -296,7 +297,7 @@ def _says(network: Network, wanted: Wanted) -> Callable[[Variables, jax.Array], 
     return says
 
 
-def _inputs(about: About, data: _Data | None, split: str, count: int) -> np.ndarray:
+def _inputs(about: ModelMetadata, data: _Data | None, split: str, count: int) -> np.ndarray:
     """Examples of a split as the data have them; drawn at random where the data are not at hand."""
     rng = np.random.default_rng(0)
     if data is not None:
@@ -326,29 +327,33 @@ def _compared(
 
 
 def _said_by(path: Path, inputs: np.ndarray) -> np.ndarray:
-    with deployed(path) as file:
+    with open_exported(path) as file:
         return np.concatenate([file.outputs(inputs[i : i + CHUNK]) for i in range(0, len(inputs), CHUNK)])
 
 
-def _latency(path: Path, run: Path, about: About, data: _Data | None) -> dict[str, Any]:
+def _latency(path: Path, run: Path, about: ModelMetadata, data: _Data | None) -> dict[str, Any]:
     """Of the file, and of the teacher or why it has none, by the size of a batch, on as many threads as there are."""
     if data is None:
         raise InputError(
             f"--latency is of the run's own examples; the data {about.data['source']} are not at hand as the run had them: put "
             "them back, or leave out --latency"
         )
-    with deployed(path) as file:
+    with open_exported(path) as file:
         own, theirs = times_of(file, data.dataset, run)
     teacher = theirs if isinstance(theirs, str) else _summaries(theirs)
-    return {"threads": file.threads, "by": file.by, "file": _summaries(own), "teacher": teacher}
+    return {"threads": file.threads, "by": file.runtime, "file": _summaries(own), "teacher": teacher}
 
 
 def _summaries(times: dict[int, np.ndarray]) -> dict[str, Any]:
-    return {str(size): summary(of) for size, of in times.items()}
+    return {str(size): quantiles(of) for size, of in times.items()}
 
 
 def _quantised(
-    path: Path, evidence: dict[str, Any], about: About, data: _Data | None, student: Callable[[np.ndarray], np.ndarray]
+    path: Path,
+    evidence: dict[str, Any],
+    about: ModelMetadata,
+    data: _Data | None,
+    student: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[dict[str, Any], list[str]]:
     """Puts the int8 file in the place of the other; no certificate is about it, so decide tells what it costs."""
     if data is None:
@@ -360,12 +365,12 @@ def _quantised(
     inputs = _inputs(about, data, "explore", CALIBRATION)
     inputs = np.moveaxis(inputs, -1, 1) if about.layout == "nchw" else inputs
     path.write_bytes(
-        onnx_int8_weights.quantised(
-            model, np.ascontiguousarray(inputs), path.with_suffix(".tmp"), about=_as_int8(about).as_texts()
+        onnx_static_quantization.quantize(
+            model, np.ascontiguousarray(inputs), path.with_suffix(".tmp"), metadata=_as_int8(about).as_texts()
         )
     )
     path.with_suffix(".tmp").unlink(missing_ok=True)
-    write_json(path.with_name(BESIDE), {**_as_int8(about).as_dict(), "sha256": sha256_of(path)})
+    write_json(path.with_name(SIDECAR), {**_as_int8(about).as_dict(), "sha256": sha256_of(path)})
     rows = data.rows["decide"]
     inputs, labels = np.asarray(data.dataset.inputs[rows]), data.dataset.labels[rows]
     found = {"format": "onnx", "precision": "int8", "data": "decide", **_compared(path, student, inputs, about.output)}

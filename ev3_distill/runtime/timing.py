@@ -41,7 +41,7 @@ def times_ms(
     return 1000 * np.array(times)
 
 
-def summary(times: np.ndarray) -> dict[str, float]:
+def quantiles(times: np.ndarray) -> dict[str, float]:
     """Median and 99th percentile of times [n] in milliseconds, and their number."""
     median, rare = np.quantile(times, (0.5, 0.99))
     return {"p50": float(median), "p99": float(rare), "passes": len(times)}

@@ -15,7 +15,7 @@ from ev3_distill.core.explore import fitting
 from ev3_distill.core.promote import on_seen
 from ev3_distill.data.batches import sampler
 from ev3_distill.runtime.distributed import agreed
-from ev3_distill.students.quantization import normalises
+from ev3_distill.students.quantization import has_batch_stats
 from ev3_distill.tasks.classification import example_scores
 from ev3_distill.training.devices import ONE, Devices
 from ev3_distill.training.dispatch import Programs
@@ -143,7 +143,7 @@ class Distillation:
         """
         best = self.begin(pools, seed)
         most, began = budget // DRAWING, time.perf_counter()
-        if normalises(best.current) or most < 2 * self._length:
+        if has_batch_stats(best.current) or most < 2 * self._length:
             return best
         compiled, cost, highest = self.compile_s, 0, (-np.inf, -np.inf)
         for draw in range(DRAWS):

@@ -20,8 +20,8 @@ from ev3_distill.cli.main import main
 from ev3_distill.data.sources import load_data
 from ev3_distill.export import export as room
 from ev3_distill.export import teacher_latency
-from ev3_distill.export.formats.onnx import model_of
-from ev3_distill.export.formats.runtime import deployed
+from ev3_distill.export.formats.onnx import serialize
+from ev3_distill.export.formats.runtime import open_exported
 from ev3_distill.search.archive import Entry
 from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.types import Variables
@@ -100,7 +100,7 @@ def test_folders(of_images):
 def test_files_take_the_bytes_of_the_data(name, of_images, images):
     inputs, logits = images
     assert len(np.unique(logits.argmax(axis=1))) == 3
-    with deployed(next((of_images / name).glob("model.[os]*")), threads=1) as file:
+    with open_exported(next((of_images / name).glob("model.[os]*")), threads=1) as file:
         said, passes = file.outputs(inputs), file.passes_ms(inputs[:1], 5)
     assert passes.shape == (5,)
     assert (passes > 0).all()
@@ -207,9 +207,9 @@ def test_int8_is_smaller_inside_and_says_what_it_costs(of_images, images, cli):
 
 def test_a_file_that_says_something_else_is_deleted(finished, cli, here, monkeypatch):
     def other(function, example, **facts):
-        return model_of(lambda x: function(x) + 1e-2, example, **facts)
+        return serialize(lambda x: function(x) + 1e-2, example, **facts)
 
-    monkeypatch.setattr(room.onnx, "model_of", other)
+    monkeypatch.setattr(room.onnx, "serialize", other)
     answer = cli("export", finished, "--format", "onnx", "--out", "out")
     assert answer.code == 2
     assert re.search(
@@ -314,14 +314,14 @@ def test_files_that_are_none(of_images, cli, here):
     assert "cut.onnx fails with " in told(cli("evaluate", "cut.onnx", *data))
     (here / "noise.stablehlo").write_bytes(b"\0" * 100)
     assert "noise.stablehlo fails with " in told(cli("evaluate", "noise.stablehlo", *data))
-    assert "gone.onnx, which is none" in told(cli("evaluate", "gone.onnx", *data))
+    assert "gone.onnx, which is missing or not a file" in told(cli("evaluate", "gone.onnx", *data))
     model = onnx.load(of_images / "onnx/model.onnx")
     del model.metadata_props[:]
     onnx.save(model, here / "foreign.onnx")
-    assert "says what it is; foreign.onnx lacks format, precision" in told(cli("evaluate", "foreign.onnx", *data))
+    assert "needs its metadata; foreign.onnx lacks format, precision" in told(cli("evaluate", "foreign.onnx", *data))
     variables = (of_images / "flax/model.safetensors").read_bytes()
     (here / "cut.safetensors").write_bytes(variables[:700])
-    assert "exported variables have their program beside them; apply.stablehlo is missing" in told(
+    assert "exported variables need their program beside them; apply.stablehlo is missing" in told(
         cli("evaluate", "cut.safetensors", *data)
     )
     shutil.copy(of_images / "flax/apply.stablehlo", here)
@@ -329,11 +329,11 @@ def test_files_that_are_none(of_images, cli, here):
     shutil.copytree(of_images / "flax", here / "variables")
     with (here / "variables/apply.stablehlo").open("ab") as file:
         file.write(b"x")
-    assert "apply.stablehlo has changed since" in told(cli("evaluate", "variables/apply.stablehlo", *data))
+    assert "apply.stablehlo was changed or damaged" in told(cli("evaluate", "variables/apply.stablehlo", *data))
     shutil.copytree(of_images / "onnx", here / "flipped")
     content[content.index(b"inputs") + 600] ^= 1
     (here / "flipped/model.onnx").write_bytes(content)
-    assert "has changed since, or is damaged" in told(cli("evaluate", "flipped", *data))
+    assert "was changed or damaged" in told(cli("evaluate", "flipped", *data))
 
 
 def test_evaluations_that_cannot_be(of_images, finished, cli, here):
@@ -395,8 +395,8 @@ def test_a_network_of_ones_own_needs_its_factory(finished, cli, here):
     assert factory is not None
     assert "pass that callable as factory=" in told(cli("export", "run", "--format", "onnx", "--out", "x"))
     answer = cli("export", "run", "--format", "onnx", "--student", "mine:make", "--out", "x")
-    assert "the network mine:make asks for the primitive cumsum, which has none" in told(answer)
-    assert "export it by --format stablehlo or flax, which can" in answer.err
+    assert "the network mine:make uses the primitive cumsum: " in told(answer)
+    assert "use --format stablehlo or flax instead" in answer.err
     assert cli("export", "run", "--format", "stablehlo", "--student", "mine:make", "--out", "x").code == 0
 
 
@@ -421,9 +421,9 @@ def test_a_picked_student_has_no_certificate(of_images, cli, here):
     assert "Parameters: 1,035\n" in card
     assert "at least" not in card
     assert "model-index" not in card
-    with deployed(here / "out/model.onnx") as file:
-        assert (file.about.params, file.about.certificate) == (1035, {})
-        assert file.about.promise == "No certificate is about this student"
+    with open_exported(here / "out/model.onnx") as file:
+        assert (file.metadata.params, file.metadata.certificate) == (1035, {})
+        assert file.metadata.promise == "No certificate is about this student"
     scored = cli("evaluate", "out", "--of", run, "--data", f"npz:{of_images / 'data.npz'}")
     assert scored.code == 0, scored.err
     assert f"the student of {run}: the same class on 200 of 200 examples" in scored.out

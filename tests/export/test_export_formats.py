@@ -21,8 +21,8 @@ from ev3_distill import students
 from ev3_distill.errors import InputError
 from ev3_distill.export.export import Wanted, _says
 from ev3_distill.export.formats import onnx as onnx_format
-from ev3_distill.export.formats import safetensors as of_flax
-from ev3_distill.export.formats import stablehlo
+from ev3_distill.export.formats import safetensors_file, stablehlo
+from ev3_distill.students.layers import conv
 from ev3_distill.students.network import from_nnx
 from ev3_distill.teachers.kinds.flax import forward
 
@@ -91,11 +91,15 @@ def exported(tmp_path_factory):
             variables = jax.tree.map(lambda leaf, by=middle: leaf - by if leaf.shape == (5,) else leaf, variables)
             applied, example = _says(network, Wanted("onnx")), jax.ShapeDtypeStruct(shape, np.uint8)
             says = functools.partial(applied, variables)
-            model = onnx_format.model_of(says, example, name=text, output="logits", about={"classes": "5"})
+            model = onnx_format.serialize(says, example, name=text, output="logits", metadata={"classes": "5"})
             (place / f"{name}.onnx").write_bytes(model)
-            (place / f"{name}.stablehlo").write_bytes(stablehlo.program_of(says, example, name=text))
-            (place / f"{name}.safetensors").write_bytes(of_flax.file_of(variables, {"classes": "5"}))
-            (place / f"{name}.apply").write_bytes(of_flax.program_of(applied, variables, example, name=text))
+            (place / f"{name}.stablehlo").write_bytes(stablehlo.serialize(says, example, name=text))
+            (place / f"{name}.safetensors").write_bytes(
+                safetensors_file.serialize_variables(variables, {"classes": "5"})
+            )
+            (place / f"{name}.apply").write_bytes(
+                safetensors_file.serialize_apply(applied, variables, example, name=text)
+            )
             np.save(place / f"{name}.npy", inputs)
             np.save(place / f"{name}.expected", logits(variables, inputs))
 
@@ -218,15 +222,15 @@ def test_the_standard_form_ends_with_its_block():
         made = jax.make_jaxpr(lambda x: network.apply(variables, x, train=False)[0])(jnp.zeros((2, 9, 10, 3)))
         return {equation.primitive.name for equation in made.eqns}
 
-    with students.conv.standard():
+    with conv.standard():
         assert "students_conv" not in names()
         assert "conv_general_dilated" in names()
     assert "students_conv" in names()
 
 
 def run_onnx(function, inputs):
-    model = onnx_format.model_of(
-        function, jax.ShapeDtypeStruct(inputs.shape[1:], inputs.dtype), name="it", output="found", about={}
+    model = onnx_format.serialize(
+        function, jax.ShapeDtypeStruct(inputs.shape[1:], inputs.dtype), name="it", output="found", metadata={}
     )
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     return session.run(["found"], {"inputs": inputs})[0]
@@ -290,8 +294,8 @@ def test_programs(name):
 
 
 def test_norms_move_into_their_convolutions():
-    model = onnx_format.model_of(
-        PROGRAMS["with a norm"], jax.ShapeDtypeStruct((5, 6, 4), np.float32), name="it", output="found", about={}
+    model = onnx_format.serialize(
+        PROGRAMS["with a norm"], jax.ShapeDtypeStruct((5, 6, 4), np.float32), name="it", output="found", metadata={}
     )
     assert [node.op_type for node in onnx.load_from_string(model).graph.node if node.op_type != "Identity"] == [
         "Transpose",
@@ -305,7 +309,7 @@ REFUSED = {
     "a reduction over the batch": lambda x: x - x.mean(0),
     "a slice of the batch": lambda x: x[:1] + x,
     "a dilated input": lambda x: convolved(x, lhs_dilation=(2, 1)),
-    "another one for another batch": lambda x: x if len(x) == 2 else x + 1,
+    "operations that depend on the batch size": lambda x: x if len(x) == 2 else x + 1,
 }
 
 
@@ -315,8 +319,8 @@ def test_programs_that_onnx_cannot_hold_here(told):
         run_onnx(REFUSED[told], np.zeros((5, 5, 6, 4), np.float32))
     message = str(refused.value)
     assert told in message
-    assert "the network it asks for" in message
-    assert "export it by --format stablehlo or flax, which can" in message
+    assert "the network it uses" in message
+    assert "use --format stablehlo or flax instead" in message
 
 
 class Own(nnx.Module):
@@ -353,16 +357,14 @@ def test_stablehlo_is_for_all_platforms_and_any_batch(exported):
     program = export.deserialize(bytearray((exported / "mlp.stablehlo").read_bytes()))
     assert program.platforms == ("cpu", "cuda", "tpu")
     assert str(program.in_avals[0].shape) == "(batch, 6, 6, 1)"
-    with pytest.raises(
-        InputError, match=r"the network odd cannot \(TracerArray.*: let it treat each example by itself"
-    ):
-        stablehlo.program_of(np.asarray, jax.ShapeDtypeStruct((3,), np.float32), name="odd")
+    with pytest.raises(InputError, match=r"the network odd cannot \(TracerArray.*: process each example independently"):
+        stablehlo.serialize(np.asarray, jax.ShapeDtypeStruct((3,), np.float32), name="odd")
 
 
 def test_a_network_that_asks_for_its_batch_is_mapped_over_it():
     from jax import export
 
-    program = stablehlo.program_of(
+    program = stablehlo.serialize(
         lambda x: x.reshape(len(x), -1) * 2, jax.ShapeDtypeStruct((2, 3), np.float32), name="it"
     )
     inputs = np.arange(30, dtype=np.float32).reshape(5, 2, 3)
@@ -379,9 +381,9 @@ def test_variables_go_into_a_module_of_ones_own(tmp_path):
 
     network = from_nnx(Own)
     variables = network.init(jax.random.key(0))
-    (tmp_path / of_flax.FILE).write_bytes(of_flax.file_of(variables, {"classes": "3"}))
-    loaded = load_file(tmp_path / of_flax.FILE)
-    with safe_open(tmp_path / of_flax.FILE, framework="numpy") as file:
+    (tmp_path / safetensors_file.FILE).write_bytes(safetensors_file.serialize_variables(variables, {"classes": "3"}))
+    loaded = load_file(tmp_path / safetensors_file.FILE)
+    with safe_open(tmp_path / safetensors_file.FILE, framework="numpy") as file:
         assert file.metadata() == {"classes": "3", "statistics": '["norm.mean", "norm.var"]'}
     module = Own(nnx.Rngs(1))
     module.eval()
@@ -389,7 +391,7 @@ def test_variables_go_into_a_module_of_ones_own(tmp_path):
     inputs = np.random.default_rng(0).random((4, 8, 8, 2), dtype=np.float32)
     expected = network.apply(variables, inputs, train=False)[0]
     np.testing.assert_allclose(module(inputs), expected, atol=1e-6)
-    made = of_flax.program_of(
+    made = safetensors_file.serialize_apply(
         _says(network, Wanted()), variables, jax.ShapeDtypeStruct((8, 8, 2), np.float32), name="Own"
     )
     apply = export.deserialize(bytearray(made)).call

@@ -16,7 +16,7 @@ from ev3_distill.core.explore import fitting
 from ev3_distill.errors import InputError
 from ev3_distill.export.formats import onnx as onnx_format
 from ev3_distill.students.layers import conv
-from ev3_distill.students.quantization import RANGES, WHOLE, normalises, rounded
+from ev3_distill.students.quantization import NETWORK_STATS, RANGES, has_batch_stats, round_weights
 from ev3_distill.types import Batch, Stretch, Variables
 
 FAMILIES = {
@@ -31,10 +31,10 @@ def test_weights_are_rounded_by_channel():
     """Two outputs whose greatest are 6.4 and 0.64: steps of 0.1 and 0.01."""
     weights = jnp.array([[6.4, 0.123], [-3.14, -0.64], [0.0, 0.006]])
     wanted = [[6.4, 0.12], [-3.1, -0.64], [0.0, 0.01]]
-    np.testing.assert_allclose(rounded(weights, (1,)), wanted, atol=1e-6)
-    np.testing.assert_array_equal(rounded(jnp.zeros((3, 2)), (1,)), np.zeros((3, 2)))
+    np.testing.assert_allclose(round_weights(weights, (1,)), wanted, atol=1e-6)
+    np.testing.assert_array_equal(round_weights(jnp.zeros((3, 2)), (1,)), np.zeros((3, 2)))
     kernel = jax.random.normal(jax.random.key(0), (3, 3, 2, 5))
-    steps = rounded(kernel, (3,)) / (jnp.abs(kernel).max((0, 1, 2)) / 64)
+    steps = round_weights(kernel, (3,)) / (jnp.abs(kernel).max((0, 1, 2)) / 64)
     np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)
     np.testing.assert_allclose(jnp.abs(steps).max((0, 1, 2)), 64, atol=1e-4)
 
@@ -50,7 +50,9 @@ def test_a_linear_classifier_by_hand():
     assert jax.tree.structure(params) == jax.tree.structure(variables.params)
     ranges = {"low": jnp.array([-1.0]), "high": jnp.array([4.1])}  # steps of 0.02, zero is level 50
     inputs = jnp.array([[0.313, 1.0], [9.0, -7.0]])
-    logits, _ = linear.apply(Variables(params, {WHOLE: variables.stats[WHOLE], RANGES: ranges}), inputs, train=False)
+    logits, _ = linear.apply(
+        Variables(params, {NETWORK_STATS: variables.stats[NETWORK_STATS], RANGES: ranges}), inputs, train=False
+    )
     steps = np.array([[1, 0.5], [17 / 64, -0.5]])  # 0.26 is 16.64 steps
     np.testing.assert_allclose(logits, np.array([[0.32, 1.0], [4.1, -1.0]]) @ steps + bias, atol=1e-6)
 
@@ -78,7 +80,7 @@ def test_the_file_computes_what_was_scored(name):
             return network.apply(variables, inputs, train=False)[0]
 
     example = jax.ShapeDtypeStruct(FAMILIES[name], np.float32)
-    made = onnx_format.model_of(says, example, name=name, output="logits", about={})
+    made = onnx_format.serialize(says, example, name=name, output="logits", metadata={})
     (said,) = ort.InferenceSession(made).run(None, {"inputs": inputs})
     near = np.sort(logits, axis=1)
     clear = near[:, -1] - near[:, -2] > 0.02 * np.abs(logits).max()
@@ -109,10 +111,10 @@ def test_gradients_pass_through_the_rounding():
     def gradient(apply, params, stats):
         return jax.grad(lambda params: jnp.square(apply(Variables(params, stats), inputs, train=True)[0]).sum())(params)
 
-    kernels = jax.tree.map(lambda leaf: rounded(leaf, (1,)) if leaf.ndim > 1 else leaf, variables.params)
+    kernels = jax.tree.map(lambda leaf: round_weights(leaf, (1,)) if leaf.ndim > 1 else leaf, variables.params)
     for apply, params in ((network.straight, kernels), (network.apply, variables.params)):
         got = gradient(apply, variables.params, variables.stats)
-        wanted = gradient(base.apply, params, variables.stats[WHOLE])
+        wanted = gradient(base.apply, params, variables.stats[NETWORK_STATS])
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, wanted)
         after = apply(variables, inputs, train=True)[1]
         jax.tree.map(
@@ -127,12 +129,12 @@ def test_ranges_are_those_of_the_inputs_and_of_what_is_made_of_them():
     inputs = jax.random.normal(jax.random.key(1), (16, 6))
     ranges = network.fit(variables, inputs).stats[RANGES]
     layer = variables.params["layers"][0]
-    made = jax.nn.relu(inputs @ rounded(layer["kernel"], (1,)) + layer["bias"])
+    made = jax.nn.relu(inputs @ round_weights(layer["kernel"], (1,)) + layer["bias"])
     np.testing.assert_allclose(ranges["low"], [inputs.min(), made.min()], rtol=1e-6)
     np.testing.assert_allclose(ranges["high"], [inputs.max(), made.max()], rtol=1e-6)
     trained_on = network.apply(variables, inputs, train=True)[1]
     np.testing.assert_array_equal(trained_on.stats[RANGES]["high"], [0, 0])  # training asks for none
-    assert not normalises(variables)
+    assert not has_batch_stats(variables)
 
 
 def test_what_an_arm_proposes_is_fitted_to_its_stretch():
@@ -199,7 +201,7 @@ def test_a_run_in_int8(tmp_path, monkeypatch, capsys):
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["student"]["deploy"] == "int8"
     network, variables = students.load(tmp_path / "run")
-    assert network.spec["deploy"] == "int8" and set(variables.stats) == {WHOLE, RANGES}
+    assert network.spec["deploy"] == "int8" and set(variables.stats) == {NETWORK_STATS, RANGES}
     rounds, not_rounded = (
         network.apply(variables, inputs, train=False)[0],
         int8_accuracy.unrounded(tmp_path / "run", inputs),

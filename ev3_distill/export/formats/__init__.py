@@ -1,1 +1,1 @@
-"""Formats: a student as a file that others run, ONNX or StableHLO, and such files run as others would run them."""
+"""File formats: writing a student as ONNX, StableHLO or safetensors, and running such files in a subprocess."""

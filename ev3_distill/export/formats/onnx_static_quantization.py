@@ -1,56 +1,70 @@
-"""Whole numbers: weights in int8 where a graph's products meet activations that are rounded, see `ev3_distill/int8.py`."""
+"""Post-training int8 quantization of an ONNX model, by onnxruntime's static quantizer.
+
+Weights get one scale per output channel and use 7 of the 8 bits: with all 8, sums of two products overflow 16 bits on x86
+processors without VNNI, and the same file would give other outputs there. Each activation gets one scale, from the minimum and
+maximum over the calibration inputs.
+"""
+
+import contextlib
+import io
+import logging
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
-from ev3_distill.export.formats.onnx_graph import Graph, Node
-from ev3_distill.students.quantization import LARGEST
+from ev3_distill.export.formats.onnx import INPUTS, package
 
-LAYOUT = ("Transpose", "Reshape")  # what leaves the entries as they are
-AXES = {"Conv": 0, "MatMul": 1}  # of a product's weights: that of its outputs
+OPERATORS = ["Conv", "MatMul", "Gemm"]
+BATCH_SIZE = 32
 
 
-def whole_numbers(graph: Graph) -> Graph:
-    """The graph with the weights of such products in int8 and their biases in int32, each with its scales.
+class _Reader:
+    """Feeds calibration inputs to the quantizer, batch by batch."""
 
-    The weights lie on a grid already, LARGEST steps to the greatest of each output channel, and what a BatchNorm made of them
-    still does: so this changes nothing but how they are written. Weights left in float32 are worse than large: onnxruntime
-    rounds them itself, all channels by one scale, where the activations beside them are rounded.
+    def __init__(self, inputs: np.ndarray):
+        starts = range(0, len(inputs), BATCH_SIZE)
+        self._batches = iter([{INPUTS: inputs[i : i + BATCH_SIZE]} for i in starts])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """Returns the next batch, or None at the end."""
+        return next(self._batches, None)
+
+
+def quantize(model: bytes, inputs: np.ndarray, path: Path, *, metadata: Mapping[str, str]) -> bytes:
+    """Quantizes a model to int8.
+
+    Args:
+      model: float32 ONNX model.
+      inputs: calibration inputs [N, ...] as the model takes them.
+      path: scratch file for the quantizer.
+      metadata: entries of the new file's metadata, by name.
     """
-    makers = {node.output: node for node in graph.nodes}
+    onnx = package()
+    from onnxruntime import quantization
 
-    def scale_of(name: str) -> str | None:
-        """That of a rounded activation, however it lies."""
-        while name in makers and makers[name].operator in LAYOUT:
-            name = makers[name].inputs[0]
-        return makers[name].inputs[1] if name in makers and makers[name].operator == "DequantizeLinear" else None
-
-    written = Graph()
-    written.constants, written._names = graph.constants, graph._names
-    for node in graph.nodes:
-        weights = graph.constants.get(node.inputs[1]) if node.operator in AXES else None
-        met = scale_of(node.inputs[0])
-        if weights is None or met is None or (node.operator == "MatMul" and weights.ndim != 2):
-            written.nodes.append(node)
-            continue
-        axis = AXES[node.operator]
-        others = tuple(i for i in range(weights.ndim) if i != axis)
-        scale = np.abs(weights).max(others) / np.float32(LARGEST)
-        scale = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
-        inputs = [node.inputs[0], _dequantised(written, weights, scale, axis, np.int8)]
-        if len(node.inputs) > 2:
-            of_sums = scale * graph.constants[met]
-            inputs.append(_dequantised(written, graph.constants[node.inputs[2]], of_sums, 0, np.int32))
-        written.nodes.append(Node(node.operator, tuple(inputs), node.output, node.attributes))
-    used = {name for node in written.nodes for name in node.inputs}
-    written.constants = {name: array for name, array in written.constants.items() if name in used}
-    return written
+    original = onnx.load_from_string(model)
+    logging.getLogger().addFilter(_errors_only)  # the quantizer logs advice to the root logger
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            quantization.quantize_static(
+                original,
+                str(path),
+                _Reader(inputs),
+                quant_format=quantization.QuantFormat.QDQ,
+                op_types_to_quantize=OPERATORS,
+                per_channel=True,
+                reduce_range=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+            )
+    finally:
+        logging.getLogger().removeFilter(_errors_only)
+    quantized = onnx.load(str(path))
+    del quantized.metadata_props[:]
+    onnx.helper.set_model_props(quantized, dict(metadata))
+    return bytes(quantized.SerializeToString())
 
 
-def _dequantised(graph: Graph, array: np.ndarray, scale: np.ndarray, axis: int, dtype: type[np.signedinteger]) -> str:
-    """A constant as whole numbers, and what they stand for."""
-    limits = np.iinfo(dtype)
-    along = scale.reshape([-1 if i == axis else 1 for i in range(array.ndim)]).astype(np.float64)
-    whole = np.clip(np.round(array / along), limits.min, limits.max).astype(dtype)
-    zeros = np.zeros(scale.shape, dtype)
-    names = (graph.constant(whole), graph.constant(scale.astype(np.float32)), graph.constant(zeros))
-    return graph.node("DequantizeLinear", *names, axis=axis)
+def _errors_only(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

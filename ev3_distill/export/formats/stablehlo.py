@@ -1,4 +1,4 @@
-"""StableHLO: a traced program as jax.export writes it, for CPU, CUDA and TPU, with a free batch axis."""
+"""StableHLO: a program written by jax.export, for CPU, CUDA and TPU, with a free batch axis."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,44 +12,44 @@ from ev3_distill.export.formats.onnx_graph import BATCH
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def program_of(
+def serialize(
     forward: Callable[..., jax.Array],
     example: jax.ShapeDtypeStruct,
     *,
     name: str,
-    given: tuple[Any, ...] = (),
+    arguments: tuple[Any, ...] = (),
     derivatives: int = 0,
 ) -> bytes:
-    """What `jax.export.deserialize` reads.
+    """Writes a program, to be read by `jax.export.deserialize`.
 
-    A network that asks for the size of its batch, as by `len(x)`, is traced for one example and mapped over the batch.
+    A network whose code needs a concrete batch size, for example for `len(x)`, is traced for one example and mapped over the
+    batch.
 
     Args:
-      forward: of `given`, if there are any, and inputs [B, ...], to outputs [B, K], pure.
-      example: one example, without the batch axis.
-      name: of the network, for errors.
-      given: arguments before the inputs, of the shapes that they will have.
+      forward: pure function of `arguments` and inputs [B, ...] to outputs [B, K].
+      example: shape and dtype of one example, without the batch axis.
+      name: of the network, for error messages.
+      arguments: arguments before the inputs, of the shapes that the program shall take.
       derivatives: how often the program can be differentiated.
 
     Raises:
-      InputError: the network asks for what such a file cannot hold.
+      InputError: the network cannot be exported with a free batch axis.
     """
     (batch,) = export.symbolic_shape(BATCH)
     inputs = jax.ShapeDtypeStruct((batch, *example.shape), example.dtype)
-    arguments = [*jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), given), inputs]
+    shapes = [*jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments), inputs]
 
-    def written(program: Callable[..., jax.Array]) -> bytes:
-        made = export.export(jax.jit(program), platforms=PLATFORMS)(*arguments)
-        return bytes(made.serialize(vjp_order=derivatives))
+    def serialized(program: Callable[..., jax.Array]) -> bytes:
+        return bytes(export.export(jax.jit(program), platforms=PLATFORMS)(*shapes).serialize(vjp_order=derivatives))
 
     try:
-        return written(forward)
-    except Exception as error:  # of the network's own code too, where it asks for the batch's size
+        return serialized(forward)
+    except Exception as error:  # raised by the network's own code, for example where it needs the batch size
         first = error
     try:
-        return written(jax.vmap(lambda *of: forward(*of[:-1], of[-1][None])[0], (*[None] * len(given), 0)))
+        return serialized(jax.vmap(lambda *of: forward(*of[:-1], of[-1][None])[0], (*[None] * len(arguments), 0)))
     except Exception:
         raise InputError(
-            f"an exported program has a free batch axis; the network {name} cannot ({summary(first)}): let it "
-            "treat each example by itself, by operations of JAX alone"
+            f"an exported program has a free batch axis; the network {name} cannot ({summary(first)}): "
+            "process each example independently, with JAX operations only"
         ) from None
