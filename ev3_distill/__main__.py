@@ -1,4 +1,4 @@
-"""`python -m ev3_distill` is the command line."""
+"""`python -m ev3_distill` runs the command line."""
 
 from ev3_distill.cli.main import main
 
