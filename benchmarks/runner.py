@@ -18,6 +18,7 @@ from ev3_distill.errors import InputError
 from ev3_distill.runtime import distributed
 from ev3_distill.runtime.files import atomic_write
 from ev3_distill.runtime.ledger import Ledger
+from ev3_distill.runtime.progress import Bar
 
 _IDENTITY = ("suite", "size", "machine", "versions", "code")  # must agree among the rows of one table
 
@@ -104,15 +105,11 @@ def _with_progress(suite: str, rows: Iterator[dict[str, Any]], count: int) -> It
             print(f"{title}: row {count}, {_key_text(row, key)}", file=sys.stderr, flush=True)
             yield row
         return
-    from rich import progress
-    from rich.console import Console
-
-    columns = (progress.SpinnerColumn(), progress.TextColumn("{task.description}"), progress.TimeElapsedColumn())
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"{title}: compiling", total=None)
+    with Bar(title, total=None) as bar:
+        bar.update(note="compiling")
         for row in rows:
             count += 1
-            bar.update(task, description=f"{title}: row {count}, {_key_text(row, key)}")
+            bar.update(note=f"row {count}, {_key_text(row, key)}")
             yield row
 
 

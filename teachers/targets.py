@@ -15,7 +15,7 @@ import numpy as np
 from ev3_distill.arms import PEER
 from ev3_distill.data.pipeline import TeacherOf, Views
 from ev3_distill.errors import InputError
-from ev3_distill.runtime.counter import Counter
+from ev3_distill.runtime.progress import CountProgress
 from ev3_distill.teachers import Teacher
 from ev3_distill.teachers.cache.output_store import Contents, LogitStore, collect, verify
 
@@ -107,15 +107,15 @@ class CachedTargets:
             store = self._stores[str(view)] = self._open(view, self._fields(pixels_of(positions[:1])))
             verify(self._outputs, pixels_of, store, positions)
         if len(store.missing(positions)):
-            with self.pause_display(), Counter(title, things="examples") as counter:
+            with self.pause_display(), CountProgress(title, things="examples") as progress:
                 collect(
                     self._outputs,
                     pixels_of,
                     positions,
                     store,
                     batch_size=self._batch_size,
-                    tell=counter.tell,
-                    waiting=counter.line,
+                    tell=progress.update,
+                    waiting=progress.line,
                 )
         return store.read(positions)
 

@@ -36,7 +36,7 @@ from ev3_distill.arms import PEER, names_for_peers
 from ev3_distill.core import adapt
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.ledger import rows
-from ev3_distill.runtime.progress import Progress
+from ev3_distill.runtime.progress import RunProgress
 from ev3_distill.search import archive
 from ev3_distill.search.archive import Archive, Entry, Measured
 from ev3_distill.search.sizes import Sizes
@@ -76,7 +76,7 @@ class Climb:
         arm_names: Sequence[str],
         targets: TeacherTargets,
         *,
-        progress: Progress,
+        progress: RunProgress,
     ):
         self.directory, self.chosen, self.task, self.progress = directory, chosen, task, progress
         self.arm_names, self.targets = tuple(arm_names), targets

@@ -12,7 +12,7 @@ from typing import Any
 
 from ev3_distill import students
 from ev3_distill.runtime.ledger import rows
-from ev3_distill.runtime.progress import Progress
+from ev3_distill.runtime.progress import RunProgress
 from ev3_distill.search import archive
 from ev3_distill.search.archive import Entry
 from ev3_distill.search.policy import Climb
@@ -45,7 +45,7 @@ def search(
     """
     if not chosen.ev3.patience:
         chosen = dataclasses.replace(chosen, ev3=dataclasses.replace(chosen.ev3, patience=PATIENCE))
-    with Progress("search", steps=task.steps, seconds=None) as progress:
+    with RunProgress("search", steps=task.steps, seconds=None) as progress:
         made = Climb(directory, chosen, task, arm_names, targets, progress=progress)
         made.up()
         made.down()

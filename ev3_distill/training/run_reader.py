@@ -8,7 +8,7 @@ from ev3_distill.config_file import read_config
 from ev3_distill.data.sources import Dataset, load_data
 from ev3_distill.errors import warn
 from ev3_distill.monitor import report
-from ev3_distill.runtime.counter import Counter
+from ev3_distill.runtime.progress import CountProgress
 from ev3_distill.training.run_dir import read_json
 from ev3_distill.training.setup import limit_of, share_of
 
@@ -32,11 +32,11 @@ def config_of(directory: Path, finished: dict[str, Any]) -> config.Compress | co
 
 def data_of(chosen: config.RunConfig, source: str = "") -> Dataset:
     """The data of a run, or another source as that run would read it."""
-    with Counter("images", things="images") as counter:
+    with CountProgress("images", things="images") as progress:
         return load_data(
             source or chosen.data,
             memory=share_of(limit_of(chosen.memory)),
             skip_corrupt=chosen.skip_corrupt,
             warn=warn,
-            tell=counter.tell,
+            tell=progress.update,
         )

@@ -14,7 +14,7 @@ from ev3_distill.certify.bounds import clopper_pearson_lower, clopper_pearson_up
 from ev3_distill.data.splits import SPLITS
 from ev3_distill.errors import warn
 from ev3_distill.monitor import report
-from ev3_distill.runtime.progress import Progress
+from ev3_distill.runtime.progress import RunProgress
 from ev3_distill.students.network import count_params
 from ev3_distill.teachers.targets import TeacherTargets
 from ev3_distill.training import run_dir
@@ -64,7 +64,7 @@ def train(
     course = course_of(chosen, task, arm_names, targets, in_step=in_step, stops=stops)
     distillation, seconds = course.distillation, config.Budget.parse(chosen.budget).seconds
     title = "teacher" if teacher is None else "student"
-    with Progress(title, steps=task.steps, seconds=seconds) as progress:
+    with RunProgress(title, steps=task.steps, seconds=seconds) as progress:
         state = iterated(directory, chosen, course, targets, progress, budget=task.steps, seconds=seconds)
     which, distilled = distillation.judge.delivered(course.pools, state, getattr(chosen, "deliver", "best"))
     final = Final(task.network, distilled, which, state, course.arms, distillation.compile_s)
@@ -82,7 +82,7 @@ def iterated(
     chosen: Any,
     course: Course,
     targets: TeacherTargets,
-    progress: Progress,
+    progress: RunProgress,
     *,
     budget: int | None,
     seconds: float | None = None,
@@ -91,7 +91,7 @@ def iterated(
     about: Mapping[str, Any] | None = None,
 ) -> State:
     """The state at the end of a course, or where it pauses; see `run.iterate`."""
-    targets.pause_display = progress.aside
+    targets.pause_display = progress.paused
     state = run_dir.iterate(
         directory,
         course.distillation,

@@ -136,7 +136,7 @@ def test_interrupt_saves_what_the_ledger_has(monkeypatch, cli, here, random_logi
 
     iterations = []
     with monkeypatch.context() as patch:
-        patch.setattr(train.Progress, "row", lambda self, row: iterations.append(row["iteration"]))
+        patch.setattr(train.RunProgress, "row", lambda self, row: iterations.append(row["iteration"]))
         assert cli("compress", "--resume", "run").code == 0
     assert iterations[0] == kept + 1
     assert newest(here / "run") == newest(here / "whole")
