@@ -1,4 +1,5 @@
-"""Runs the examples of the documentation: every sh, python and yaml block of README.md, docs/tutorials and docs/how-to.
+"""Runs the examples of the documentation: every sh, python and yaml block of README.md, the tutorials, the how-to
+pages, the index of the benchmarks and the page for contributors.
 
 Usage: python .ci/run_examples.py DIRECTORY [PAGE ...]
 
@@ -65,10 +66,11 @@ def read_page(name: str) -> Page:
 
 
 def all_pages() -> list[str]:
-    """README.md first, since it installs the package; then tutorials and how-to pages."""
+    """README.md first, since it installs the package; then tutorials, how-to pages, and the pages that are named here."""
     folders = [ROOT / "docs" / "tutorials", ROOT / "docs" / "how-to"]
     pages = [path.relative_to(ROOT).as_posix() for folder in folders for path in sorted(folder.glob("*.md"))]
-    return ["README.md", *pages]
+    more = [name for name in ("docs/benchmarks/index.md", "docs/contributing.md") if (ROOT / name).exists()]
+    return ["README.md", *pages, *more]
 
 
 def in_order(names: list[str]) -> Iterator[Page]:
