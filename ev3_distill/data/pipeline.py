@@ -7,6 +7,7 @@ The teacher runs on a view as late as possible.
 
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -179,7 +180,7 @@ def _pixels_at(positions: np.ndarray, of_view: np.ndarray, pixels: np.ndarray, q
 
 
 class _WindowReads:
-    """Window number -> (positions [W * B], views [W * B], inputs [W * B, ...]): a random-access source for grain."""
+    """Window number -> (positions [W * B], views [W * B], inputs [W * B, ...]): random access for the thread that reads ahead."""
 
     def __init__(self, views: Views, order_: Order, count: int, batch_size: int, steps: int):
         self._views, self._order, self._count, self._steps = views, order_, count, steps
@@ -198,9 +199,14 @@ class _WindowReads:
         return positions, views, self._views.inputs[positions]
 
 
-def _read_ahead(reads: _WindowReads, first: int) -> Iterator[Any]:
-    """Windows from `first` on, the next one read by another thread."""
-    import grain
-
-    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    return iter(grain.MapDataset.source(reads)[first:].to_iter_dataset(ahead))
+def _read_ahead(reads: _WindowReads, first: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Windows from `first` on. Another thread reads the next one while the caller trains on this one."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    try:
+        pending = pool.submit(reads.__getitem__, first)
+        for number in range(first + 1, len(reads) + 1):
+            window = pending.result()
+            pending = pool.submit(reads.__getitem__, number)
+            yield window
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
