@@ -180,7 +180,7 @@ def _pixels_at(positions: np.ndarray, of_view: np.ndarray, pixels: np.ndarray, q
 
 
 class _WindowReads:
-    """Window number -> (positions [W * B], views [W * B], inputs [W * B, ...]): random access for the thread that reads ahead."""
+    """Window number -> (positions [W * B], views [W * B], inputs [W * B, ...]): random access."""
 
     def __init__(self, views: Views, order_: Order, count: int, batch_size: int, steps: int):
         self._views, self._order, self._count, self._steps = views, order_, count, steps
