@@ -1,4 +1,4 @@
-"""Omniglot's split and episodes, prototypes by hand, and training that goes on where it was stopped."""
+"""Omniglot's split and episodes, prototypes computed by hand, and resumption of a training."""
 
 import dataclasses
 
@@ -9,23 +9,23 @@ import pytest
 from conftest import SHARED
 
 from ev3_distill import students
-from ev3_distill.benchmarks import omniglot, protonet_evolution, protonet_sweeps
+from ev3_distill.benchmarks import omniglot, protonet_evolution, protonet_sweeps, protonet_training
 from ev3_distill.errors import InputError
 from ev3_distill.types import Variables
 
 
-def test_the_split_is_that_of_vinyals():
+def test_split_is_that_of_vinyals():
     if not all((SHARED / name).is_file() for name in omniglot.ARCHIVES):
         pytest.skip("Omniglot's archives are not there")
-    numbers, alphabets = _names_alone(SHARED)
+    numbers, alphabets = _character_names(SHARED)
     train, validation, test = omniglot.parted(numbers, alphabets)
     assert (len(train), len(validation), len(test)) == (1028, 172, 423)
     assert list(alphabets[test][:5]) == ["Gurmukhi"] * 4 + ["Kannada"]
     assert set(alphabets[validation]) == set(omniglot.VALIDATION)
 
 
-def _names_alone(folder):
-    """Characters' numbers in place of their drawings."""
+def _character_names(folder):
+    """Numbers and alphabets of all characters, without decoding their drawings."""
     import zipfile
 
     names = []
@@ -35,7 +35,7 @@ def _names_alone(folder):
     return np.arange(len(names)), np.array([name.split("/")[-2] for name in names])
 
 
-def test_without_omniglot_one_is_told(monkeypatch, tmp_path):
+def test_missing_omniglot_is_an_input_error(monkeypatch, tmp_path):
     monkeypatch.setenv("EV3_DISTILL_DATA", str(tmp_path))
     monkeypatch.setenv("EV3_DISTILL_CACHE", str(tmp_path))
     with pytest.raises(InputError, match=r"Omniglot is read from omniglot_images_background\.zip"):
@@ -43,14 +43,14 @@ def test_without_omniglot_one_is_told(monkeypatch, tmp_path):
 
 
 def marked(characters=3):
-    """Drawings whose first pixel names the character, whose second the drawing, and with nothing else."""
+    """Empty drawings whose first pixel numbers the character and whose second numbers the drawing."""
     drawings = np.zeros((characters, 20, 28, 28), np.uint8)
     drawings[..., 0, 0] = 1 + np.arange(characters)[:, None]
     drawings[..., 0, 1] = 101 + np.arange(20)
     return drawings
 
 
-def test_an_episode_has_distinct_classes_in_four_rotations_and_distinct_drawings():
+def test_episode_has_distinct_classes_in_four_rotations_and_distinct_drawings():
     seen = set()
     for seed in range(20):
         images = omniglot.episode(jax.random.key(seed), jnp.asarray(marked()), way=5, images=7)
@@ -68,7 +68,7 @@ def test_an_episode_has_distinct_classes_in_four_rotations_and_distinct_drawings
     assert len(seen) == 12
 
 
-def test_a_query_belongs_to_the_nearest_prototype():
+def test_query_belongs_to_the_nearest_prototype():
     """Embeddings by hand, 2 classes of 2 supports and 1 query."""
     embedded = jnp.array([[0.0, 0.0], [2.0, 0.0], [1.0, 1.0], [0.0, 4.0], [0.0, 6.0], [1.0, 2.0]])
 
@@ -77,7 +77,7 @@ def test_a_query_belongs_to_the_nearest_prototype():
 
     network = students.mlp((1,), 1)
     object.__setattr__(network, "features", features)
-    found = protonet_evolution.likelihood(network, Variables({}, {}), jnp.zeros((2, 3, 28, 28, 1)), 2)
+    found = protonet_training.likelihood(network, Variables({}, {}), jnp.zeros((2, 3, 28, 28, 1)), 2)
     # prototypes (1, 0) and (0, 5): the first query is 1 and 17 away, squared, the second 4 and 10
     expected = np.mean([-np.log1p(np.exp(-16.0)), -10 - np.log(np.exp(-4.0) + np.exp(-10.0))])
     assert float(found[0]) == pytest.approx(expected, rel=1e-5)
@@ -85,45 +85,45 @@ def test_a_query_belongs_to_the_nearest_prototype():
 
 
 @pytest.mark.parametrize("pairs", [(4,), None], ids=["evolution", "backprop"])
-def test_training_goes_on_where_it_was_stopped(monkeypatch, tmp_path, pairs):
-    recipe = protonet_evolution.Recipe(2, pairs, 6, 0.05, rank=1, way=2, shot=1, query=1)
-    network = students.named("conv4:width=2", protonet_evolution.SHAPE, 1)
+def test_interrupted_training_resumes_bit_by_bit(monkeypatch, tmp_path, pairs):
+    recipe = protonet_training.Recipe(2, pairs, 6, 0.05, rank=1, way=2, shot=1, query=1)
+    network = students.named("conv4:width=2", protonet_training.SHAPE, 1)
     drawings = np.random.default_rng(0).integers(0, 256, (4, 20, 28, 28), np.uint8)
     characters = omniglot.Characters(drawings, drawings, drawings)
-    monkeypatch.setattr(protonet_evolution, "KEEP_S", 0)
-    keep, kept = protonet_evolution._keep, []
+    monkeypatch.setattr(protonet_training, "SAVE_S", 0)
+    save, saved = protonet_training._save, []
 
     def stops(directory, state, log):
-        keep(directory, state, log)
-        kept.append(int(state.generation))
-        if kept == [1, 2, 3]:
+        save(directory, state, log)
+        saved.append(int(state.generation))
+        if saved == [1, 2, 3]:
             raise KeyboardInterrupt
 
-    whole, _ = protonet_evolution.trained_state(recipe, 0, network, characters, tmp_path / "whole")
-    monkeypatch.setattr(protonet_evolution, "_keep", stops)
+    whole, _ = protonet_training.trained_state(recipe, 0, network, characters, tmp_path / "whole")
+    monkeypatch.setattr(protonet_training, "_save", stops)
     with pytest.raises(KeyboardInterrupt):
-        protonet_evolution.trained_state(recipe, 0, network, characters, tmp_path / "stopped")
-    resumed, log = protonet_evolution.trained_state(recipe, 0, network, characters, tmp_path / "stopped")
-    assert [row["generation"] for row in log] == [1, 2, 3, 4, 5, 6] == kept
+        protonet_training.trained_state(recipe, 0, network, characters, tmp_path / "stopped")
+    resumed, log = protonet_training.trained_state(recipe, 0, network, characters, tmp_path / "stopped")
+    assert [row["generation"] for row in log] == [1, 2, 3, 4, 5, 6] == saved
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
 
-def test_a_sweep_changes_one_thing_at_a_time():
+def test_sweep_changes_one_setting_at_a_time():
     base = protonet_sweeps.BASE
     assert protonet_sweeps.changed(base, "population", 0.5) == dataclasses.replace(base, pairs=(8, 24, 64, 128))
     assert protonet_sweeps.changed(base, "sigma", 0.1) == dataclasses.replace(base, sigma=0.1)
     shot = protonet_sweeps.changed(base, "shot", 5.0)
     assert shot == dataclasses.replace(base, shot=5) and isinstance(shot.shot, int)
-    for what, values in protonet_sweeps.WHAT.items():
-        assert base in [protonet_sweeps.changed(base, what, value) for value in values]  # each sweep goes through it
+    for what, values in protonet_sweeps.SETTINGS.items():
+        assert base in [protonet_sweeps.changed(base, what, value) for value in values]  # each sweep includes the base
 
 
-def test_a_sweep_trains_what_it_changes_and_tests_on_validation_characters(monkeypatch, tmp_path):
+def test_sweep_trains_the_changed_recipe_and_tests_it_on_validation_characters(monkeypatch, tmp_path):
     monkeypatch.setenv("EV3_DISTILL_CACHE", str(tmp_path))
     drawings = np.random.default_rng(0).integers(0, 256, (4, 20, 28, 28), np.uint8)
-    characters = omniglot.Characters(drawings, drawings, drawings[:0])  # there is nothing to test on
+    characters = omniglot.Characters(drawings, drawings, drawings[:0])  # no test characters
     monkeypatch.setattr(omniglot, "load", lambda: characters)
-    monkeypatch.setattr(protonet_sweeps, "BASE", protonet_evolution.Recipe(2, (8,), 2, 0.02, way=2, shot=1, query=1))
+    monkeypatch.setattr(protonet_sweeps, "BASE", protonet_training.Recipe(2, (8,), 2, 0.02, way=2, shot=1, query=1))
     monkeypatch.setattr(protonet_sweeps, "WAY", 2)
     monkeypatch.setattr(protonet_sweeps, "SHOT", 1)
     rows = list(protonet_sweeps.collect(seeds=1, size="smoke", done=[(0, "population", 0.5)]))
@@ -133,8 +133,8 @@ def test_a_sweep_trains_what_it_changes_and_tests_on_validation_characters(monke
     assert "| population 0.5 | 75.00 ± 1.00 | 12 |" in protonet_sweeps.table(both)
 
 
-def test_a_wider_network_is_guessed_by_a_power_of_the_width():
-    """Errors of 8 % and 4 % at widths 8 and 16 halve with each doubling: 1 % at 64; its interval by draws."""
+def test_extrapolation_to_a_wider_network_follows_a_power_law():
+    """Errors of 8 % and 4 % at widths 8 and 16 halve with each doubling: 1 % at 64; its interval is checked by simulation."""
     errors = {16: (0.04, 0.004), 8: (0.08, 0.004)}
     guess = protonet_evolution.extrapolated(errors, 64)
     assert guess.center == pytest.approx(0.99)
@@ -154,7 +154,7 @@ def test_a_wider_network_is_guessed_by_a_power_of_the_width():
         for width, (error, half) in sorted(errors.items())
         for kind in ("evolution", "backprop")
     ]
-    told = protonet_evolution.table(rows)
-    assert "evolution, width 64: target ≥ 98.4 %: unproven, no accelerator was at hand; if the share of errors" in told
-    assert f"as from 8 to 16, it would have 99.0 ({100 * guess.low:.1f} to {100 * guess.high:.1f})" in told
+    text = protonet_evolution.table(rows)
+    assert "evolution, width 64: target ≥ 98.4 %: not measured, it needs an accelerator; if the error" in text
+    assert f"as from 8 to 16, it would reach 99.0 ({100 * guess.low:.1f} to {100 * guess.high:.1f})" in text
     assert "as from" not in protonet_evolution.table(rows[:2])

@@ -13,12 +13,12 @@ import pytest
 from processes import ROOT, free_port
 
 from ev3_distill import students
-from ev3_distill.benchmarks import omniglot, protonet_evolution
+from ev3_distill.benchmarks import omniglot, protonet_training
 from ev3_distill.cli.main import main
 from ev3_distill.data.sources import load_data
 from ev3_distill.runtime import ledger
 
-RECIPE = protonet_evolution.Recipe(2, (3,), 60, 0.05, way=2, shot=1, query=1)
+RECIPE = protonet_training.Recipe(2, (3,), 60, 0.05, way=2, shot=1, query=1)
 DRAWINGS = np.random.default_rng(0).integers(0, 256, (4, 20, 28, 28), np.uint8)
 CHARACTERS = omniglot.Characters(DRAWINGS, DRAWINGS, DRAWINGS)
 
@@ -33,11 +33,11 @@ def started(*group):  # only then may the rest be imported
     joined = start(*group)
     sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests" / "runtime")!r}]
     import test_distributed_processes as ours
-    from ev3_distill.benchmarks import omniglot, protonet_evolution
-    protonet_evolution.RECIPES, protonet_evolution.KEEP_S = {{"smoke": (ours.RECIPE,)}}, 0
+    from ev3_distill.benchmarks import omniglot, protonet_evolution, protonet_training
+    protonet_evolution.RECIPES, protonet_training.SAVE_S = {{"smoke": (ours.RECIPE,)}}, 0
     omniglot.load = lambda: ours.CHARACTERS
-    keep = protonet_evolution._keep
-    protonet_evolution._keep = lambda *given: (keep(*given), time.sleep(0.2))
+    save = protonet_training._save
+    protonet_training._save = lambda *given: (save(*given), time.sleep(0.2))
     return joined
 
 sharding.start = started
@@ -195,8 +195,8 @@ def _begin(tmp_path, coordinator, i, argv=("bench", "protonet", "--seeds", "1", 
 
 def train(place):
     """In a process of its own: see ALONE."""
-    protonet_evolution.trained_state(
-        RECIPE, 0, students.named("conv4:width=2", protonet_evolution.SHAPE, 1), CHARACTERS, Path(place)
+    protonet_training.trained_state(
+        RECIPE, 0, students.named("conv4:width=2", protonet_training.SHAPE, 1), CHARACTERS, Path(place)
     )
 
 
