@@ -1,15 +1,16 @@
-"""Is distilling a convolutional student here as fast as a plain PyTorch loop on the same machine?
+"""Is distilling a convolutional student here as fast as in a plain PyTorch loop on the same machine?
 
-Four questions, all contenders in one process, taking turns in another order each time; a ratio is taken within a turn.
-Batches of 128 random images 32x32x3, the speed of which is that of any others; both sides run on the threads of this machine.
+Four questions. All contenders run in one process and take turns in varying order; a ratio is taken within a turn. Batches hold
+128 random images of 32x32x3, which are as fast as any others. Both sides use all threads of the machine.
 
-- `step D`: training steps of ResNet-D (D = 8, 20), cross entropy, SGD with Nesterov momentum, on one batch at hand: `ours` is
-  a loop of steps within one jitted program, `torch` the same network in channels_last memory.
+- `step D`: training steps of ResNet-D (D = 8, 20), cross entropy, SGD with Nesterov momentum, on one batch. `ours` is a loop
+  of steps in one jitted program, `torch` the same network in channels_last memory.
 - `epoch`: distilling ResNet-8 from the pretrained ResNet-56 for one epoch of crops and flips. `torch` runs the teacher in the
-  loop (benchmarks/torch_kd.py), `warm` is EV3 with what the teacher says at hand, `cold` is EV3 that has to ask it, both
-  with assessment, decisions and ledger. Compilation is no part of it. Left out where the teacher's file is not at hand.
-  Without PyTorch the contenders `torch` are left out.
-- `iteration D`: EV3's whole iterations with one arm, against that arm's bare trajectory of the same steps.
+  loop (`benchmarks/torch_kd.py`). `warm` is EV3 with cached teacher outputs, `cold` is EV3 that has to compute them, both with
+  assessment, decisions and ledger. Compilation is not included. Left out if the teacher's file is missing.
+- `iteration D`: complete iterations of EV3 with one arm, against that arm's bare trajectory of as many steps.
+
+Without PyTorch the contenders `torch` are left out.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ import optax
 from ev3_distill import students
 from ev3_distill.arms import arms_named
 from ev3_distill.arms.gradient import gradient_arm
-from ev3_distill.benchmarks import datasets, statistics, torch_kd
+from ev3_distill.benchmarks import datasets, statistics, torch_kd, torch_resnet
 from ev3_distill.config import EV3
 from ev3_distill.core.explore import draw_from
 from ev3_distill.data.augment import parse
@@ -52,10 +53,10 @@ INTERVALS = (
 )
 BATCH = 128
 DEPTHS = {"full": (8, 20), "smoke": (8,)}
-STEPS = {"full": 40, "smoke": 2}  # of a turn, for `step` and `iteration`
+STEPS = {"full": 40, "smoke": 2}  # per turn, for `step` and `iteration`
 EPOCH = {"full": 45_000, "smoke": 512}  # images
-HELD_OUT = {"full": 2500, "smoke": 64}  # images of assess and of decide, each
-LENGTH = {"full": 200, "smoke": 4}  # steps of an iteration
+HELD_OUT = {"full": 2500, "smoke": 64}  # images in each of assess and decide
+LENGTH = {"full": 200, "smoke": 4}  # steps per iteration
 TARGETS = {
     "step 8: ours / torch": 0.8,
     "step 20: ours / torch": 0.8,
@@ -69,12 +70,12 @@ Work = Callable[[], Any]
 
 
 def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
-    """One row per turn: seconds per step of every contender, side by side.
+    """One row per turn: milliseconds per step of every contender.
 
     Args:
-      seeds: turns.
+      seeds: number of turns.
       size: full or smoke.
-      done: keys of rows to leave out.
+      done: keys of rows to skip.
     """
     with tempfile.TemporaryDirectory() as directory:
         field = contenders(size, Path(directory))
@@ -94,16 +95,21 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
 
 
 def contenders(size: str, directory: Path) -> dict[str, tuple[Work, int]]:
-    """Contenders by name, each with the number of steps that its work takes."""
+    """Contenders by name, each with the number of steps of its work."""
     steps, field = STEPS[size], {}
     data = images(EPOCH[size] + 2 * HELD_OUT[size])
-    soft = _torch_teacher()
+    teacher = _torch_teacher()
     for depth in DEPTHS[size]:
         network = students.build({"family": "resnet", "depth": depth, "input_shape": [32, 32, 3], "num_classes": 10})
         field[f"step {depth}: ours"] = _steps(network, data, steps), steps
-        if soft is not None:
-            theirs = torch_kd.works(
-                data.inputs[:4096], data.labels[:4096], teacher=soft, depth=depth, steps=steps, device=_torch_device()
+        if teacher is not None:
+            theirs = torch_kd.timed_loops(
+                data.inputs[:4096],
+                data.labels[:4096],
+                teacher=teacher,
+                depth=depth,
+                steps=steps,
+                device=_torch_device(),
             )
             field[f"step {depth}: torch"] = theirs["student"], steps
         length = max(LENGTH[size], steps)
@@ -112,10 +118,10 @@ def contenders(size: str, directory: Path) -> dict[str, tuple[Work, int]]:
     if (onnx := datasets.teacher_file()) is not None:
         whole = -(-EPOCH[size] // BATCH)
         ours = _Epoch(data, onnx, size, directory)
-        if soft is not None:
+        if teacher is not None:
             some = slice(EPOCH[size])
-            theirs = torch_kd.works(
-                data.inputs[some], data.labels[some], teacher=soft, depth=8, steps=whole, device=_torch_device()
+            theirs = torch_kd.timed_loops(
+                data.inputs[some], data.labels[some], teacher=teacher, depth=8, steps=whole, device=_torch_device()
             )
             field["epoch: torch"] = theirs["kd"], whole
         field["epoch: cold"] = ours.cold, whole
@@ -136,19 +142,19 @@ def _torch_device() -> str:
 
 
 def _torch_teacher() -> Any:
-    """None where PyTorch is not installed."""
+    """The pretrained teacher in PyTorch, or a fresh network if its file is missing; None without PyTorch."""
     try:
         import torch
     except ImportError:
-        print("bench speed: PyTorch is not installed, so nothing is compared with it", file=sys.stderr)
+        print("bench speed: PyTorch is not installed; its contenders are left out", file=sys.stderr)
         return None
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     path = datasets.teacher_file()
-    return torch_kd.resnet(8, 16, 10) if path is None else torch_kd.teacher(path)
+    return torch_resnet.resnet(8, 16, 10) if path is None else torch_resnet.load_teacher(path)
 
 
 def _steps(network: Network, data: Dataset, steps: int) -> Work:
-    """Steps on one batch at hand, in one jitted loop."""
+    """Steps on one batch, in one jitted loop."""
     optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9, nesterov=True))
     arm = gradient_arm("ce", network.apply, losses.cross_entropy(), optimizer, average=None)
     batch = held_out(
@@ -166,7 +172,7 @@ def _steps(network: Network, data: Dataset, steps: int) -> Work:
 
 
 def _pools(data: Dataset, size: str) -> Pools:
-    """All that an iteration needs, without augmentation, under a blank teacher."""
+    """The splits of an iteration, without augmentation, with teacher logits of zero."""
     n, held = EPOCH[size], HELD_OUT[size]
     parts = np.split(np.arange(n + 2 * held), [n, n + held])
     blank = np.zeros((n, 10), np.float32)
@@ -188,7 +194,7 @@ def _iterations(network: Network, data: Dataset, size: str, length: int) -> Work
 
 
 def _bare(network: Network, data: Dataset, size: str, length: int) -> Work:
-    """The same arm's trajectory alone."""
+    """The same arm's trajectory without EV3."""
     (arm,) = arms_named(network.apply, ["ce"])
     pool, sample = _pools(data, size).explore, sampler(batch_size=BATCH)
     state = arm.init(network.init(jax.random.key(0)))
@@ -206,7 +212,7 @@ class _Epoch:
 
     def __init__(self, data: Dataset, teacher: Path, size: str, directory: Path):
         n, held = EPOCH[size], HELD_OUT[size]
-        self._data, self._directory, self._asked = data, directory, 0
+        self._data, self._directory, self._cold_epochs = data, directory, 0
         self._explore, self._assess, self._decide = np.split(np.arange(n + 2 * held), [n, n + held])
         self._steps = -(-n // BATCH)
         self._teacher = load_teacher(
@@ -227,15 +233,15 @@ class _Epoch:
         )
 
     def cold(self) -> None:
-        """The teacher is asked."""
-        self._asked += 1
-        self._run(self._directory / str(self._asked))
+        """With an empty cache: the teacher computes its outputs."""
+        self._cold_epochs += 1
+        self._run(self._directory / str(self._cold_epochs))
 
     def warm(self) -> None:
-        """The cache of an earlier epoch is at hand."""
-        if not self._asked:
+        """With the cache of an earlier epoch."""
+        if not self._cold_epochs:
             self.cold()
-        self._run(self._directory / str(self._asked))
+        self._run(self._directory / str(self._cold_epochs))
 
     def _run(self, root: Path) -> None:
         views = Views(self._data.inputs, self._data.labels, self._explore, self._augmentation)
@@ -253,7 +259,7 @@ class _Epoch:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Times, and the ratios of record: medians over turns, with intervals between order statistics."""
+    """Times, and the ratios that have targets: medians over turns, with intervals between order statistics."""
     times = {name: [row["ms_per_step"][name] for row in rows] for name in rows[0]["ms_per_step"]}
     medians = {name: statistics.median(values) for name, values in times.items()}
     lines = [[name, statistics.spread(estimate, 1)] for name, estimate in medians.items()]
@@ -266,7 +272,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(
         [
             statistics.markdown(["contender", "ms per step"], lines),
-            statistics.markdown(["speed of one over the other", "median", "target"], compared),
+            statistics.markdown(["ratio of speeds", "median", "target"], compared),
             f"Medians of {len(rows)} turns ({medians['step 8: ours'].confidence:.0%} interval).",
         ]
     )

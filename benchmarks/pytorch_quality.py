@@ -1,13 +1,13 @@
-"""Is a student from here better than one from a plain PyTorch loop that costs the same?
+"""Is a student from here better than one from a plain PyTorch loop of the same cost?
 
 The pretrained ResNet-56 is distilled into a ResNet-8 on the CIFAR-10 image folder. For each seed:
 
-- `ev3-distill`: `compress --student resnet8 --budget 10e`, all else by default;
-- `torch KD`: benchmarks/torch_kd.py, the loop that an engineer would write: 10 epochs of the very same 45,000 images, batch
+- `ev3-distill`: `compress --student resnet8 --budget 10e`, with defaults otherwise;
+- `torch KD`: `benchmarks/torch_kd.py`, the loop that an engineer would write: 10 epochs of the same 45,000 images, batch size
   128, SGD with Nesterov momentum, one cycle up to a rate of 0.1, weight decay 5e-4, T = 4, alpha = 0.9.
 
-Both take as many training steps; EV3's are those of all its arms. Accuracy is on the folder's 10,000 test images, which chose
-nothing in either, and differences are paired image by image.
+Both take the same number of training steps; EV3's are those of all its arms. Accuracy is on the folder's 10,000 test images,
+which neither uses for any choice. Differences are paired image by image.
 """
 
 import base64
@@ -25,7 +25,7 @@ import numpy as np
 from scipy import stats
 
 from ev3_distill import students
-from ev3_distill.benchmarks import datasets, statistics, torch_kd
+from ev3_distill.benchmarks import datasets, statistics, torch_kd, torch_resnet
 from ev3_distill.data.sources import Dataset, load_data
 from ev3_distill.data.splits import split_rows
 from ev3_distill.teachers.kinds.flax import forward
@@ -38,7 +38,7 @@ INTERVALS = (
 )
 EPOCHS = {"full": 10, "smoke": 0.02}
 CONTENDERS = ("ev3-distill", "torch KD")
-TARGET = 0.0  # points that ours is to be ahead
+TARGET = 0.0  # points that ours must be ahead
 TEACHER_OPTIONS = (
     *("--teacher-input.layout", "NCHW", "--teacher-input.mean", "0.485", "0.456", "0.406"),
     *("--teacher-input.std", "0.229", "0.224", "0.225"),
@@ -49,9 +49,9 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     """One row per seed and contender.
 
     Args:
-      seeds: of splits, initial parameters and batches, from 0.
-      size: full, or smoke: a fiftieth of an epoch, which proves nothing.
-      done: keys of rows to leave out.
+      seeds: number of seeds, each with its own splits, initial parameters and batches.
+      size: full, or smoke: a fiftieth of an epoch, whose figures mean nothing.
+      done: keys of rows to skip.
     """
     archive, onnx = datasets.cifar10_files()
     dataset = load_data(f"folder:{archive}")
@@ -70,7 +70,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
 
 
 def _ours(dataset: Dataset, archive: Path, onnx: Path, seed: int, epochs: float) -> tuple[np.ndarray, int]:
-    """Which test images [N] the delivered student gets right, and its steps."""
+    """Correctness per test image [N] of the delivered student, and the number of its steps."""
     with tempfile.TemporaryDirectory() as directory:
         run = Path(directory) / "run"
         command = [
@@ -87,7 +87,7 @@ def _ours(dataset: Dataset, archive: Path, onnx: Path, seed: int, epochs: float)
 
 
 def _theirs(dataset: Dataset, archive: Path, onnx: Path, seed: int, epochs: float) -> tuple[np.ndarray, int]:
-    """The same of the PyTorch loop, on the images that EV3 explores."""
+    """The same for the PyTorch loop, which trains on the images of EV3's explore split."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -97,11 +97,9 @@ def _theirs(dataset: Dataset, archive: Path, onnx: Path, seed: int, epochs: floa
     model = torch_kd.train(
         dataset.inputs[explore],
         dataset.labels[explore],
-        teacher=torch_kd.teacher(onnx),
-        depth=8,
-        epochs=max(int(epochs), 1),
-        seed=seed,
-        tell=lambda epoch, model, seconds: print(f"torch KD: epoch {epoch}, {seconds:.0f} s", file=sys.stderr),
+        teacher=torch_resnet.load_teacher(onnx),
+        options=torch_kd.Options(depth=8, epochs=max(int(epochs), 1), seed=seed),
+        on_epoch=lambda epoch, model, seconds: print(f"torch KD: epoch {epoch}, {seconds:.0f} s", file=sys.stderr),
     )
     assert dataset.test_rows is not None
     right = torch_kd.predictions(model, dataset.inputs[dataset.test_rows]) == dataset.labels[dataset.test_rows]

@@ -1,4 +1,4 @@
-"""The PyTorch loop to beat: its teacher is the file's, its loss the formula, its pictures crops, and it learns and resumes."""
+"""The PyTorch baseline: the teacher of the ONNX file, the loss, augmentation, training and resumption."""
 
 import math
 import os
@@ -9,16 +9,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from ev3_distill.benchmarks import torch_kd  # noqa: E402
+from ev3_distill.benchmarks import torch_kd, torch_resnet  # noqa: E402
 
 DATA = Path(os.environ.get("EV3_DISTILL_DATA", Path(__file__).parents[3] / "shared" / "data"))
 ONNX = DATA.parent / "teachers" / "cifar10_resnet56.onnx"
 CIFAR = DATA / "cifar10_jpeg.zip"
-real_teacher = pytest.mark.skipif(not ONNX.exists(), reason=f"no {ONNX}: the pretrained teacher is not at hand")
+real_teacher = pytest.mark.skipif(not ONNX.exists(), reason=f"no {ONNX}: the pretrained teacher is missing")
 
 
 def draw(count, *, size=16, seed=0):
-    """Noise of which one channel is brighter: that is its label."""
+    """Images of noise with one brighter channel, which is the label."""
     rng = np.random.default_rng(seed)
     images, labels = rng.integers(0, 128, (count, size, size, 3), dtype=np.uint8), rng.integers(0, 3, count)
     images[np.arange(count), :, :, labels] += 100
@@ -27,7 +27,7 @@ def draw(count, *, size=16, seed=0):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Small batches gain nothing from more, and lose much where other tests run beside them."""
+    """Small batches gain nothing from more threads, and lose time when other tests run in parallel."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -36,13 +36,13 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def small_teacher():
-    """Untrained, of three classes."""
+    """An untrained network of three classes."""
     torch.manual_seed(0)
-    return torch_kd.resnet(8, 4, 3, folded=True).eval()
+    return torch_resnet.resnet(8, 4, 3, folded=True).eval()
 
 
 @real_teacher
-def test_the_teacher_is_that_of_the_file():
+def test_loaded_teacher_computes_the_logits_of_its_file():
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
@@ -51,16 +51,16 @@ def test_the_teacher_is_that_of_the_file():
     inputs = ((images / 255 - np.array(torch_kd.MEAN)) / np.array(torch_kd.STD)).astype(np.float32)
     session = onnxruntime.InferenceSession(ONNX, providers=["CPUExecutionProvider"])
     expected = session.run(None, {"image": inputs.transpose(0, 3, 1, 2)})[0]
-    model = torch_kd.teacher(ONNX)
+    model = torch_resnet.load_teacher(ONNX)
     with torch.no_grad():
-        found = model(torch_kd.normalised(torch.tensor(images))).numpy()
+        found = model(torch_kd.normalized(torch.tensor(images))).numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert (torch_kd.predictions(model, images, batch_size=50) == expected.argmax(1)).all()
 
 
 def first_images(count):
-    """Of the test images, spread over the classes."""
+    """Test images, spread over the classes."""
     image = pytest.importorskip("PIL.Image")
     import zipfile
 
@@ -69,22 +69,7 @@ def first_images(count):
         return np.stack([np.asarray(image.open(file.open(name))) for name in names[:: len(names) // count][:count]])
 
 
-def test_an_archive_is_read_class_by_class_by_name(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    import zipfile
-
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
-        file.mkdir("train")
-        for value, name in enumerate(["train/b/1.png", "test/a/0.png", "train/b/0.png", "train/a/2.png"]):
-            with file.open(name, "w") as entry:
-                image.fromarray(np.full((4, 5, 3), value, np.uint8)).save(entry, "png")
-    images, labels = torch_kd.images_of(tmp_path / "a.zip", "train")
-    assert images.shape == (3, 4, 5, 3) and images.dtype == np.uint8
-    assert images[:, 0, 0, 0].tolist() == [3, 2, 0]
-    assert labels.tolist() == [0, 1, 1]
-
-
-def test_the_loss_is_its_formula():
+def test_kd_loss_follows_its_formula():
     rng = np.random.default_rng(0)
     logits, soft = rng.normal(0, 3, (2, 7, 5)).astype(np.float32)
     labels = rng.integers(0, 5, 7)
@@ -114,9 +99,9 @@ def test_augmentation_crops_the_padded_image_and_flips_it():
     assert (found[40] == images[40, :, ::-1]).all()  # the crop in the middle, flipped
 
 
-def test_an_epoch_visits_each_image_once_and_differs_from_the_next():
+def test_epoch_visits_each_image_once_in_a_new_order():
     images, labels = draw(50)
-    images[:] = np.arange(50)[:, None, None, None] + 100  # each has a value of its own; padding has 0
+    images[:] = np.arange(50)[:, None, None, None] + 100  # each image has its own value; padding is 0
     epochs = []
     for epoch in range(2):
         batches = list(torch_kd._batches(torch.tensor(images), torch.tensor(labels), 16, 3, epoch))
@@ -132,20 +117,20 @@ def test_an_epoch_visits_each_image_once_and_differs_from_the_next():
 
 
 @pytest.mark.parametrize(("depth", "params"), [(8, 75290), (20, 269722)])
-def test_a_resnet_has_the_layers_of_the_paper(depth, params):
-    model = torch_kd.resnet(depth, 16, 10)
+def test_resnet_has_the_layers_of_the_paper(depth, params):
+    model = torch_resnet.resnet(depth, 16, 10)
     assert sum(parameter.numel() for parameter in model.parameters()) == params
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("depth", [2, 10])
-def test_a_depth_that_is_not_6n_plus_2_is_refused(depth):
+def test_depth_other_than_6n_plus_2_is_refused(depth):
     with pytest.raises(ValueError, match=rf"6n \+ 2, at least 8; got {depth}"):
-        torch_kd.resnet(depth, 16, 10)
+        torch_resnet.resnet(depth, 16, 10)
 
 
-def test_the_shortcut_subsamples_and_pads_with_zeros():
-    block = torch_kd._block()(2, 4, 2, False).eval()
+def test_shortcut_subsamples_and_pads_with_zeros():
+    block = torch_resnet._block()(2, 4, 2, False).eval()
     for conv in (block.conv1, block.conv2):
         torch.nn.init.zeros_(conv.weight)
     x = torch.rand(1, 2, 6, 6)
@@ -154,27 +139,19 @@ def test_the_shortcut_subsamples_and_pads_with_zeros():
 
 
 @pytest.mark.parametrize("kd", [True, False])
-def test_it_learns(kd, small_teacher):
+def test_student_learns(kd, small_teacher):
     images, labels = draw(256)
-    told = []
-    guide = Oracle() if kd else small_teacher
-    model = torch_kd.train(
-        *(images, labels),
-        teacher=guide,
-        depth=8,
-        epochs=1,
-        batch_size=16,
-        seed=0,
-        kd=kd,
-        tell=lambda *a: told.append(a),
-    )
-    assert len(told) == 1 and told[0][0] == 1 and told[0][1] is model and told[0][2] > 0
+    epochs = []
+    teacher = Oracle() if kd else small_teacher
+    options = torch_kd.Options(depth=8, epochs=1, batch_size=16, seed=0, kd=kd)
+    model = torch_kd.train(images, labels, teacher=teacher, options=options, on_epoch=lambda *a: epochs.append(a))
+    assert len(epochs) == 1 and epochs[0][0] == 1 and epochs[0][1] is model and epochs[0][2] > 0
     fresh_images, fresh_labels = draw(200, seed=1)
     assert (torch_kd.predictions(model, fresh_images) == fresh_labels).mean() > 0.8
 
 
 class Oracle(torch.nn.Module):
-    """Names the brightest channel of normalised images."""
+    """Predicts the brightest channel of normalized images."""
 
     def __init__(self):
         super().__init__()
@@ -184,19 +161,19 @@ class Oracle(torch.nn.Module):
         return 5 * x.mean((2, 3))
 
 
-def test_the_teacher_alone_teaches(monkeypatch):
-    """Wrong labels weigh a tenth: a student of a good teacher finds the right classes all the same."""
+def test_student_follows_the_teacher_alone_if_alpha_is_1(monkeypatch):
+    """All labels are wrong, and have no weight."""
     monkeypatch.setattr(torch_kd, "ALPHA", 1.0)
     images, labels = draw(256)
-    options = dict(teacher=Oracle(), depth=8, epochs=1, batch_size=16, seed=0)
-    model = torch_kd.train(images, (labels + 1) % 3, **options)
+    options = torch_kd.Options(depth=8, epochs=1, batch_size=16, seed=0)
+    model = torch_kd.train(images, (labels + 1) % 3, teacher=Oracle(), options=options)
     fresh_images, fresh_labels = draw(200, seed=1)
     assert (torch_kd.predictions(model, fresh_images) == fresh_labels).mean() > 0.8
 
 
-def test_a_run_cut_off_goes_on_as_if_nothing_had_been(tmp_path, small_teacher):
+def test_interrupted_training_resumes_bit_by_bit(tmp_path, small_teacher):
     images, labels = draw(48)
-    options = dict(teacher=small_teacher, depth=8, epochs=3, batch_size=16, seed=5)
+    options = dict(teacher=small_teacher, options=torch_kd.Options(depth=8, epochs=3, batch_size=16, seed=5))
     whole = torch_kd.train(images, labels, **options)
 
     def stop(epoch, model, seconds):
@@ -204,27 +181,29 @@ def test_a_run_cut_off_goes_on_as_if_nothing_had_been(tmp_path, small_teacher):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        torch_kd.train(images, labels, **options, tell=stop, checkpoint=tmp_path / "c")
-    told = []
-    again = torch_kd.train(images, labels, **options, tell=lambda *a: told.append(a[0]), checkpoint=tmp_path / "c")
-    assert told == [2, 3]
+        torch_kd.train(images, labels, **options, on_epoch=stop, checkpoint=tmp_path / "c")
+    epochs = []
+    again = torch_kd.train(
+        images, labels, **options, on_epoch=lambda *a: epochs.append(a[0]), checkpoint=tmp_path / "c"
+    )
+    assert epochs == [2, 3]
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-def test_a_seed_is_all_that_a_run_depends_on(small_teacher):
+def test_training_depends_on_its_seed_alone(small_teacher):
     images, labels = draw(32)
-    options = dict(teacher=small_teacher, depth=8, epochs=1, batch_size=16)
+    options = [torch_kd.Options(depth=8, epochs=1, batch_size=16, seed=seed) for seed in (1, 1, 2)]
     torch.manual_seed(7)
     before = torch.random.get_rng_state()
-    one, two, other = (torch_kd.train(images, labels, **options, seed=seed).linear.weight for seed in (1, 1, 2))
+    one, two, other = (torch_kd.train(images, labels, teacher=small_teacher, options=o).linear.weight for o in options)
     assert torch.equal(one, two) and not torch.equal(one, other)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_speeds_of_all_that_is_timed(small_teacher):
+def test_timed_loops_run_for_student_and_kd(small_teacher):
     images, labels = draw(40)
-    works = torch_kd.works(images, labels, teacher=small_teacher, depth=8, batch_size=16, steps=3)
-    found = torch_kd.speeds(works, steps=3, batch_size=16)
-    assert set(found) == {"student", "ce", "kd", "teacher"}
-    assert all(speed > 0 for speed in found.values())
+    loops = torch_kd.timed_loops(images, labels, teacher=small_teacher, depth=8, batch_size=16, steps=3)
+    assert set(loops) == {"student", "kd"}
+    for work in loops.values():
+        work()

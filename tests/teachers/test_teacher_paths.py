@@ -160,7 +160,7 @@ def test_the_real_teacher_by_all_paths(here, monkeypatch, cifar):
     onnx = pytest.importorskip("onnx", reason="reads the weights of the real teacher")
     import torch
 
-    from ev3_distill.benchmarks import torch_kd
+    from ev3_distill.benchmarks import torch_resnet
 
     images, labels, classes = cifar
     images, labels = images[:100], labels[:100]
@@ -170,7 +170,7 @@ def test_the_real_teacher_by_all_paths(here, monkeypatch, cifar):
             name, preprocessing=NORMALISED, input_shape=(32, 32, 3), num_classes=10, class_names=classes, **more
         )
 
-    module = torch_kd.teacher(ONNX)
+    module = torch_resnet.load_teacher(ONNX)
     exported(module, torch.zeros(4, 3, 32, 32), "real.pt2")
     state = {name: array.numpy() for name, array in module.state_dict().items()}
     assert onnx.load(ONNX).graph.initializer
