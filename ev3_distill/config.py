@@ -12,6 +12,7 @@ from ev3_distill import guards
 from ev3_distill.errors import check
 
 INT8, FLOAT32 = "int8", "float32"
+GUARD_HELP = guards.help_text()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,13 +238,8 @@ class Compress(RunConfig):
     """Use the teacher even if other preprocessing or another class order would clearly improve it."""
     teacher_in_step: bool = False
     """Run a flax teacher inside the training step, on new views in every epoch, instead of caching its outputs."""
-    guards: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="guard")] = ()
-    """Requirement on the student, such as 'accuracy >= 0.9'; may be repeated.
-    Exit code 3 if the certificate does not prove it.
-    At least (>=): accuracy, topK_accuracy, balanced_accuracy, worst_class_accuracy, worst_group_accuracy, macro_f1,
-    agreement (with the teacher), or MODULE:FUNCTION for your own.
-    At most (<=): drop(accuracy) or drop(topK_accuracy) relative to the teacher, ece, brier, cost, params, bytes,
-    latency_ms."""
+    guards: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="guard", help=GUARD_HELP)] = ()
+    """Requirements on the student, such as 'accuracy >= 0.9'; `GUARD_HELP` lists every metric."""
     costs: str = ""
     """CSV file for a guard on cost: the cost of predicting a class (column) for an example of a class (row)."""
     deploy: str = FLOAT32

@@ -40,6 +40,18 @@ class Guard:
         return f"{self.metric} {'>=' if self.row.higher_is_better else '<='} {self.threshold:.10g}"
 
 
+def help_text() -> str:
+    """The help of the option --guard, with every metric."""
+    at_least, at_most = (
+        ", ".join(row.name for row in METRICS.values() if row.higher_is_better == higher) for higher in (True, False)
+    )
+    return (
+        "Requirement on the student, such as 'accuracy >= 0.9'; may be repeated. Exit code 3 if the certificate does not "
+        f"prove it. At least (>=): {at_least} (your own). At most (<=): {at_most}. CLASS is the name or number of a class; "
+        "drop is relative to the teacher."
+    )
+
+
 def parse(text: str) -> Guard:
     """Parses a guard.
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ from conftest import SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ev3_distill.certify import Claim
+from ev3_distill.certify import Claim, clopper_pearson_lower
 from ev3_distill.errors import InputError
-from ev3_distill.guards import Guard, evaluate_guards, parse
+from ev3_distill.guards import Guard, evaluate_guards, help_text, parse
 from ev3_distill.tasks.metrics import METRICS, find_metric
 
 
@@ -62,6 +63,16 @@ def test_every_family_of_metrics_is_found_by_its_pattern():
             assert find_metric(name) is None or name == "MODULE:FUNCTION" or row.family == "class", name
     with pytest.raises(ValueError, match="make guards by parse"):
         str(Guard("f1", 0.5))
+
+
+def test_help_and_documentation_list_every_metric():
+    at_least, at_most = help_text().split("At most (<=):")
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "metrics.md").read_text()
+    cells = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    sides = {name: side for _, names, side, *_ in cells for name in re.findall(r"`([^`]+)`", names)}
+    for name, row in METRICS.items():
+        assert name in (at_least if row.higher_is_better else at_most)
+        assert sides[name].strip() == ("`>=`" if row.higher_is_better else "`<=`")
 
 
 @pytest.mark.parametrize(
@@ -245,3 +256,27 @@ def test_a_guard_out_of_reach_is_refused_before_anything_is_written(here, cli, g
     assert answer.code == 2
     assert told in answer.err
     assert not (here / "run").exists()
+
+
+def test_precision_and_recall_are_certified_by_a_run(here, cli):
+    """A run with easy guards certifies them, a run with hard ones exits with code 3; the report names the class."""
+    easy = ("--guard", "recall(3) >= 0.5", "--guard", "precision(3) >= 0.5")
+    answer = cli("compress", *SMALL, *easy, "--out", "easy")
+    assert answer.code == 0, answer
+    report = json.loads((here / "easy" / "report.json").read_text())
+    assert [guard["certified"] for guard in report["guards"]] == [True, True]
+    recall = next(claim for claim in report["certificate"]["claims"] if claim["metric"] == "recall(3)")
+    row = report["certificate"]["tables"][0]["rows"][3]
+    assert (recall["point"], recall["n"]) == (row["point"], row["n"])
+    assert recall["lower_bound"] == clopper_pearson_lower(
+        round(row["n"] * row["point"]), row["n"], confidence=1 - 0.05 / 4
+    )
+    assert "recall on class 3" in " ".join(answer.out.split())
+    assert "precision on class 3" in (here / "easy" / "report.html").read_text()
+    steered = {row["objective"] for row in map(json.loads, (here / "easy" / "ledger.jsonl").read_text().splitlines())}
+    assert steered <= {"promise", "recall(3)", "precision(3)"}
+    answer = cli("evaluate", "easy", "--guard", "recall(3) >= 0.999", "--reopen")
+    assert answer.code == 3, answer
+    assert "Guard recall(3) >= 0.999: NOT CERTIFIED" in answer.out
+    answer = cli("evaluate", "easy", "--data", "digits", "--guard", "precision(3) >= 0.999")
+    assert answer.code == 3, answer

@@ -136,7 +136,7 @@ def test_duplicates_across_splits_are_counted(cli, here, command):
     answer = cli(command, *network, "--budget", "100", "--data", data, "--out", "run")
     assert answer.code == 0
     for (later, earlier), count in by_hand.items():
-        line = f"{count} of the {len(rows[later])} examples of {later} have the very inputs of one in {earlier}"
+        line = f"{count} of the {len(rows[later])} examples of {later} have the same inputs as one in {earlier}"
         assert (line in answer.err) == (count > 0)
 
 
@@ -165,7 +165,7 @@ def test_a_control_tells_by_how_much_distillation_helped(cli, here):
     np.savez("unlabelled.npz", inputs=inputs, class_names=["a", "b", "c"])
     refused = cli("compress", *FAST, *options[2:], "--data", "npz:unlabelled.npz", "--out", "other")
     assert refused.code == 2
-    assert "a control that learns by labels alone needs labels" in refused.err
+    assert "a control that learns from labels alone needs labels" in refused.err
 
 
 def test_a_run_stops_once_its_guards_are_met(cli, here):

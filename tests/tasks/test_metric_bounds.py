@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy import stats
 
 from ev3_distill.certify.bounds import clopper_pearson_lower, mean_lower, mean_upper
 from ev3_distill.certify.certificate import median_bound
@@ -97,8 +97,8 @@ def test_the_drop_by_hand():
     student = np.eye(2)[np.repeat([0, 1, 0, 1], [80, 10, 4, 6])]
     claim = claimed("drop(accuracy)", Outputs(student, labels, {"logits": teacher}))
     assert (claim.point, claim.lower_bound, claim.n) == (pytest.approx(0.06), None, 100)
-    lost = binomtest(10, 100, alternative="less").proportion_ci(0.95, method="exact").high
-    won = binomtest(4, 100, alternative="greater").proportion_ci(0.95, method="exact").low
+    lost = stats.binomtest(10, 100, alternative="less").proportion_ci(0.95, method="exact").high
+    won = stats.binomtest(4, 100, alternative="greater").proportion_ci(0.95, method="exact").low
     assert claim.upper_bound == pytest.approx(lost - won, rel=1e-6)
     # of the two greatest of two logits the label is always one
     assert claimed("drop(top2_accuracy)", Outputs(student, labels, {"logits": teacher})).point == 0
@@ -309,3 +309,76 @@ def test_bad_costs(here, content, told):
 def test_a_bound_may_be_infinite_only_where_there_are_few_passes():
     assert median_bound("latency_ms", np.ones(4))(0.95).upper_bound == math.inf
     assert median_bound("latency_ms", np.ones(5))(0.95).upper_bound == 1
+
+
+# Precision and recall of one class.
+
+ANSWERS = np.repeat([0, 1, 1, 0, 2], [9, 1, 15, 5, 2])  # predictions
+TRUTH = np.repeat([0, 0, 1, 1, 1], [9, 1, 15, 5, 2])  # labels: class 0 has 10 examples, class 1 has 22
+OF_CLASSES = Outputs(np.eye(4)[ANSWERS], TRUTH)
+
+
+@pytest.mark.parametrize(
+    ("metric", "hits", "n"),
+    [
+        ("recall(0)", 9, 10),
+        ("recall(1)", 15, 22),
+        ("precision(0)", 9, 14),
+        ("precision(1)", 15, 16),
+        ("precision(2)", 0, 2),
+    ],
+)
+def test_precision_and_recall_by_hand(metric, hits, n):
+    claim = claimed(metric, OF_CLASSES)
+    assert (claim.metric, claim.point, claim.n) == (metric, hits / n, n)
+    assert claim.lower_bound == clopper_pearson_lower(hits, n, confidence=0.9)
+
+
+def test_precision_and_recall_agree_with_scikit_learn():
+    from sklearn import metrics
+
+    answers = LOGITS.argmax(1)
+    for k in range(5):
+        assert claimed(f"recall({k})").point == pytest.approx(metrics.recall_score(k == LABELS, answers == k))
+        assert claimed(f"precision({k})").point == pytest.approx(metrics.precision_score(k == LABELS, answers == k))
+
+
+def test_a_class_that_never_occurs_or_is_never_predicted_has_the_bound_zero():
+    for metric in ("recall(2)", "recall(3)", "precision(3)"):
+        claim = claimed(metric, OF_CLASSES)
+        assert (claim.point, claim.lower_bound, claim.n) == (0, 0, 0)
+
+
+def test_a_class_is_found_by_its_name_before_its_number():
+    names = ("cat", "0", "wild dog", "x")
+    assert claimed("recall(cat)", OF_CLASSES, class_names=names).n == 10
+    assert claimed("recall(0)", OF_CLASSES, class_names=names).n == 22
+    assert claimed("precision(wild dog)", OF_CLASSES, class_names=names).n == 2
+    assert claimed("precision(1)", OF_CLASSES, class_names=names).n == 16
+    for argument in ("bird", "4", "-1", "1.0"):
+        with pytest.raises(
+            InputError, match=rf"needs a class .* got '{argument}': use one of cat, 0, wild dog, x, or a"
+        ):
+            claimed(f"recall({argument})", OF_CLASSES, class_names=names)
+
+
+def test_examples_without_prediction_or_label_do_not_count_for_precision():
+    logits, labels = np.eye(2)[[0, 0, 1, 0]], np.array([0, 0, 0, -1])
+    logits[0] = np.nan
+    claim = claimed("precision(0)", Outputs(logits, labels))
+    assert (claim.point, claim.n) == (1, 1)
+    assert claimed("recall(0)", Outputs(logits, labels)).point == pytest.approx(1 / 3)
+
+
+def test_bounds_of_precision_and_recall_cover_the_truth():
+    """40 examples, about 8 of the class and 9 predicted as it: both denominators are random, and often small."""
+    rng = np.random.default_rng(0)
+    joint = np.array([0.14, 0.06, 0.08, 0.72])  # of the class and predicted so, missed, false alarm, neither
+    truth = {"recall(1)": 0.14 / 0.20, "precision(1)": 0.14 / 0.22}
+    above = dict.fromkeys(truth, 0)
+    for draw in rng.choice(4, p=joint, size=(2000, 40)):
+        outputs = Outputs(np.eye(2)[np.isin(draw, (0, 2)).astype(int)], (draw < 2).astype(int))
+        for metric, value in truth.items():
+            above[metric] += claimed(metric, outputs, 0.9).lower_bound > value
+    assert all(count <= stats.binom.isf(0.001, 2000, 0.1) for count in above.values()), above
+    assert all(count >= 0.03 * 2000 for count in above.values()), above  # and is not needlessly loose
