@@ -46,7 +46,7 @@ from ev3_distill.arms import DEFAULT, arms_named
 from ev3_distill.benchmarks import datasets, statistics
 from ev3_distill.certify import clopper_pearson_lower, make_certificate
 from ev3_distill.config import EV3
-from ev3_distill.core.assess import logits_of
+from ev3_distill.core.assess import outputs_of
 from ev3_distill.data.batches import held_out, resident
 from ev3_distill.data.sources import load_data
 from ev3_distill.runtime.compile import jit
@@ -146,7 +146,7 @@ def _ground(size: str) -> Ground:
     school = Ground(inputs[own], dataset.labels[own], np.zeros((taught, dataset.num_classes), np.float32))
     dealt = deal(taught, {"assess": taught // 10, "decide": taught // 10}, "explore", rng)
     distillation = Distillation(network, arms_named(network.apply, ("ce-slow",)))
-    teacher = distillation.complete(_pools(school, dealt, TEACHER_SEED), TEACHER_SEED, budget=steps).current
+    teacher = distillation.complete(_pools(school, dealt, TEACHER_SEED), TEACHER_SEED, budget=steps).current.variables
     return Ground(inputs[others], dataset.labels[others], forward(network, teacher)(inputs[others]))
 
 
@@ -189,7 +189,7 @@ def _network(student: str, shape: tuple[int, ...], classes: int) -> tuple[Networ
     """A student, and (variables, inputs [M, ...]) -> its logits [M, K]."""
     network = students.named(student, shape, classes)
     size = EV3().eval_batch_size
-    return network, jit(lambda variables, inputs: logits_of(network.apply, variables, inputs, batch_size=size))
+    return network, jit(lambda variables, inputs: outputs_of(network.apply, variables, inputs, batch_size=size))
 
 
 @functools.cache
@@ -201,13 +201,13 @@ def _distillation(student: str, arms: tuple[str, ...], shape: tuple[int, ...], c
 
 def _train(distillation: Distillation, pools: Pools, seed: int, budget: int) -> Ended:
     n, begun = len(pools.assess.index), distillation.begin(pools, seed)
-    best, best_right = begun.current, -1
+    best, best_right = begun.current.variables, -1
     for state, decision in distillation.run(pools, begun, budget=budget):
-        right = round(float(decision.current_accuracy) * n)
+        right = round(float(decision.current_score) * n)
         if right > best_right:
-            best, best_right = state.current, right
-    which, delivered = distillation.judge.delivered(pools, state)
-    return Ended(which, delivered, int(state.iteration), best, best_right)
+            best, best_right = state.current.variables, right
+    which, delivered = distillation.evaluator.select(pools, state)
+    return Ended(which, delivered, int(state.clock.iteration), best, best_right)
 
 
 def promised(sealed: Answers, truth: Answers) -> list[dict[str, Any]]:

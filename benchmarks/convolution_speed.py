@@ -190,7 +190,7 @@ def _iterations(network: Network, data: Dataset, size: str, length: int) -> Work
     distillation = Distillation(network, arms_named(network.apply, ["ce"]), config=config)
     pools = _pools(data, size)
     begin = distillation.begin(pools, 0)
-    return lambda: jax.block_until_ready(list(distillation.stream(pools, begin, budget=length))[-1][0])
+    return lambda: jax.block_until_ready(list(distillation.loop(pools, begin, budget=length))[-1][0])
 
 
 def _bare(network: Network, data: Dataset, size: str, length: int) -> Work:
@@ -254,7 +254,7 @@ class _Epoch:
             pipeline = ResidentPipeline(views, targets.for_views(views, 1), count=1, batch_size=BATCH, seed=0)
             pools = Pools((), assess, decide)
             begin = self._distillation.begin(pools, 0)
-            for _ in self._distillation.stream(pools, begin, budget=self._steps, supply=pipeline):
+            for _ in self._distillation.loop(pools, begin, budget=self._steps, pipeline=pipeline):
                 pass
 
 

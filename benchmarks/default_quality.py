@@ -146,19 +146,19 @@ class _Bench:
             peer = forward(self.student, first)(np.asarray(dataset.inputs))
             both, _ = batches.split(dataset, (logits + peer) / 2, seed=seed, fractions=problems.FRACTIONS)
             second = self._delivered(self.ours, both, seed + 1, budget)
-            better = second if self.ours.judge.outranks(pools, second, first) else first
+            better = second if self.ours.evaluator.outranks(pools, second, first) else first
             yield row(synergy, better, 2 * budget)
         if (name := f"{OURS}, tuning") in contenders:
             yield row(name, self._delivered(self.tuned, pools, seed, budget), budget)
 
     def _delivered(self, distillation: Distillation, pools: Pools, seed: int, budget: int) -> Variables:
-        return distillation.judge.delivered(pools, distillation.complete(pools, seed, budget=budget))[1]
+        return distillation.evaluator.select(pools, distillation.complete(pools, seed, budget=budget))[1]
 
     def _row(self, contender: str, variables: Variables, cost: int, *, pools: Pools, test: Batch) -> dict[str, Any]:
         held = [
-            np.asarray(self.ours.judge.evaluate(variables, split).promise) for split in (pools.assess, pools.decide)
+            np.asarray(self.ours.evaluator.evaluate(variables, split).promise) for split in (pools.assess, pools.decide)
         ]
-        right = np.asarray(self.ours.judge.evaluate(variables, test).promise) > 0
+        right = np.asarray(self.ours.evaluator.evaluate(variables, test).promise) > 0
         return {
             "contender": contender,
             "cost": cost,

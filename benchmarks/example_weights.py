@@ -31,7 +31,7 @@ from ev3_distill import students
 from ev3_distill.arms.tunable_loss import distillation, label_losses, net_weights
 from ev3_distill.benchmarks import problems, statistics, trajectories
 from ev3_distill.config import EV3
-from ev3_distill.core.assess import logits_of
+from ev3_distill.core.assess import outputs_of
 from ev3_distill.data import batches
 from ev3_distill.runtime.compile import jit
 from ev3_distill.tasks.classification import losses
@@ -215,7 +215,7 @@ def _weighing(network: Network, column: int, **options: Any) -> Train:
 
 def _seen(network: Network, student: Variables, pools: Pools) -> jax.Array:
     examples = pools.explore.examples
-    logits = logits_of(network.apply, student, examples.inputs, batch_size=EV3().eval_batch_size)
+    logits = outputs_of(network.apply, student, examples.inputs, batch_size=EV3().eval_batch_size)
     return label_losses(logits, examples._replace(teacher={"logits": examples.teacher["logits"][0]}))
 
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from ev3_distill.benchmarks import statistics
 from ev3_distill.config import EV3
-from ev3_distill.core import adapt
+from ev3_distill.core import adapt, paired_tests
 from ev3_distill.runtime.compile import jit
 from ev3_distill.types import ErrorBudget
 
@@ -138,7 +138,9 @@ def _simulate(candidates: str, rule: str, iterations: int) -> Callable[[jax.Arra
 def _begun(key: jax.Array, right: float) -> Run:
     champion = Hits(*jax.random.bernoulli(key, right, (2, N)).astype(jnp.float32))
     zero = jnp.int32(0)
-    return Run(champion, jnp.float32(right), adapt.unspent(DELTA), zero, jnp.zeros(2 * N), jnp.bool_(False), zero)
+    return Run(
+        champion, jnp.float32(right), adapt.initial_budget(DELTA), zero, jnp.zeros(2 * N), jnp.bool_(False), zero
+    )
 
 
 def _candidate(key: jax.Array, candidates: str, run: Run, t: jax.Array) -> tuple[Hits, jax.Array]:
@@ -187,9 +189,9 @@ def _judged(
     alpha = adapt.level(run.budget, closing)
     tested = jnp.bool_(True)
     if rule == "ev3":
-        p_assess = adapt.mcnemar(candidate.assess, run.champion.assess)[2]
+        p_assess = paired_tests.mcnemar(candidate.assess, run.champion.assess)[2]
         tested = adapt.due(cost, run.tested_cost, closing) & adapt.worth_testing(p_assess, alpha, closing)
-    return tested, tested & (adapt.mcnemar(candidate.decide, run.champion.decide)[2] <= alpha)
+    return tested, tested & (paired_tests.mcnemar(candidate.decide, run.champion.decide)[2] <= alpha)
 
 
 def _power(key: jax.Array, trials: int) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -211,7 +213,7 @@ def _power(key: jax.Array, trials: int) -> Iterator[tuple[str, str, np.ndarray]]
 
 def _level(tests: int, promotions: int) -> float:
     """Of the next test within a run."""
-    budget = adapt.unspent(DELTA)
+    budget = adapt.initial_budget(DELTA)
     for i in range(tests):
         budget = adapt.spend(budget, jnp.bool_(False), jnp.bool_(True), jnp.bool_(i < promotions))
     return float(adapt.level(budget, jnp.bool_(False)))
@@ -228,7 +230,7 @@ def _pair(key: jax.Array) -> tuple[Run, Hits]:
 def _p_values(keys: jax.Array) -> jax.Array:
     def one(key: jax.Array) -> jax.Array:
         run, candidate = _pair(key)
-        return adapt.mcnemar(candidate.decide, run.champion.decide)[2]
+        return paired_tests.mcnemar(candidate.decide, run.champion.decide)[2]
 
     return jax.lax.map(one, keys, batch_size=500)
 

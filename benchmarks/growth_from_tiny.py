@@ -143,7 +143,7 @@ class _Bench:
         """Those of one seed: of all contenders, or of those that are compared."""
 
         def row(contender: str, width: int, variables: Variables, steps: int, cost: float) -> dict[str, Any]:
-            right = self.once[width].judge.evaluate(variables, test).promise
+            right = self.once[width].evaluator.evaluate(variables, test).promise
             return {
                 "contender": contender,
                 "width": width,
@@ -176,37 +176,37 @@ class _Bench:
     def _alone(self, width: int, pools: Pools, seed: int, steps: int) -> Variables:
         distillation = self.once[width]
         pools = pools._replace(seen=None)
-        return distillation.judge.delivered(pools, distillation.complete(pools, seed, budget=steps))[1]
+        return distillation.evaluator.select(pools, distillation.complete(pools, seed, budget=steps))[1]
 
     def _grown(self, pools: Pools, seed: int) -> Iterator[tuple[int, Variables, int]]:
         """Each size with what it delivers and its steps."""
         left, state, before = self.total, None, self.ladder[0]
         for width in self.ladder:
             distillation = self.patient[width]
-            began = int(state.cost) if state is not None else 0
+            began = int(state.clock.cost) if state is not None else 0
             if state is None:
-                state = distillation.drawn(pools, seed, budget=self.cost // QUARTER)
+                state = distillation.begin_best(pools, seed, budget=self.cost // QUARTER)
             else:
                 map_ = growth(jax.random.key(seed), self.networks[before].spec, self.networks[width].spec)
-                state = distillation.grown(pools, state, map_)
+                state = distillation.grow(pools, state, map_)
             final = width == self.ladder[-1]
             afford = int(left // self.params[width])
             limit = began + (afford if final else min(self.cost // QUARTER, afford))
             state = _to_the_end(distillation, pools, state, limit, again=final)
-            steps = int(state.cost) - began
+            steps = int(state.clock.cost) - began
             left -= steps * self.params[width]
             before = width
-            yield width, distillation.judge.delivered(pools, state)[1], steps
+            yield width, distillation.evaluator.select(pools, state)[1], steps
 
 
 def _to_the_end(distillation: Distillation, pools: Pools, state: State, limit: int, *, again: bool) -> State:
     """Until stuck or the limit; the final size goes on when it is stuck."""
     while True:
-        for packed, _ in distillation.stream(pools, state, budget=limit):
-            state = distillation.stream.unpack(packed)
-        if not again or int(state.cost) >= limit:
+        for packed, _ in distillation.loop(pools, state, budget=limit):
+            state = distillation.loop.unflatten(packed)
+        if not again or int(state.clock.cost) >= limit:
             return state
-        state = distillation.again(pools, state)
+        state = distillation.extend(pools, state)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

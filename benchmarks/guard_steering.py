@@ -33,6 +33,7 @@ from ev3_distill.data.sources import Dataset, load_data
 from ev3_distill.guards import Guard, parse
 from ev3_distill.tasks.classification.split_scores import BINS
 from ev3_distill.tasks.classification.steering import goal
+from ev3_distill.tasks.classification.task import classification
 from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.training.trainer import Distillation
 
@@ -72,7 +73,8 @@ def rows_of(
     )
     arms = arms_named(student.apply, default_names(student.spec, goals=[guard.metric for guard in guards]))
     goals = [goal(guard.metric, guard.threshold) for guard in guards]
-    runs = {"EV3": Distillation(student, arms), "EV3 with guards": Distillation(student, arms, goals=goals)}
+    guarded = classification().objectives(goals)
+    runs = {"EV3": Distillation(student, arms), "EV3 with guards": Distillation(student, arms, objectives=guarded)}
     plain = dict(zip(CONTENDERS[:2], arms_named(student.apply, ("kd4", "kd4-balanced")), strict=True))
     bare = {name: trajectories.bare_trajectory(student, arm) for name, arm in plain.items()}
     teaches = Distillation(teacher, arms_named(teacher.apply, ("ce-slow",)))
@@ -82,7 +84,7 @@ def rows_of(
         kept, left = imbalanced(dataset, seed)
         blank = np.zeros((len(kept.labels), dataset.num_classes), np.float32)
         pools, _ = batches.split(kept, blank, seed=seed, fractions=FRACTIONS)
-        taught = teaches.complete(pools, seed, budget=TEACHER_COST[size]).current
+        taught = teaches.complete(pools, seed, budget=TEACHER_COST[size]).current.variables
         logits = forward(teacher, taught)(np.asarray(kept.inputs))
         pools, test = batches.split(kept, logits, seed=seed, fractions=FRACTIONS)
         share = np.bincount(kept.labels, minlength=dataset.num_classes) / len(kept.labels)
@@ -99,8 +101,8 @@ def rows_of(
             else:
                 run = runs[contender]
                 state = run.complete(pools, seed, budget=COST[size])
-                which, variables = run.judge.delivered(pools, state)
-                spent = np.asarray(state.arm_cost / state.cost).round(3)
+                which, variables = run.evaluator.select(pools, state)
+                spent = np.asarray(state.arms.cost / state.clock.cost).round(3)
                 facts = {
                     "which": which,
                     "shares": dict(zip([arm.name for arm in arms], map(float, spent), strict=True)),

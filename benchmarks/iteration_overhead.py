@@ -40,6 +40,7 @@ from ev3_distill.data.sources import load_data
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.ledger import Ledger, row_of
 from ev3_distill.tasks.classification import losses
+from ev3_distill.tasks.classification.task import ACCURACY
 from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Apply, Batch, Network, Pools, PyTree, Variables
 
@@ -144,7 +145,7 @@ def contenders(steps: int, reference_steps: int, *, ledger: Path) -> dict[str, t
     )
 
     def start(pools: Pools, seed: int) -> Variables:
-        return distillation.begin(pools, seed).current
+        return distillation.begin(pools, seed).current.variables
 
     return {
         "ev3": (_ev3(distillation, steps), steps),
@@ -161,11 +162,11 @@ def _ev3(distillation: Distillation, steps: int, ledger: Ledger | None = None) -
 
         def work() -> PyTree:
             began = time.perf_counter()
-            for packed, decisions in distillation.stream(pools, begin, budget=steps):  # noqa: B007
+            for packed, decisions in distillation.loop(pools, begin, budget=steps):  # noqa: B007
                 if ledger is not None:
                     wall_s = time.perf_counter() - began
-                    ledger.append([row_of(decision, ["ce"], wall_s=wall_s) for decision in decisions])
-            return distillation.stream.unpack(packed).current.params
+                    ledger.append([row_of(decision, ["ce"], ACCURACY, wall_s=wall_s) for decision in decisions])
+            return distillation.loop.unflatten(packed).current.variables.params
 
         return work
 

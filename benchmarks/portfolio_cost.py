@@ -59,22 +59,27 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
                 if contender not in missing:
                     continue
                 state = distillation.complete(pools, own, budget=cost)
-                which, variables = distillation.judge.delivered(pools, state)
+                which, variables = distillation.evaluator.select(pools, state)
+                students_of = {
+                    "delivered": variables,
+                    "champion": state.champion.variables,
+                    "current": state.current.variables,
+                }
                 accuracy = {
-                    key: float(distillation.judge.evaluate(v, test).promise.mean())
-                    for key, v in (("delivered", variables), ("champion", state.champion), ("current", state.current))
+                    key: float(distillation.evaluator.evaluate(one, test).promise.mean())
+                    for key, one in students_of.items()
                 }
                 yield {
-                    "data": name, "seed": seed, "contender": contender, "cost": int(state.cost), "which": which,
+                    "data": name, "seed": seed, "contender": contender, "cost": int(state.clock.cost), "which": which,
                     "accuracy": accuracy["delivered"], "champion": accuracy["champion"],
-                    "current": accuracy["current"], "iterations": int(state.iteration),
-                    "shares": [round(float(s), 3) for s in state.arm_cost / state.cost],
+                    "current": accuracy["current"], "iterations": int(state.clock.iteration),
+                    "shares": [round(float(s), 3) for s in state.arms.cost / state.clock.cost],
                 }  # fmt: skip
             for arm, train in bare.items():
                 if f"bare {arm}" not in missing:
                     continue
                 variables = train(pools, own, cost)
-                scores = contenders["portfolio"].judge.evaluate(variables, test).promise
+                scores = contenders["portfolio"].evaluator.evaluate(variables, test).promise
                 yield {"data": name, "seed": seed, "contender": f"bare {arm}", "cost": cost,
                        "accuracy": float(scores.mean())}  # fmt: skip
 

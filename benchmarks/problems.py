@@ -58,6 +58,8 @@ def trained_teacher(dataset: Dataset, steps: int) -> TeacherLogits:
 
     def logits(seed: int) -> np.ndarray:
         pools, _ = batches.split(dataset, blank, seed=seed, fractions=FRACTIONS)
-        return forward(network, distillation.complete(pools, seed, budget=steps).current)(np.asarray(dataset.inputs))
+        return forward(network, distillation.complete(pools, seed, budget=steps).current.variables)(
+            np.asarray(dataset.inputs)
+        )
 
     return logits

@@ -12,7 +12,7 @@ from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.arms.optimizers import adamw, muon
 from ev3_distill.arms.tuned_arm import TuningConfig, tuned_arm
 from ev3_distill.config import EV3
-from ev3_distill.core.assess import logits_of
+from ev3_distill.core.assess import outputs_of
 from ev3_distill.core.explore import draw_from, held_from
 from ev3_distill.data import batches
 from ev3_distill.runtime.compile import jit
@@ -62,7 +62,7 @@ def accuracy_of(network: Network) -> Callable[[Variables, Batch], jax.Array]:
 
     @jit
     def accuracy(variables: Variables, split: Batch) -> jax.Array:
-        logits = logits_of(network.apply, variables, split.inputs, batch_size=EV3().eval_batch_size)
+        logits = outputs_of(network.apply, variables, split.inputs, batch_size=EV3().eval_batch_size)
         return (logits.argmax(-1) == split.targets).mean()
 
     compiled: Callable[[Variables, Batch], jax.Array] = accuracy

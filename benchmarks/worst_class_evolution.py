@@ -92,7 +92,7 @@ def rows_of(
         kept, left = guard_steering.imbalanced(dataset, seed)
         blank = np.zeros((len(kept.labels), classes), np.float32)
         pools, _ = batches.split(kept, blank, seed=seed, fractions=guard_steering.FRACTIONS)
-        taught = teaches.complete(pools, seed, budget=guard_steering.TEACHER_COST[size]).current
+        taught = teaches.complete(pools, seed, budget=guard_steering.TEACHER_COST[size]).current.variables
         logits = forward(teacher, taught)(np.asarray(kept.inputs))
         pools, test = batches.split(kept, logits, seed=seed, fractions=guard_steering.FRACTIONS)
         share = np.bincount(kept.labels, minlength=classes) / len(kept.labels)

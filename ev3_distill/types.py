@@ -1,7 +1,7 @@
-"""The central types: what flows between the rooms. Imports jax only.
+"""The central types: the data that flows between the rooms. Imports jax only.
 
-Shapes: B examples of a batch, N of a split, K classes, P proposals, A arms. Costs are training steps (one gradient of one
-batch), summed over all arms. Scores are per example, higher is better.
+Shapes: B examples of a batch, N of a split, K classes, P proposals, A arms, G goals. Costs are training steps (one gradient of
+one batch), summed over all arms. Scores are per example, higher is better.
 """
 
 import dataclasses
@@ -12,37 +12,37 @@ import jax
 
 PyTree = Any
 
-MOST_GROUPS = 256  # subgroups of a data set, at most
+MOST_GROUPS = 256  # largest number of subgroups of a data set
 
 
 class Variables(NamedTuple):
-    """All arrays of a network. Only `params` meets a gradient."""
+    """All arrays of a network."""
 
-    params: PyTree  # trained
-    stats: PyTree  # not trained: BatchNorm statistics and the like
+    params: PyTree  # trained by gradients
+    stats: PyTree  # not trained by gradients, such as BatchNorm statistics
 
 
 class Batch(NamedTuple):
     """A batch of examples, or a whole split (then B is N)."""
 
-    inputs: jax.Array  # [B, ...] float32, or uint8, which networks take as x / 255
+    inputs: jax.Array  # [B, ...] float32, or uint8, which networks read as x / 255
     targets: PyTree  # leaves [B, ...], such as labels [B] int32; -1 (integer) or nan (float) where missing
     teacher: Mapping[
         str, jax.Array
     ]  # the teacher's outputs by name, [B, ...] float32, such as logits; features as well
-    index: jax.Array  # type: ignore[assignment]  # [B] int32, position in the data set: names the example
-    weight: jax.Array  # [B] float32, of the example in a loss
+    index: jax.Array  # type: ignore[assignment]  # [B] int32, position in the data set
+    weight: jax.Array  # [B] float32, weight of the example in a loss
     group: jax.Array | tuple[()] = ()  # [B] int32, the example's group from 0, in held-out splits of grouped data
 
 
 class Pools(NamedTuple):
-    """The data of a run: the three splits it may see. The fourth, test, is sealed and is no part of this."""
+    """The three splits that a run may see. The fourth split, test, is sealed and not part of this."""
 
-    explore: PyTree  # meets gradients: what `Sample` makes batches of
+    explore: PyTree  # trains students: `Sample` makes batches of it
     assess: Batch  # selects among proposals
     decide: Batch  # proves promotions
     seen: Batch | None = (
-        None  # some of explore as it is, where the run's patience ends: shows whether training gets anywhere
+        None  # a part of explore without augmentation; shows whether training still helps, see core/plateau
     )
 
 
@@ -51,12 +51,12 @@ class Apply(Protocol):
 
     def __call__(
         self, variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None
-    ) -> tuple[jax.Array, Variables]:
-        """Returns logits [B, K] and the variables with their statistics updated (unchanged unless `train`)."""
+    ) -> tuple[Any, Variables]:
+        """Returns outputs [B, ...] and the variables, with updated statistics if `train`."""
 
 
 class Straight(Protocol):
-    """A forward pass that trains with weights rounded as they are deployed, with gradients that pass straight through."""
+    """A forward pass with rounded weights, whose gradients pass straight through the rounding."""
 
     def __call__(
         self,
@@ -67,11 +67,11 @@ class Straight(Protocol):
         key: jax.Array | None = None,
         share: jax.typing.ArrayLike = 1.0,
     ) -> tuple[jax.Array, Variables]:
-        """Returns what `Apply` does, of weights that went this share of the way to the rounded ones."""
+        """Returns what `Apply` returns, for weights moved by the fraction `share` towards the rounded ones."""
 
 
 class Features(Protocol):
-    """A network's forward pass that shows its features, too."""
+    """A network's forward pass that returns intermediate features, too."""
 
     def __call__(
         self, variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None
@@ -79,28 +79,30 @@ class Features(Protocol):
         """Returns (logits [B, K], features [B, ...] by name) and the variables as `Apply` does."""
 
 
-Fit = Callable[[Variables, jax.Array], Variables]  # (variables, inputs [B, ...]) -> with statistics of such inputs
+Fit = Callable[
+    [Variables, jax.Array], Variables
+]  # (variables, inputs [B, ...]) -> variables with statistics of the inputs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-    """A student or a teacher as pure functions, and the plain data it is rebuilt from."""
+    """A student or a teacher as pure functions, with the plain data from which it is rebuilt."""
 
     init: Callable[[jax.Array], Variables]  # key -> variables
     apply: Apply
     spec: Mapping[str, Any]
-    features: Features | None = None  # where the network shows any; the logits are those of `apply`
-    straight: Straight | None = None  # of one that is deployed rounded
-    fit: Fit | None = None  # where evaluation has to know of inputs what training does not tell
+    features: Features | None = None  # if the network has features; the logits are those of `apply`
+    straight: Straight | None = None  # if the network is deployed with rounded weights
+    fit: Fit | None = None  # if evaluation needs statistics of inputs that training does not collect
 
 
 Loss = Callable[[Any, Batch], jax.Array]  # (outputs [B, ...], batch) -> scalar
 Objective = Callable[[Any, Batch], jax.Array]  # (outputs [N, ...], split) -> score [N], higher is better
 Sample = Callable[[PyTree, jax.Array], Batch]  # (pools.explore, global step) -> the batch of that step
 Draw = Callable[[jax.Array], tuple[Batch, jax.Array]]  # global step -> (batch, key of that step)
-Share = Callable[[Callable[[jax.Array, PyTree], tuple[PyTree, ...]], jax.Array, PyTree], tuple[PyTree, ...]]
-# (work, active [P] bool, given) -> what `work` makes of what is given, a tree for each of P rows. It is told which rows are its
-# own, [P] bool; what it makes of others does not count and should cost nothing
+Distribute = Callable[[Callable[[jax.Array, PyTree], tuple[PyTree, ...]], jax.Array, PyTree], tuple[PyTree, ...]]
+# (work, active [P] bool, inputs) -> the results of `work(own [P] bool, inputs)`, one tree for each of P rows. `own` marks the
+# rows that this device computes; the results of other rows are ignored and should cost nothing
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,27 +111,29 @@ class Promise:
 
     name: str  # such as accuracy; names on disk and on screens come from it
     score: Objective  # in [0, 1]
-    binary: bool  # whether scores are 0 or 1: promotions are then tested by McNemar's test, else by betting
+    binary: bool  # whether scores are 0 or 1: McNemar's test then proves promotions, else betting does
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Goal:
-    """What must hold of a student: that a metric, higher is better, is at least `least`.
+    """A requirement on a student: a metric, higher is better, must be at least `threshold`.
 
-    A metric of a whole split, such as the accuracy of the worst class, comes as scores too: its value plus each example's
-    influence on it, so that their mean is the metric and their spread gives its standard error.
+    A metric of a whole split, such as the accuracy on the worst class, also has scores per example: its value plus each
+    example's influence on it. Their mean is the metric, and their spread gives its standard error.
     """
 
     name: str
-    least: float
-    score: Objective  # the mean over a split is the metric
-    smooth: Objective  # what sees the small steps of one trajectory towards it
-    focus: Callable[[jax.Array, Batch], jax.Array]  # (logits [N, K], split) -> int32, what the metric is about now
-    # (a class, a group), 0 where it is about all examples
-    compared: Callable[[jax.Array, Batch, jax.Array], jax.Array]  # (logits, split, focus) -> [N] in [0, 1]: what a
-    # promotion for this goal proves to be truly higher, in the mean
-    shares: bool  # whether these are 0 or 1
-    refuted: Callable[[jax.Array, Batch], jax.Array]  # (logits, split) -> p-value of "the metric is below `least`"
+    threshold: float
+    score: Objective  # its mean over a split is the metric
+    smooth: Objective  # detects the small steps of one trajectory towards the goal
+    focus: Callable[[Any, Batch], jax.Array]  # (outputs, split) -> int32: the class or group that the metric is about
+    # at present; 0 if it is about all examples
+    comparison: Callable[
+        [Any, Batch, jax.Array], jax.Array
+    ]  # (outputs, split, focus) -> [N] in [0, 1]: the score whose
+    # mean a promotion for this goal proves to be higher
+    binary: bool  # whether the scores of `comparison` are 0 or 1
+    p_value: Callable[[Any, Batch], jax.Array]  # (outputs, split) -> p-value of "the metric is below the threshold"
 
 
 class Stretch(NamedTuple):
@@ -137,56 +141,53 @@ class Stretch(NamedTuple):
 
     start: jax.Array  # int32, its first global step
     steps: jax.Array  # int32
-    spent: jax.Array  # float32, the share that was spent before it of the budget since the student began or grew
-    each: jax.Array  # float32, the share that one of its steps adds, those of arms beside it included
+    spent: jax.Array  # float32, fraction of the student's budget (since it started or grew) spent before it
+    per_step: jax.Array  # float32, fraction that each of its steps adds, parallel arms included
 
 
 class Growth(Protocol):
-    """The map from a student's arrays to those of a larger one that computes the same; trees as `Variables.params` are."""
+    """Maps a student's arrays to those of a larger student that computes the same; trees as `Variables.params` are."""
 
     def variables(self, variables: Variables) -> Variables:
-        """Of a value of the student's arrays, such as an iterate or an average of them."""
+        """Maps values of the student's arrays, such as an iterate or an average of iterates."""
 
     def like_gradient(self, tree: PyTree) -> PyTree:
-        """Of a mean of gradients."""
+        """Maps a mean of gradients."""
 
     def like_second_moment(self, tree: PyTree) -> PyTree:
-        """Of a mean of squared gradients."""
+        """Maps a mean of squared gradients."""
 
 
 class Arm(NamedTuple):
-    """A way to improve a student, an (init, propose) pair like an optax transformation.
+    """A way to improve a student: an (init, propose) pair like an optax transformation.
 
-    The arm's state holds all that its trajectory needs to go on (raw iterate, optimizer state, averages), because what it
-    proposes may be something else (an average). `propose` with zero steps is allowed and must be cheap.
+    The arm's state holds everything that its trajectory needs to continue (iterate, optimizer state, averages), because its
+    proposal may be something else (an average). `propose` with zero steps must work and cost little.
     """
 
     name: str
     init: Callable[[Variables], PyTree]  # student -> state of a fresh start from it
     propose: Callable[..., tuple[PyTree, Variables]]
-    # (state, draw, where in the run) -> (state, proposed student); where it is `held`, a draw of assess is its fourth argument
-    length: float = 1.0  # of this arm's trajectory, relative to the run's
-    grow: Callable[[PyTree, Growth], PyTree] | None = (
-        None  # state of this arm for the larger student; without, it starts
+    # (state, draw, stretch) -> (state, proposed student); if `held`, a draw of assess is its fourth argument
+    length: float = 1.0  # of this arm's trajectories, relative to the run's
+    grow: Callable[[PyTree, Growth], PyTree] | None = None  # state -> state for the larger student; None: a fresh start
+    held: bool = False  # whether it needs held-out batches, to tune its loss by them
+    shows: Callable[[PyTree], dict[str, jax.Array]] | None = None  # state -> hyperparameters for the ledger
+    races: bool = (
+        True  # whether it takes part in the race at the start of a run; otherwise it only challenges the leader
     )
-    # afresh when the student grows
-    held: bool = False  # whether it takes held-out batches, too: it tunes its loss by them
-    shows: Callable[[PyTree], dict[str, jax.Array]] | None = (
-        None  # state -> the hyperparameters that a ledger row tells
-    )
-    races: bool = True  # whether it takes part in the race that begins a run; else it only challenges who leads then
 
 
 class Proposals(NamedTuple):
-    """What explore hands to assess. Row P-1 may be the average of the others, which is no arm's own."""
+    """Results of explore. With several arms, row P-1 is the average of the other rows."""
 
     variables: Variables  # leaves [P, ...]
-    arm_states: tuple[PyTree, ...]  # one per arm, of length A
-    active: jax.Array  # [P] bool, made in this iteration and finite
+    arm_states: tuple[PyTree, ...]  # [A]
+    active: jax.Array  # [P] bool, computed in this iteration and finite
 
 
 class GoalEvidence(NamedTuple):
-    """Scores for G goals, example by example."""
+    """Scores for G goals, per example."""
 
     smooth: jax.Array  # [P, G, N]
     score: jax.Array  # [P, G, N]
@@ -194,71 +195,99 @@ class GoalEvidence(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What assess hands to adapt: scores of one split, example by example."""
+    """Results of assess: scores on one split, per example."""
 
-    select: jax.Array  # [P, N] a smooth objective that sees the small steps of one trajectory
-    promise: jax.Array  # [P, N] the objective that compares arms and that promotions prove, in {0, 1}
-    goals: GoalEvidence | tuple[()] = ()  # where the run has any
+    select: jax.Array  # [P, N] smooth score, which detects the small steps of one trajectory
+    promise: jax.Array  # [P, N] score that compares arms and that promotions prove, in [0, 1]
+    goals: GoalEvidence | tuple[()] = ()  # if the run has goals
 
 
-class Standing(NamedTuple):
+class GoalScores(NamedTuple):
     """A champion's scores for G goals on decide."""
 
-    compared: jax.Array  # [G, N] what a challenger must prove to beat, at the focus of the champion
+    comparison: jax.Array  # [G, N] what a challenger must prove to beat, at the focus of the champion
     metric: jax.Array  # [G]
 
 
+class Clock(NamedTuple):
+    """Counters of a run, int32 scalars. Costs are training steps of all arms."""
+
+    iteration: jax.Array
+    cost: jax.Array  # so far
+    start_cost: jax.Array  # the cost when the student started, or last grew
+    position: jax.Array  # the next global step: names batches and keys, common to all arms
+    stale: jax.Array  # iterations since the current student last changed
+    tested_cost: jax.Array  # the cost at the last promotion test on decide
+    met_cost: jax.Array  # the cost at the last test on decide whether all goals are met
+
+
+class CurrentStudent(NamedTuple):
+    """The student from which exploration starts."""
+
+    variables: Variables
+    evidence: Evidence  # on assess, leaves [N]
+    arm: jax.Array  # int32, the arm that proposed it; A for the average, -1 for none
+
+
+class Champion(NamedTuple):
+    """The student that tests on decide have proven."""
+
+    variables: Variables
+    evidence: Evidence  # on assess, leaves [N]
+    decide: jax.Array  # [N] its promise scores on decide
+    goals: GoalScores | tuple[()]  # on decide, if the run has goals
+
+
+class SafestStudent(NamedTuple):
+    """Of all students that were current, the one farthest above its nearest goal on assess."""
+
+    variables: Variables | tuple[()]  # () without goals
+    risk: jax.Array  # float32, standard errors above the goal nearest to it
+
+
+class ArmsState(NamedTuple):
+    """The arms of a run and how compute is allocated to them."""
+
+    states: tuple[PyTree, ...]  # [A] each arm's own state, ready to continue from the current student
+    value: jax.Array  # [A] paired difference from the best arm beside it, in standard errors; 0 is level
+    cost: jax.Array  # [A] int32, steps spent
+    wins: jax.Array  # [A] int32, proposals that became current
+    promotions: jax.Array  # [A] int32, proposals that became champion
+    leader: jax.Array  # int32, the arm that exploration exploits
+    round: jax.Array  # int32, iterations since the arms' race started
+    length: jax.Array  # float32, present trajectory length in steps
+
+
 class ErrorBudget(NamedTuple):
-    """Where in the tree of tests a run has come to, scalars (see core/adapt.py)."""
+    """Position in the tree of promotion tests, scalars; see core/adapt.py."""
 
-    tests: jax.Array  # int32, paired tests made on decide
+    tests: jax.Array  # int32, paired tests on decide so far
     promotions: jax.Array  # int32, of which promoted
-    left: jax.Array  # float32, the probability of a false promotion that may still be spent
+    left: jax.Array  # float32, probability of a false promotion that may still be spent
 
 
-class Progress(NamedTuple):
-    """Where the student stood when it last got anywhere."""
+class Plateau(NamedTuple):
+    """Where the student stood when it last improved; see core/plateau.py."""
 
     assess: Evidence  # leaves [N]
     seen: jax.Array  # [N'] promise scores on `Pools.seen`
     position: jax.Array  # int32
-    until: jax.Array  # int32, the cost at which its share of a search's budget is spent
-    stuck: jax.Array  # bool, whether it has got nowhere since for as long as the run's patience, or that share is spent
+    until: jax.Array  # int32, the cost at which the student has used its part of a search's budget
+    stuck: jax.Array  # bool, whether it has not improved for as long as the run's patience, or that part is used up
 
 
 class State(NamedTuple):
-    """Everything that a resume needs, one pytree."""
+    """The complete state of a run, one pytree: everything that a resumed run needs."""
 
-    key: jax.Array  # the data of the run's PRNG key, uint32
-    iteration: jax.Array  # int32
-    cost: jax.Array  # int32, steps of all arms
-    begun: jax.Array  # int32, that cost when the student began, or last grew
-    position: jax.Array  # int32, the next global step: names batches and keys, common to all arms
-    current: Variables  # where exploration stands
-    current_evidence: Evidence  # its scores on assess, leaves [N]
-    champion: Variables  # the proven best
-    champion_evidence: Evidence  # its scores on assess, leaves [N]
-    champion_decide: jax.Array  # [N] its promise scores on decide
-    champion_goals: Standing | tuple[()]  # on decide, where the run has goals
-    safest: (
-        Variables | tuple[()]
-    )  # of all students that were current, the one least at risk on assess; none without goals
-    safest_risk: jax.Array  # float32, by how many standard errors it lay above the goal nearest to it
-    arm_states: tuple[PyTree, ...]  # each arm's, ready to go on from `current`
-    arm_value: jax.Array  # [A] how each arm compares with the best beside it, in standard errors, 0 is level
-    arm_cost: jax.Array  # [A] int32, steps spent
-    arm_wins: jax.Array  # [A] int32, times its proposal became current
-    arm_promotions: jax.Array  # [A] int32, times its proposal became champion
-    leader: jax.Array  # int32, the arm that exploration exploits
-    round: jax.Array  # int32, iterations since the arms' race began
-    current_arm: jax.Array  # int32, the arm that made `current`; A for the average, -1 for none
-    length: jax.Array  # float32, present trajectory length in steps
-    stale: jax.Array  # int32, iterations since `current` last moved
-    tested_cost: jax.Array  # int32, cost when decide was last asked
+    key: jax.Array  # data of the run's PRNG key, uint32
+    clock: Clock
+    current: CurrentStudent
+    champion: Champion
+    safest: SafestStudent
+    arms: ArmsState
     budget: ErrorBudget
-    progress: Progress | tuple[()]  # none where the run has no end to its patience
-    met_cost: jax.Array  # int32, cost when decide was last asked whether all goals are met
-    met: jax.Array  # bool, whether decide proved all goals of the current student, where that ends the run
+    plateau: Plateau | tuple[()]  # () if the run's patience has no end
+    met: jax.Array  # bool, whether decide proved all goals of the current student, in a run that then ends
     closed: jax.Array  # bool, whether the closing iteration was made: the run is finished
 
 
@@ -266,38 +295,43 @@ KEEP, ADOPT, PROMOTE, ROLL_BACK = range(4)
 VERDICTS = ("keep", "adopt", "promote", "roll back")
 
 
+class PromotionTest(NamedTuple):
+    """A paired test of the current student against the champion on decide, scalars."""
+
+    tested: jax.Array  # bool, whether there was one in this iteration
+    goal: jax.Array  # int32, the goal that it is about, -1 for the promise
+    wins: jax.Array  # int32, decide examples with a higher score of the candidate
+    losses: jax.Array  # int32, with a lower one
+    n: jax.Array  # int32, decide examples
+    alpha: jax.Array  # float32, the level of the test
+    p_value: jax.Array  # float32, 1 if not tested
+    promoted: jax.Array  # bool
+    blocked: (
+        jax.Array
+    )  # bool, whether a proven candidate was not promoted because it breaks a goal that the champion meets
+
+
 class Decision(NamedTuple):
-    """One iteration's outcome, scalars unless said: one ledger row."""
+    """The outcome of one iteration: one ledger row. Scalars unless stated."""
 
     iteration: jax.Array  # int32
     cost: jax.Array  # int32, steps of all arms so far
     position: jax.Array  # int32
     steps: jax.Array  # [A] int32, each arm's in this iteration
-    scores: jax.Array  # [P] mean select score on assess, nan where not active
-    selected: jax.Array  # int32, the best proposal: an arm, or A for the average; -1 where none was finite
+    scores: jax.Array  # [P] mean select score on assess, nan if inactive
+    selected: jax.Array  # int32, the best proposal: an arm, or A for the average; -1 if none was finite
     discarded: jax.Array  # int32, non-finite proposals
     ruling: jax.Array  # int32, the goal that selection followed, -1 for the promise
-    risks: jax.Array  # [G] how far the current student is above each goal on assess, in standard errors
-    gain: jax.Array  # float32, mean paired gain of the selected over current on assess, in the score that ruled
+    risks: jax.Array  # [G] standard errors of the current student above each goal on assess
+    gain: jax.Array  # float32, mean paired gain of the selected proposal over current on assess, in the ruling score
     gain_se: jax.Array  # float32, its standard error
-    tested: jax.Array  # bool, whether decide was asked
-    tested_for: jax.Array  # int32, the goal of which it was asked, -1 for the promise
-    wins: jax.Array  # int32, decide examples that only the candidate gets right
-    losses: jax.Array  # int32, that only the champion gets right
-    decide_n: jax.Array  # int32
-    alpha: jax.Array  # float32, the level of the test
-    p_value: jax.Array  # float32, 1 where not tested
+    promotion: PromotionTest
     verdict: jax.Array  # int32, an index of VERDICTS
-    promoted_arm: jax.Array  # int32, the arm that made the new champion, -1 where none
-    kept: (
-        jax.Array
-    )  # bool, whether a proof was not enough since the candidate would break a goal that the champion meets
-    champion_accuracy: jax.Array  # float32, mean promise score on decide
-    current_accuracy: jax.Array  # float32, mean promise score on assess
+    promoted_arm: jax.Array  # int32, the arm that proposed the new champion, -1 if none
+    champion_score: jax.Array  # float32, mean promise score on decide
+    current_score: jax.Array  # float32, mean promise score on assess
     length: jax.Array  # float32, next trajectory length
-    tuned: tuple[
-        dict[str, jax.Array], ...
-    ]  # of each arm, the hyperparameters that it has come to; {} where it tunes none
-    stuck: jax.Array  # bool, whether the student gets nowhere any more at its size
-    met: jax.Array  # bool, whether all goals are proven on decide, where that ends the run
+    tuned: tuple[dict[str, jax.Array], ...]  # [A] current hyperparameters of arms that tune any, else {}
+    stuck: jax.Array  # bool, whether the student no longer improves at its size
+    met: jax.Array  # bool, whether all goals are proven on decide, in a run that then ends
     closed: jax.Array  # bool, whether this was the closing iteration

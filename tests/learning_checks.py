@@ -11,9 +11,10 @@ from random_walks import RUN_KEY, B, N, rolled, sample
 
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.config import EV3
-from ev3_distill.core import initial_state, make_step
+from ev3_distill.core import Algorithm, Objectives, initial_state, make_step
 from ev3_distill.students.families.mlp import mlp
 from ev3_distill.tasks.classification import example_scores
+from ev3_distill.tasks.classification.task import ACCURACY
 from ev3_distill.types import Batch, Pools
 
 F, K = 4, 3
@@ -66,21 +67,19 @@ TWIN = gradient_arm("twin", NETWORK.apply, squared, ADAM)
 NAN_LOSS = gradient_arm("nan", NETWORK.apply, nan_loss, ADAM)
 SICK = gradient_arm("sick", NETWORK.apply, squared, poisoned(ADAM))
 LEARNERS = (GOOD, NAN_LOSS, SLOW, SICK, TWIN)
-LEARNING = {
-    "select": example_scores.probability,
-    "promise": example_scores.accuracy,
-    "config": EV3(batch_size=B, length=LENGTH, max_length=100, eval_batch_size=16),
-}
+OBJECTIVES = Objectives(example_scores.probability, ACCURACY)
+LEARNING = EV3(batch_size=B, length=LENGTH, max_length=100, eval_batch_size=16)
 
 
 @functools.cache
 def learning(arms):
     """The initial state and the step of learners."""
+    algorithm = Algorithm(NETWORK.apply, arms, sample, OBJECTIVES, LEARNING)
 
     def start(pools):
-        return initial_state(jax.random.key_data(RUN_KEY), START, pools, apply=NETWORK.apply, arms=arms, **LEARNING)
+        return initial_state(jax.random.key_data(RUN_KEY), START, pools, algorithm)
 
-    return jax.jit(start), make_step(NETWORK.apply, arms, sample, **LEARNING)
+    return jax.jit(start), make_step(algorithm)
 
 
 BESET = (NAN_LOSS, GOOD, SICK)
@@ -91,7 +90,9 @@ begin_good, step_good = learning((GOOD,))
 @jax.jit
 def learned(pools, steps):
     """Proposals of all learners, from the start."""
-    state = SimpleNamespace(arm_states=tuple(arm.init(START) for arm in LEARNERS), position=0)
+    state = SimpleNamespace(
+        arms=SimpleNamespace(states=tuple(arm.init(START) for arm in LEARNERS)), clock=SimpleNamespace(position=0)
+    )
     return rolled(LEARNERS, state, pools, steps)
 
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ev3_distill.config import EV3
-from ev3_distill.core import explore, initial_state, make_step
+from ev3_distill.core import Algorithm, Objectives, explore, initial_state, make_step
 from ev3_distill.tasks.classification import example_scores
+from ev3_distill.tasks.classification.task import ACCURACY
 from ev3_distill.types import Arm, Batch, Pools, Stretch, Variables
 
 NAN = float("nan")
@@ -35,19 +36,13 @@ def row(tree, i):
 
 def untouched(state):
     """What an iteration without adoption, promotion or roll back must leave bit-identical."""
-    return (
-        state.key,
-        state.current,
-        state.current_evidence,
-        state.champion,
-        state.champion_evidence,
-        state.champion_decide,
-        state.arm_states,
-        state.arm_wins,
-        state.arm_promotions,
-        state.leader,
-        state.current_arm,
-    )
+    arms = state.arms
+    return state.key, state.current, state.champion, (arms.states, arms.wins, arms.promotions, arms.leader)
+
+
+def replaced(state, **groups):
+    """The state with some fields of its groups replaced, such as clock={"cost": 3}."""
+    return state._replace(**{name: getattr(state, name)._replace(**fields) for name, fields in groups.items()})
 
 
 # A world in which all can be computed by hand: a student is a threshold t, right on the examples of label 0 whose input
@@ -91,9 +86,9 @@ def sample(examples, step):
 def rolled(arms, state, pools, steps):
     """What the arms propose after that many steps each."""
     draw = explore.draw_from(pools.explore, sample, RUN_KEY)
-    stretches = [Stretch(state.position, n, jnp.float32(0), jnp.float32(0)) for n in steps]
+    stretches = [Stretch(state.clock.position, n, jnp.float32(0), jnp.float32(0)) for n in steps]
     held = explore.held_from(pools.assess, RUN_KEY, batch_size=B)
-    return explore.proposals_of(*explore.roll(arms, state.arm_states, draw, stretches, held), steps)
+    return explore.proposals_of(*explore.roll(arms, state.arms.states, draw, stretches, held), steps)
 
 
 POOLS = Pools(ladder(), ladder(), ladder())
@@ -141,20 +136,18 @@ WALKERS = tuple(walker(i) for i in range(4))
 CONFIG = EV3(batch_size=B, length=2, max_length=2, exploration=0.0, takeover=0.0)
 
 
-RULES = {"select": example_scores.accuracy, "promise": example_scores.accuracy, "config": CONFIG}
+OBJECTIVES = Objectives(example_scores.accuracy, ACCURACY)
 
 
 @functools.cache
 def compiled(arms):
     """The initial state and the step for so many arms, 1 or 4."""
-    chosen = WALKERS[:arms]
+    algorithm = Algorithm(apply_threshold, WALKERS[:arms], sample, OBJECTIVES, CONFIG)
 
     def start(variables, pools):
-        return initial_state(
-            jax.random.key_data(RUN_KEY), variables, pools, apply=apply_threshold, arms=chosen, **RULES
-        )
+        return initial_state(jax.random.key_data(RUN_KEY), variables, pools, algorithm)
 
-    return jax.jit(start), make_step(apply_threshold, chosen, sample, **RULES)
+    return jax.jit(start), make_step(algorithm)
 
 
 def begin(speeds, pools=POOLS, *, t=8, health=None):
@@ -165,15 +158,15 @@ def steps_from(state, remaining, pools=POOLS):
     """Iterates; `remaining` lists what may still be spent at each iteration."""
     states, decisions = [], []
     for left in remaining:
-        limit = int(state.cost) + left
-        state, decision = compiled(len(state.arm_states))[1](pools, state, np.int32(limit))
+        limit = int(state.clock.cost) + left
+        state, decision = compiled(len(state.arms.states))[1](pools, state, np.int32(limit))
         states.append(state)
         decisions.append(jax.device_get(decision))
     return states, decisions
 
 
 def t_of(state):
-    return float(state.current.params["t"])
+    return float(state.current.variables.params["t"])
 
 
 @jax.jit

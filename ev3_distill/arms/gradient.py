@@ -107,7 +107,7 @@ def _step(
 
     def step(state: GradientState, draw: Draw, stretch: Stretch, i: jax.Array) -> GradientState:
         batch, key = draw(stretch.start + i)
-        spent = stretch.spent + i * stretch.each
+        spent = stretch.spent + i * stretch.per_step
         options = {} if rounding is None else {"share": rounding(spent)}
 
         def objective(trained: PyTree) -> tuple[jax.Array, PyTree]:

@@ -180,7 +180,7 @@ def arms_named(
       network: the student, for losses on features (its spec must tell its `input_shape`), for the optimizer of one that
         tunes its loss, and for training rounded.
       teacher_features: shapes [...] of what the teacher shows of one example.
-      mesh: over whose devices populations are spread, `Devices.of_steps`.
+      mesh: over whose devices populations are spread, `Devices.step_mesh`.
 
     Raises:
       InputError: an unknown name, one given twice, a mix that is none, a feature that is not there or does not fit, or

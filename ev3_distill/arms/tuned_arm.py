@@ -211,7 +211,7 @@ def _step(setup: _Setup) -> Callable[[TunedState, Draw, Draw, Stretch, jax.Array
         updates, opt_state = optimizer.update(gradient, before.opt_state, params)
         rate = jnp.exp(tuned.free["rate"]) if "rate" in config.tune else 1.0
         if anneal is not None:
-            rate *= anneal(stretch.spent + i * stretch.each)
+            rate *= anneal(stretch.spent + i * stretch.per_step)
         iterate = Variables(optax.apply_updates(params, optax.tree.scale(rate, updates)), stats)
         age = before.age + 1
         training = _Training(before, batch, key, gradient, stats, rate, age)

@@ -1,5 +1,6 @@
-"""The EV3 core: explore, assess, adapt, and the step that composes them. Knows no concrete arm, loss or network."""
+"""The EV3 core: explore, assess, adapt, and the step that composes them. It knows no task, arm or network."""
 
-from ev3_distill.core.step import Parts, Plan, initial_state, make_parts, make_step
+from ev3_distill.core.algorithm import Algorithm, Objectives
+from ev3_distill.core.step import Parts, Plan, Step, initial_state, make_parts, make_step
 
-__all__ = ["Parts", "Plan", "initial_state", "make_parts", "make_step"]
+__all__ = ["Algorithm", "Objectives", "Parts", "Plan", "Step", "initial_state", "make_parts", "make_step"]

@@ -1,29 +1,29 @@
-"""Allocate: which arms train in an iteration and for how long, so that a portfolio costs little more than its best member.
+"""Allocate: which arms train in an iteration, and for how long, so that a portfolio costs little more than its best member.
 
-First a race by successive halving (Jamieson and Talwalkar 2016): all arms that race, then the better half, and so on. Then
-the leader trains alone but for a challenger now and then, drawn with odds that follow what each arm has shown beside the best.
+A run starts with a race by successive halving (Jamieson and Talwalkar 2016): first all arms that race, then the better
+half, and so on. After that the leader trains alone, except for an occasional challenger. Challengers are drawn with
+odds that follow how each arm compared with the best arm beside it.
 """
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ev3_distill.config import EV3
-from ev3_distill.core.assess import paired
-from ev3_distill.types import Arm, State
+from ev3_distill.core.paired_tests import paired
+from ev3_distill.types import ArmsState, State
 
-SOFT = 2.0
-LATE = 0.25  # share of a student's budget from which arms challenge that do not race: by then they look far ahead
-REST = 0.85  # what is left of a resting arm's distance from level: a run's start says little of its end
-IN_VAIN = 4  # times the shortest trajectory one may be, whatever its student's cost, where the last brought nothing
-
-
-def racers_of(arms: Sequence[Arm]) -> tuple[bool, ...]:
-    """Which arms race: all, where none would."""
-    races = tuple(arm.races for arm in arms)
-    return races if any(races) else (True,) * len(races)
+SOFT = 2.0  # standard errors by which an arm's odds of being drawn as challenger fall by a factor e
+LATE = (
+    0.25  # fraction of a student's budget after which arms that do not race may challenge: earlier, fast starters win
+)
+REST = (
+    0.85  # factor on the distance of a resting arm from level, per iteration: early results say little about late ones
+)
+IN_VAIN = 4  # trajectories without a gain may grow to this many times the initial length, whatever the student's cost
 
 
 def rounds_of(racers: Sequence[bool]) -> int:
@@ -32,34 +32,41 @@ def rounds_of(racers: Sequence[bool]) -> int:
 
 
 def race_again(state: State, pressing: jax.Array, *, racers: Sequence[bool], config: EV3) -> State:
-    """Lets all arms race anew where a goal presses and the leader, alone since the last race, no longer moves the student.
+    """Starts another race if a goal presses and the leader, alone since the last race, no longer improves the student.
 
-    What the arms have shown was shown of another objective, or of a student that they could still improve; so all start
-    level, and on trajectories half as long.
+    The arms' values come from another objective, or from a student that was easier to improve; so all start level, and
+    on trajectories half as long.
 
     Args:
       state: after this iteration's move.
-      pressing: scalar bool, whether a goal ruled, or kept a proposal from being taken.
-      racers: [A], see `racers_of`.
+      pressing: scalar bool, whether a goal rules or prevented a move.
+      racers: [A], see `Algorithm.racers`.
       config: of the run.
     """
-    again = pressing & (state.stale > 0) & (state.round > rounds_of(racers))
+    arms = state.arms
+    again = pressing & (state.clock.stale > 0) & (arms.round > rounds_of(racers))
     return state._replace(
-        round=jnp.where(again, 0, state.round),
-        arm_value=jnp.where(again, 0.0, state.arm_value),
-        length=jnp.where(again, jnp.maximum(state.length / 2, config.length), state.length),
+        arms=arms._replace(
+            round=jnp.where(again, 0, arms.round),
+            value=jnp.where(again, 0.0, arms.value),
+            length=jnp.where(again, jnp.maximum(arms.length / 2, config.length), arms.length),
+        )
     )
+
+
+class Spent(NamedTuple):
+    """Fractions of a budget that were spent before an iteration."""
+
+    run: float | jax.Array  # of the run's budget
+    student: float | jax.Array  # of the student's budget since it started or grew
 
 
 def active_arms(
     key: jax.Array,
-    iteration: jax.Array,
-    value: jax.Array,
-    leader: jax.Array,
+    arms: ArmsState,
     *,
     racers: Sequence[bool],
-    spent: float | jax.Array,
-    spent_here: float | jax.Array,
+    spent: Spent,
     exploration: float,
     pressed: bool | jax.Array = False,
 ) -> jax.Array:
@@ -67,73 +74,72 @@ def active_arms(
 
     Args:
       key: consumed.
-      iteration: int32, of the race, from 0; iteration r races the best ceil(R / 2^r) of R arms until one is left.
-      value: [A] standing of each arm in standard errors, 0 is level with the best, lower is worse.
-      leader: int32.
+      arms: their value, leader and round. Round r races the best ceil(R / 2^r) of R arms until one is left.
       racers: [A], which arms race; the others only challenge, and late.
-      spent: share of the run's budget before this iteration.
-      spent_here: the same since the student began or grew: soon after that those win that start fast.
-      exploration: probability of one challenger after the race; it falls with the budget left, for a better arm pays off less.
-      pressed: whether there is one for certain, as soon as all arms may challenge: see `core/step.py`.
+      spent: before this iteration.
+      exploration: probability of a challenger after the race; it falls with the remaining budget, because a better arm
+        then pays off less.
+      pressed: whether there must be a challenger, as soon as all arms may challenge; see `core/step.py`.
     """
-    arms = value.shape[0]
-    if arms == 1:
+    value, leader = arms.value, arms.leader
+    count = value.shape[0]
+    if count == 1:
         return jnp.ones(1, bool)
-    is_leader = jnp.arange(arms) == leader
+    is_leader = jnp.arange(count) == leader
     of_racers = jnp.where(jnp.array(racers), value, -jnp.inf)
     rank = jnp.argsort(jnp.argsort(jnp.where(is_leader, jnp.inf, of_racers), descending=True))
-    racing = jnp.ceil(sum(racers) / 2.0 ** jnp.minimum(iteration, 30)).astype(jnp.int32)
+    racing = jnp.ceil(sum(racers) / 2.0 ** jnp.minimum(arms.round, 30)).astype(jnp.int32)
     coin, draw = jax.random.split(key)
-    may = ~is_leader & (jnp.array(racers) | (spent_here >= LATE))
-    challenger = jax.random.categorical(draw, jnp.where(may, value / SOFT, -jnp.inf))
-    asked = jax.random.bernoulli(coin, exploration * (1 - spent)) | (pressed & (spent_here >= LATE))
-    challenged = asked & may & (jnp.arange(arms) == challenger)
-    return jnp.where(racing > 1, rank < racing, is_leader | (challenged & (arms > 1)))
+    eligible = ~is_leader & (jnp.array(racers) | (spent.student >= LATE))
+    challenger = jax.random.categorical(draw, jnp.where(eligible, value / SOFT, -jnp.inf))
+    challenge = jax.random.bernoulli(coin, exploration * (1 - spent.run)) | (pressed & (spent.student >= LATE))
+    challenged = challenge & eligible & (jnp.arange(count) == challenger)
+    return jnp.where(racing > 1, rank < racing, is_leader | (challenged & (count > 1)))
 
 
 def steps_of(
     active: jax.Array, leader: jax.Array, lengths: jax.Array, length: jax.Array, remaining: jax.Array
 ) -> jax.Array:
-    """Steps of each arm, [A] int32, never more in all than `remaining`.
+    """Steps of each arm, [A] int32, at most `remaining` in total.
 
     Args:
       active: [A] bool.
-      leader: trains alone where `remaining` is too short for all.
-      lengths: [A] each arm's trajectory length relative to the run's.
-      length: the run's present trajectory length, in steps.
+      leader: trains alone if `remaining` is too short for all.
+      lengths: [A] trajectory length of each arm relative to the run's.
+      length: present trajectory length of the run, in steps.
       remaining: int32, steps left of the budget.
     """
     alone = jnp.arange(active.shape[0]) == leader
     affordable = jnp.where(active, lengths, 0).sum() * jnp.minimum(length, 1.0) <= remaining
     active = jnp.where(affordable, active, alone)
-    shares = jnp.where(active, lengths, 0)
-    fitting = jnp.minimum(jnp.round(length), remaining / shares.sum())
-    steps = jnp.floor(shares * fitting + 1e-3).astype(jnp.int32)
+    relative = jnp.where(active, lengths, 0)
+    fitting = jnp.minimum(jnp.round(length), remaining / relative.sum())
+    steps = jnp.floor(relative * fitting + 1e-3).astype(jnp.int32)
     least = jnp.maximum(steps, (alone & active).astype(jnp.int32))
     least = jnp.where(least.sum() <= remaining, least, jnp.where(alone, least, 0))
     return jnp.where(remaining > 0, least, 0)
 
 
-def standing(value: jax.Array, active: jax.Array, scores: jax.Array) -> jax.Array:
-    """The arms' standing after an iteration, [A].
+def next_values(value: jax.Array, active: jax.Array, scores: jax.Array) -> jax.Array:
+    """The arms' values after an iteration, [A].
 
-    Each arm that trained moves half way to its paired difference from the best beside it, in standard errors and at least
-    -10; one that gave no finite proposal counts as -10. An arm that rested drifts slowly back towards level, so that it is
-    tried again.
+    The value of an arm that trained moves half way to its paired difference from the best arm beside it, in standard
+    errors and at least -10; an arm without a finite proposal counts as -10. The value of an arm that rested drifts
+    slowly back towards level, so that the arm is tried again.
 
     Args:
       value: [A] before.
       active: [A] bool, trained in this iteration, finite or not.
-      scores: [A, N] of the arms' proposals, nan where there is none.
+      scores: [A, N] of the arms' proposals, nan if there is none.
     """
     if value.shape[0] == 1:
         return value
     means = scores.mean(axis=1)
     best = jnp.argmax(jnp.where(jnp.isnan(means), -jnp.inf, means))
     gain, se = paired(scores, scores[best])
-    shown = jnp.clip(jnp.where(gain == 0, 0.0, gain / jnp.maximum(se, 1e-12)), -10, 0)
-    shown = jnp.where(jnp.isnan(shown), -10, shown)
-    moved = jnp.where(active.sum() > 1, (value + shown) / 2, value)
+    difference = jnp.clip(jnp.where(gain == 0, 0.0, gain / jnp.maximum(se, 1e-12)), -10, 0)
+    difference = jnp.where(jnp.isnan(difference), -10, difference)
+    moved = jnp.where(active.sum() > 1, (value + difference) / 2, value)
     return jnp.where(active, moved, REST * value)
 
 
@@ -142,12 +148,12 @@ def next_length(
 ) -> jax.Array:
     """The next trajectory length, a float in steps.
 
-    A trajectory should be just long enough that assess can see what it brought. It doubles where nothing beat the current
-    student, grows by half where the gain was under two standard errors, shrinks by a quarter where it was over eight, and is
-    left alone in between; it stays within [config.length, config.max_length] and
-    under config.max_share of the cost since the student began or grew, so that it makes many decisions whatever its budget.
-    Where nothing beat the current student that share is no obstacle up to IN_VAIN times config.length: one that has just grown
-    may have to get worse before it gets better, and would try in vain, again and again, for as long as it is kept short.
+    A trajectory should be just long enough for assess to see its effect. The length doubles if nothing beat the current
+    student, grows by half if the gain was under two standard errors, shrinks by a quarter if it was over eight, and
+    else does not change. It stays within [config.length, config.max_length] and under config.max_share of the cost
+    since the student started or grew, so that a run makes many decisions whatever its budget. If nothing beat the
+    current student, that fraction is no limit up to IN_VAIN times config.length: a student that has just grown may have
+    to get worse before it gets better.
     """
     z = gain / jnp.maximum(gain_se, 1e-12)
     factor = jnp.where(~moved, 2.0, jnp.where(z < 2, 1.5, jnp.where(z > 8, 0.75, 1.0)))

@@ -1,7 +1,7 @@
-"""Explore: every active arm rolls out its trajectory from the current student; arms -> proposals.
+"""Explore: every active arm rolls out a trajectory from the current student; arms -> proposals.
 
-EV3 (arXiv 2310.18893), section 3.1. All arms see the same batches and the same keys (common random numbers), so that the
-differences between their proposals are the arms' own.
+EV3 (arXiv 2310.18893), section 3.1. All arms see the same batches and the same keys (common random numbers), so that
+their proposals differ only by what the arms do.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,16 +11,16 @@ import jax.numpy as jnp
 
 from ev3_distill.types import Arm, Batch, Draw, Fit, Proposals, PyTree, Sample, Stretch, Variables
 
-FITTED = 4  # batches of a stretch, see `fitting`
+FIT_BATCHES = 4  # batches of a stretch whose statistics `fitting` collects
 
 
 def draw_from(pool: PyTree, sample: Sample, key: jax.Array) -> Draw:
-    """The batch and key of a global step, a pure function of the step alone: a resume needs no loader's state.
+    """Builds a pure function from global step to batch and key: a resumed run needs no state of a data loader.
 
     Args:
-      pool: of examples, `Pools.explore`.
-      sample: makes the batch of a step of it.
-      key: the run's own; each step folds itself in.
+      pool: `Pools.explore`.
+      sample: makes the batch of a step.
+      key: of the run; the step is folded in.
     """
 
     def draw(step: jax.Array) -> tuple[Batch, jax.Array]:
@@ -30,11 +30,11 @@ def draw_from(pool: PyTree, sample: Sample, key: jax.Array) -> Draw:
 
 
 def held_from(split: Batch, key: jax.Array, *, batch_size: int) -> Draw:
-    """Batches of a held-out split for arms that tune by them, rows drawn with replacement by the global step alone.
+    """Builds batches of a held-out split, for arms that tune by them: rows drawn with replacement, by the global step alone.
 
     Args:
-      split: assess. Neither decide nor test may be one, or what is promised of them would not hold.
-      key: the run's own; explore's batches and keys are not touched by these.
+      split: assess. With decide or test, the guarantees about them would not hold.
+      key: of the run; the batches and keys of explore do not depend on these draws.
       batch_size: B.
     """
 
@@ -46,11 +46,11 @@ def held_from(split: Batch, key: jax.Array, *, batch_size: int) -> Draw:
     return held
 
 
-def alone(
-    work: Callable[[jax.Array, PyTree], tuple[PyTree, ...]], active: jax.Array, given: PyTree
+def on_one_device(
+    work: Callable[[jax.Array, PyTree], tuple[PyTree, ...]], active: jax.Array, inputs: PyTree
 ) -> tuple[PyTree, ...]:
-    """The `Share` of one that has no other to share with: all rows are its own."""
-    return work(jnp.ones_like(active), given)
+    """The `Distribute` of a single device, which computes all rows."""
+    return work(jnp.ones_like(active), inputs)
 
 
 def roll(
@@ -60,26 +60,28 @@ def roll(
 
     Args:
       arms: A of them.
-      arm_states: to go on from; those of the run stay as they are, so a rejected proposal leaves nothing behind.
+      arm_states: to continue from; those of the run do not change, so a rejected proposal leaves no trace.
       draw: batches by global step.
-      stretches: of each arm, with 0 steps where it rests.
-      held: batches of assess by global step, for the arms that take them.
+      stretches: of each arm, with 0 steps for an arm that rests.
+      held: batches of assess by global step, for the arms that need them.
 
     Returns:
-      Each arm's state and the student that it proposes.
+      The arms' states and the students that they propose.
     """
-    made = [arm.propose(arm_states[i], draw, stretches[i], *([held] if arm.held else [])) for i, arm in enumerate(arms)]
-    return tuple(arm_state for arm_state, _ in made), tuple(student for _, student in made)
+    proposed = [
+        arm.propose(arm_states[i], draw, stretches[i], *([held] if arm.held else [])) for i, arm in enumerate(arms)
+    ]
+    return tuple(arm_state for arm_state, _ in proposed), tuple(student for _, student in proposed)
 
 
 def fitting(arm: Arm, fit: Fit) -> Arm:
-    """The arm with its proposals fitted to FITTED batches of their stretch, for a network that needs it to be evaluated."""
+    """The arm, whose proposals then have statistics of FIT_BATCHES batches of their stretch; see `Network.fit`."""
 
     def propose(state: PyTree, draw: Draw, stretch: Stretch, *held: Draw) -> tuple[PyTree, Variables]:
         after, student = arm.propose(state, draw, stretch, *held)
 
         def fitted(student: Variables) -> Variables:
-            steps = stretch.start + stretch.steps * jnp.arange(FITTED) // FITTED
+            steps = stretch.start + stretch.steps * jnp.arange(FIT_BATCHES) // FIT_BATCHES
             inputs = jax.lax.map(lambda step: draw(step)[0].inputs, steps)
             return fit(student, inputs.reshape(-1, *inputs.shape[2:]))
 
@@ -89,19 +91,18 @@ def fitting(arm: Arm, fit: Fit) -> Arm:
 
 
 def proposals_of(arm_states: tuple[PyTree, ...], students: Sequence[Variables], steps: jax.Array) -> Proposals:
-    """What the arms propose after their trajectories, and the average of that where there are several arms.
+    """Collects the arms' proposals, and their average if there are several arms.
 
     Args:
       arm_states: A of them.
       students: A of them.
       steps: [A] int32, 0 for an arm that rested in this iteration.
 
-    Returns:
-      Proposals, P = A + 1 (P = 1 for a single arm). A proposal with a non-finite entry, in the student or in the arm's
-      state, is inactive and out of the average; the others never meet it.
+    Returns: Proposals, P = A + 1 (P = 1 for a single arm). A proposal with a non-finite entry, in the student or in the
+      arm's state, is inactive and excluded from the average; it does not affect the others.
     """
-    made = zip(arm_states, students, strict=True)
-    active = jnp.stack([(steps[i] > 0) & all_finite(proposed) for i, proposed in enumerate(made)])
+    pairs = zip(arm_states, students, strict=True)
+    active = jnp.stack([(steps[i] > 0) & all_finite(proposed) for i, proposed in enumerate(pairs)])
     variables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *students)
     if len(students) == 1:
         return Proposals(variables, arm_states, active)
@@ -117,7 +118,7 @@ def all_finite(tree: PyTree) -> jax.Array:
 
 
 def mean_of(variables: Variables, active: jax.Array) -> Variables:
-    """The average over the active rows of leaves [P, ...]; zeros where none is active."""
+    """The average over the active rows of leaves [P, ...]; zeros if none is active."""
 
     def mean(leaf: jax.Array) -> jax.Array:
         mask = active.reshape(-1, *[1] * (leaf.ndim - 1))

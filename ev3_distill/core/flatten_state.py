@@ -1,4 +1,4 @@
-"""Packing: a pytree as one vector per dtype. A jitted call pays some 3 us of dispatch per array, in and out; a state has 50."""
+"""Flattening: a pytree as one vector per dtype. A jitted call pays some 3 us of dispatch per array, and a state has 50."""
 
 import math
 from typing import Any
@@ -8,37 +8,33 @@ import jax.numpy as jnp
 
 from ev3_distill.types import PyTree
 
-Packed = tuple[jax.Array, ...]  # one vector per dtype, in order of first appearance
+Flat = tuple[jax.Array, ...]  # one vector per dtype, in order of first appearance
 
 
-class Packing:
-    """Packs and unpacks pytrees of one structure."""
+class Flattening:
+    """Flattens and rebuilds pytrees of one structure."""
 
     def __init__(self, template: PyTree):
-        """Takes the structure, shapes and dtypes of arrays or of `jax.ShapeDtypeStruct`s."""
+        """Takes the structure, shapes and dtypes from a tree of arrays or of `jax.ShapeDtypeStruct`s."""
         leaves, self._treedef = jax.tree.flatten(template)
         self._shapes = [leaf.shape for leaf in leaves]
         dtypes = [leaf.dtype for leaf in leaves]
-        self._kinds = list(dict.fromkeys(dtypes))
-        self._kind_of = [self._kinds.index(dtype) for dtype in dtypes]
+        self._dtypes = list(dict.fromkeys(dtypes))
+        self._vector_of = [self._dtypes.index(dtype) for dtype in dtypes]
 
-    def pack(self, tree: PyTree) -> Packed:
-        """The tree's leaves, flattened and joined; may be called under jit."""
+    def flatten(self, tree: PyTree) -> Flat:
+        """Joins the tree's leaves by dtype; may be called under jit."""
         leaves = jax.tree.leaves(tree)
         return tuple(
-            jnp.concatenate([leaf.reshape(-1) for leaf, of in zip(leaves, self._kind_of, strict=True) if of == kind])
-            for kind in range(len(self._kinds))
+            jnp.concatenate([leaf.reshape(-1) for leaf, i in zip(leaves, self._vector_of, strict=True) if i == vector])
+            for vector in range(len(self._dtypes))
         )
 
-    def unpack(self, packed: tuple[Any, ...]) -> Any:
-        """Undoes `pack`; on NumPy vectors the leaves are views."""
-        at, leaves = [0] * len(self._kinds), []
-        for shape, kind in zip(self._shapes, self._kind_of, strict=True):
+    def unflatten(self, flat: tuple[Any, ...]) -> Any:
+        """Undoes `flatten`; on NumPy vectors the leaves are views."""
+        at, leaves = [0] * len(self._dtypes), []
+        for shape, vector in zip(self._shapes, self._vector_of, strict=True):
             size = math.prod(shape)
-            leaves.append(packed[kind][at[kind] : at[kind] + size].reshape(shape))
-            at[kind] += size
+            leaves.append(flat[vector][at[vector] : at[vector] + size].reshape(shape))
+            at[vector] += size
         return jax.tree.unflatten(self._treedef, leaves)
-
-    def unpack_on_host(self, packed: Packed) -> Any:
-        """NumPy leaves; waits for the device."""
-        return self.unpack(jax.device_get(packed))

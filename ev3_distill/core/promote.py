@@ -1,146 +1,140 @@
-"""Trial: the current student meets the champion on decide; and what else a run asks of it."""
+"""Promotion: tests the current student against the champion on the `decide` split, and whether all goals are met there."""
 
-import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ev3_distill.config import EV3
-from ev3_distill.core import adapt, assess, prioritise
-from ev3_distill.core.assess import Measures, paired
-from ev3_distill.types import Apply, Goal, Objective, Pools, Progress, PyTree, Standing, State, Variables
+from ev3_distill.core import adapt, prioritise
+from ev3_distill.core.algorithm import Algorithm, Objectives
+from ev3_distill.core.assess import outputs_of
+from ev3_distill.core.paired_tests import paired, suitable_test
+from ev3_distill.core.plateau import NO_END, stuck
+from ev3_distill.types import Champion, GoalScores, Pools, PromotionTest, PyTree, State, Variables
+
+GOALS_SPACING = 1.1  # factor by which the run's cost must grow between two tests whether all goals are met
 
 
-class Trial(NamedTuple):
-    """What came of it, scalars; see `Decision`."""
+def promote(state: State, pools: Pools, algorithm: Algorithm, *, closing: jax.Array) -> tuple[State, PromotionTest]:
+    """Tests the current student against the champion on decide if a test is worthwhile; see core/adapt.py.
 
-    tested: jax.Array
-    promoted: jax.Array
-    wins: jax.Array
-    losses: jax.Array
-    alpha: jax.Array
-    p_value: jax.Array
-    ruling: jax.Array
-    kept: jax.Array
-
-
-def promote(
-    state: State, pools: Pools, *, closing: jax.Array, apply: Apply, measures: Measures, config: EV3
-) -> tuple[State, Trial]:
-    """Lets the current student meet the champion on decide where that is worth a test; see core/adapt.py.
-
-    The test is about the goal that the champion breaks worst on assess, else about the promise; and one who would break a
-    goal that the champion meets on decide is kept from its place: for all that follows, that is a test which failed. A run
-    that decide ended, all goals being met, makes no test any more: that answer of decide has no budget to go with it.
+    The test is about the goal that the champion misses by most on assess; if it misses none, about the promise. A
+    candidate that would break a goal that the champion meets on decide is blocked; for the error budget, that is a
+    failed test. After a run was ended because decide proved all goals, no promotion is tested: that use of decide has
+    no error budget beside it.
     """
-    last = closing & ~stuck(state)  # what is stuck may grow and be tested again
+    objectives, thresholds = algorithm.objectives, algorithm.objectives.thresholds
+    last = closing & ~stuck(state)  # a stuck student may grow and be tested again
     alpha = adapt.level(state.budget, last)
-    goals, least = measures.goals, prioritise.least_of(measures.goals)
-    ruling = prioritise.ruling_of(prioritise.risks_of(state.champion_evidence, least), at_risk=0.0)
+    ruling = prioritise.ruling_of(prioritise.risks_of(state.champion.evidence, thresholds), at_risk=0.0)
+    due = adapt.due(state.clock.cost, state.clock.tested_cost, closing) & ~state.met
 
     def predict() -> jax.Array:
-        promised = functools.partial(adapt.mcnemar, state.current_evidence.promise, state.champion_evidence.promise)
-        if not goals:
-            return adapt.worth_testing(promised()[2], alpha, closing)
-        one, other = (prioritise.ruled(x, ruling).promise for x in (state.current_evidence, state.champion_evidence))
-        p_assess = jnp.where(ruling >= 0, _roughly(*paired(one, other)), promised()[2])
-        return adapt.worth_testing(p_assess, alpha, closing)
+        return adapt.worth_testing(_predicted_p_value(state, objectives, ruling), alpha, closing)
 
-    def ask() -> _Asked:
-        logits = assess.logits_of(apply, state.current, pools.decide.inputs, batch_size=config.eval_batch_size)
-        candidate = measures.promise(logits, pools.decide)
-        trials = [adapt.mcnemar(candidate, state.champion_decide)]
-        champion = state.champion_goals
-        against = measures.standing(logits, pools.decide, state.champion_evidence)
-        if not (isinstance(champion, Standing) and isinstance(against, Standing)):
-            wins, losses, p_value = trials[0]
-            return _Asked(candidate, (), wins, losses, p_value, jnp.bool_(False))
-        for goal, ours, theirs in zip(goals, against.compared, champion.compared, strict=True):
-            trials.append(adapt.mcnemar(ours, theirs) if goal.shares else adapt.betting(ours, theirs))
-        wins, losses, p_value = [jnp.stack(column)[ruling + 1] for column in zip(*trials, strict=True)]
-        kept = ((champion.metric >= least) & ~(against.metric >= least)).any()
-        standing = measures.standing(logits, pools.decide, state.current_evidence)
-        return _Asked(candidate, standing, wins, losses, p_value, kept)
+    def compare() -> _Comparison:
+        outputs = outputs_of(
+            algorithm.apply, state.current.variables, pools.decide.inputs, batch_size=algorithm.config.eval_batch_size
+        )
+        return _compare(state, pools, objectives, outputs, ruling)
 
-    def rest() -> _Asked:
-        none = jnp.int32(0)
-        return _Asked(state.champion_decide, state.champion_goals, none, none, jnp.float32(1), jnp.bool_(False))
+    def skip() -> _Comparison:
+        none, champion = jnp.int32(0), state.champion
+        return _Comparison(champion.decide, champion.goals, none, none, jnp.float32(1), jnp.bool_(False))
 
-    due = adapt.due(state.cost, state.tested_cost, closing) & ~state.met
     tested = jax.lax.cond(due, predict, lambda: jnp.bool_(False))
-    asked = jax.lax.cond(tested, ask, rest)
-    proven = tested & (asked.p_value <= alpha)
-    promoted = proven & ~asked.kept
-    won = (jnp.arange(state.arm_promotions.shape[0]) == state.current_arm) & promoted
+    result = jax.lax.cond(tested, compare, skip)
+    proven = tested & (result.p_value <= alpha)
+    promoted = proven & ~result.breaks
+    won = (jnp.arange(state.arms.promotions.shape[0]) == state.current.arm) & promoted
+    candidate = Champion(state.current.variables, state.current.evidence, result.decide, result.goals)
     state = state._replace(
-        champion=where(promoted, state.current, state.champion),
-        champion_evidence=where(promoted, state.current_evidence, state.champion_evidence),
-        champion_decide=where(promoted, asked.candidate, state.champion_decide),
-        champion_goals=where(promoted, asked.standing, state.champion_goals),
-        arm_promotions=state.arm_promotions + won,
-        tested_cost=jnp.where(tested, state.cost, state.tested_cost),
+        champion=where(promoted, candidate, state.champion),
+        arms=state.arms._replace(promotions=state.arms.promotions + won),
+        clock=state.clock._replace(tested_cost=jnp.where(tested, state.clock.cost, state.clock.tested_cost)),
         budget=adapt.spend(state.budget, last, tested, promoted),
     )
-    return state, Trial(tested, promoted, asked.wins, asked.losses, alpha, asked.p_value, ruling, proven & asked.kept)
+    n = jnp.int32(pools.decide.index.shape[0])
+    return state, PromotionTest(
+        tested, ruling, result.wins, result.losses, n, alpha, result.p_value, promoted, proven & result.breaks
+    )
 
 
-def stuck(state: State) -> jax.Array:
-    """Whether the student gets nowhere any more at its size."""
-    return state.progress.stuck if isinstance(state.progress, Progress) else jnp.bool_(False)
+class _Comparison(NamedTuple):
+    """The scores of a candidate on decide, and the result of its test."""
+
+    decide: jax.Array  # [N] promise scores
+    goals: GoalScores | tuple[()]
+    wins: jax.Array
+    losses: jax.Array
+    p_value: jax.Array
+    breaks: jax.Array  # whether it breaks a goal that the champion meets
 
 
-def on_seen(apply: Apply, variables: Variables, pools: Pools, promise: Objective, *, config: EV3) -> jax.Array:
-    """A student's promise scores on some of what explore holds, [N']."""
+def _compare(state: State, pools: Pools, objectives: Objectives, outputs: PyTree, ruling: jax.Array) -> _Comparison:
+    """Tests the candidate with these outputs on decide."""
+    candidate = objectives.promise.score(outputs, pools.decide)
+    tests = [suitable_test(binary=objectives.promise.binary)(candidate, state.champion.decide)]
+    champion = state.champion.goals
+    against = objectives.goal_scores(outputs, pools.decide, state.champion.evidence)
+    if not (isinstance(champion, GoalScores) and isinstance(against, GoalScores)):
+        wins, losses, p_value = tests[0]
+        return _Comparison(candidate, (), wins, losses, p_value, jnp.bool_(False))
+    for goal, ours, theirs in zip(objectives.goals, against.comparison, champion.comparison, strict=True):
+        tests.append(suitable_test(binary=goal.binary)(ours, theirs))
+    wins, losses, p_value = [jnp.stack(column)[ruling + 1] for column in zip(*tests, strict=True)]
+    thresholds = objectives.thresholds
+    breaks = ((champion.metric >= thresholds) & ~(against.metric >= thresholds)).any()
+    own = objectives.goal_scores(outputs, pools.decide, state.current.evidence)
+    return _Comparison(candidate, own, wins, losses, p_value, breaks)
+
+
+def _predicted_p_value(state: State, objectives: Objectives, ruling: jax.Array) -> jax.Array:
+    """The p-value of the test on assess: it predicts the result on decide, and proves nothing."""
+    test = suitable_test(binary=objectives.promise.binary)
+    candidate, champion = state.current.evidence, state.champion.evidence
+    if not objectives.goals:
+        return test(candidate.promise, champion.promise)[2]
+    gain, se = paired(*(prioritise.ruled(x, ruling).promise for x in (candidate, champion)))
+    normal = jnp.where(gain > 0, jax.scipy.stats.norm.sf(gain / jnp.maximum(se, 1e-12)), 1.0)
+    return jnp.where(ruling >= 0, normal, test(candidate.promise, champion.promise)[2])
+
+
+def seen_scores(algorithm: Algorithm, variables: Variables, pools: Pools) -> jax.Array:
+    """A student's promise scores on a part of explore, [N']."""
     if pools.seen is None:
-        raise TypeError("a run whose patience ends needs some of explore in pools.seen; got none")
-    logits = assess.logits_of(apply, variables, pools.seen.inputs, batch_size=config.eval_batch_size)
-    return promise(logits, pools.seen)
+        raise TypeError(
+            "a run with a patience needs a part of explore in pools.seen; got None: pass Pools(..., seen=...)"
+        )
+    size = algorithm.config.eval_batch_size
+    outputs = outputs_of(algorithm.apply, variables, pools.seen.inputs, batch_size=size)
+    return algorithm.objectives.promise.score(outputs, pools.seen)
+
+
+def check_goals(state: State, pools: Pools, algorithm: Algorithm, risks: jax.Array, *, closing: jax.Array) -> State:
+    """Tests on decide whether all goals are met, if assess says so and the run's cost has grown by a tenth since the last test.
+
+    In the closing iteration the test is made unless assess contradicts.
+    """
+    goals, level = algorithm.objectives.goals, algorithm.stop_level
+    if level is None or not goals:
+        return state
+
+    def test() -> jax.Array:
+        outputs = outputs_of(
+            algorithm.apply, state.current.variables, pools.decide.inputs, batch_size=algorithm.config.eval_batch_size
+        )
+        return jnp.stack([goal.p_value(outputs, pools.decide) <= level for goal in goals]).all()
+
+    clock = state.clock
+    likely = (risks.min() >= prioritise.AT_RISK) & (clock.cost > GOALS_SPACING * clock.met_cost)
+    due = (likely | (closing & (risks.min() >= 0))) & ~state.met & (clock.met_cost < NO_END)
+    met = jax.lax.cond(due, test, lambda: jnp.bool_(False))
+    return state._replace(
+        met=state.met | met, clock=clock._replace(met_cost=jnp.where(due, clock.cost, clock.met_cost))
+    )
 
 
 def where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    """Of two trees alike, by a scalar bool."""
+    """Selects between two trees of one structure by a scalar bool."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
-
-
-class _Asked(NamedTuple):
-    """What decide says of a candidate."""
-
-    candidate: jax.Array  # [N] promise scores
-    standing: Standing | tuple[()]
-    wins: jax.Array
-    losses: jax.Array
-    p_value: jax.Array
-    kept: jax.Array
-
-
-def _roughly(gain: jax.Array, se: jax.Array) -> jax.Array:
-    """A normal p-value: it predicts, and proves nothing."""
-    return jnp.where(gain > 0, jax.scipy.stats.norm.sf(gain / jnp.maximum(se, 1e-12)), 1.0)
-
-
-def met(
-    state: State,
-    pools: Pools,
-    risks: jax.Array,
-    *,
-    closing: jax.Array,
-    apply: Apply,
-    goals: Sequence[Goal],
-    level: float,
-    config: EV3,
-) -> State:
-    """Asks decide whether all goals are met, where assess says so and the run's cost has grown by a tenth since.
-
-    In the closing iteration it is asked where assess does not say the contrary.
-    """
-
-    def ask() -> jax.Array:
-        logits = assess.logits_of(apply, state.current, pools.decide.inputs, batch_size=config.eval_batch_size)
-        return jnp.stack([goal.refuted(logits, pools.decide) <= level for goal in goals]).all()
-
-    likely = (risks.min() >= prioritise.AT_RISK) & (state.cost > 1.1 * state.met_cost)
-    due = (likely | (closing & (risks.min() >= 0))) & ~state.met & (state.met_cost < adapt.NO_END)
-    met = jax.lax.cond(due, ask, lambda: jnp.bool_(False))
-    return state._replace(met=state.met | met, met_cost=jnp.where(due, state.cost, state.met_cost))

@@ -1,6 +1,6 @@
 """One EV3 iteration, pure and jitted: explore, assess, adapt. One compiled program per network shape.
 
-Trajectory lengths, the active arms and the budget are data, not shapes, so nothing recompiles while a run goes on.
+Trajectory lengths, the active arms and the budget are data, not shapes: nothing recompiles while a run continues.
 """
 
 import functools
@@ -10,385 +10,386 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ev3_distill.config import EV3
-from ev3_distill.core import adapt, allocate, assess, explore, prioritise, promote
-from ev3_distill.core.assess import Measures
-from ev3_distill.core.promote import stuck, where
+from ev3_distill.core import adapt, allocate, explore, prioritise, promote
+from ev3_distill.core.algorithm import Algorithm
+from ev3_distill.core.assess import assess, outputs_of
+from ev3_distill.core.paired_tests import proves
+from ev3_distill.core.plateau import SHORT, start_plateau, stuck, update_plateau
+from ev3_distill.core.promote import where
 from ev3_distill.types import (
     ADOPT,
     KEEP,
     PROMOTE,
     ROLL_BACK,
-    Apply,
-    Arm,
+    ArmsState,
     Batch,
+    Champion,
+    Clock,
+    CurrentStudent,
     Decision,
     Evidence,
-    Goal,
-    Objective,
+    Plateau,
     Pools,
-    Progress,
+    PromotionTest,
     Proposals,
     PyTree,
-    Sample,
-    Share,
+    SafestStudent,
     State,
     Stretch,
     Variables,
 )
 
-SHORT = 5  # first trajectories; a shorter one than that many is no measure of patience: early plateaus last as long
-
-Step = Callable[
-    [Pools, State, Any], tuple[State, Decision]
-]  # the last an int32 scalar, of NumPy where it comes from the host
+Step = Callable[[Pools, State, Any], tuple[State, Decision]]
+# (pools, state, limit) -> (state, decision); the limit is an int32 scalar, of NumPy if it comes from the host
 
 
-def initial_state(
-    key: jax.Array,
-    variables: Variables,
-    pools: Pools,
-    *,
-    apply: Apply,
-    arms: Sequence[Arm],
-    select: Objective,
-    promise: Objective,
-    goals: Sequence[Goal] = (),
-    config: EV3,
-) -> State:
-    """The state before the first iteration: the given student is both current and champion."""
-    measures = Measures(select, promise, tuple(goals))
+def initial_state(key: jax.Array, variables: Variables, pools: Pools, algorithm: Algorithm) -> State:
+    """The state before the first iteration: the student with these variables is both current and champion.
 
-    def logits_of(split: Batch) -> jax.Array:
-        return assess.logits_of(apply, variables, split.inputs, batch_size=config.eval_batch_size)
+    Args:
+      key: data of the run's PRNG key.
+      variables: of the student.
+      pools: the data.
+      algorithm: of the run.
+    """
+    objectives, config, zero = algorithm.objectives, algorithm.config, jnp.int32(0)
 
-    evidence, zero = measures.of(logits_of(pools.assess), pools.assess), jnp.int32(0)
-    on_decide = logits_of(pools.decide)
-    progress: Progress | tuple[()] = ()
+    def outputs_on(split: Batch) -> Any:
+        return outputs_of(algorithm.apply, variables, split.inputs, batch_size=config.eval_batch_size)
+
+    evidence = objectives.evidence(outputs_on(pools.assess), pools.assess)
+    on_decide = outputs_on(pools.decide)
+    plateau: Plateau | tuple[()] = ()
     if config.patience:
-        seen = promote.on_seen(apply, variables, pools, promise, config=config)
-        progress = adapt.from_here(evidence, seen, zero)
-    a = len(arms)
+        plateau = start_plateau(evidence, promote.seen_scores(algorithm, variables, pools), zero)
+    decide = objectives.promise.score(on_decide, pools.decide)
     return State(
         key=key,
-        iteration=zero,
-        cost=zero,
-        begun=zero,
-        position=zero,
-        current=variables,
-        current_evidence=evidence,
-        champion=variables,
-        champion_evidence=evidence,
-        champion_decide=promise(on_decide, pools.decide),
-        champion_goals=measures.standing(on_decide, pools.decide, evidence),
-        safest=variables if goals else (),
-        safest_risk=jnp.float32(jnp.finfo(jnp.float32).min),
-        arm_states=tuple(arm.init(variables) for arm in arms),
-        arm_value=jnp.zeros(a),
-        arm_cost=jnp.zeros(a, jnp.int32),
-        arm_wins=jnp.zeros(a, jnp.int32),
-        arm_promotions=jnp.zeros(a, jnp.int32),
-        leader=jnp.int32(allocate.racers_of(arms).index(True)),
-        round=zero,
-        current_arm=jnp.int32(-1),
-        length=jnp.float32(config.length),
-        stale=zero,
-        tested_cost=zero,
-        budget=adapt.unspent(config.delta),
-        progress=progress,
-        met_cost=zero,
+        clock=Clock(zero, zero, zero, zero, zero, zero, zero),
+        current=CurrentStudent(variables, evidence, jnp.int32(-1)),
+        champion=Champion(variables, evidence, decide, objectives.goal_scores(on_decide, pools.decide, evidence)),
+        safest=SafestStudent(variables if objectives.goals else (), jnp.float32(jnp.finfo(jnp.float32).min)),
+        arms=_initial_arms(variables, algorithm),
+        budget=adapt.initial_budget(config.delta),
+        plateau=plateau,
         met=jnp.bool_(False),
         closed=jnp.bool_(False),
     )
 
 
+def _initial_arms(variables: Variables, algorithm: Algorithm) -> ArmsState:
+    a, zero = len(algorithm.arms), jnp.int32(0)
+    counts = jnp.zeros(a, jnp.int32)
+    return ArmsState(
+        states=tuple(arm.init(variables) for arm in algorithm.arms),
+        value=jnp.zeros(a),
+        cost=counts,
+        wins=counts,
+        promotions=counts,
+        leader=jnp.int32(algorithm.racers.index(True)),
+        round=zero,
+        length=jnp.float32(algorithm.config.length),
+    )
+
+
 class Plan(NamedTuple):
-    """Which arms train in an iteration, how far, and where in the budget of the student at its size that is."""
+    """The steps of each arm in an iteration, and their place in the student's budget."""
 
     steps: jax.Array  # [A] int32
-    spent: jax.Array  # float32, before the iteration: the share of what the student may cost since it began or grew
-    each: jax.Array  # [A] float32, share that one step of each arm adds, those of the arms beside it included
+    spent: jax.Array  # float32, fraction of the student's budget (since it started or grew) spent before the iteration
+    per_step: jax.Array  # [A] float32, fraction that one step of each arm adds, parallel arms included
     remaining: jax.Array  # int32, steps left of the budget
 
 
+Rollout = tuple[tuple[PyTree, ...], tuple[Variables, ...]]  # (arm states, proposed students), each of length A
+
+
 class Parts(NamedTuple):
-    """One iteration in parts, for a host that brings the examples of a long trajectory piece by piece."""
+    """One iteration in three parts, for a host that brings the examples of a long trajectory piece by piece."""
 
     plan: Callable[[State, Any], Plan]  # (state, limit)
-    roll: Callable[..., tuple[tuple[PyTree, ...], tuple[Variables, ...]]]
-    # ((pool, assess), state, arm states so far, plan, (first, last)) -> (arm states, students) after the steps [first, last)
-    settle: Callable[..., tuple[State, Decision]]  # (pools, state, arm states, students, plan)
+    roll: Callable[..., Rollout]
+    # ((pool, assess), state, arm states so far, (plan, (first, last))) -> the rollout after the global steps [first, last)
+    settle: Callable[..., tuple[State, Decision]]  # (pools, state, rollout, plan)
 
 
-def make_parts(
-    apply: Apply,
-    arms: Sequence[Arm],
-    sample: Sample,
-    *,
-    select: Objective,
-    promise: Objective,
-    goals: Sequence[Goal] = (),
-    stop_level: float | None = None,
-    config: EV3,
-    share: Share = explore.alone,
-) -> Parts:
+def make_parts(algorithm: Algorithm) -> Parts:
     """Builds the three parts of an iteration, not yet jitted; see `make_step`, which composes them."""
-    measures = Measures(select, promise, tuple(goals))
-    lengths = jnp.array([arm.length for arm in arms], jnp.float32)
-    racers = allocate.racers_of(arms)
-
-    def plan(state: State, limit: Any) -> Plan:
-        remaining = jnp.where(state.met | stuck(state), 0, jnp.maximum(limit - state.cost, 0))
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.iteration)
-        end = jnp.minimum(limit, state.progress.until) if isinstance(state.progress, Progress) else limit
-        share = jnp.maximum(end - state.begun, 1)
-        spent_here = (state.cost - state.begun) / share
-        active = allocate.active_arms(
-            key,
-            state.round,
-            state.arm_value,
-            state.leader,
-            racers=racers,
-            spent=state.cost / limit,
-            spent_here=spent_here,
-            exploration=config.exploration,
-            pressed=_in_doubt(state, goals),
-        )
-        steps = allocate.steps_of(active, state.leader, lengths, state.length, remaining)
-        each = steps.sum() / jnp.maximum(steps, 1) / share
-        return Plan(steps, spent_here, each, remaining)
-
-    def roll(
-        data: tuple[PyTree, Batch],
-        state: State,
-        arm_states: Sequence[PyTree],
-        plan: Plan,
-        span: tuple[Any, Any],
-    ) -> tuple[tuple[PyTree, ...], tuple[Variables, ...]]:
-        def work(mine: jax.Array, given: Any) -> tuple[tuple[PyTree, Variables], ...]:
-            (pool, held_out), state, arm_states, plan, (first, last) = given
-            done = first - state.position
-            stretches = [
-                Stretch(
-                    first,
-                    jnp.where(mine[i], jnp.clip(plan.steps[i] - done, 0, last - first), 0),
-                    plan.spent + done * plan.each[i],
-                    plan.each[i],
-                )
-                for i in range(len(arms))
-            ]
-            key = jax.random.wrap_key_data(state.key)
-            held = explore.held_from(held_out, key, batch_size=config.batch_size)
-            made = explore.roll(arms, arm_states, explore.draw_from(pool, sample, key), stretches, held)
-            return tuple(zip(*made, strict=True))
-
-        made = share(work, plan.steps > 0, (data, state, tuple(arm_states), plan, span))
-        return tuple(arm_state for arm_state, _ in made), tuple(student for _, student in made)
-
-    def settle(
-        pools: Pools, state: State, arm_states: tuple[PyTree, ...], students: Sequence[Variables], plan: Plan
-    ) -> tuple[State, Decision]:
-        steps, closing = plan.steps, plan.remaining <= 0
-        proposals = explore.proposals_of(arm_states, students, steps)
-        evidence = assess.assess(
-            apply, proposals, pools.assess, measures, batch_size=config.eval_batch_size, share=share
-        )
-        least = prioritise.least_of(goals)
-        before = state.current_evidence
-        ruling = prioritise.ruling_of(prioritise.risks_of(before, least))
-        state, choice, rolled = _move(
-            state, arms, proposals, evidence, steps, ruling=ruling, least=least, config=config
-        )
-        state = state._replace(
-            iteration=state.iteration + 1,
-            cost=state.cost + steps.sum(),
-            position=state.position + steps.max(),
-            arm_cost=state.arm_cost + steps,
-            closed=closing,
-        )
-        if goals:
-            refused = prioritise.breaks(evidence, before, least) & proposals.active
-            state = allocate.race_again(state, refused.any() | (ruling >= 0), racers=racers, config=config)
-        state, made = promote.promote(state, pools, closing=closing, apply=apply, measures=measures, config=config)
-        risks = prioritise.risks_of(state.current_evidence, least)
-        if isinstance(state.progress, Progress):
-            progress = adapt.progressed(
-                state.progress,
-                state.current_evidence,
-                functools.partial(promote.on_seen, apply, state.current, pools, promise, config=config),
-                ruling=ruling,
-                position=state.position,
-                cost=state.cost,
-                promoted=made.promoted,
-                patience=config.patience * jnp.maximum(state.length, SHORT * config.length),
-            )
-            state = state._replace(progress=progress)
-        if goals:
-            safer = risks.min() > state.safest_risk
-            state = state._replace(
-                safest=where(safer, state.current, state.safest),
-                safest_risk=jnp.where(safer, risks.min(), state.safest_risk),
-            )
-        if stop_level is not None and goals:
-            state = promote.met(
-                state, pools, risks, closing=closing, apply=apply, goals=goals, level=stop_level, config=config
-            )
-        verdict = jnp.where(choice.moves, ADOPT, KEEP)
-        verdict = jnp.where(rolled, ROLL_BACK, jnp.where(made.promoted, PROMOTE, verdict))
-        return state, Decision(
-            iteration=state.iteration,
-            cost=state.cost,
-            position=state.position,
-            steps=steps,
-            scores=evidence.select.mean(axis=1),
-            selected=jnp.where(choice.any_active, choice.row, -1),
-            discarded=(steps > 0).sum() - proposals.active[: len(arms)].sum(),
-            ruling=ruling,
-            risks=risks,
-            gain=choice.gain,
-            gain_se=choice.gain_se,
-            tested=made.tested,
-            tested_for=made.ruling,
-            wins=made.wins,
-            losses=made.losses,
-            decide_n=jnp.int32(pools.decide.index.shape[0]),
-            alpha=made.alpha,
-            p_value=made.p_value,
-            verdict=verdict.astype(jnp.int32),
-            promoted_arm=jnp.where(made.promoted, state.current_arm, -1),
-            kept=made.kept,
-            champion_accuracy=state.champion_decide.mean(),
-            current_accuracy=state.current_evidence.promise.mean(),
-            length=state.length,
-            tuned=tuple(
-                arm.shows(after) if arm.shows else {} for arm, after in zip(arms, state.arm_states, strict=True)
-            ),
-            stuck=stuck(state),
-            met=state.met,
-            closed=state.closed,
-        )
-
-    return Parts(plan, roll, settle)
+    partial = functools.partial
+    return Parts(partial(_plan, algorithm), partial(_roll, algorithm), partial(_settle, algorithm))
 
 
-def make_step(
-    apply: Apply,
-    arms: Sequence[Arm],
-    sample: Sample,
-    *,
-    select: Objective,
-    promise: Objective,
-    goals: Sequence[Goal] = (),
-    stop_level: float | None = None,
-    config: EV3,
-    share: Share = explore.alone,
-) -> Step:
+def make_step(algorithm: Algorithm) -> Step:
     """Builds the iteration.
 
-    Args:
-      apply: the student's forward pass.
-      arms: A of them.
-      sample: (pool, global step) -> the batch of that step of the explore split.
-      select: the smooth objective that sees the small steps of one trajectory on assess.
-      promise: the {0, 1} objective that compares arms on assess, and by which decide proves promotions.
-      goals: G of them, which must hold; the one at the greatest risk goes before the promise, see core/prioritise.py.
-      stop_level: where given, the run ends once decide refutes, each at this level, that any goal is not met.
-      config: the core's hyperparameters.
-      share: who rolls out and scores which proposal.
-
-    Returns:
-      (pools, state, limit) -> (state, decision), `limit` being the cost that the run may reach. With nothing left to
-      spend no arm trains: that is the closing iteration, in which the current student may still be promoted.
+    Returns: (pools, state, limit) -> (state, decision); `limit` is the cost that the run may reach. Once the budget is
+      spent, no arm
+      trains: that is the closing iteration, in which the current student may still be promoted.
     """
-    objectives: dict[str, Any] = {"select": select, "promise": promise, "goals": goals, "stop_level": stop_level}
-    parts = make_parts(apply, arms, sample, **objectives, config=config, share=share)
+    parts = make_parts(algorithm)
 
     def step(pools: Pools, state: State, limit: Any) -> tuple[State, Decision]:
         plan = parts.plan(state, limit)
-        last = state.position + plan.steps.max()
-        made = parts.roll((pools.explore, pools.assess), state, state.arm_states, plan, (state.position, last))
-        return parts.settle(pools, state, *made, plan)
+        first = state.clock.position
+        span = first, first + plan.steps.max()
+        rollout = parts.roll((pools.explore, pools.assess), state, state.arms.states, (plan, span))
+        return parts.settle(pools, state, rollout, plan)
 
     return jax.jit(step)
 
 
-def _in_doubt(state: State, goals: Sequence[Goal]) -> bool | jax.Array:
-    """Whether assess leaves open that the goals are met, in a run that ends when the student gets nowhere.
+def _plan(algorithm: Algorithm, state: State, limit: Any) -> Plan:
+    """Decides which arms train, and for how long."""
+    clock, arms, config = state.clock, state.arms, algorithm.config
+    remaining = jnp.where(state.met | stuck(state), 0, jnp.maximum(limit - clock.cost, 0))
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), clock.iteration)
+    end = jnp.minimum(limit, state.plateau.until) if isinstance(state.plateau, Plateau) else limit
+    budget = jnp.maximum(end - clock.start_cost, 1)
+    spent = allocate.Spent(run=clock.cost / limit, student=(clock.cost - clock.start_cost) / budget)
+    active = allocate.active_arms(
+        key,
+        arms,
+        racers=algorithm.racers,
+        spent=spent,
+        exploration=config.exploration,
+        pressed=_needs_challenger(state, algorithm),
+    )
+    lengths = jnp.array([arm.length for arm in algorithm.arms], jnp.float32)
+    steps = allocate.steps_of(active, arms.leader, lengths, arms.length, remaining)
+    per_step = steps.sum() / jnp.maximum(steps, 1) / budget
+    return Plan(steps, jnp.asarray(spent.student), per_step, remaining)
 
-    There a better arm decides whether the student is large enough: small ones often learn from labels what they do not from a
-    teacher, and the other way round.
+
+def _needs_challenger(state: State, algorithm: Algorithm) -> bool | jax.Array:
+    """Whether assess leaves open if the goals are met, in a run that ends when the student is stuck.
+
+    There a better arm decides whether the student is large enough: small students often learn from labels what they do
+    not learn from a teacher, and vice versa.
     """
-    if not (goals and isinstance(state.progress, Progress)):
+    if not (algorithm.objectives.goals and isinstance(state.plateau, Plateau)):
         return False
-    risk = prioritise.risks_of(state.current_evidence, prioritise.least_of(goals)).min()
+    risk = prioritise.risks_of(state.current.evidence, algorithm.objectives.thresholds).min()
     return risk < prioritise.AT_RISK
+
+
+def _roll(
+    algorithm: Algorithm,
+    data: tuple[PyTree, Batch],
+    state: State,
+    arm_states: Sequence[PyTree],
+    schedule: tuple[Plan, tuple[Any, Any]],
+) -> Rollout:
+    """Rolls out the arms over the global steps [first, last) of the schedule (plan, (first, last))."""
+    arms, (plan, span) = algorithm.arms, schedule
+
+    def work(own: jax.Array, inputs: Any) -> tuple[tuple[PyTree, Variables], ...]:
+        (pool, held_out), state, arm_states, plan, (first, last) = inputs
+        done = first - state.clock.position
+        stretches = [
+            Stretch(
+                first,
+                jnp.where(own[i], jnp.clip(plan.steps[i] - done, 0, last - first), 0),
+                plan.spent + done * plan.per_step[i],
+                plan.per_step[i],
+            )
+            for i in range(len(arms))
+        ]
+        key = jax.random.wrap_key_data(state.key)
+        held = explore.held_from(held_out, key, batch_size=algorithm.config.batch_size)
+        draw = explore.draw_from(pool, algorithm.sample, key)
+        return tuple(zip(*explore.roll(arms, arm_states, draw, stretches, held), strict=True))
+
+    rows = algorithm.distribute(work, plan.steps > 0, (data, state, tuple(arm_states), plan, span))
+    return tuple(arm_state for arm_state, _ in rows), tuple(student for _, student in rows)
+
+
+def _settle(
+    algorithm: Algorithm,
+    pools: Pools,
+    state: State,
+    rollout: Rollout,
+    plan: Plan,
+) -> tuple[State, Decision]:
+    """Scores the proposals and applies what follows from the scores."""
+    objectives, config, steps = algorithm.objectives, algorithm.config, plan.steps
+    closing, thresholds, before = plan.remaining <= 0, objectives.thresholds, state.current.evidence
+    proposals = explore.proposals_of(*rollout, steps)
+    evidence = assess(
+        algorithm.apply,
+        proposals,
+        pools.assess,
+        objectives,
+        batch_size=config.eval_batch_size,
+        distribute=algorithm.distribute,
+    )
+    ruling = prioritise.ruling_of(prioritise.risks_of(before, thresholds))
+    state, choice, rolled_back = _move(algorithm, state, proposals, evidence, steps=steps, ruling=ruling)
+    state = _count(state, steps)._replace(closed=closing)
+    if objectives.goals:
+        prevented = prioritise.breaks(evidence, before, thresholds) & proposals.active
+        pressing = prevented.any() | (ruling >= 0)
+        state = allocate.race_again(state, pressing, racers=algorithm.racers, config=config)
+    state, promotion = promote.promote(state, pools, algorithm, closing=closing)
+    risks = prioritise.risks_of(state.current.evidence, thresholds)
+    state = _track_plateau(algorithm, pools, state, ruling, promotion.promoted)
+    state = _track_safest(algorithm, state, risks)
+    state = promote.check_goals(state, pools, algorithm, risks, closing=closing)
+    verdict = jnp.where(choice.moves, ADOPT, KEEP)
+    verdict = jnp.where(rolled_back, ROLL_BACK, jnp.where(promotion.promoted, PROMOTE, verdict)).astype(jnp.int32)
+    outcome = _Outcome(proposals, evidence, ruling, choice, promotion, risks, verdict)
+    return state, _decision(algorithm, state, steps, outcome)
+
+
+def _count(state: State, steps: jax.Array) -> State:
+    """Advances the counters by an iteration of these steps."""
+    clock, arms = state.clock, state.arms
+    return state._replace(
+        clock=clock._replace(
+            iteration=clock.iteration + 1, cost=clock.cost + steps.sum(), position=clock.position + steps.max()
+        ),
+        arms=arms._replace(cost=arms.cost + steps),
+    )
+
+
+def _track_plateau(algorithm: Algorithm, pools: Pools, state: State, ruling: jax.Array, promoted: jax.Array) -> State:
+    """Updates whether the student still improves, in a run with a patience."""
+    if not isinstance(state.plateau, Plateau):
+        return state
+    config = algorithm.config
+    plateau = update_plateau(
+        state.plateau,
+        state.current.evidence,
+        functools.partial(promote.seen_scores, algorithm, state.current.variables, pools),
+        ruling=ruling,
+        position=state.clock.position,
+        cost=state.clock.cost,
+        promoted=promoted,
+        patience=config.patience * jnp.maximum(state.arms.length, SHORT * config.length),
+    )
+    return state._replace(plateau=plateau)
+
+
+def _track_safest(algorithm: Algorithm, state: State, risks: jax.Array) -> State:
+    """Keeps the student with the least risk so far, in a run with goals."""
+    if not algorithm.objectives.goals:
+        return state
+    safer = risks.min() > state.safest.risk
+    return state._replace(
+        safest=SafestStudent(
+            where(safer, state.current.variables, state.safest.variables),
+            jnp.where(safer, risks.min(), state.safest.risk),
+        )
+    )
+
+
+class _Outcome(NamedTuple):
+    """What an iteration found and decided."""
+
+    proposals: Proposals
+    evidence: Evidence
+    ruling: jax.Array
+    choice: adapt.Choice
+    promotion: PromotionTest
+    risks: jax.Array
+    verdict: jax.Array
+
+
+def _decision(algorithm: Algorithm, state: State, steps: jax.Array, outcome: _Outcome) -> Decision:
+    """The record of an iteration after which the run has this state."""
+    choice, promotion, arms = outcome.choice, outcome.promotion, algorithm.arms
+    return Decision(
+        iteration=state.clock.iteration,
+        cost=state.clock.cost,
+        position=state.clock.position,
+        steps=steps,
+        scores=outcome.evidence.select.mean(axis=1),
+        selected=jnp.where(choice.any_active, choice.row, -1),
+        discarded=(steps > 0).sum() - outcome.proposals.active[: len(arms)].sum(),
+        ruling=outcome.ruling,
+        risks=outcome.risks,
+        gain=choice.gain,
+        gain_se=choice.gain_se,
+        promotion=promotion,
+        verdict=outcome.verdict,
+        promoted_arm=jnp.where(promotion.promoted, state.current.arm, -1),
+        champion_score=state.champion.decide.mean(),
+        current_score=state.current.evidence.promise.mean(),
+        length=state.arms.length,
+        tuned=tuple(
+            arm.shows(arm_state) if arm.shows else {} for arm, arm_state in zip(arms, state.arms.states, strict=True)
+        ),
+        stuck=stuck(state),
+        met=state.met,
+        closed=state.closed,
+    )
+
+
+def _move(
+    algorithm: Algorithm,
+    state: State,
+    proposals: Proposals,
+    evidence: Evidence,
+    *,
+    steps: jax.Array,
+    ruling: jax.Array,
+) -> tuple[State, adapt.Choice, jax.Array]:
+    """Moves the current student to the proposal that assess prefers, or back to the champion, and updates the arms.
+
+    The winning arm continues from the state it proposed; the others start afresh from the new current student. After a
+    roll-back all start afresh. Without a move every arm keeps its state: a rejected proposal leaves no trace.
+
+    Returns: The state, the choice, and whether the run rolled back: because assess shows the student to be worse than
+      the champion, and the champion lies no further below any goal.
+    """
+    arms, clock, thresholds, config = state.arms, state.clock, algorithm.objectives.thresholds, algorithm.config
+    racing = arms.round < allocate.rounds_of(algorithm.racers)
+    takeover = jnp.where(racing, 0.0, config.takeover)
+    sound = proposals.active & ~prioritise.breaks(evidence, state.current.evidence, thresholds)
+    scores, reference = (prioritise.ruled(x, ruling) for x in (evidence, state.current.evidence))
+    choice = adapt.choose(scores, reference, sound, arms.leader, takeover=takeover)
+    current, rolled_back = _next_current(algorithm, state, proposals, evidence, choice)
+    arm_states = tuple(
+        where(
+            choice.moves | rolled_back,
+            where((choice.row == i) & ~rolled_back, proposals.arm_states[i], arm.init(current.variables)),
+            arms.states[i],
+        )
+        for i, arm in enumerate(algorithm.arms)
+    )
+    a, trained = len(algorithm.arms), steps > 0
+    arm_moved = choice.moves & (choice.row < a)
+    length = allocate.next_length(
+        arms.length, choice.gain, choice.gain_se, choice.moves, clock.cost - clock.start_cost, config=config
+    )
+    arms = arms._replace(
+        states=arm_states,
+        value=allocate.next_values(arms.value, trained, scores.promise[:a]),
+        wins=arms.wins + (jnp.arange(a) == choice.row) * arm_moved,
+        leader=jnp.where(arm_moved, choice.row, arms.leader),
+        length=jnp.where(trained.any(), length, arms.length),
+        round=arms.round + 1,
+    )
+    clock = clock._replace(stale=jnp.where(choice.moves | rolled_back, 0, clock.stale + 1))
+    return state._replace(clock=clock, current=current, arms=arms), choice, rolled_back
+
+
+def _next_current(
+    algorithm: Algorithm, state: State, proposals: Proposals, evidence: Evidence, choice: adapt.Choice
+) -> tuple[CurrentStudent, jax.Array]:
+    """The next current student, and whether it is the champion after a roll-back."""
+    thresholds = algorithm.objectives.thresholds
+    variables, shown = where(
+        choice.moves,
+        (_row(proposals.variables, choice.row), _row(evidence, choice.row)),
+        (state.current.variables, state.current.evidence),
+    )
+    champion, binary = state.champion, algorithm.objectives.promise.binary
+    rolled_back = proves(champion.evidence.promise, shown.promise, algorithm.config.roll_back, binary=binary)
+    rolled_back &= ~prioritise.falls_shorter(champion.evidence, shown, thresholds)
+    variables, shown = where(rolled_back, (champion.variables, champion.evidence), (variables, shown))
+    arm = jnp.where(rolled_back, -1, jnp.where(choice.moves, choice.row, state.current.arm))
+    return CurrentStudent(variables, shown, arm), rolled_back
 
 
 def _row(tree: PyTree, row: jax.Array) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[row], tree)
-
-
-def _move(
-    state: State,
-    arms: Sequence[Arm],
-    proposals: Proposals,
-    evidence: Evidence,
-    steps: jax.Array,
-    *,
-    ruling: jax.Array,
-    least: jax.Array,
-    config: EV3,
-) -> tuple[State, adapt.Choice, jax.Array]:
-    """Moves `current` to the proposal that assess favours, or back to the champion; arms and their shares learn from it.
-
-    The winning arm goes on from the state it proposed; the others start afresh from the new current student, and after a
-    roll-back all do. Without a move every arm keeps the state it had: nothing of a rejected proposal is left.
-
-    Returns:
-      The state, the choice, and whether it was undone since assess shows the student to be worse than the champion, which
-      lies no further below any goal.
-    """
-    a = len(arms)
-    racing = state.round < allocate.rounds_of(allocate.racers_of(arms))
-    takeover = jnp.where(racing, 0.0, config.takeover)
-    sound = proposals.active & ~prioritise.breaks(evidence, state.current_evidence, least)
-    scores, reference = (prioritise.ruled(x, ruling) for x in (evidence, state.current_evidence))
-    choice = adapt.choose(scores, reference, sound, state.leader, takeover=takeover)
-    row, moved = choice.row, choice.moves
-    reached, shown = where(
-        moved,
-        (_row(proposals.variables, row), _row(evidence, row)),
-        (state.current, state.current_evidence),
-    )
-    rolled = adapt.proves(state.champion_evidence.promise, shown.promise, config.roll_back)
-    rolled &= ~prioritise.falls_shorter(state.champion_evidence, shown, least)
-    current, current_evidence = where(rolled, (state.champion, state.champion_evidence), (reached, shown))
-    arm_states = tuple(
-        where(
-            moved | rolled,
-            where((row == i) & ~rolled, proposals.arm_states[i], arm.init(current)),
-            state.arm_states[i],
-        )
-        for i, arm in enumerate(arms)
-    )
-    arm_moved = moved & (row < a)
-    trained = steps > 0
-    length = allocate.next_length(
-        state.length, choice.gain, choice.gain_se, moved, state.cost - state.begun, config=config
-    )
-    return (
-        state._replace(
-            current=current,
-            current_evidence=current_evidence,
-            arm_states=arm_states,
-            arm_value=allocate.standing(state.arm_value, trained, scores.promise[:a]),
-            arm_wins=state.arm_wins + (jnp.arange(a) == row) * arm_moved,
-            leader=jnp.where(arm_moved, row, state.leader),
-            current_arm=jnp.where(rolled, -1, jnp.where(moved, row, state.current_arm)),
-            length=jnp.where(trained.any(), length, state.length),
-            stale=jnp.where(moved | rolled, 0, state.stale + 1),
-            round=state.round + 1,
-        ),
-        choice,
-        rolled,
-    )

@@ -12,17 +12,20 @@ from scipy import special
 
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.files import atomic_write
-from ev3_distill.types import VERDICTS, Decision, Goal
+from ev3_distill.types import VERDICTS, Decision, Goal, Promise
 
 PROMISE = "promise"  # the objective where no goal rules
 
 
-def row_of(decision: Decision, arms: Sequence[str], goals: Sequence[Goal] = (), *, wall_s: float) -> dict[str, Any]:
+def row_of(
+    decision: Decision, arms: Sequence[str], promise: Promise, goals: Sequence[Goal] = (), *, wall_s: float
+) -> dict[str, Any]:
     """The ledger row of a decision.
 
     Args:
       decision: of one iteration.
       arms: names of the A arms; proposal A is their average.
+      promise: of the run.
       goals: of the run.
       wall_s: seconds since the run began, without those of compiling; the one field that differs between two runs of a seed.
     """
@@ -45,9 +48,9 @@ def row_of(decision: Decision, arms: Sequence[str], goals: Sequence[Goal] = (), 
         "gain_se": _number(d.gain_se) if selected else None,
         "verdict": verdict,
         "arm": promoted_by if verdict == "promote" else selected,
-        "test": _test(d, goals) if d.tested else None,
-        "champion_accuracy": _number(d.champion_accuracy),
-        "current_accuracy": _number(d.current_accuracy),
+        "test": _test(d.promotion, promise, goals) if d.promotion.tested else None,
+        f"champion_{promise.name}": _number(d.champion_score),
+        f"current_{promise.name}": _number(d.current_score),
         "length": _number(d.length),
         **({"tuned": tuned} if (tuned := _tuned(d.tuned, arms)) else {}),
         "stuck": bool(d.stuck),
@@ -67,25 +70,26 @@ def _number(x: Any) -> float | None:
     return float(x) if np.isfinite(x) else None
 
 
-def _test(d: Any, goals: Sequence[Goal]) -> dict[str, Any]:
+def _test(test: Any, promise: Promise, goals: Sequence[Goal]) -> dict[str, Any]:
     """The paired test on decide, with a lower bound on the gain at its level where the scores are 0 or 1.
 
     Given which examples the two disagree on, wins are binomial; the Clopper-Pearson lower bound of their share theta, as
     a gain, is (2 theta - 1) (wins + losses) / n. It is above 0 just where the test promotes.
     """
-    wins, losses, n, alpha = int(d.wins), int(d.losses), int(d.decide_n), float(d.alpha)
-    tested_for = goals[int(d.tested_for)] if d.tested_for >= 0 else None
+    wins, losses, n, alpha = int(test.wins), int(test.losses), int(test.n), float(test.alpha)
+    goal = goals[int(test.goal)] if test.goal >= 0 else None
+    binary = promise.binary if goal is None else goal.binary
     theta = float(special.betaincinv(wins, losses + 1, alpha)) if wins else 0.0
     return {
-        "objective": PROMISE if tested_for is None else tested_for.name,
-        "kept": bool(d.kept),
+        "objective": PROMISE if goal is None else goal.name,
+        "kept": bool(test.blocked),
         "wins": wins,
         "losses": losses,
         "n": n,
         "alpha": alpha,
-        "p_value": float(d.p_value),
+        "p_value": float(test.p_value),
         "gain": (wins - losses) / n,
-        "bound": (2 * theta - 1) * (wins + losses) / n if tested_for is None or tested_for.shares else None,
+        "bound": (2 * theta - 1) * (wins + losses) / n if binary else None,
     }
 
 

@@ -33,7 +33,7 @@ import numpy as np
 
 from ev3_distill import students
 from ev3_distill.arms import PEER, names_for_peers
-from ev3_distill.core import adapt
+from ev3_distill.core import plateau
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.ledger import rows
 from ev3_distill.runtime.progress import RunProgress
@@ -51,8 +51,7 @@ from ev3_distill.training.certify_run import metrics_to_claim
 from ev3_distill.training.run_dir import read_json, write_json
 from ev3_distill.training.setup import CHUNK, Course, Task, course_of, evaluated_at_once
 from ev3_distill.training.train import iterated
-from ev3_distill.types import Network, State, Variables
-from ev3_distill.types import Progress as Progressed
+from ev3_distill.types import Network, Plateau, State, Variables
 
 TRIALS = "trials.json"
 LIKELY = 0.9  # so probable must decide make it that the sealed split will prove the guards
@@ -102,18 +101,20 @@ class Climb:
     def up(self) -> None:
         """From the start until the guards are met, nothing larger is allowed or the budget is spent."""
         seed, first, position = self.chosen.seed, self._course(self.task.network), 0
-        begin = functools.partial(first.distillation.drawn, first.pools, seed, budget=self.total, supply=first.supply)
+        begin = functools.partial(
+            first.distillation.begin_best, first.pools, seed, budget=self.total, pipeline=first.pipeline
+        )
         rung = self._rung(self.task.network, first, "begun", begin, shares=True)
         while True:
             state = self._risen(rung, position)
-            if bool(state.met) or int(state.cost) >= self._limit():
+            if bool(state.met) or int(state.clock.cost) >= self._limit():
                 self._enter(rung, state)
                 return
             following = self._grown(rung, state)
             self._enter(rung, state)
             if following is None:
                 return
-            rung, position = following, int(state.position)
+            rung, position = following, int(state.clock.position)
 
     def _risen(self, rung: Rung, position: int, *, limit: int | None = None) -> State:
         """Trains a size from that global step on, and leaves it early where it is not on the way to its guards."""
@@ -136,14 +137,14 @@ class Climb:
             ((name, spec),) = proposals.items()
             return self._larger_rung(rung, state, spec, name)
         count = 1 + len(proposals)
-        each = (self._limit() - int(state.cost)) // count
-        steps = min(max(2 * self.chosen.ev3.length, round(TRIAL * int(state.cost))), each)
+        each = (self._limit() - int(state.clock.cost)) // count
+        steps = min(max(2 * self.chosen.ev3.length, round(TRIAL * int(state.clock.cost))), each)
         if steps < self.chosen.ev3.length:
             return None
         tried = [self._longer_rung(rung, state, shares=True)] if bool(state.closed) else []
         tried += [self._larger_rung(rung, state, spec, name) for name, spec in proposals.items()]
         if not (decided := [trial for trial in self.trials if trial["after"] == rung.number]):
-            decided = [self._tried(rung, state, tried, steps=steps, limit=int(state.cost) + each)]
+            decided = [self._tried(rung, state, tried, steps=steps, limit=int(state.clock.cost) + each)]
             self.trials += decided
             write_json(self.directory / TRIALS, {"trials": self.trials})
         self.lost += decided[0]["lost"]
@@ -151,22 +152,22 @@ class Climb:
 
     def _tried(self, rung: Rung, state: State, tried: Sequence[Rung], *, steps: int, limit: int) -> dict[str, Any]:
         """A trial of what a stuck rung may go on as, plain data; kept, for the winner goes on and is another one then."""
-        ended = [self._trained(one, pause=int(state.position) + steps, limit=limit) for one in tried]
-        order = sorted(range(len(tried)), key=lambda i: count_params(ended[i].current))
-        longer = ended[0].current_evidence
-        if self.task.guards and bool(state.closed) and not leads(longer, state.current_evidence, tried[0].course):
+        ended = [self._trained(one, pause=int(state.clock.position) + steps, limit=limit) for one in tried]
+        order = sorted(range(len(tried)), key=lambda i: count_params(ended[i].current.variables))
+        longer = ended[0].current.evidence
+        if self.task.guards and bool(state.closed) and not leads(longer, state.current.evidence, tried[0].course):
             order.remove(0)  # guards ask for more, and more of the same brought nothing
         best = order[0]
         for i in order[1:]:
-            if leads(ended[i].current_evidence, ended[best].current_evidence, tried[i].course):
+            if leads(ended[i].current.evidence, ended[best].current.evidence, tried[i].course):
                 best = i
-        scores = (float(after.current_evidence.promise.mean()) for after in ended)
+        scores = (float(after.current.evidence.promise.mean()) for after in ended)
         return {
             "after": rung.number,
             "steps": steps,
             "proposals": {one.how: score for one, score in zip(tried, scores, strict=True)},
             "taken": tried[best].number,
-            "lost": sum(int(after.cost) - int(state.cost) for i, after in enumerate(ended) if i != best),
+            "lost": sum(int(after.clock.cost) - int(state.clock.cost) for i, after in enumerate(ended) if i != best),
         }
 
     def _larger_rung(self, rung: Rung, state: State, spec: dict[str, Any], name: str) -> Rung:
@@ -179,20 +180,26 @@ class Climb:
                 map_ = growth(jax.random.key(seed), rung.network.spec, network.spec, factory=self.factory)
             except InputError:  # no growth keeps the function: the larger student starts afresh
                 return self._fresh(course, state, seed)
-            grown = course.distillation.grown(course.pools, state, map_)
-            return grown._replace(tested_cost=jnp.maximum(grown.tested_cost, grown.cost))
+            grown = course.distillation.grow(course.pools, state, map_)
+            clock = grown.clock
+            return grown._replace(clock=clock._replace(tested_cost=jnp.maximum(clock.tested_cost, clock.cost)))
 
         return self._rung(network, course, f"{name}, from {rung.number}", start, shares=True)
 
-    def _longer_rung(self, rung: Rung, spent: State, *, shares: bool = False, **changes: Any) -> Rung:
+    def _longer_rung(
+        self, rung: Rung, spent: State, *, shares: bool = False, met_cost: jax.Array | None = None
+    ) -> Rung:
         """The rung that the student of an earlier one goes on as, where the run has come to what was spent."""
         distillation = rung.course.distillation
 
         def start() -> State:
-            state = distillation.again(rung.course.pools, rung.known())
-            begun = spent.cost - (state.cost - state.begun)  # it has had as much as it had
-            state = state._replace(cost=spent.cost, begun=begun, budget=spent.budget, tested_cost=spent.cost)
-            return state._replace(**changes)
+            state = distillation.extend(rung.course.pools, rung.known())
+            clock, cost = state.clock, spent.clock.cost
+            start_cost = cost - (clock.cost - clock.start_cost)  # the student has used as much as before
+            clock = clock._replace(cost=cost, start_cost=start_cost, tested_cost=cost)
+            if met_cost is not None:
+                clock = clock._replace(met_cost=met_cost)
+            return state._replace(clock=clock, budget=spent.budget)
 
         return self._rung(rung.network, rung.course, f"longer, from {rung.number}", start, shares=shares)
 
@@ -238,12 +245,12 @@ class Climb:
         """Whether a student that was left before it was stuck is on the way to its guards, with all the steps that are left."""
         rung, left = self.rung_of(entry), self._left()
         state, told = rung.known(), list(rows(rung.folder / "ledger.jsonl"))
-        cost, begun = int(state.cost), told[0]["position"] - max(told[0]["steps"].values())
-        if isinstance(state.progress, Progressed) and bool(state.progress.stuck) and cost < until_of(state):
+        cost, begun = int(state.clock.cost), told[0]["position"] - max(told[0]["steps"].values())
+        if isinstance(state.plateau, Plateau) and bool(state.plateau.stuck) and cost < until_of(state):
             return False
         if left < self.chosen.ev3.length or any(one.how == f"longer, from {entry.number}" for one in self.entries):
             return False
-        return not falls_behind(told, begun, int(state.position) - begun, until=cost + left)
+        return not falls_behind(told, begun, int(state.clock.position) - begun, until=cost + left)
 
     def rung_of(self, entry: Entry) -> Rung:
         """Whose student it is."""
@@ -254,7 +261,7 @@ class Climb:
         found = archive.chosen(self.entries)
         if not found.met or self._spent() + self.chosen.ev3.length > self._limit():
             return
-        met = jnp.int32(adapt.NO_END)  # decide has said so
+        met = jnp.int32(plateau.NO_END)  # decide has said so
         longer = self._longer_rung(self.rung_of(found), self.last, met_cost=met)
         self._enter(longer, self._trained(longer), above=found)
 
@@ -306,7 +313,7 @@ class Climb:
         rung = self._rung(network, course, how, start)
         if part is None:
             return self._enter(rung, self._trained(rung, limit=limit))
-        return self._enter(rung, self._risen(rung, int(before.position), limit=limit))
+        return self._enter(rung, self._risen(rung, int(before.clock.position), limit=limit))
 
     def _seed(self) -> int:
         """Of the next rung."""
@@ -314,16 +321,18 @@ class Climb:
 
     def _fresh(self, course: Course, before: State, seed: int) -> State:
         """A fresh student, the best of several draws."""
-        left = self._limit() - int(before.cost)
+        left = self._limit() - int(before.clock.cost)
         return self._goes_on(
-            course, before, course.distillation.drawn(course.pools, seed, budget=left, supply=course.supply)
+            course, before, course.distillation.begin_best(course.pools, seed, budget=left, pipeline=course.pipeline)
         )
 
     def _goes_on(self, course: Course, before: State, begun: State) -> State:
         """A student that begins, in a run that goes on: cost, position and error budget are those of before."""
-        state = course.distillation.again(course.pools, begun._replace(position=before.position))
-        cost = before.cost + begun.cost
-        return state._replace(cost=cost, begun=cost, budget=before.budget)
+        state = course.distillation.extend(
+            course.pools, begun._replace(clock=begun.clock._replace(position=before.clock.position))
+        )
+        cost = before.clock.cost + begun.clock.cost
+        return state._replace(clock=state.clock._replace(cost=cost, start_cost=cost), budget=before.budget)
 
     # Rungs.
 
@@ -346,10 +355,10 @@ class Climb:
 
         def begin() -> State:
             state = of_rung(start(), number)
-            if not shares or not isinstance(state.progress, Progressed):
+            if not shares or not isinstance(state.plateau, Plateau):
                 return state
-            until = int(state.cost) + (self._limit() - int(state.cost)) // SHARE
-            return state._replace(progress=state.progress._replace(until=jnp.int32(until)))
+            until = int(state.clock.cost) + (self._limit() - int(state.clock.cost)) // SHARE
+            return state._replace(plateau=state.plateau._replace(until=jnp.int32(until)))
 
         rung = Rung(number, folder, network, course, how, begin)
         self.rungs.append(rung)
@@ -361,7 +370,7 @@ class Climb:
 
     def _spent(self) -> int:
         """Cost so far."""
-        return int(self.last.cost)
+        return int(self.last.clock.cost)
 
     def _left(self) -> int:
         """Cost that may still be."""
@@ -386,12 +395,12 @@ class Climb:
     def _enter(self, rung: Rung, state: State, *, above: Entry | None = None) -> Entry:
         """The rung's student, saved and in the archive; met, too, where decide ranks it above an entry that was."""
         distillation, pools = rung.course.distillation, rung.course.pools
-        _, variables = distillation.judge.delivered(pools, state)
+        _, variables = distillation.evaluator.select(pools, state)
 
         def measure(variables: Variables) -> Measured:
-            evidence = distillation.judge.evaluate(variables, pools.decide)
-            met, risk, _ = distillation.judge.rank(evidence)
-            p_value = distillation.judge.p_value(variables, pools.decide)
+            evidence = distillation.evaluator.evaluate(variables, pools.decide)
+            met, risk, _ = distillation.evaluator.rank(evidence)
+            p_value = distillation.evaluator.p_value(variables, pools.decide)
             return Measured(np.asarray(evidence.promise), met, risk, p_value)
 
         def meets(measured: Measured) -> bool:
@@ -406,7 +415,7 @@ class Climb:
             network=students.text_of(rung.network.spec),
             spec=dict(rung.network.spec),
             how=rung.how,
-            cost=int(state.cost) + self.lost,
+            cost=int(state.clock.cost) + self.lost,
             meets=meets,
         )
         self.entries.append(entry)

@@ -58,7 +58,7 @@ def search(
     write_lines(directory / "ledger.jsonl", [row for row in history if row["size"] in entered])
     courses = {id(one.course): one.course for one in made.rungs}.values()
     compile_s = sum(course.distillation.compile_s for course in courses)
-    steps = int(made.last.cost) + made.lost
+    steps = int(made.last.clock.cost) + made.lost
     best = archive.front(made.archive.entries)
     facts = {
         "cost": {

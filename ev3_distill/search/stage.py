@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from scipy import special
 
-from ev3_distill.core import adapt, prioritise
-from ev3_distill.core.assess import paired
+from ev3_distill.core import plateau, prioritise
+from ev3_distill.core.paired_tests import paired
 from ev3_distill.training.setup import Course
-from ev3_distill.types import Evidence, Network, Progress, State
+from ev3_distill.types import Evidence, Network, Plateau, State
 
 TAKEOVER = 1.0  # standard errors on assess
 BEHIND = 2.0  # standard errors on assess, by which a size must be sure to miss its guards to be left
@@ -45,7 +45,7 @@ class Rung:
 def of_rung(state: State, number: int) -> State:
     """A state to begin a rung with: it counts its own iterations, and draws keys of its own."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), number)
-    return state._replace(iteration=jnp.int32(0), key=jax.random.key_data(key))
+    return state._replace(clock=state.clock._replace(iteration=jnp.int32(0)), key=jax.random.key_data(key))
 
 
 def level_of(level: float, ratio: float, likely: float) -> float:
@@ -65,7 +65,7 @@ def level_of(level: float, ratio: float, likely: float) -> float:
 
 def until_of(state: State) -> int:
     """The cost that a size on its way up may reach."""
-    return int(state.progress.until) if isinstance(state.progress, Progress) else adapt.NO_END
+    return int(state.plateau.until) if isinstance(state.plateau, Plateau) else plateau.NO_END
 
 
 def falls_behind(told: Sequence[dict[str, Any]], position: int, steps: int, *, until: int) -> bool:
@@ -96,8 +96,8 @@ def falls_behind(told: Sequence[dict[str, Any]], position: int, steps: int, *, u
 
 def leads(one: Evidence, other: Evidence, course: Course) -> bool:
     """Whether one student leads another on assess, in the goal that the other is the furthest below, or in the promise."""
-    least = prioritise.least_of(course.distillation.judge.goals)
-    ruling = prioritise.ruling_of(prioritise.risks_of(other, least))
+    thresholds = course.distillation.evaluator.objectives.thresholds
+    ruling = prioritise.ruling_of(prioritise.risks_of(other, thresholds))
     ours, theirs = (prioritise.ruled(evidence, ruling).promise for evidence in (one, other))
     gain, se = paired(ours, theirs)
     return bool(gain > TAKEOVER * se)

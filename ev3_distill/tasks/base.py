@@ -10,13 +10,14 @@ Conventions of every task:
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from ev3_distill.types import Loss, Objective, Promise, PyTree
+from ev3_distill.core import Objectives
+from ev3_distill.types import Goal, Loss, Objective, Promise, PyTree
 
 __all__ = ["Metric", "Task", "has_target"]
 
@@ -65,6 +66,10 @@ class Task:
     teacher_codec: str
     diagnosis: str | None
     card_task: Callable[[tuple[int, ...]], str]
+
+    def objectives(self, goals: Sequence[Goal] = ()) -> Objectives:
+        """The scores that select and promote students, with these requirements."""
+        return Objectives(self.select, self.promise, tuple(goals))
 
 
 def has_target(targets: PyTree) -> np.ndarray:

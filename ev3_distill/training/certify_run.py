@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from ev3_distill.certify.certificate import COVERED, NOT_COVERED, Bound, Certificate, make_certificate, median_bound
-from ev3_distill.core.assess import logits_of
+from ev3_distill.core.assess import outputs_of
 from ev3_distill.data.sources import Dataset
 from ev3_distill.guards import Guard, evaluate_guards
 from ev3_distill.runtime.compile import jit
@@ -129,7 +129,7 @@ def outputs_on(
       teacher: whether the teacher's outputs are real, and not blank.
       batch_size: examples of one forward pass.
     """
-    forward = jit(lambda variables, inputs: logits_of(network.apply, variables, inputs, batch_size=batch_size))
+    forward = jit(lambda variables, inputs: outputs_of(network.apply, variables, inputs, batch_size=batch_size))
     parts = [(forward(variables, part.inputs), part.targets, part.teacher["logits"], part.group) for part in split]
 
     def joined(field: int) -> np.ndarray:

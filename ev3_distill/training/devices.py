@@ -1,13 +1,13 @@
-"""A run on many devices: every batch in parts, or the arms of an iteration side by side.
+"""Runs on several devices: every batch is sharded, or the arms of an iteration train side by side.
 
-All devices hold the whole state and the whole data. Where batches are spread, a network's forward pass takes a part of the
-examples on each device, and XLA adds up what gradients and statistics need of the others (data parallelism); an arm that
-evolves a population has a part of that on each device, see `sharding.py`. A run computes what it would on one device, but adds
-floats up in another order. Where arms are spread, each device rolls out and scores
-proposals of its own and tells the others what came of them: nothing is sent within a trajectory, so it is that of one device;
-but a device idles where there are fewer arms than devices, as where the leader trains alone.
+Every device holds the complete state and data. If batches are sharded, each device computes the forward pass of a part
+of the examples, and XLA adds up what gradients and statistics need from the others (data parallelism). An evolution arm
+shards its population the same way. The results are those of one device up to the order of floating-point additions. If
+arms are distributed, each device rolls out and scores proposals of its own and sends the results to the others. Nothing
+is sent within a trajectory, so each trajectory equals that of one device; but devices idle when there are fewer active
+arms than devices, as when the leader trains alone.
 
-Both at once are none: XLA lets devices of different groups wait for each other where a batch is spread within a branch.
+The two cannot be combined: XLA deadlocks if a batch is sharded within a branch that only some devices take.
 """
 
 import dataclasses
@@ -19,23 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ev3_distill.core.explore import alone
+from ev3_distill.core.explore import on_one_device
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.compile import jit
 from ev3_distill.types import Network, PyTree, Variables
 
-ARMS, BATCH = "arms", "batch"  # axes of the mesh
-WHOLE = PartitionSpec()
+ARMS, BATCH = "arms", "batch"  # names of mesh axes
+REPLICATED = PartitionSpec()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Devices:
-    """The devices of a run; `devices_of` makes them. As it is, the default device alone, for which all of this is nothing."""
+    """The devices of a run, from `devices_of`. Without a mesh: the default device alone, and every method does nothing."""
 
-    mesh: Mesh | None = None  # of one axis, ARMS or BATCH
+    mesh: Mesh | None = None  # with one axis, ARMS or BATCH
 
     def __str__(self) -> str:
-        """How many, in how many processes, and what is spread over them."""
+        """The number of devices and processes, and what is spread over them."""
         if self.mesh is None:
             return "1"
         processes = len({device.process_index for device in self.mesh.devices.flat})
@@ -43,102 +43,103 @@ class Devices:
         return f"{self.mesh.size}, {spread} spread" + (f", {processes} processes" if processes > 1 else "")
 
     @property
-    def of_steps(self) -> Mesh | None:
-        """The mesh over which each step is spread, the examples of a batch or the members of a population; None over none."""
+    def step_mesh(self) -> Mesh | None:
+        """The mesh that shards each training step (examples of a batch, members of a population), or None."""
         return self.mesh if self.mesh is not None and self.mesh.axis_names == (BATCH,) else None
 
     def network(self, network: Network) -> Network:
-        """The same network, whose examples are spread over the devices if batches are."""
-        if (mesh := self.of_steps) is None:
+        """The same network, with its examples sharded over the devices if batches are sharded."""
+        if (mesh := self.step_mesh) is None:
             return network
         parts = NamedSharding(mesh, PartitionSpec(BATCH))
 
         def parallel(forward: Callable[..., Any]) -> Callable[..., Any]:
-            def of_all(
+            def sharded(
                 variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None
             ) -> tuple[Any, Variables]:
-                if BATCH not in jax.sharding.get_abstract_mesh().manual_axes:  # else each device has work of its own
+                if BATCH not in jax.sharding.get_abstract_mesh().manual_axes:  # otherwise each device has its own work
                     inputs = jax.lax.with_sharding_constraint(inputs, parts)
-                made: tuple[Any, Variables] = forward(variables, inputs, train=train, key=key)
-                return made
+                result: tuple[Any, Variables] = forward(variables, inputs, train=train, key=key)
+                return result
 
-            return of_all
+            return sharded
 
-        made = {name: getattr(network, name) for name in ("apply", "features", "straight")}
-        forms: dict[str, Any] = {name: parallel(form) for name, form in made.items() if form is not None}
-        return dataclasses.replace(network, **forms)
+        passes = {name: getattr(network, name) for name in ("apply", "features", "straight")}
+        parallel_passes: dict[str, Any] = {name: parallel(one) for name, one in passes.items() if one is not None}
+        return dataclasses.replace(network, **parallel_passes)
 
-    def share(
-        self, work: Callable[[jax.Array, PyTree], tuple[PyTree, ...]], active: jax.Array, given: PyTree
+    def distribute(
+        self, work: Callable[[jax.Array, PyTree], tuple[PyTree, ...]], active: jax.Array, inputs: PyTree
     ) -> tuple[PyTree, ...]:
-        """What `work` makes, each row by one device, see `types.Share`: active rows in turn, and the first has the rest."""
+        """Computes each row on one device, see `types.Distribute`: active rows in turn, the others on the first device."""
         if self.mesh is None or self.mesh.axis_names != (ARMS,):
-            return alone(work, active, given)
+            return on_one_device(work, active, inputs)
         owner = jnp.where(active, (jnp.cumsum(active) - 1) % self.mesh.size, 0)
 
-        def of_one(owner: jax.Array, given: PyTree) -> tuple[PyTree, ...]:
-            mine = owner == jax.lax.axis_index(ARMS)
-            return tuple(_from_owner(row, mine[i]) for i, row in enumerate(work(mine, given)))
+        def on_each(owner: jax.Array, inputs: PyTree) -> tuple[PyTree, ...]:
+            own = owner == jax.lax.axis_index(ARMS)
+            return tuple(_from_owner(row, own[i]) for i, row in enumerate(work(own, inputs)))
 
-        spread = jax.shard_map(of_one, mesh=self.mesh, in_specs=WHOLE, out_specs=WHOLE, check_vma=False)
-        made: tuple[PyTree, ...] = spread(owner, given)
-        return made
+        sharded = jax.shard_map(on_each, mesh=self.mesh, in_specs=REPLICATED, out_specs=REPLICATED, check_vma=False)
+        rows: tuple[PyTree, ...] = sharded(owner, inputs)
+        return rows
 
     def place(self, tree: PyTree) -> PyTree:
-        """The same arrays on all devices; every process must bring the same. What is there already stays."""
+        """Copies arrays to all devices, unless they are there already; every process must pass the same values."""
         if self.mesh is None:
             return tree
-        whole = NamedSharding(self.mesh, WHOLE)
+        replicated = NamedSharding(self.mesh, REPLICATED)
 
         def put(leaf: Any) -> Any:
-            if isinstance(leaf, jax.Array) and leaf.sharding == whole:
+            if isinstance(leaf, jax.Array) and leaf.sharding == replicated:
                 return leaf
             host = np.asarray(leaf)
-            return jax.make_array_from_callback(host.shape, whole, lambda index: host[index])
+            return jax.make_array_from_callback(host.shape, replicated, lambda index: host[index])
 
         return jax.tree.map(put, tree)
 
-    def taken(self, tree: PyTree) -> PyTree:
-        """Arrays for programs that run on one device."""
+    def gather(self, tree: PyTree) -> PyTree:
+        """Arrays on the default device, for programs that run on one device."""
         return tree if self.mesh is None else jax.tree.map(jnp.asarray, jax.device_get(tree))
 
     def jit(self, function: Callable[..., Any]) -> Any:
-        """`compiling.jit` of a function of placed arrays, with results on all devices."""
+        """`runtime.compile.jit` of a function of placed arrays, with results on all devices."""
         if self.mesh is None:
             return jit(function)
-        return jit(function, out_shardings=NamedSharding(self.mesh, WHOLE))
+        return jit(function, out_shardings=NamedSharding(self.mesh, REPLICATED))
 
 
 ONE = Devices()
 
 
 def devices_of(count: int | None = None, *, spread: str = BATCH) -> Devices:
-    """The first devices of all processes, or all of them.
+    """The first devices of all processes, or all devices.
 
     Args:
-      count: of them; None: all.
-      spread: over which the run is, BATCH or ARMS.
+      count: number of devices; None for all.
+      spread: BATCH or ARMS.
 
     Raises:
-      InputError: there are not so many, or nothing of that name is spread.
+      InputError: there are fewer devices, or `spread` is neither.
     """
-    there = jax.devices()
-    count = len(there) if count is None else count
-    if not 1 <= count <= len(there):
+    available = jax.devices()
+    count = len(available) if count is None else count
+    if not 1 <= count <= len(available):
         raise InputError(
-            f"a run has 1 device or more of the {len(there)} that are there; got {count}: name fewer, or more"
+            f"a run needs between 1 and {len(available)} devices, the number available; got {count}: change --devices"
         )
-    if count < len(there) and jax.process_count() > 1:
+    if count < len(available) and jax.process_count() > 1:
         raise InputError(
-            f"several processes share all of their {len(there)} devices; got {count}: leave --devices out, or start fewer"
+            f"a multi-process run uses all of its {len(available)} devices; got {count}: omit --devices, or start "
+            "fewer processes"
         )
     if spread not in (ARMS, BATCH):
-        raise InputError(f"what is spread over devices is {BATCH} or {ARMS}; got '{spread}': name one of these")
-    return Devices(Mesh(np.array(there[:count]), (spread,)))
+        raise InputError(f"spread must be {BATCH} or {ARMS}; got '{spread}': use one of these")
+    return Devices(Mesh(np.array(available[:count]), (spread,)))
 
 
 def _from_owner(row: PyTree, mine: jax.Array) -> PyTree:
-    """One device's arrays, on all of them."""
+    """Sends the owner's arrays to all devices."""
 
     def sent(leaf: jax.Array) -> jax.Array:
         number = leaf.astype(jnp.int32) if leaf.dtype == jnp.bool_ else leaf

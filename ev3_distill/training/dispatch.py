@@ -1,6 +1,6 @@
-"""What the host calls of a run: programs that are compiled once, and EV3 steps, several in one call.
+"""Dispatch: programs that are compiled once, and several EV3 iterations in one call of the device.
 
-Several, for a call costs the device a wait, and where steps are short that is most of their time.
+A call costs the host and the device a wait. For short iterations that wait would dominate, so one call makes several.
 """
 
 import functools
@@ -12,15 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ev3_distill.core.flatten_state import Packed, Packing
+from ev3_distill.core import Step
+from ev3_distill.core.flatten_state import Flat, Flattening
 from ev3_distill.training.devices import Devices
 from ev3_distill.types import Decision, Pools, State
 
-AT_ONCE = 64  # iterations that one call may hold
-
-Step = Callable[
-    [Pools, State, Any], tuple[State, Decision]
-]  # (pools, state, the cost it may reach) -> (state, decision)
+AT_ONCE = 64  # largest number of iterations in one call
 
 
 class Programs:
@@ -36,29 +33,29 @@ class Programs:
         self._compiled: dict[str, jax.stages.Compiled] = {}
 
     def timed(self, work: Callable[[], Any]) -> Any:
-        """What work returns; its time is of compiling."""
-        began = time.perf_counter()
+        """Calls `work`, and counts its time as compile time."""
+        start = time.perf_counter()
         result = work()
-        self.compile_s += time.perf_counter() - began
+        self.compile_s += time.perf_counter() - start
         return result
 
     def call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        """What the function of that name makes of the arguments, whose shapes are always the same."""
+        """Calls a function, compiled at its first call under this name; shapes of the arguments must not change."""
         if name not in self._compiled:
             self._compiled[name] = self.timed(lambda: self._devices.jit(function).lower(*args).compile())
         return self._compiled[name](*args)
 
     def text(self, name: str) -> str:
-        """The compiled program, as XLA tells it."""
+        """The compiled program as text."""
         return str(self._compiled[name].as_text())
 
 
 class Block(NamedTuple):
-    """What one call of `Several` makes, on the device."""
+    """The results of one call of `RepeatedStep`, on the device."""
 
-    packed: Packed  # the state after the last iteration
-    decisions: Packed  # [AT_ONCE, ...] of the iterations
-    made: jax.Array  # int32, their number
+    state: Flat  # after the last iteration
+    decisions: Flat  # [AT_ONCE, ...] of the iterations
+    made: jax.Array  # int32, number of iterations
 
 
 class _Carry(NamedTuple):
@@ -66,39 +63,46 @@ class _Carry(NamedTuple):
     ends: jax.Array  # bool, whether the run is closed or pauses
 
 
-class Several:
-    """A step, several times on a packed state."""
+class RepeatedStep:
+    """A step, repeated on a flattened state."""
 
     def __init__(self, step: Step, programs: Programs, pools: Pools, state: State):
         self._step, self._programs = step, programs
         self._decision = jax.eval_shape(step, pools, state, np.int32(0))[1]
-        self._states, self._decisions = Packing(state), Packing(self._decision)
+        self._states, self._decisions = Flattening(state), Flattening(self._decision)
 
-    def __call__(self, pools: Pools, packed: Packed, limit: np.int32, most: int, pause: int) -> Block:
-        """At most `most` and AT_ONCE iterations, none after the closing one or the one that reaches `pause`; does not wait."""
-        args = pools, packed, limit, np.int32(most), np.int32(pause)
-        block: Block = self._programs.call("several", self._steps, *args)
+    def __call__(self, pools: Pools, state: Flat, limit: np.int32, most: int, pause: int) -> Block:
+        """Makes at most `most` and AT_ONCE iterations; stops after the closing one or the one that reaches step `pause`.
+
+        Does not wait for the device.
+        """
+        args = pools, state, limit, np.int32(most), np.int32(pause)
+        block: Block = self._programs.call("several", self._iterate, *args)
         return block
 
-    def told(self, block: Block) -> list[Decision]:
-        """Its decisions, on the host; waits for the device."""
-        decisions = jax.device_get(block.decisions)
-        return [self._decisions.unpack(tuple(rows[i] for rows in decisions)) for i in range(int(block.made))]
+    def decisions_of(self, block: Block) -> list[Decision]:
+        """The decisions of a block, on the host; waits for the device."""
+        rows = jax.device_get(block.decisions)
+        return [self._decisions.unflatten(tuple(vector[i] for vector in rows)) for i in range(int(block.made))]
 
-    def _steps(self, pools: Pools, packed: Packed, limit: jax.Array, most: jax.Array, pause: jax.Array) -> Block:
-        before = self._states.unpack(packed)
-        blank = self._decisions.pack(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._decision))
+    def _iterate(self, pools: Pools, flat: Flat, limit: jax.Array, most: jax.Array, pause: jax.Array) -> Block:
+        before = self._states.unflatten(flat)
+        blank = self._decisions.flatten(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._decision))
         rows = tuple(jnp.zeros((AT_ONCE, *vector.shape), vector.dtype) for vector in blank)
         carry = jax.lax.while_loop(
             lambda carry: (carry.block.made < jnp.minimum(most, AT_ONCE)) & ~carry.ends,
             functools.partial(self._advance, pools, limit, pause),
-            _Carry(Block(packed, rows, jnp.int32(0)), before.closed | (before.position >= pause)),
+            _Carry(Block(flat, rows, jnp.int32(0)), _ends(before, pause)),
         )
         return carry.block
 
     def _advance(self, pools: Pools, limit: jax.Array, pause: jax.Array, carry: _Carry) -> _Carry:
         block = carry.block
-        state, decision = self._step(pools, self._states.unpack(block.packed), limit)
-        made = zip(block.decisions, self._decisions.pack(decision), strict=True)
-        told = tuple(rows.at[block.made].set(row) for rows, row in made)
-        return _Carry(Block(self._states.pack(state), told, block.made + 1), state.closed | (state.position >= pause))
+        state, decision = self._step(pools, self._states.unflatten(block.state), limit)
+        pairs = zip(block.decisions, self._decisions.flatten(decision), strict=True)
+        decisions = tuple(rows.at[block.made].set(row) for rows, row in pairs)
+        return _Carry(Block(self._states.flatten(state), decisions, block.made + 1), _ends(state, pause))
+
+
+def _ends(state: State, pause: jax.Array) -> jax.Array:
+    return state.closed | (state.clock.position >= pause)

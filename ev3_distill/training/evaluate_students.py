@@ -1,66 +1,72 @@
-"""What the host asks of students: their scores on a split, their rank on decide, which one to deliver."""
-
-from collections.abc import Sequence
+"""Evaluates students: scores on a split, ranks on decide, and the student to deliver."""
 
 import jax
 import numpy as np
 
-from ev3_distill.config import EV3
-from ev3_distill.core import prioritise
-from ev3_distill.core.assess import Measures, logits_of, score
+from ev3_distill.core import Objectives, prioritise
+from ev3_distill.core.assess import outputs_of, score
 from ev3_distill.training.devices import Devices
-from ev3_distill.types import Batch, Evidence, Goal, Network, Pools, State, Variables
+from ev3_distill.types import Batch, Evidence, Network, Pools, State, Variables
 
 
-class Judge:
-    """Students of one network before a run's objectives, compiled once for each split.
+class StudentEvaluator:
+    """Evaluates students of one network by a run's objectives; compiled once for each split.
 
     Attributes:
-      goals: what must hold.
+      objectives: of the run.
     """
 
-    def __init__(self, student: Network, measures: Measures, goals: Sequence[Goal], *, config: EV3, devices: Devices):
-        """Takes the network, what is measured of it and what must hold, and the devices that the run is spread over."""
-        self.goals = tuple(goals)
+    def __init__(self, student: Network, objectives: Objectives, *, batch_size: int, devices: Devices):
+        """Prepares the evaluation.
+
+        Args:
+          student: the network.
+          objectives: of the run.
+          batch_size: examples of one forward pass.
+          devices: of the run.
+        """
+        self.objectives = objectives
         self._devices = devices
 
         @devices.jit
         def evaluate(variables: Variables, split: Batch) -> Evidence:
-            return score(student.apply, variables, split, measures, batch_size=config.eval_batch_size)
+            return score(student.apply, variables, split, objectives, batch_size=batch_size)
 
         @devices.jit
-        def refuted(variables: Variables, split: Batch) -> list[jax.Array]:
-            logits = logits_of(student.apply, variables, split.inputs, batch_size=config.eval_batch_size)
-            return [goal.refuted(logits, split) for goal in self.goals]
+        def p_values(variables: Variables, split: Batch) -> list[jax.Array]:
+            outputs = outputs_of(student.apply, variables, split.inputs, batch_size=batch_size)
+            return [goal.p_value(outputs, split) for goal in objectives.goals]
 
-        self._evaluate, self._refuted = evaluate, refuted
+        self._evaluate, self._p_values = evaluate, p_values
 
     def evaluate(self, variables: Variables, split: Batch) -> Evidence:
         """Scores of a student on a split, leaves [N]."""
         scores: Evidence = self._evaluate(self._devices.place(variables), self._devices.place(split))
         return scores
 
-    def delivered(self, pools: Pools, state: State, policy: str = "best") -> tuple[str, Variables]:
-        """The student to deliver: 'champion', 'current' or 'safest', and its variables.
+    def select(self, pools: Pools, state: State, policy: str = "best") -> tuple[str, Variables]:
+        """Selects the student to deliver: 'champion', 'current' or 'safest', and its variables.
 
-        The champion is proven; the current student has usually gone on since, by gains too small to prove on decide. Policy
-        `best` takes the one that decide ranks strictly higher, among these and, where the run has goals, the student that was
-        safest on assess; policy `champion` never takes another. A run that decide ended delivers what it proved.
+        The champion is proven. The current student has usually improved since, by gains too small to prove on decide.
+        Policy `best` takes whichever decide ranks strictly higher, among these two and, in a run with goals, the
+        student that was safest on assess. Policy `champion` always takes the champion. A run that ended because decide
+        proved all goals delivers the student that it proved.
         """
-        which, delivered = self._delivered(pools, state, policy)
-        return which, self._devices.taken(delivered)
+        name, variables = self._select(pools, state, policy)
+        return name, self._devices.gather(variables)
 
-    def _delivered(self, pools: Pools, state: State, policy: str) -> tuple[str, Variables]:
+    def _select(self, pools: Pools, state: State, policy: str) -> tuple[str, Variables]:
+        champion, current, safest = state.champion.variables, state.current.variables, state.safest.variables
         if policy != "best":
-            return "champion", state.champion
+            return "champion", champion
         if bool(state.met):
-            return "current", state.current
-        champion = self.evaluate(state.champion, pools.decide)._replace(promise=state.champion_decide)
-        which, delivered, highest = "champion", state.champion, self.rank(champion)
-        for name, student in (("current", state.current), ("safest", state.safest)):
+            return "current", current
+        evidence = self.evaluate(champion, pools.decide)._replace(promise=state.champion.decide)
+        best, variables, highest = "champion", champion, self.rank(evidence)
+        for name, student in (("current", current), ("safest", safest)):
             if isinstance(student, Variables) and (rank := self.rank(self.evaluate(student, pools.decide))) > highest:
-                which, delivered, highest = name, student, rank
-        return which, delivered
+                best, variables, highest = name, student, rank
+        return best, variables
 
     def outranks(self, pools: Pools, one: Variables, other: Variables) -> bool:
         """Whether decide ranks one student strictly higher than another."""
@@ -68,13 +74,17 @@ class Judge:
         return ours > theirs
 
     def p_value(self, variables: Variables, split: Batch) -> float:
-        """The greatest level at which the split leaves open whether a student meets all goals, 1 where there is none."""
-        return max((float(p) for p in self._refuted(*self._devices.place((variables, split)))), default=1.0)
+        """The largest p-value of the goals on a split, 1 without goals; below a level, all goals are proven at that level."""
+        return max((float(p) for p in self._p_values(*self._devices.place((variables, split)))), default=1.0)
 
     def rank(self, evidence: Evidence) -> tuple[int, float, float]:
-        """Goals met on decide; how far it lies above the nearest goal, up to where none is at risk; its mean promise score."""
+        """The sort key of a student, from its evidence on decide.
+
+        Returns: The number of goals met, the standard errors above the nearest goal (at most AT_RISK), and the mean
+          promise score.
+        """
         promise = float(evidence.promise.mean())
-        if not self.goals:
+        if not self.objectives.goals:
             return 0, 0.0, promise
-        risks = np.asarray(prioritise.risks_of(evidence, prioritise.least_of(self.goals)))
+        risks = np.asarray(prioritise.risks_of(evidence, self.objectives.thresholds))
         return int((risks >= 0).sum()), min(float(risks.min()), prioritise.AT_RISK), promise

@@ -35,12 +35,12 @@ import jax
 import tomli_w
 
 from ev3_distill.config import EV3
-from ev3_distill.core.flatten_state import Packed
+from ev3_distill.core.flatten_state import Flat
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.checkpoint import Checkpoints
 from ev3_distill.runtime.files import atomic_write
 from ev3_distill.runtime.ledger import Ledger, row_of, rows
-from ev3_distill.training.iterate import UNLIMITED, Supply
+from ev3_distill.training.iterate import UNLIMITED, Pipeline
 from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Pools, State
 
@@ -202,7 +202,7 @@ def iterate(
     checkpoint_s: float,
     tell: Callable[[dict[str, Any]], None],
     warn: Callable[[str], None],
-    supply: Supply | None = None,
+    pipeline: Pipeline | None = None,
     start: Callable[[], State] | None = None,
     pause: int = UNLIMITED,
     about: Mapping[str, Any] | None = None,
@@ -220,7 +220,7 @@ def iterate(
       checkpoint_s: seconds between checkpoints.
       tell: gets each ledger row.
       warn: gets a line for each damaged checkpoint.
-      supply: brings the explore split part by part, in place of `pools.explore`.
+      pipeline: streams the explore split part by part, in place of `pools.explore`.
       start: makes the state to begin with, in place of a fresh one.
       pause: global step at which to stop for now; the run is then not closed.
       about: what every row tells, too.
@@ -239,30 +239,34 @@ def iterate(
         else:
             if start is None:
                 start = functools.partial(
-                    distillation.drawn, pools, seed, budget=budget or UNLIMITED, seconds=seconds, supply=supply
+                    distillation.begin_best, pools, seed, budget=budget or UNLIMITED, seconds=seconds, pipeline=pipeline
                 )
             state = start()
-        ledger.resume(int(state.iteration))
+        ledger.resume(int(state.clock.iteration))
         past = max((row["wall_s"] for row in rows(directory / "ledger.jsonl")), default=0.0)
-        reached: Packed | None = None  # the state of the ledger's last row, once there is one from here
+        reached: Flat | None = None  # the state of the ledger's last row, once there is one from here
 
         def written() -> State:
-            return state if reached is None else distillation.stream.unpack(reached)
+            return state if reached is None else distillation.loop.unflatten(reached)
 
         def save() -> None:
             ledger.sync()
-            checkpoints.save(int(written().iteration), written())
+            checkpoints.save(int(written().clock.iteration), written())
 
         begun = time.perf_counter() - began - (distillation.compile_s - compiled)
         left = None if seconds is None else seconds - past - begun
+        objectives = distillation.evaluator.objectives
         try:
-            for following, decisions in distillation.stream(
-                pools, state, budget=budget or UNLIMITED, seconds=left, supply=supply, pause=pause
+            for following, decisions in distillation.loop(
+                pools, state, budget=budget or UNLIMITED, seconds=left, pipeline=pipeline, pause=pause
             ):
                 with uninterrupted():
                     spent = time.perf_counter() - began - (distillation.compile_s - compiled)
-                    of_row = functools.partial(row_of, arms=arms, goals=distillation.judge.goals, wall_s=past + spent)
-                    told = [{**(about or {}), **of_row(decision)} for decision in decisions]
+                    rules = objectives.promise, objectives.goals
+                    told = [
+                        {**(about or {}), **row_of(decision, arms, *rules, wall_s=past + spent)}
+                        for decision in decisions
+                    ]
                     ledger.append(told)
                     reached = following
                     for row in told:
@@ -286,16 +290,16 @@ def report_of(
     Times (wall_s, compile_s) are the only entries in which two runs of one configuration on one machine differ.
     """
     history = list(rows(directory / "ledger.jsonl"))
-    cost = int(state.cost)
+    cost = int(state.clock.cost)
     return {
         "cost": {
             "wall_s": round(history[-1]["wall_s"] + compile_s, 3),
             "compile_s": round(compile_s, 3),
             "steps": cost,
-            "drawing": cost - int(state.arm_cost.sum()),
+            "drawing": cost - int(state.arms.cost.sum()),
             "examples": cost * config.batch_size,
         },
-        "iterations": int(state.iteration),
+        "iterations": int(state.clock.iteration),
         "promotions": sum(row["verdict"] == "promote" for row in history),
         "rollbacks": sum(row["verdict"] == "roll back" for row in history),
         "objectives": collections.Counter(row["objective"] for row in history),
@@ -303,10 +307,10 @@ def report_of(
         "arms": [
             {
                 "name": name,
-                "share": int(state.arm_cost[i]) / max(cost, 1),
-                "steps": int(state.arm_cost[i]),
-                "wins": int(state.arm_wins[i]),
-                "promotions": int(state.arm_promotions[i]),
+                "share": int(state.arms.cost[i]) / max(cost, 1),
+                "steps": int(state.arms.cost[i]),
+                "wins": int(state.arms.wins[i]),
+                "promotions": int(state.arms.promotions[i]),
             }
             for i, name in enumerate(arms)
         ],

@@ -22,10 +22,11 @@ from ev3_distill.data.splits import split_rows
 from ev3_distill.errors import InputError
 from ev3_distill.guards import Guard
 from ev3_distill.tasks.classification.steering import goal
+from ev3_distill.tasks.classification.task import classification
 from ev3_distill.tasks.metrics import steers
 from ev3_distill.teachers.targets import BlankTargets, TeacherTargets, chunked
 from ev3_distill.training.devices import ONE, Devices
-from ev3_distill.training.iterate import UNLIMITED, Supply
+from ev3_distill.training.iterate import UNLIMITED, Pipeline
 from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Batch, Network, Pools, Variables
 
@@ -93,7 +94,7 @@ class Course:
     distillation: Distillation
     pools: Pools
     arms: tuple[str, ...]  # names
-    supply: Supply | None  # who brings the explore split, where it is not in the pools
+    pipeline: Pipeline | None  # streams the explore split, if it is not in the pools
 
 
 def course_of(
@@ -136,11 +137,11 @@ def course_of(
             arm_names,
             network=network,
             teacher_features=task.teacher_features,
-            mesh=task.devices.of_steps,
+            mesh=task.devices.step_mesh,
         ),
         config=dataclasses.replace(chosen.ev3, eval_batch_size=at_once),
         sample=sample,
-        goals=goals,
+        objectives=classification().objectives(goals),
         stop_level=stops * (1 - chosen.confidence) / len(goals) if stops and goals else None,
         devices=task.devices,
     )
@@ -149,7 +150,7 @@ def course_of(
 
 def _supplied(
     chosen: Any, task: Task, targets: TeacherTargets, pools: Pools, in_step: tuple[Network, Variables] | None
-) -> tuple[Any, Supply | None, Pools]:
+) -> tuple[Any, Pipeline | None, Pools]:
     """How batches are made, who brings the explore split, and the pools: with it where it is on the device as a whole."""
     dataset, size, index = task.dataset, chosen.ev3.batch_size, task.rows["explore"]
     views = Views(dataset.inputs, dataset.labels, index, task.augmentation)

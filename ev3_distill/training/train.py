@@ -66,12 +66,12 @@ def train(
     title = "teacher" if teacher is None else "student"
     with RunProgress(title, steps=task.steps, seconds=seconds) as progress:
         state = iterated(directory, chosen, course, targets, progress, budget=task.steps, seconds=seconds)
-    which, distilled = distillation.judge.delivered(course.pools, state, getattr(chosen, "deliver", "best"))
+    which, distilled = distillation.evaluator.select(course.pools, state, getattr(chosen, "deliver", "best"))
     final = Final(task.network, distilled, which, state, course.arms, distillation.compile_s)
     if task.control is None:
         return concluded(directory, chosen, task, final, targets, teacher=teacher)
     control = students.load(task.control, factory=students.factory_of(chosen.student))[1]
-    if distillation.judge.outranks(course.pools, control, distilled):
+    if distillation.evaluator.outranks(course.pools, control, distilled):
         final = dataclasses.replace(final, variables=control, which="control")
     helped = functools.partial(_helped, distillation, distilled, control, confidence=chosen.confidence)
     return concluded(directory, chosen, task, final, targets, teacher=teacher, helped=helped)
@@ -97,7 +97,7 @@ def iterated(
         course.distillation,
         course.pools,
         course.arms,
-        supply=course.supply,
+        pipeline=course.pipeline,
         seed=chosen.seed,
         budget=budget,
         seconds=seconds,
@@ -193,8 +193,8 @@ def _helped(
     """
     ours, theirs = [], []
     for part in test:
-        ours.append(np.asarray(distillation.judge.evaluate(student, part).promise) > 0)
-        theirs.append(np.asarray(distillation.judge.evaluate(control, part).promise) > 0)
+        ours.append(np.asarray(distillation.evaluator.evaluate(student, part).promise) > 0)
+        theirs.append(np.asarray(distillation.evaluator.evaluate(control, part).promise) > 0)
     right, reference = np.concatenate(ours), np.concatenate(theirs)
     n, each = len(right), 1 - (1 - confidence) / 4
     won, lost = int((right & ~reference).sum()), int((reference & ~right).sum())

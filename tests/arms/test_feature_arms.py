@@ -15,13 +15,14 @@ from jax.flatten_util import ravel_pytree
 from ev3_distill.arms import arms_named, features_asked
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.config import EV3
-from ev3_distill.core import initial_state, make_step
+from ev3_distill.core import Algorithm, Objectives, initial_state, make_step
 from ev3_distill.core.explore import draw_from
 from ev3_distill.errors import InputError
 from ev3_distill.students.families.mlp import mlp
 from ev3_distill.students.network import from_nnx
 from ev3_distill.tasks.classification import example_scores, losses
 from ev3_distill.tasks.classification.feature_losses import FEATURE_LOSSES, FeatureLoss, with_features
+from ev3_distill.tasks.classification.task import ACCURACY
 from ev3_distill.types import ADOPT, PROMOTE, Batch, Pools, Stretch
 
 N, K, SHAPE = 40, 3, (4, 4, 1)
@@ -197,17 +198,14 @@ def test_the_usual_weights():
 def test_extra_goes_on_with_a_promotion():
     """Through the step: where the student moves, regressor and optimizer go on from what was proposed."""
     arm = arm_of("fitnet:stage=block@0.02")
-    rules = {
-        "select": example_scores.probability,
-        "promise": example_scores.accuracy,
-        "config": EV3(batch_size=8, length=40, max_length=40, eval_batch_size=N),
-    }
-    step = make_step(SMALL.apply, [arm], sample, **rules)
+    config = EV3(batch_size=8, length=40, max_length=40, eval_batch_size=N)
+    algorithm = Algorithm(SMALL.apply, [arm], sample, Objectives(example_scores.probability, ACCURACY), config)
+    step = make_step(algorithm)
     key = jax.random.key_data(jax.random.key(0))
-    begin = jax.jit(lambda key: initial_state(key, start(), POOLS, apply=SMALL.apply, arms=[arm], **rules))
+    begin = jax.jit(lambda key: initial_state(key, start(), POOLS, algorithm))
     after, decision = step(POOLS, begin(key), np.int32(1000))
     assert int(decision.verdict) in (ADOPT, PROMOTE)
-    (state,) = after.arm_states
+    (state,) = after.arms.states
     begun = arm.init(start())
     assert int(state.age) == 40
     own = sum(leaf.size for leaf in jax.tree.leaves(begun.extra))  # the last of the moments, which are one vector
@@ -220,7 +218,7 @@ def test_extra_goes_on_with_a_promotion():
     assert len(jax.tree.leaves(changed)) == 3
     assert state.opt_state[0].mu.size == own + sum(leaf.size for leaf in jax.tree.leaves(begun.iterate.params))
     again, _ = step(POOLS, after, np.int32(1000))
-    assert int(again.arm_states[0].age) in (40, 80)  # kept, or gone on with
+    assert int(again.arms.states[0].age) in (40, 80)  # kept, or gone on with
 
 
 def test_without_extra_the_optimizer_sees_the_parameters_alone():

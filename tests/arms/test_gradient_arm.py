@@ -24,12 +24,13 @@ from ev3_distill.arms import (
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.arms.optimizers import adamw
 from ev3_distill.config import EV3
-from ev3_distill.core import initial_state, make_step
+from ev3_distill.core import Algorithm, Objectives, initial_state, make_step
 from ev3_distill.core.explore import draw_from
 from ev3_distill.errors import InputError
 from ev3_distill.students.families.mlp import mlp
 from ev3_distill.students.network import from_nnx
-from ev3_distill.tasks.classification import example_scores, losses
+from ev3_distill.tasks.classification import losses
+from ev3_distill.tasks.classification.task import ACCURACY
 from ev3_distill.types import ADOPT, Batch, Pools, Stretch, Variables
 
 N, F, K, B = 40, 4, 3, 8
@@ -142,20 +143,18 @@ def test_weight_decay_over_two_adopted_iterations(optimizer):
     """Through the step: assess favours small logits here, so both trajectories of 100 are adopted."""
     arm = gradient_arm("a", MLP.apply, no_gradient, DECAYED[optimizer], average=None)
     config = EV3(batch_size=B, length=100, max_length=100)
-    rules = {
-        "select": lambda logits, split: -jnp.abs(logits).sum(-1),
-        "promise": example_scores.accuracy,
-        "config": config,
-    }
-    step = make_step(MLP.apply, [arm], sample, **rules)
+    objectives = Objectives(lambda logits, split: -jnp.abs(logits).sum(-1), ACCURACY)
+    algorithm = Algorithm(MLP.apply, [arm], sample, objectives, config)
+    step = make_step(algorithm)
     key = jax.random.key_data(jax.random.key(0))
-    state = initial_state(key, START, POOLS, apply=MLP.apply, arms=[arm], **rules)
+    state = initial_state(key, START, POOLS, algorithm)
     for _ in range(2):
         state, decision = step(POOLS, state, np.int32(200))
         assert int(decision.verdict) == ADOPT
     shrunk = (1 - RATE * DECAY) ** 200
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, shrunk * b, rtol=1e-4), state.current.params, START.params)
-    assert int(state.arm_states[0].age) == 200
+    trained = state.current.variables.params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, shrunk * b, rtol=1e-4), trained, START.params)
+    assert int(state.arms.states[0].age) == 200
 
 
 # Trajectories and averages.

@@ -223,7 +223,7 @@ def test_promises_of_a_run_are_those_of_what_it_delivers(taught):
     distillation = certificate_coverage._distillation("mlp:hidden=8", ("ce",), (8, 8, 1), 10)
     pools = certificate_coverage._pools(ground, dealt, seed)
     assert np.array_equal(pools.decide.index, dealt["decide"])
-    which, variables = distillation.judge.delivered(pools, distillation.complete(pools, seed, budget=row["budget"]))
+    which, variables = distillation.evaluator.select(pools, distillation.complete(pools, seed, budget=row["budget"]))
     right = {}
     for name in ("sealed", "truth"):
         logits = jax.jit(lambda x: network.apply(variables, x, train=False)[0])(ground.inputs[dealt[name]])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from ev3_distill.core import adapt
+from ev3_distill.core import adapt, paired_tests
 from ev3_distill.types import ErrorBudget, Evidence
 
 DEPTH = 12
@@ -18,7 +18,7 @@ DEPTH = 12
 
 def budget(tests, promotions, delta=0.05):
     """What is left after so many tests, promotions first."""
-    left = adapt.unspent(delta)
+    left = adapt.initial_budget(delta)
     for i in range(tests):
         left = adapt.spend(left, jnp.bool_(False), jnp.bool_(True), jnp.bool_(i < promotions))
     return left
@@ -34,7 +34,9 @@ def counted(wins, losses, n):
     both = row % 2 == 0  # where they agree
     only_candidate, only_champion = row < wins, (row >= wins) & (row < wins + losses)
     agree = ~only_candidate & ~only_champion & both
-    return adapt.mcnemar((only_candidate | agree).astype(jnp.float32), (only_champion | agree).astype(jnp.float32))
+    return paired_tests.mcnemar(
+        (only_candidate | agree).astype(jnp.float32), (only_champion | agree).astype(jnp.float32)
+    )
 
 
 SMALL = [(w, n - w) for n in (0, 1, 2, 3, 5, 8, 13, 21, 40) for w in range(n + 1)]
@@ -56,14 +58,14 @@ def test_mcnemar_counts_nan_as_wrong():
     right, wrong, nan = 1.0, 0.0, float("nan")
     candidate = jnp.array([nan, nan, right, right, right, nan])
     champion = jnp.array([right, wrong, nan, wrong, right, nan])
-    wins, losses, p_value = adapt.mcnemar(candidate, champion)
+    wins, losses, p_value = paired_tests.mcnemar(candidate, champion)
     assert (int(wins), int(losses)) == (2, 1)
     assert float(p_value) == pytest.approx(0.5, rel=3e-5)  # P(Bin(3, 1/2) >= 2)
 
 
 def test_mcnemar_of_a_student_that_is_nan_everywhere():
-    assert float(adapt.mcnemar(jnp.full(9, jnp.nan), jnp.ones(9))[2]) == 1
-    assert float(adapt.mcnemar(jnp.full(9, jnp.nan), jnp.zeros(9))[2]) == 1
+    assert float(paired_tests.mcnemar(jnp.full(9, jnp.nan), jnp.ones(9))[2]) == 1
+    assert float(paired_tests.mcnemar(jnp.full(9, jnp.nan), jnp.zeros(9))[2]) == 1
 
 
 @pytest.mark.parametrize("pairs", range(6))
@@ -104,7 +106,7 @@ def test_levels_of_a_tree_sum_to_at_most_delta(goodness, stop):
     for seed in range(5):
         rng = np.random.default_rng(seed)
         better, closing = iter(rng.random(1000) < goodness), iter(rng.random(1000) < stop)
-        most = first_false(adapt.unspent(0.05), 6, better, closing)
+        most = first_false(adapt.initial_budget(0.05), 6, better, closing)
         assert most <= 0.05 * (1 + 1e-5)
         if goodness == 0:
             assert most == pytest.approx(0.05)  # and the budget is not left lying about
@@ -122,7 +124,7 @@ def test_levels_by_hand():
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.booleans(), max_size=100), st.floats(0.001, 0.999), st.booleans())
 def test_a_level_is_a_probability_however_long_the_run(promoted, delta, closing):
-    left = adapt.unspent(delta)
+    left = adapt.initial_budget(delta)
     for outcome in promoted:
         left = adapt.spend(left, jnp.bool_(False), jnp.bool_(True), jnp.bool_(outcome))
     got = float(adapt.level(left, jnp.bool_(closing)))
@@ -158,7 +160,7 @@ def simulated(key, redraw):
     Returns the budgets at the end and whether each run promoted one of these, [RUNS].
     """
     truth = 0.6
-    p_values = jax.vmap(lambda a, b: adapt.mcnemar(a, b)[2])
+    p_values = jax.vmap(lambda a, b: paired_tests.mcnemar(a, b)[2])
 
     def test(carry, row):
         champion, paths, false = carry
@@ -180,7 +182,7 @@ def simulated(key, redraw):
         ), None
 
     start = jax.random.bernoulli(jax.random.fold_in(key, TESTS), truth, (RUNS, EXAMPLES))
-    paths = jax.tree.map(lambda x: jnp.full(RUNS, x), adapt.unspent(DELTA))
+    paths = jax.tree.map(lambda x: jnp.full(RUNS, x), adapt.initial_budget(DELTA))
     rows = (jnp.arange(TESTS), jax.random.split(key, TESTS))
     (_, paths, false), _ = jax.lax.scan(test, (start, paths, jnp.zeros(RUNS, bool)), rows)
     return paths, false
@@ -301,8 +303,8 @@ def test_what_proves_is_what_the_p_value_says(alpha):
     told = set()
     for _ in range(60):
         candidate, champion = (rng.random((2, 40)) < rng.random((2, 1))).astype(np.float32)
-        proof = bool(adapt.proves(candidate, champion, alpha))
-        assert proof == bool(adapt.mcnemar(candidate, champion)[2] <= alpha)
+        proof = bool(paired_tests.proves(candidate, champion, alpha))
+        assert proof == bool(paired_tests.mcnemar(candidate, champion)[2] <= alpha)
         told.add(proof)
     assert told == {False, True}
-    assert not adapt.proves(candidate, candidate, alpha)
+    assert not paired_tests.proves(candidate, candidate, alpha)

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ev3_distill.config import EV3
-from ev3_distill.core import allocate, initial_state, make_step
+from ev3_distill.core import Algorithm, Objectives, allocate, initial_state, make_step
 from ev3_distill.tasks.classification import example_scores
-from ev3_distill.types import Arm, Batch, Pools, State, Variables
+from ev3_distill.tasks.classification.task import ACCURACY
+from ev3_distill.types import Arm, ArmsState, Batch, Clock, Pools, State, Variables
 
 ARMS = (1, 2, 3, 6)
 few = settings(deadline=None, max_examples=60)
@@ -22,15 +23,18 @@ CONFIG = EV3(length=20, max_length=400)
 
 def active_arms(key, iteration, value, leader, racers=None, exploration=0.5):
     racers = tuple(racers or [True] * len(value))
-    return _active_arms(
-        key, iteration, value, leader, racers=racers, spent=0.0, spent_here=0.0, exploration=exploration
-    )
+    spent = allocate.Spent(0.0, 0.0)
+    return _active_arms(key, arms_state(iteration, value, leader), racers=racers, spent=spent, exploration=exploration)
+
+
+def arms_state(round_, value, leader, length=None):
+    return ArmsState((), value, None, None, None, leader, round_, length)
 
 
 _active_arms = jax.jit(allocate.active_arms, static_argnames="racers")
 never_explores = functools.partial(active_arms, exploration=0.0)
 steps_of = jax.jit(allocate.steps_of)
-standing = jax.jit(allocate.standing)
+standing = jax.jit(allocate.next_values)
 next_length = jax.jit(functools.partial(allocate.next_length, config=CONFIG))
 
 
@@ -124,9 +128,9 @@ def test_the_leader_races_whatever_its_standing(leader):
 
 
 def how_often(iteration, value, racers, spent=0.0, exploration=0.4, pressed=False):
-    rest = {"spent": 0.25, "spent_here": spent, "exploration": exploration, "pressed": pressed}
+    rest = {"spent": allocate.Spent(0.25, spent), "exploration": exploration, "pressed": pressed}
     draw = functools.partial(allocate.active_arms, racers=racers, **rest)
-    each = jax.jit(jax.vmap(lambda key: draw(key, iteration, value, jnp.int32(0))))
+    each = jax.jit(jax.vmap(lambda key: draw(key, arms_state(iteration, value, jnp.int32(0)))))
     return np.asarray(each(jax.random.split(jax.random.key(0), 20_000))).mean(0)
 
 
@@ -158,8 +162,8 @@ def test_one_racer_leads_from_the_start_and_is_challenged_late():
 
 def test_where_no_arm_would_race_all_do():
     arms = [Arm("a", None, None, races=False), Arm("b", None, None), Arm("c", None, None, races=False)]
-    assert allocate.racers_of(arms) == (False, True, False)
-    assert allocate.racers_of(arms[::2]) == (True, True)
+    assert Algorithm(None, arms, None, None, None).racers == (False, True, False)
+    assert Algorithm(None, arms[::2], None, None, None).racers == (True, True)
 
 
 def test_challengers_come_as_often_as_asked_and_the_better_more_often():
@@ -261,26 +265,17 @@ def test_the_best_arm_gets_most():
     split = Batch(inputs, jnp.zeros(300, int), {"logits": jnp.zeros((300, 2))}, jnp.arange(300), jnp.ones(300))
     pools = Pools(split, split, split)
     arms = [climber(str(i), speed) for i, speed in enumerate(SPEEDS)]
-    rules = {
-        "select": example_scores.accuracy,
-        "promise": example_scores.accuracy,
-        "config": EV3(length=5, max_length=5),
-    }
-    step = make_step(apply_threshold, arms, lambda pool, step: pool, **rules)
+    objectives = Objectives(example_scores.accuracy, ACCURACY)
+    algorithm = Algorithm(apply_threshold, arms, lambda pool, step: pool, objectives, EV3(length=5, max_length=5))
+    step = make_step(algorithm)
     for seed in range(3):
-        state = initial_state(
-            jax.random.key_data(jax.random.key(seed)),
-            Variables({"t": jnp.float32(1)}, {}),
-            pools,
-            apply=apply_threshold,
-            arms=arms,
-            **rules,
-        )
+        start = Variables({"t": jnp.float32(1)}, {})
+        state = initial_state(jax.random.key_data(jax.random.key(seed)), start, pools, algorithm)
         while not bool(state.closed):
             state, _ = step(pools, state, np.int32(300))
-        cost = np.asarray(state.arm_cost)
+        cost = np.asarray(state.arms.cost)
         assert cost.sum() == 300
-        assert int(state.leader) == cost.argmax() == int(np.argmax(SPEEDS))
+        assert int(state.arms.leader) == cost.argmax() == int(np.argmax(SPEEDS))
         assert cost.max() > 150
 
 
@@ -289,11 +284,12 @@ def test_the_best_arm_gets_most():
     [(True, 1, 3, True), (False, 1, 3, False), (True, 0, 3, False), (True, 5, 2, False), (True, 5, 0, False)],
 )
 def test_arms_race_again_where_a_goal_presses_and_the_leader_is_stuck(pressing, stale, round_, again):
-    changes = {"stale": jnp.int32(stale), "round": jnp.int32(round_), "length": jnp.float32(300)}
-    shown = jnp.array([0.0, -3, -2, -10])  # four arms race for two rounds
-    state = State(**{**dict.fromkeys(State._fields), **changes, "arm_value": shown})
-    after = allocate.race_again(state, jnp.bool_(pressing), racers=(True,) * 4, config=EV3(length=50))
+    value = jnp.array([0.0, -3, -2, -10])  # four arms race for two rounds
+    clock = Clock(**{**dict.fromkeys(Clock._fields), "stale": jnp.int32(stale)})
+    arms = arms_state(jnp.int32(round_), value, jnp.int32(0), jnp.float32(300))
+    state = State(**{**dict.fromkeys(State._fields), "clock": clock, "arms": arms})
+    after = allocate.race_again(state, jnp.bool_(pressing), racers=(True,) * 4, config=EV3(length=50)).arms
     assert (int(after.round), float(after.length)) == ((0, 150) if again else (round_, 300))
-    np.testing.assert_array_equal(after.arm_value, np.zeros(4) if again else shown)
-    racing = never_explores(jax.random.key(0), after.round, after.arm_value, jnp.int32(0))
+    np.testing.assert_array_equal(after.value, np.zeros(4) if again else value)
+    racing = never_explores(jax.random.key(0), after.round, after.value, jnp.int32(0))
     assert int(racing.sum()) == (4 if again or round_ == 0 else 1)

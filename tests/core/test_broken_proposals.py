@@ -68,9 +68,9 @@ def test_a_run_beside_broken_arms():
         assert np.isnan(np.asarray(decision.scores)[[0, 2]]).all()
         assert finite(state)
     assert discarded >= 2
-    assert int(state.leader) == 1
-    assert state.arm_wins.tolist()[::2] == [0, 0]
-    assert float(state.current_evidence.select.mean()) > float(first.current_evidence.select.mean())
+    assert int(state.arms.leader) == 1
+    assert state.arms.wins.tolist()[::2] == [0, 0]
+    assert float(state.current.evidence.select.mean()) > float(first.current.evidence.select.mean())
 
 
 def test_broken_walkers_never_win_and_are_not_averaged():
@@ -94,8 +94,8 @@ def test_when_every_proposal_is_broken_nothing_moves_and_the_run_goes_on():
         assert np.isnan(decision.scores).all()
         assert_same(untouched(state), untouched(start))
         assert finite(state)
-    assert [int(state.iteration) for state in states] == [1, 2, 3, 4]
-    assert 0 < int(states[0].cost) < int(states[2].cost)
+    assert [int(state.clock.iteration) for state in states] == [1, 2, 3, 4]
+    assert 0 < int(states[0].clock.cost) < int(states[2].clock.cost)
     assert bool(states[3].closed)
 
 
@@ -105,7 +105,9 @@ def test_an_arm_recovers_from_a_broken_iteration():
     pools = LEARNABLE._replace(explore=LEARNABLE.explore._replace(inputs=inputs))
     state, verdicts = begin_good(pools), []
     for _ in range(2):
-        state, decision = step_good(pools, state, state.cost + LENGTH)  # longer ones would meet these batches again
+        state, decision = step_good(
+            pools, state, state.clock.cost + LENGTH
+        )  # longer ones would meet these batches again
         verdicts.append((int(decision.discarded), int(decision.verdict) in (ADOPT, PROMOTE)))
     assert verdicts == [(1, False), (0, True)]
     assert finite(state)

@@ -1,4 +1,4 @@
-"""A packed tree comes back bit for bit, under jit and on the host, whatever its dtypes and shapes."""
+"""A flattened tree is restored bit for bit, under jit and on the host, for all dtypes and shapes."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ev3_distill.core.flatten_state import Packing
+from ev3_distill.core.flatten_state import Flattening
 
 DTYPES = (np.float32, np.int32, np.uint32, np.bool_, np.float16)
 leaves = st.sampled_from(DTYPES).flatmap(
@@ -27,16 +27,16 @@ def assert_same_bits(got, want):
 @given(trees)
 def test_round_trip(tree):
     tree = jax.tree.map(jnp.asarray, tree)
-    packing = Packing(tree)
-    packed = packing.pack(tree)
-    kinds = [vector.dtype for vector in packed]
+    flattening = Flattening(tree)
+    flat = flattening.flatten(tree)
+    kinds = [vector.dtype for vector in flat]
     assert len(kinds) == len(set(kinds)) == len({leaf.dtype for leaf in jax.tree.leaves(tree)})
-    assert all(vector.ndim == 1 for vector in packed)
-    assert_same_bits(packing.unpack(packed), tree)
-    assert_same_bits(packing.unpack_on_host(packed), tree)
+    assert all(vector.ndim == 1 for vector in flat)
+    assert_same_bits(flattening.unflatten(flat), tree)
+    assert_same_bits(flattening.unflatten(jax.device_get(flat)), tree)
 
 
 def test_under_jit_from_shapes_alone():
     tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": (jnp.int32(7), jnp.array([True, False])), "c": jnp.float32(0.5)}
-    packing = Packing(jax.eval_shape(lambda: tree))
-    assert_same_bits(jax.jit(packing.unpack)(jax.jit(packing.pack)(tree)), tree)
+    flattening = Flattening(jax.eval_shape(lambda: tree))
+    assert_same_bits(jax.jit(flattening.unflatten)(jax.jit(flattening.flatten)(tree)), tree)

@@ -27,9 +27,11 @@ from random_walks import (
 
 import ev3_distill.core
 from ev3_distill.config import EV3
-from ev3_distill.core import adapt, allocate, assess, explore, initial_state, make_step
+from ev3_distill.core import Algorithm, Objectives, adapt, allocate, assess, explore, initial_state, make_step
 from ev3_distill.core import step as step_module
+from ev3_distill.core.paired_tests import paired
 from ev3_distill.tasks.classification import example_scores
+from ev3_distill.tasks.classification.task import ACCURACY
 from ev3_distill.types import ADOPT, PROMOTE, Arm, Pools, Proposals, Variables
 
 CORE = Path(ev3_distill.core.__file__).parent
@@ -66,7 +68,7 @@ def test_no_gradient_of_an_iteration_reaches_a_held_out_split():
             for name, (inputs, teacher) in floats.items()
         }
         state, decision = step_good(LEARNABLE._replace(**splits), start, np.int32(MANY))
-        return (state.current, state.champion, state.arm_states), decision.verdict
+        return (state.current.variables, state.champion.variables, state.arms.states), decision.verdict
 
     derivative = jax.jit(lambda tangents: jax.jvp(outcome, (at,), (tangents,)))
     for name in at:
@@ -102,19 +104,19 @@ def test_a_held_out_split_is_evaluated_whole_in_order_once(n):
         return inputs * variables.params["t"] + jnp.array([0.0, 1.0]), variables
 
     inputs = make_split(np.arange(n) * 3.0 + 1).inputs
-    logits = assess.logits_of(network, threshold(2), inputs, batch_size=5)
+    logits = assess.outputs_of(network, threshold(2), inputs, batch_size=5)
     np.testing.assert_array_equal(logits, np.stack([np.arange(n) * 6.0 + 2, np.arange(n) * 6.0 + 3], 1))
     np.testing.assert_array_equal(logits, network(threshold(2), inputs, train=False)[0])
 
 
 def test_chunks_change_no_score():
     split = LEARNABLE.assess
-    once = assess.logits_of(NETWORK.apply, START, split.inputs, batch_size=1000)
+    once = assess.outputs_of(NETWORK.apply, START, split.inputs, batch_size=1000)
     for batch_size in (7, 49, 50):
-        chunked = assess.logits_of(NETWORK.apply, START, split.inputs, batch_size=batch_size)
+        chunked = assess.outputs_of(NETWORK.apply, START, split.inputs, batch_size=batch_size)
         np.testing.assert_allclose(chunked, once, rtol=1e-5, atol=1e-6)
-        measures = assess.Measures(example_scores.log_likelihood, example_scores.accuracy)
-        evidence = assess.score(NETWORK.apply, START, split, measures, batch_size=batch_size)
+        objectives = Objectives(example_scores.log_likelihood, ACCURACY)
+        evidence = assess.score(NETWORK.apply, START, split, objectives, batch_size=batch_size)
         np.testing.assert_allclose(evidence.select, example_scores.log_likelihood(once, split), rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(evidence.promise, example_scores.accuracy(once, split))
 
@@ -128,7 +130,7 @@ def test_assess_scores_every_proposal_on_every_example():
         apply_threshold,
         proposals,
         ladder(23),
-        assess.Measures(lambda logits, split: logits[:, 0] + 0 * split.targets, example_scores.accuracy),
+        Objectives(lambda logits, split: logits[:, 0] + 0 * split.targets, ACCURACY),
         batch_size=5,
     )
     x = np.arange(23) + 0.5
@@ -140,11 +142,11 @@ def test_assess_scores_every_proposal_on_every_example():
 
 def test_paired():
     scores, reference = jnp.array([[1.0, 0, 1, 1], [0, 0, 0, 0]]), jnp.array([0.0, 0, 1, 0])
-    mean, se = assess.paired(scores, reference)
+    mean, se = paired(scores, reference)
     np.testing.assert_allclose(mean, [0.5, -0.25])
     differences = np.array([[1, 0, 0, 1], [0, 0, -1, 0]])
     np.testing.assert_allclose(se, differences.std(1, ddof=1) / 2, rtol=1e-6)
-    assert float(assess.paired(jnp.ones(1), jnp.zeros(1))[1]) == 0  # one example: no spread, and no division by zero
+    assert float(paired(jnp.ones(1), jnp.zeros(1))[1]) == 0  # one example: no spread, and no division by zero
 
 
 # Averages of proposals.
@@ -219,16 +221,17 @@ def test_promotions_of_null_students_stay_within_the_error_budget():
 
     arms = [drawer(i) for i in range(2)]
     config = EV3(batch_size=1, length=1, max_length=1, exploration=1.0, delta=delta, eval_batch_size=n)
-    rules = {"select": example_scores.accuracy, "promise": example_scores.accuracy, "config": config}
-    step = make_step(apply, arms, lambda pool, step: pool, **rules)
+    objectives = Objectives(example_scores.accuracy, ACCURACY)
+    algorithm = Algorithm(apply, arms, lambda pool, step: pool, objectives, config)
+    step = make_step(algorithm)
 
     def run(key):
         names = jax.random.randint(key, (2, n), 0, 2**22).astype(jnp.float32)  # exact in float32
         pools = Pools(make_split(jnp.zeros(1)), make_split(names[0]), make_split(names[1]))
         start = Variables({"seed": jnp.float32(1.5)}, {})
-        state = initial_state(jax.random.key_data(key), start, pools, apply=apply, arms=arms, **rules)
+        state = initial_state(jax.random.key_data(key), start, pools, algorithm)
         state, decisions = jax.lax.scan(lambda state, left: step(pools, state, left), state, lefts)
-        return state.budget, decisions.tested.sum()
+        return state.budget, decisions.promotion.tested.sum()
 
     lefts = jnp.where(jnp.arange(iterations) < iterations - 1, MANY, 0)
     budget, tested = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), runs))

@@ -10,7 +10,7 @@ import pytest
 from ev3_distill import students
 from ev3_distill.arms import arms_named
 from ev3_distill.config import EV3
-from ev3_distill.core import adapt
+from ev3_distill.core import plateau
 from ev3_distill.data import batches
 from ev3_distill.data.batches import held_out
 from ev3_distill.data.sources import load_data
@@ -26,15 +26,15 @@ def right(count):
     return jnp.where(jnp.arange(N) < count, 1.0, 0.0)
 
 
-def before(assess=200, seen=200, position=100, until=adapt.NO_END, stuck=False):
+def before(assess=200, seen=200, position=100, until=plateau.NO_END, stuck=False):
     scores = right(assess)
-    begun = adapt.from_here(Evidence(scores, scores), right(seen), jnp.int32(position))
+    begun = plateau.start_plateau(Evidence(scores, scores), right(seen), jnp.int32(position))
     return begun._replace(until=jnp.int32(until), stuck=jnp.bool_(stuck))
 
 
 def after(progress, *, assess, seen=200, position, cost=400, promoted=False, patience=50):
     scores = right(assess)
-    return adapt.progressed(
+    return plateau.update_plateau(
         progress,
         Evidence(scores, scores),
         lambda: right(seen),
@@ -112,8 +112,8 @@ def test_a_stuck_run_closes_before_its_budget_and_keeps_some_error_budget():
     pools, made = world()
     state = made[3][1].complete(pools, 0, budget=100_000)
     assert bool(state.closed)
-    assert bool(state.progress.stuck)
-    assert int(state.cost) < 50_000
+    assert bool(state.plateau.stuck)
+    assert int(state.clock.cost) < 50_000
     assert float(state.budget.left) > 0
 
 
@@ -123,38 +123,41 @@ def test_a_grown_run_goes_on():
     (small, before_), (large, distillation) = made[3], made[6]
     state = before_.complete(pools, 0, budget=100_000)
     map_ = growth(jax.random.key(0), small.spec, large.spec)
-    grown = distillation.grown(pools, state, map_)
+    grown = distillation.grow(pools, state, map_)
     template = distillation.shapes(pools)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), grown) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), template
     )
     for student in ("current", "champion"):
-        scores = distillation.judge.evaluate(getattr(grown, student), pools.decide).promise
-        same = before_.judge.evaluate(getattr(state, student), pools.decide).promise
+        scores = distillation.evaluator.evaluate(getattr(grown, student).variables, pools.decide).promise
+        same = before_.evaluator.evaluate(getattr(state, student).variables, pools.decide).promise
         assert float(jnp.abs(scores - same).sum()) <= 1  # a near tie may fall the other way
-    for field in ("cost", "position", "budget", "champion_decide", "arm_cost", "leader"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(grown, field), getattr(state, field))
+
+    def retained(of):
+        return of.clock.cost, of.clock.position, of.budget, of.champion.decide, of.arms.cost, of.arms.leader
+
+    jax.tree.map(np.testing.assert_array_equal, retained(grown), retained(state))
     assert not bool(grown.closed)
-    assert not bool(grown.progress.stuck)
-    *_, (packed, _) = distillation.stream(pools, grown, budget=int(grown.cost) + 4000)
-    further = distillation.stream.unpack(packed)
-    assert float(further.champion_decide.mean()) > float(state.champion_decide.mean()) + 0.05
+    assert not bool(grown.plateau.stuck)
+    *_, (packed, _) = distillation.loop(pools, grown, budget=int(grown.clock.cost) + 4000)
+    further = distillation.loop.unflatten(packed)
+    assert float(further.champion.decide.mean()) > float(state.champion.decide.mean()) + 0.05
 
 
 def test_a_pause_changes_nothing():
     pools, made = world()
     _, distillation = made[6]
-    *_, (whole, _) = distillation.stream(pools, distillation.begin(pools, 1), budget=800)
+    *_, (whole, _) = distillation.loop(pools, distillation.begin(pools, 1), budget=800)
     state = distillation.begin(pools, 1)
     for pause in (100, 101, 350, 2**30):
-        for packed, decisions in distillation.stream(pools, state, budget=800, pause=pause):
-            state = distillation.stream.unpack(packed)
+        for packed, decisions in distillation.loop(pools, state, budget=800, pause=pause):
+            state = distillation.loop.unflatten(packed)
             assert all(int(one.position) < pause for one in decisions[:-1])
-        assert int(state.position) >= pause or bool(state.closed)
-    jax.tree.map(np.testing.assert_array_equal, state, distillation.stream.unpack(whole))
+        assert int(state.clock.position) >= pause or bool(state.closed)
+    jax.tree.map(np.testing.assert_array_equal, state, distillation.loop.unflatten(whole))
 
 
 def test_patience_needs_examples_that_were_seen():
     pools, made = world()
-    with pytest.raises(TypeError, match=r"needs some of explore in pools.seen; got none"):
+    with pytest.raises(TypeError, match=r"needs a part of explore in pools.seen; got None"):
         made[3][1].begin(pools._replace(seen=None), 0)

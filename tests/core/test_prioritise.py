@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from ev3_distill.config import EV3
-from ev3_distill.core import adapt, initial_state, make_step, prioritise
+from ev3_distill.core import Algorithm, Objectives, initial_state, make_step, paired_tests, prioritise
 from ev3_distill.tasks.classification import example_scores
 from ev3_distill.tasks.classification.steering import goal
+from ev3_distill.tasks.classification.task import ACCURACY
 from ev3_distill.types import PROMOTE, Arm, Batch, Evidence, GoalEvidence, Pools, Variables
 
 N = 400  # examples of a split: a tenth of them of class 1
@@ -59,12 +60,13 @@ CONFIG = EV3(batch_size=1, length=1, max_length=1, exploration=1.0, takeover=0.0
 
 @functools.cache
 def compiled(goals, stop_level=None, config=CONFIG, arms=ARMS):
-    rules = {"select": example_scores.accuracy, "promise": example_scores.accuracy, "goals": goals, "config": config}
-    step = make_step(apply, arms, lambda pool, step: pool, stop_level=stop_level, **rules)
+    objectives = Objectives(example_scores.accuracy, ACCURACY, goals)
+    algorithm = Algorithm(apply, arms, lambda pool, step: pool, objectives, config, stop_level=stop_level)
+    step = make_step(algorithm)
 
     def begin(skill):
         key = jax.random.key_data(jax.random.key(0))
-        return initial_state(key, Variables({"skill": skill}, {}), POOLS, apply=apply, arms=arms, **rules)
+        return initial_state(key, Variables({"skill": skill}, {}), POOLS, algorithm)
 
     return jax.jit(begin), step
 
@@ -76,7 +78,7 @@ def run(goals, skill=(0.6, 0.6), iterations=40, stop_level=None):
     begin, step = compiled(goals, stop_level)
     state, decisions = begin(jnp.array(skill, jnp.float32)), []
     for i in range(iterations):
-        state, decision = step(POOLS, state, np.int32(2**30 if i < iterations - 1 else int(state.cost)))
+        state, decision = step(POOLS, state, np.int32(2**30 if i < iterations - 1 else int(state.clock.cost)))
         decisions.append(jax.device_get(decision))
         if state.closed:
             break
@@ -89,9 +91,9 @@ def skills(variables):
 
 def test_without_goals_the_promise_rules_and_the_rare_class_pays():
     state, decisions = run((), iterations=8)
-    assert all(d.ruling == -1 and d.tested_for == -1 and d.risks.shape == (0,) for d in decisions)
-    assert skills(state.current)[0] > 0.9
-    assert skills(state.current)[1] < 0.5
+    assert all(d.ruling == -1 and d.promotion.goal == -1 and d.risks.shape == (0,) for d in decisions)
+    assert skills(state.current.variables)[0] > 0.9
+    assert skills(state.current.variables)[1] < 0.5
 
 
 def test_a_goal_at_risk_rules_until_it_is_safe():
@@ -99,9 +101,11 @@ def test_a_goal_at_risk_rules_until_it_is_safe():
     rulings = [int(d.ruling) for d in decisions]
     assert rulings[0] == 0  # broken at the start
     assert -1 in rulings  # and safe later, when the promise has its turn
-    assert skills(state.current).min() >= 0.7
-    assert skills(state.current)[0] > 0.8
-    assert skills(state.champion).min() >= 0.6  # what is proven on decide keeps it, to within what decide can tell
+    assert skills(state.current.variables).min() >= 0.7
+    assert skills(state.current.variables)[0] > 0.8
+    assert (
+        skills(state.champion.variables).min() >= 0.6
+    )  # what is proven on decide keeps it, to within what decide can tell
     for before, d in itertools.pairwise(decisions):
         assert int(d.ruling) == (0 if before.risks[0] < prioritise.AT_RISK else -1)
 
@@ -112,7 +116,7 @@ def test_no_promotion_breaks_a_goal_that_the_champion_meets():
     met = False
     for _ in range(40):
         state, _ = step(POOLS, state, np.int32(2**30))
-        now = bool((state.champion_goals.metric >= 0.7 - 1e-6).all())
+        now = bool((state.champion.goals.metric >= 0.7 - 1e-6).all())
         assert now or not met
         met = now
     assert met
@@ -121,10 +125,12 @@ def test_no_promotion_breaks_a_goal_that_the_champion_meets():
 def test_a_broken_goal_promotes_by_a_proof_of_its_own():
     state, decisions = run(WORST, skill=(0.9, 0.1))
     first = next(d for d in decisions if d.verdict == PROMOTE)
-    assert first.tested_for == 0
-    assert first.p_value <= first.alpha
-    assert first.wins + first.losses <= (np.asarray(POOLS.decide.targets) == 1).sum()  # of the worst class alone
-    assert skills(state.champion)[1] > 0.5
+    assert first.promotion.goal == 0
+    assert first.promotion.p_value <= first.promotion.alpha
+    assert (
+        first.promotion.wins + first.promotion.losses <= (np.asarray(POOLS.decide.targets) == 1).sum()
+    )  # of the worst class alone
+    assert skills(state.champion.variables)[1] > 0.5
 
 
 def test_a_run_ends_once_decide_proves_its_goals():
@@ -133,7 +139,7 @@ def test_a_run_ends_once_decide_proves_its_goals():
     assert bool(state.closed)
     assert len(decisions) < 40
     assert decisions[-1].steps.sum() == 0
-    assert not decisions[-1].tested  # that answer of decide leaves no budget for a test
+    assert not decisions[-1].promotion.tested  # that answer of decide leaves no budget for a test
     never = run((goal("worst_class_accuracy", 0.999),), stop_level=0.05)[0]
     assert not bool(never.met)
 
@@ -143,7 +149,7 @@ def test_a_run_that_ends_asks_decide_once_more(goal_, met):
     """0.8 on assess is less than three standard errors above any of these goals, so decide was not asked before."""
     state, _ = run((goal("accuracy", goal_),), skill=(0.8, 0.8), iterations=1, stop_level=0.2)
     assert bool(state.closed) and bool(state.met) == met
-    assert int(state.met_cost) == 0
+    assert int(state.clock.met_cost) == 0
 
 
 @pytest.mark.parametrize(("skill", "joins"), [(0.6, True), (0.79, True), (0.9, False)])
@@ -153,9 +159,8 @@ def test_where_a_search_is_in_doubt_another_arm_challenges(skill, joins, patienc
     config = EV3(batch_size=1, length=1, max_length=1, exploration=0.0, patience=patience)
     arms = (ARMS[0], ARMS[1]._replace(races=False))
     begin, step = compiled((goal("accuracy", 0.8),), config=config, arms=arms)
-    state = begin(jnp.full(2, skill, jnp.float32))._replace(
-        cost=jnp.int32(30)
-    )  # of 100: late enough for all to challenge
+    state = begin(jnp.full(2, skill, jnp.float32))
+    state = state._replace(clock=state.clock._replace(cost=jnp.int32(30)))  # of 100: late enough for all to challenge
     _, decision = step(POOLS, state, np.int32(100))
     np.testing.assert_array_equal(decision.steps, [1, int(joins and patience > 0)])
 
@@ -216,13 +221,13 @@ def test_falling_shorter(one, other, want):
 
 def test_bets_by_hand():
     """A candidate one better on each of n examples: every bet b grows to (1 + b)^n."""
-    wins, losses, p_value = adapt.betting(jnp.ones(20), jnp.zeros(20))
-    capital = np.mean([(1 + bet) ** 20 for bet in adapt.BETS])
+    wins, losses, p_value = paired_tests.betting(jnp.ones(20), jnp.zeros(20))
+    capital = np.mean([(1 + bet) ** 20 for bet in paired_tests.BETS])
     assert (int(wins), int(losses)) == (20, 0)
     assert float(p_value) == pytest.approx(1 / capital, rel=1e-3)
-    assert float(adapt.betting(jnp.zeros(20), jnp.ones(20))[2]) == 1
-    assert float(adapt.betting(jnp.ones(20), jnp.ones(20))[2]) == 1
-    assert float(adapt.betting(jnp.full(20, jnp.nan), jnp.zeros(20))[2]) == 1
+    assert float(paired_tests.betting(jnp.zeros(20), jnp.ones(20))[2]) == 1
+    assert float(paired_tests.betting(jnp.ones(20), jnp.ones(20))[2]) == 1
+    assert float(paired_tests.betting(jnp.full(20, jnp.nan), jnp.zeros(20))[2]) == 1
 
 
 def test_bets_are_sound_and_find_what_is_there():
@@ -230,7 +235,7 @@ def test_bets_are_sound_and_find_what_is_there():
     rng = np.random.default_rng(0)
     champion = rng.beta(4, 1, (4000, 300)).astype(np.float32)
     noise = rng.normal(0, 0.05, champion.shape).astype(np.float32)
-    p_values = jax.jit(jax.vmap(lambda a, b: adapt.betting(a, b)[2]))
+    p_values = jax.jit(jax.vmap(lambda a, b: paired_tests.betting(a, b)[2]))
     null = np.asarray(p_values(jnp.asarray(champion + noise), jnp.asarray(champion)))
     better = np.asarray(p_values(jnp.asarray(champion + noise + 0.04), jnp.asarray(champion)))
     assert (null <= 0.05).mean() <= 0.05

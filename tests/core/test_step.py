@@ -19,6 +19,7 @@ from random_walks import (
     finite,
     ladder,
     make_split,
+    replaced,
     row,
     rows,
     sample,
@@ -51,7 +52,7 @@ def test_a_batch_and_its_key_are_a_function_of_the_global_step_alone():
 
 def test_all_arms_see_the_same_batches_and_keys():
     steps = [8, 4, 0, 8]
-    made = explored(begin((1, 2, 1, 1))._replace(position=jnp.int32(5)), jnp.array(steps))
+    made = explored(replaced(begin((1, 2, 1, 1)), clock={"position": jnp.int32(5)}), jnp.array(steps))
     draw = explore.draw_from(POOLS.explore, sample, RUN_KEY)
     want = jnp.array([draw(i)[0].index for i in range(5, 13)])
     keys = jnp.array([jax.random.key_data(draw(i)[1]) for i in range(5, 13)])
@@ -67,8 +68,8 @@ def test_no_global_step_is_seen_twice_while_a_run_goes_on():
     position = 0
     for state, decision in zip(states, decisions, strict=True):
         position += int(decision.steps.max())
-        assert (int(state.position), int(decision.position)) == (position, position)
-    log = np.asarray(states[-1].arm_states[0].log)
+        assert (int(state.clock.position), int(decision.position)) == (position, position)
+    log = np.asarray(states[-1].arms.states[0].log)
     draw = explore.draw_from(POOLS.explore, sample, RUN_KEY)
     np.testing.assert_array_equal(log[:position], [draw(i)[0].index for i in range(position)])
     assert (log[position:] == -1).all()
@@ -93,23 +94,23 @@ def test_a_rejected_proposal_leaves_no_trace(speeds):
     for i, (state, decision) in enumerate(zip(states, decisions, strict=True)):
         assert decision.verdict == KEEP
         assert_same(untouched(state), untouched(start))
-        assert (int(state.stale), int(state.iteration)) == (i + 1, i + 1)
+        assert (int(state.clock.stale), int(state.clock.iteration)) == (i + 1, i + 1)
         assert finite(state)
 
 
 def test_an_adopted_proposal_carries_its_own_state_and_the_others_start_afresh():
     start = begin((1, 3, 2, 0))
     (first, second), decisions = steps_from(start, [MANY, MANY])
-    assert (int(decisions[0].selected), int(first.current_arm), int(first.leader)) == (1, 1, 1)
+    assert (int(decisions[0].selected), int(first.current.arm), int(first.arms.leader)) == (1, 1, 1)
     made = explored(start, decisions[0].steps)
-    assert_same(first.arm_states[1], made.arm_states[1])
-    assert_same(first.current, row(made.variables, 1))
+    assert_same(first.arms.states[1], made.arm_states[1])
+    assert_same(first.current.variables, row(made.variables, 1))
     for i in (0, 2, 3):
-        assert_same(first.arm_states[i], WALKERS[i].init(first.current))
-    np.testing.assert_array_equal(first.arm_wins, [0, 1, 0, 0])
-    assert int(second.arm_states[1].age) == 4  # the winner goes on ...
+        assert_same(first.arms.states[i], WALKERS[i].init(first.current.variables))
+    np.testing.assert_array_equal(first.arms.wins, [0, 1, 0, 0])
+    assert int(second.arms.states[1].age) == 4  # the winner goes on ...
     assert t_of(second) == 8 + 3 * 4
-    assert (second.arm_states[1].log[:4] >= 0).all()  # ... with all that it remembers
+    assert (second.arms.states[1].log[:4] >= 0).all()  # ... with all that it remembers
 
 
 def test_an_average_that_wins_has_no_arm_s_own_state():
@@ -118,39 +119,41 @@ def test_an_average_that_wins_has_no_arm_s_own_state():
     start = begin((-4, 20, -4, 20), pools)
     (state,), (decision,) = steps_from(start, [MANY], pools)
     assert decision.selected == 4
-    assert (int(state.current_arm), t_of(state)) == (4, 24)
-    for i, arm_state in enumerate(state.arm_states):
-        assert_same(arm_state, WALKERS[i].init(state.current))
-    np.testing.assert_array_equal(state.arm_wins, [0, 0, 0, 0])
-    assert int(state.leader) == int(start.leader)
+    assert (int(state.current.arm), t_of(state)) == (4, 24)
+    for i, arm_state in enumerate(state.arms.states):
+        assert_same(arm_state, WALKERS[i].init(state.current.variables))
+    np.testing.assert_array_equal(state.arms.wins, [0, 0, 0, 0])
+    assert int(state.arms.leader) == int(start.arms.leader)
 
 
 def test_two_adopted_iterations_are_one_uninterrupted_trajectory():
     """The same compiled step makes 2 x 6 steps and 1 x 12: the students and all optimizer states agree bit by bit."""
     start = begin_good(LEARNABLE)
     half, one = step_good(LEARNABLE, start, np.int32(MANY))
-    whole, other = step_good(LEARNABLE, half._replace(length=jnp.float32(LENGTH)), np.int32(MANY))
-    uninterrupted, third = step_good(LEARNABLE, start._replace(length=jnp.float32(2 * LENGTH)), np.int32(MANY))
+    whole, other = step_good(LEARNABLE, replaced(half, arms={"length": jnp.float32(LENGTH)}), np.int32(MANY))
+    uninterrupted, third = step_good(
+        LEARNABLE, replaced(start, arms={"length": jnp.float32(2 * LENGTH)}), np.int32(MANY)
+    )
     for decision in (one, other, third):
         assert int(decision.verdict) in (ADOPT, PROMOTE)
     assert [int(d.steps[0]) for d in (one, other, third)] == [LENGTH, LENGTH, 2 * LENGTH]
-    assert_same(whole.current, uninterrupted.current)
-    assert_same(whole.arm_states, uninterrupted.arm_states)
-    assert_same(whole.current_evidence, uninterrupted.current_evidence)
+    assert_same(whole.current.variables, uninterrupted.current.variables)
+    assert_same(whole.arms.states, uninterrupted.arms.states)
+    assert_same(whole.current.evidence, uninterrupted.current.evidence)
 
 
 def test_a_rejected_trajectory_does_not_reach_the_next_one():
     """An iteration that assess rejects, then one that it adopts: the arm's state is then that of its own steps alone."""
     start = begin_good(LEARNABLE)
-    perfect, poor = (jax.tree.map(lambda leaf, x=x: jnp.full_like(leaf, x), start.current_evidence) for x in (1, 0))
-    kept, decision = step_good(LEARNABLE, start._replace(current_evidence=perfect), np.int32(MANY))
+    perfect, poor = (jax.tree.map(lambda leaf, x=x: jnp.full_like(leaf, x), start.current.evidence) for x in (1, 0))
+    kept, decision = step_good(LEARNABLE, replaced(start, current={"evidence": perfect}), np.int32(MANY))
     assert int(decision.verdict) == KEEP
-    again = kept._replace(current_evidence=poor, length=jnp.float32(LENGTH))
+    again = replaced(kept, current={"evidence": poor}, arms={"length": jnp.float32(LENGTH)})
     after, decision = step_good(LEARNABLE, again, np.int32(MANY))
     assert int(decision.verdict) in (ADOPT, PROMOTE)
-    assert int(after.arm_states[0].age) == LENGTH
-    fresh, _ = step_good(LEARNABLE, again._replace(arm_states=start.arm_states), np.int32(MANY))
-    assert_same((after.arm_states, after.current), (fresh.arm_states, fresh.current))
+    assert int(after.arms.states[0].age) == LENGTH
+    fresh, _ = step_good(LEARNABLE, replaced(again, arms={"states": start.arms.states}), np.int32(MANY))
+    assert_same((after.arms.states, after.current.variables), (fresh.arms.states, fresh.current.variables))
 
 
 # Ties.
@@ -160,12 +163,12 @@ def test_a_tie_on_assess_keeps_the_incumbent():
     states, decisions = steps_from(begin((0, 0, 0, 0)), [MANY, MANY])
     assert [d.verdict for d in decisions] == [KEEP, KEEP]
     assert [float(d.gain) for d in decisions] == [0, 0]
-    assert int(states[-1].arm_wins.sum()) == 0
+    assert int(states[-1].arms.wins.sum()) == 0
 
 
 @pytest.mark.parametrize("leader", [0, 1, 3])
 def test_a_tie_among_proposals_goes_to_the_leader(leader):
-    start = begin((1, 1, 1, 1))._replace(leader=jnp.int32(leader))  # their average ties too
+    start = replaced(begin((1, 1, 1, 1)), arms={"leader": jnp.int32(leader)})  # their average ties too
     _, (decision,) = steps_from(start, [MANY])
     assert decision.selected == leader
     assert len(set(decision.scores.tolist())) == 1
@@ -184,15 +187,15 @@ def test_a_tie_on_decide_keeps_the_champion(decide, counts):
     pools = POOLS._replace(decide=decide)
     start = begin((8,), pools)
     states, decisions = steps_from(start, [MANY, 0], pools)
-    assert any(d.tested for d in decisions)
+    assert any(d.promotion.tested for d in decisions)
     for state, decision in zip(states, decisions, strict=True):
         assert decision.verdict in (KEEP, ADOPT)
         assert decision.promoted_arm == -1
-        if decision.tested:
-            assert (decision.wins, decision.losses) == counts
-            assert decision.p_value > decision.alpha
+        if decision.promotion.tested:
+            assert (decision.promotion.wins, decision.promotion.losses) == counts
+            assert decision.promotion.p_value > decision.promotion.alpha
         assert_same(state.champion, start.champion)
-        assert_same(state.champion_decide, start.champion_decide)
+        assert_same(state.champion.decide, start.champion.decide)
         assert int(state.budget.promotions) == 0
     assert t_of(states[-1]) == 24  # exploration did move
 
@@ -202,18 +205,18 @@ def test_a_tie_on_decide_keeps_the_champion(decide, counts):
 
 def test_a_promotion_is_proved_on_decide():
     (state,), (decision,) = steps_from(begin((8, 1, 0, 0)), [MANY])
-    assert (decision.verdict, decision.promoted_arm, decision.tested) == (PROMOTE, 0, True)
-    assert (decision.wins, decision.losses, decision.decide_n) == (16, 0, N)
-    assert decision.p_value == pytest.approx(2**-16, rel=1e-4)
-    assert_same(state.champion, state.current)
-    assert_same(state.champion_evidence, state.current_evidence)
-    np.testing.assert_array_equal(state.champion_decide, (np.arange(N) < 24).astype(np.float32))
-    assert decision.champion_accuracy == pytest.approx(24 / N)
-    np.testing.assert_array_equal(state.arm_promotions, [1, 0, 0, 0])
+    assert (decision.verdict, decision.promoted_arm, decision.promotion.tested) == (PROMOTE, 0, True)
+    assert (decision.promotion.wins, decision.promotion.losses, decision.promotion.n) == (16, 0, N)
+    assert decision.promotion.p_value == pytest.approx(2**-16, rel=1e-4)
+    assert_same(state.champion.variables, state.current.variables)
+    assert_same(state.champion.evidence, state.current.evidence)
+    np.testing.assert_array_equal(state.champion.decide, (np.arange(N) < 24).astype(np.float32))
+    assert decision.champion_score == pytest.approx(24 / N)
+    np.testing.assert_array_equal(state.arms.promotions, [1, 0, 0, 0])
     assert (int(state.budget.tests), int(state.budget.promotions)) == (1, 1)
-    assert decision.alpha == pytest.approx(adapt.SHARE * CONFIG.delta)
+    assert decision.promotion.alpha == pytest.approx(adapt.SHARE * CONFIG.delta)
     assert float(state.budget.left) == pytest.approx(adapt.SHARE * CONFIG.delta)
-    assert int(state.tested_cost) == int(state.cost)
+    assert int(state.clock.tested_cost) == int(state.clock.cost)
 
 
 def test_assess_alone_promotes_nobody():
@@ -221,17 +224,14 @@ def test_assess_alone_promotes_nobody():
     pools = POOLS._replace(decide=make_split(np.arange(N) + 0.5, np.ones(N)))
     start = begin((8,), pools)
     states, decisions = steps_from(start, [MANY, MANY, MANY, 0], pools)
-    assert any(d.tested and d.losses > d.wins for d in decisions)
+    assert any(d.promotion.tested and d.promotion.losses > d.promotion.wins for d in decisions)
     assert all(d.promoted_arm == -1 for d in decisions)
     assert_same(states[-1].champion, start.champion)
 
 
 def fallen(t, speeds):
     """Exploration stands at t, the champion at 40."""
-    high = begin(speeds, t=40)
-    return begin(speeds, t=t)._replace(
-        champion=high.champion, champion_evidence=high.champion_evidence, champion_decide=high.champion_decide
-    )
+    return begin(speeds, t=t)._replace(champion=begin(speeds, t=40).champion)
 
 
 @pytest.mark.parametrize("speeds", [(0,), (1, 2, 0, -1)], ids=["kept", "adopted"])
@@ -239,14 +239,14 @@ def test_a_student_shown_worse_than_the_champion_is_rolled_back(speeds):
     start = fallen(24, speeds)
     (state,), (decision,) = steps_from(start, [MANY])
     assert decision.verdict == ROLL_BACK
-    assert_same(state.current, start.champion)
+    assert_same(state.current.variables, start.champion.variables)
     assert_same(state.champion, start.champion)
-    assert_same(state.current_evidence, start.champion_evidence)
-    assert_same(state.champion_evidence, start.champion_evidence)
-    assert_same(state.champion_decide, start.champion_decide)
-    assert_same(state.arm_states, tuple(arm.init(start.champion) for arm in WALKERS[: len(speeds)]))
-    assert (int(state.current_arm), int(state.stale), int(state.budget.tests)) == (-1, 0, 0)
-    assert decision.current_accuracy == pytest.approx(40 / N)
+    assert_same(state.current.evidence, start.champion.evidence)
+    assert_same(state.champion.evidence, start.champion.evidence)
+    assert_same(state.champion.decide, start.champion.decide)
+    assert_same(state.arms.states, tuple(arm.init(start.champion.variables) for arm in WALKERS[: len(speeds)]))
+    assert (int(state.current.arm), int(state.clock.stale), int(state.budget.tests)) == (-1, 0, 0)
+    assert decision.current_score == pytest.approx(40 / N)
     (again,), (decision,) = steps_from(state, [MANY])
     assert t_of(again) == 40 + 2 * max(speeds)  # exploration goes on from the champion
 
@@ -268,19 +268,21 @@ def test_the_ledger_adds_up():
         verdict = int(d.verdict)
         spent += int(d.steps.sum())
         promoted += verdict == PROMOTE
-        assert int(state.cost) == int(d.cost) == int(state.arm_cost.sum()) == spent
-        assert int(state.position) == int(before.position) + int(d.steps.max())
-        assert int(state.budget.promotions) == promoted == int(state.arm_promotions.sum())
-        assert int(state.budget.tests) - int(before.budget.tests) == int(d.tested)
-        assert (verdict == PROMOTE) == (d.promoted_arm >= 0) == differ(state.champion, before.champion)
+        assert int(state.clock.cost) == int(d.cost) == int(state.arms.cost.sum()) == spent
+        assert int(state.clock.position) == int(before.clock.position) + int(d.steps.max())
+        assert int(state.budget.promotions) == promoted == int(state.arms.promotions.sum())
+        assert int(state.budget.tests) - int(before.budget.tests) == int(d.promotion.tested)
+        assert (
+            (verdict == PROMOTE) == (d.promoted_arm >= 0) == differ(state.champion.variables, before.champion.variables)
+        )
         if verdict == PROMOTE:
-            assert d.tested
-            assert d.p_value <= d.alpha
+            assert d.promotion.tested
+            assert d.promotion.p_value <= d.promotion.alpha
         if verdict == KEEP:
             assert_same(untouched(state), untouched(before))
-        if verdict in (ADOPT, PROMOTE) and differ(state.current, before.current):
+        if verdict in (ADOPT, PROMOTE) and differ(state.current.variables, before.current.variables):
             assert float(d.gain) > 0
-        assert float(d.alpha) <= float(before.budget.left) <= CONFIG.delta * (1 + 1e-6)
+        assert float(d.promotion.alpha) <= float(before.budget.left) <= CONFIG.delta * (1 + 1e-6)
         before = state
     assert promoted >= 1
     assert spent == 50
@@ -289,5 +291,5 @@ def test_the_ledger_adds_up():
 def test_a_limit_already_passed_closes_the_run():
     (state,), _ = steps_from(begin((1,)), [MANY])
     (closed,), (decision,) = steps_from(state, [-1])
-    assert (int(decision.steps.sum()), int(closed.cost), bool(closed.closed)) == (0, int(state.cost), True)
+    assert (int(decision.steps.sum()), int(closed.clock.cost), bool(closed.closed)) == (0, int(state.clock.cost), True)
     assert_same(closed.current, state.current)

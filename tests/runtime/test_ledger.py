@@ -10,12 +10,13 @@ from scipy.stats import binomtest
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.ledger import Ledger, row_of, rows
 from ev3_distill.tasks.classification.steering import goal
-from ev3_distill.types import ADOPT, KEEP, PROMOTE, ROLL_BACK, Decision
+from ev3_distill.tasks.classification.task import ACCURACY
+from ev3_distill.types import ADOPT, KEEP, PROMOTE, ROLL_BACK, Decision, PromotionTest
 
 ARMS = ("ce", "kd")
 
 
-def decision(*, tuned=({}, {}), **changes):
+def decision(*, tuned=({}, {}), test_changes=None, **changes):
     """Arm kd's proposal met the champion on 100 examples, 12 to 3, and was promoted."""
     fields = {
         "iteration": 4,
@@ -27,35 +28,31 @@ def decision(*, tuned=({}, {}), **changes):
         "discarded": 0,
         "gain": 0.25,
         "gain_se": 0.125,
-        "tested": True,
-        "wins": 12,
-        "losses": 3,
-        "decide_n": 100,
-        "alpha": 0.0625,
-        "p_value": 0.0176,
         "verdict": PROMOTE,
         "promoted_arm": 1,
-        "champion_accuracy": 0.5,
-        "current_accuracy": 0.75,
+        "champion_score": 0.5,
+        "current_score": 0.75,
         "length": 50.0,
         "ruling": -1,
         "risks": jnp.zeros(0),
-        "tested_for": -1,
-        "kept": False,
     }
-    untold = dict.fromkeys(Decision._fields, 0)  # what no row tells
-    told = {name: jnp.asarray(value) for name, value in (untold | fields | changes).items()}
-    return Decision(**{**told, "tuned": tuned})
+    test = {"tested": True, "goal": -1, "wins": 12, "losses": 3, "n": 100, "alpha": 0.0625, "p_value": 0.0176}
+    test = PromotionTest(**{**test, "promoted": True, "blocked": False, **(test_changes or {})})
+    unused = dict.fromkeys(Decision._fields, 0)
+    arrays = {name: jnp.asarray(value) for name, value in (unused | fields | changes).items()}
+    return Decision(**{**arrays, "tuned": tuned, "promotion": test})
 
 
 def test_a_row_tells_what_arms_tuned():
     tuned = ({}, {"temperature": jnp.float32(2.5), "mix": jnp.array([0.75, 0.25])})
-    assert row_of(decision(tuned=tuned), ARMS, wall_s=0)["tuned"] == {"kd": {"temperature": 2.5, "mix": [0.75, 0.25]}}
-    assert "tuned" not in row_of(decision(), ARMS, wall_s=0)
+    assert row_of(decision(tuned=tuned), ARMS, ACCURACY, wall_s=0)["tuned"] == {
+        "kd": {"temperature": 2.5, "mix": [0.75, 0.25]}
+    }
+    assert "tuned" not in row_of(decision(), ARMS, ACCURACY, wall_s=0)
 
 
 def test_row_by_hand():
-    row = row_of(decision(), ARMS, wall_s=1.23456)
+    row = row_of(decision(), ARMS, ACCURACY, wall_s=1.23456)
     test = row.pop("test")
     assert row == {
         "iteration": 4,
@@ -87,22 +84,24 @@ def test_row_by_hand():
 
 def test_a_row_tells_which_objective_ruled():
     goals = [goal("worst_class_accuracy", 0.7), goal("ece", 0.02)]
-    ruled = decision(ruling=0, tested_for=1, risks=jnp.array([-1.5, jnp.inf]), kept=True)
-    row = row_of(ruled, ARMS, goals, wall_s=0)
+    ruled = decision(ruling=0, risks=jnp.array([-1.5, jnp.inf]), test_changes={"goal": 1, "blocked": True})
+    row = row_of(ruled, ARMS, ACCURACY, goals, wall_s=0)
     assert (row["objective"], row["risks"]) == ("worst_class_accuracy", {"worst_class_accuracy": -1.5, "ece": None})
     assert (row["test"]["objective"], row["test"]["kept"], row["test"]["bound"]) == ("ece", True, None)
 
 
 def test_verdicts_and_who_they_name():
-    average = row_of(decision(selected=2, promoted_arm=2, verdict=PROMOTE), ARMS, wall_s=0)
+    average = row_of(decision(selected=2, promoted_arm=2, verdict=PROMOTE), ARMS, ACCURACY, wall_s=0)
     assert (average["selected"], average["arm"]) == ("average", "average")
     # A promotion names who made the champion, though the proposal selected in this very iteration was another's.
-    late = row_of(decision(selected=0, promoted_arm=1), ARMS, wall_s=0)
+    late = row_of(decision(selected=0, promoted_arm=1), ARMS, ACCURACY, wall_s=0)
     assert (late["selected"], late["arm"]) == ("ce", "kd")
     for verdict, name in ((KEEP, "keep"), (ADOPT, "adopt"), (ROLL_BACK, "roll back")):
-        row = row_of(decision(verdict=verdict, promoted_arm=-1, tested=False), ARMS, wall_s=0)
+        row = row_of(
+            decision(verdict=verdict, promoted_arm=-1, test_changes={"tested": False}), ARMS, ACCURACY, wall_s=0
+        )
         assert (row["verdict"], row["arm"], row["test"]) == (name, "kd", None)
-    none = row_of(decision(selected=-1, verdict=KEEP, promoted_arm=-1, discarded=2), ARMS, wall_s=0)
+    none = row_of(decision(selected=-1, verdict=KEEP, promoted_arm=-1, discarded=2), ARMS, ACCURACY, wall_s=0)
     assert (none["selected"], none["arm"], none["gain"], none["discarded"]) == (None, None, None, 2)
 
 
@@ -111,7 +110,7 @@ def test_the_bound_is_positive_just_where_the_test_promotes(wins, losses):
     alpha = 0.0287  # beside the p-value 0.0287 of 11 to 3
     p_value = binomtest(wins, wins + losses, alternative="greater").pvalue if wins + losses else 1.0
     changes = {"wins": wins, "losses": losses, "alpha": alpha, "p_value": p_value}
-    test = row_of(decision(**changes), ARMS, wall_s=0)["test"]
+    test = row_of(decision(test_changes=changes), ARMS, ACCURACY, wall_s=0)["test"]
     assert (test["bound"] > 0) == (p_value <= np.float32(alpha))
     assert test["bound"] <= test["gain"]
 

@@ -99,7 +99,7 @@ def test_a_broken_student_meets_nothing(metric):
         mean = float(one.score(broken, split).mean())
         sound = float(one.score(logits, split).mean())
         assert np.isnan(mean) or mean <= sound + 1e-6 or metric == "ece"  # one example less may be calibrated better
-    assert not float(goal(metric, 0.3).refuted(jnp.full_like(logits, jnp.nan), split)) <= 0.05
+    assert not float(goal(metric, 0.3).p_value(jnp.full_like(logits, jnp.nan), split)) <= 0.05
 
 
 def test_the_focus_is_the_worst_class():
@@ -109,7 +109,7 @@ def test_the_focus_is_the_worst_class():
     worst = min(range(K), key=lambda k: hits[labels == k].mean())
     one = goal("worst_class_accuracy", 0.5)
     assert int(one.focus(logits, split)) == worst
-    np.testing.assert_array_equal(one.compared(logits, split, jnp.int32(worst)), hits * (labels == worst))
+    np.testing.assert_array_equal(one.comparison(logits, split, jnp.int32(worst)), hits * (labels == worst))
 
 
 def test_a_class_that_is_absent_is_no_class():
@@ -125,7 +125,7 @@ def test_a_class_that_is_absent_is_no_class():
 def test_shares_are_refuted_by_the_exact_binomial_test(least):
     logits, split = made()
     hits = np.asarray(example_scores.accuracy(logits, split))
-    p_value = float(goal("accuracy", least).refuted(logits, split))
+    p_value = float(goal("accuracy", least).p_value(logits, split))
     assert p_value == pytest.approx(stats.binom.sf(hits.sum() - 1, len(hits), least), rel=1e-3, abs=1e-6)
 
 
@@ -133,7 +133,7 @@ def test_the_worst_class_is_refuted_by_the_hardest_of_its_tests():
     logits, split = made()
     hits, labels = np.asarray(example_scores.accuracy(logits, split)), np.asarray(split.targets)
     tests = [stats.binom.sf(hits[labels == k].sum() - 1, (labels == k).sum(), 0.4) for k in range(K)]
-    assert float(goal("worst_class_accuracy", 0.4).refuted(logits, split)) == pytest.approx(max(tests), rel=1e-3)
+    assert float(goal("worst_class_accuracy", 0.4).p_value(logits, split)) == pytest.approx(max(tests), rel=1e-3)
 
 
 @pytest.mark.parametrize("metric", STEERING)
@@ -141,8 +141,8 @@ def test_a_goal_that_is_far_off_is_refuted_and_one_beyond_reach_is_not(metric):
     logits, split = made(n=2000, sharpness=2.0)
     value = reference(metric, logits, split)
     easy, hard = (value - 0.15, value + 0.15) if metric not in LOWER_IS_BETTER else (value + 0.15, value - 0.15)
-    assert float(goal(metric, easy).refuted(logits, split)) < 0.05
-    assert float(goal(metric, hard).refuted(logits, split)) > 0.5
+    assert float(goal(metric, easy).p_value(logits, split)) < 0.05
+    assert float(goal(metric, hard).p_value(logits, split)) > 0.5
 
 
 def test_top_of_one_is_accuracy():
@@ -168,7 +168,7 @@ def test_the_worst_group():
     assert float(one.score(logits, of_groups).mean()) == pytest.approx(min(shares.values()), abs=1e-5)
     assert shares[int(one.focus(logits, of_groups))] == pytest.approx(min(shares.values()))
     tests = [stats.binom.sf(hits[groups == g].sum() - 1, (groups == g).sum(), 0.5) for g in shares]
-    assert float(one.refuted(logits, of_groups)) == pytest.approx(max(tests), rel=1e-3)
+    assert float(one.p_value(logits, of_groups)) == pytest.approx(max(tests), rel=1e-3)
     with pytest.raises(ValueError, match="the split has none: give the data a column `groups`"):
         one.score(logits, split)
 
@@ -179,8 +179,8 @@ def test_the_mean_cost():
     one = goal("cost", 1.5, costs=costs)
     paid = costs[np.asarray(split.targets), np.asarray(logits).argmax(1)]
     np.testing.assert_allclose(one.score(logits, split), -paid, rtol=1e-5)
-    assert one.least == -1.5
-    compared = np.asarray(one.compared(logits, split, jnp.int32(0)))
+    assert one.threshold == -1.5
+    compared = np.asarray(one.comparison(logits, split, jnp.int32(0)))
     np.testing.assert_allclose(compared, 1 - (paid - costs.min()) / np.ptp(costs), atol=1e-5)
     certain = goal("cost", 1.5, costs=costs).smooth(1e6 * logits, split)
     np.testing.assert_allclose(certain, -paid, rtol=1e-3)

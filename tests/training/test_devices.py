@@ -45,18 +45,18 @@ def run(devices, name="conv4:width=2", supplied=False, population=False):
     )
     if population:
         adam, evolving = optax.adam(0.05), EvolutionConfig(pairs=8, sigma=0.1)
-        es = evolution_arm("es", network.apply, objectives.accuracy, adam, evolving, mesh=devices.of_steps)
+        es = evolution_arm("es", network.apply, objectives.accuracy, adam, evolving, mesh=devices.step_mesh)
         arms = (arms[1], es)
     made = Distillation(network, arms, config=config, devices=devices)
     supply = (lambda first, last: iter([(pools.explore, first, last)])) if supplied else None
     state = made.begin(pools, 0)
     told = []
-    for packed, decisions in made.stream(pools, state, budget=36, supply=supply, at_once=2):
+    for packed, decisions in made.loop(pools, state, budget=36, pipeline=supply, at_once=2):
         told += [[int(d.cost), int(d.selected), d.steps.tolist()] for d in decisions]
-    state = made.stream.unpack(packed)
-    which, delivered = made.judge.delivered(pools, state)
-    accuracy = float(made.judge.evaluate(delivered, pools.assess).promise.mean())
-    flat = jax.flatten_util.ravel_pytree((state.current, state.champion, state.arm_states))[0]
+    state = made.loop.unflatten(packed)
+    which, delivered = made.evaluator.select(pools, state)
+    accuracy = float(made.evaluator.evaluate(delivered, pools.assess).promise.mean())
+    flat = jax.flatten_util.ravel_pytree((state.current.variables, state.champion.variables, state.arms.states))[0]
     text = "" if supplied else made.programs.text("several")
     return dict(state=np.asarray(flat, np.float64).tolist(), told=told, accuracy=accuracy, text=text)
 
@@ -160,8 +160,8 @@ def test_a_population_in_parts_is_the_same(runs):
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"count": 9}, "of the 1 that are there; got 9"),
-        ({"count": 0}, "of the 1 that are there; got 0"),
+        ({"count": 9}, "between 1 and 1 devices, the number available; got 9"),
+        ({"count": 0}, "between 1 and 1 devices, the number available; got 0"),
         ({"spread": "both"}, "is batch or arms; got 'both'"),
     ],
 )
@@ -172,4 +172,4 @@ def test_devices_that_are_not_there_are_told(asked, told):
 
 def test_one_device_is_nothing_special():
     network = object()
-    assert ONE.network(network) is network and ONE.place(network) is network and ONE.taken(network) is network
+    assert ONE.network(network) is network and ONE.place(network) is network and ONE.gather(network) is network

@@ -82,10 +82,10 @@ def test_an_interrupted_augmented_run_goes_on_bit_by_bit(images, cli, here, monk
     assert cli("compress", *options, "--out", "whole").code == 0
     row_of = run_dir.row_of
 
-    def interrupted(decision, arms, goals, **rest):
+    def interrupted(decision, *facts, **rest):
         if int(decision.iteration) == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        return row_of(decision, arms, goals, **rest)
+        return row_of(decision, *facts, **rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(run_dir, "row_of", interrupted)

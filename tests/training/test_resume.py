@@ -120,10 +120,10 @@ def test_interrupt_saves_what_the_ledger_has(monkeypatch, cli, here, random_logi
     assert cli("compress", *options, "--out", "whole").code == 0
     row_of = run_dir.row_of
 
-    def interrupted(decision, arms, goals, **rest):
+    def interrupted(decision, *facts, **rest):
         if int(decision.iteration) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return row_of(decision, arms, goals, **rest)
+        return row_of(decision, *facts, **rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(run_dir, "row_of", interrupted)

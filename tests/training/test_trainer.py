@@ -81,9 +81,9 @@ def assert_same(a, b):
 def test_the_budget_is_spent_to_the_last_step(budget):
     outcome = finished(budget=budget)
     for state, decision in outcome:
-        assert int(state.cost) == int(decision.cost) <= budget
+        assert int(state.clock.cost) == int(decision.cost) <= budget
     last, closing = outcome[-1]
-    assert int(last.cost) == budget
+    assert int(last.clock.cost) == budget
     assert [bool(state.closed) for state, _ in outcome] == [False] * (len(outcome) - 1) + [True]
     assert int(closing.steps.sum()) == 0  # the closing iteration trains nobody
     assert all(int(decision.steps.sum()) > 0 for _, decision in outcome[:-1])
@@ -93,7 +93,7 @@ def test_the_budget_is_spent_to_the_last_step(budget):
 
 def test_a_run_learns():
     start, (last, _) = RUN.begin(POOLS, SEED), finished()[-1]
-    assert float(last.champion_decide.mean()) > float(start.champion_decide.mean()) + 0.1
+    assert float(last.champion.decide.mean()) > float(start.champion.decide.mean()) + 0.1
     assert int(last.budget.promotions) >= 1
 
 
@@ -102,18 +102,26 @@ def test_the_ledger_is_consistent():
     for state, decision in finished():
         spent += int(decision.steps.sum())
         promoted += int(decision.verdict) == PROMOTE
-        assert int(state.iteration) == int(decision.iteration) == int(before.iteration) + 1
-        assert int(state.cost) == int(decision.cost) == int(state.arm_cost.sum()) == spent
-        assert int(state.position) == int(decision.position) == int(before.position) + int(decision.steps.max())
+        assert int(state.clock.iteration) == int(decision.iteration) == int(before.clock.iteration) + 1
+        assert int(state.clock.cost) == int(decision.cost) == int(state.arms.cost.sum()) == spent
+        assert (
+            int(state.clock.position)
+            == int(decision.position)
+            == int(before.clock.position) + int(decision.steps.max())
+        )
         assert int(state.budget.promotions) == promoted
-        assert int(state.arm_promotions.sum()) <= promoted  # the rest were averages
-        assert int(state.budget.tests) == int(before.budget.tests) + int(decision.tested)
-        assert float(decision.champion_accuracy) == pytest.approx(float(state.champion_decide.mean()))
-        assert CONFIG.length <= float(decision.length) == float(state.length) <= CONFIG.max_length
-        scores = RUN.judge.evaluate(state.champion, POOLS.decide).promise
-        np.testing.assert_array_equal(scores, state.champion_decide)  # what is written is true of the champion
-        assert_same(RUN.judge.evaluate(state.champion, POOLS.assess).promise, state.champion_evidence.promise)
-        assert_same(RUN.judge.evaluate(state.current, POOLS.assess).promise, state.current_evidence.promise)
+        assert int(state.arms.promotions.sum()) <= promoted  # the rest were averages
+        assert int(state.budget.tests) == int(before.budget.tests) + int(decision.promotion.tested)
+        assert float(decision.champion_score) == pytest.approx(float(state.champion.decide.mean()))
+        assert CONFIG.length <= float(decision.length) == float(state.arms.length) <= CONFIG.max_length
+        scores = RUN.evaluator.evaluate(state.champion.variables, POOLS.decide).promise
+        np.testing.assert_array_equal(scores, state.champion.decide)  # what is written is true of the champion
+        assert_same(
+            RUN.evaluator.evaluate(state.champion.variables, POOLS.assess).promise, state.champion.evidence.promise
+        )
+        assert_same(
+            RUN.evaluator.evaluate(state.current.variables, POOLS.assess).promise, state.current.evidence.promise
+        )
         before = state
 
 
@@ -137,17 +145,19 @@ def test_the_draw_that_learns_fastest_begins():
     begun, scores = [RUN.begin(POOLS, 1, draw=draw) for draw in range(5)], []
     for state in begun:
         after, decision = next(RUN.run(POOLS, state, budget=660))
-        scores.append((float(after.current_evidence.promise.mean()), float(after.current_evidence.select.mean())))
+        scores.append((float(after.current.evidence.promise.mean()), float(after.current.evidence.select.mean())))
     one = int(decision.cost)
     assert one == 6 and len(set(scores)) == 5  # mse 4 steps, ce 2
     best = begun[scores.index(max(scores))]
-    drawn = RUN.drawn(POOLS, 1, budget=660)
-    assert int(drawn.cost) == int(drawn.begun) == 5 * one <= 660 // 20 < 6 * one
-    assert_same(drawn._replace(cost=best.cost, begun=best.begun), best)
-    assert_same(RUN.drawn(POOLS, 1, budget=2 * 20 * CONFIG.length - 1), RUN.begin(POOLS, 1))  # none to compare with
-    assert int(RUN.drawn(POOLS, 1, budget=10**6).cost) == 8 * one
+    drawn = RUN.begin_best(POOLS, 1, budget=660)
+    assert int(drawn.clock.cost) == int(drawn.clock.start_cost) == 5 * one <= 660 // 20 < 6 * one
+    assert_same(drawn._replace(clock=best.clock), best)
+    assert_same(
+        RUN.begin_best(POOLS, 1, budget=2 * 20 * CONFIG.length - 1), RUN.begin(POOLS, 1)
+    )  # none to compare with
+    assert int(RUN.begin_best(POOLS, 1, budget=10**6).clock.cost) == 8 * one
     last, _ = list(RUN.run(POOLS, drawn, budget=660))[-1]
-    assert int(last.cost) == 660 == int(last.arm_cost.sum()) + 5 * one
+    assert int(last.clock.cost) == 660 == int(last.arms.cost.sum()) + 5 * one
 
 
 def test_a_network_that_normalises_is_drawn_once():
@@ -156,12 +166,12 @@ def test_a_network_that_normalises_is_drawn_once():
     explore, assess, decide = (split._replace(inputs=inputs) for split in (views(make_split(0, N)), *POOLS[1:3]))
     run = Distillation(network, arms_named(network.apply, ("ce",)), config=CONFIG)
     pools = Pools(Resident(explore, order(N, 0)), assess, decide)
-    assert int(run.drawn(pools, 0, budget=10**4).cost) == 0
+    assert int(run.begin_best(pools, 0, budget=10**4).clock.cost) == 0
 
 
 def test_seeds_make_runs():
     assert_same(RUN.begin(POOLS, 3), RUN.begin(POOLS, 3))
-    one, other = (jax.tree.leaves(RUN.begin(POOLS, seed).current.params) for seed in (3, 4))
+    one, other = (jax.tree.leaves(RUN.begin(POOLS, seed).current.variables.params) for seed in (3, 4))
     assert any((a != b).any() for a, b in zip(one, other, strict=True))
 
 
@@ -186,25 +196,28 @@ def test_nothing_is_compiled_while_a_run_goes_on(caplog):
 def test_wall_time_is_a_budget():
     (last, decision), *more = RUN.run(POOLS, RUN.begin(POOLS, 0), seconds=0.0)
     assert more == []
-    assert (int(last.cost), int(decision.steps.sum()), bool(last.closed)) == (0, 0, True)
+    assert (int(last.clock.cost), int(decision.steps.sum()), bool(last.closed)) == (0, 0, True)
     outcome = list(RUN.run(POOLS, RUN.begin(POOLS, 0), budget=40, seconds=600))
-    assert int(outcome[-1][0].cost) == 40  # whichever ends first
+    assert int(outcome[-1][0].clock.cost) == 40  # whichever ends first
 
 
 def test_what_is_delivered():
     state = finished()[-1][0]
-    assert RUN.judge.delivered(POOLS, state, "champion")[0] == "champion"
-    worse = state._replace(current=jax.tree.map(lambda leaf: -leaf, state.champion))
-    same = state._replace(current=state.champion)
+    assert RUN.evaluator.select(POOLS, state, "champion")[0] == "champion"
+    champion = state.champion.variables
+    worse, same = (
+        state._replace(current=state.current._replace(variables=variables))
+        for variables in (jax.tree.map(lambda leaf: -leaf, champion), champion)
+    )
     for current in (worse, same):  # a tie goes to the champion
-        name, variables = RUN.judge.delivered(POOLS, current)
+        name, variables = RUN.evaluator.select(POOLS, current)
         assert name == "champion"
-        assert_same(variables, state.champion)
-    humbled = worse._replace(champion_decide=jnp.zeros(N))
-    name, variables = RUN.judge.delivered(POOLS, humbled)
+        assert_same(variables, champion)
+    humbled = worse._replace(champion=state.champion._replace(decide=jnp.zeros(N)))
+    name, variables = RUN.evaluator.select(POOLS, humbled)
     assert name == "current"
-    assert_same(variables, worse.current)
-    assert RUN.judge.delivered(POOLS, humbled, "champion")[0] == "champion"
+    assert_same(variables, worse.current.variables)
+    assert RUN.evaluator.select(POOLS, humbled, "champion")[0] == "champion"
 
 
 class Own(nnx.Module):
@@ -224,7 +237,7 @@ def test_an_own_student_and_own_logits_take_a_few_lines():
     arms = [ev3.gradient_arm("own", student.apply, cross_entropy, optax.adam(0.01))]
     for state, decision in ev3.distill(student, pools, arms, budget=150, config=ev3.EV3(batch_size=64, length=25)):
         last, verdict = state, decision
-    logits, _ = student.apply(last.champion, test.inputs, train=False)
+    logits, _ = student.apply(last.champion.variables, test.inputs, train=False)
     assert bool(last.closed)
     assert int(verdict.cost) == 150
     assert float(example_scores.accuracy(logits, test).mean()) > 0.5

@@ -3,7 +3,7 @@
 Each `*_goal` function is named by a row of `tasks/metrics.py` and takes (query, threshold). A goal's scores are those of
 `example_scores.py` and `split_scores.py`.
 
-The tests that may end a run early (`refuted`) are exact for fractions of examples. For the worst class there is one test per
+The tests that may end a run early (`p_value`) are exact for fractions of examples. For the worst class there is one test per
 class, each at the full level, and all must succeed (Berger 1982). The others use a normal approximation. The certificate of
 the finished student comes from the sealed split and uses none of these tests, see `metric_bounds.py`.
 
@@ -77,11 +77,11 @@ def agreement_goal(query: MetricQuery, threshold: float) -> Goal:
 
 
 def _fraction(metric: str, threshold: float, score: Objective, smooth: Objective) -> Goal:
-    def refuted(logits: jax.Array, split: Batch) -> jax.Array:
+    def p_value(logits: jax.Array, split: Batch) -> jax.Array:
         hits = score(logits, split)
         return _binomial_tail(hits.sum(), jnp.float32(hits.shape[0]), threshold)
 
-    return Goal(metric, threshold, score, smooth, _no_focus, _any_focus(score), shares=True, refuted=refuted)
+    return Goal(metric, threshold, score, smooth, _no_focus, _any_focus(score), binary=True, p_value=p_value)
 
 
 def accuracy_drop_goal(query: MetricQuery, threshold: float) -> Goal:
@@ -97,8 +97,8 @@ def accuracy_drop_goal(query: MetricQuery, threshold: float) -> Goal:
         example_scores.DEFAULT_SELECT,
         _no_focus,
         _any_focus(example_scores.accuracy),
-        shares=True,
-        refuted=_normal_test(score, -threshold),
+        binary=True,
+        p_value=_normal_test(score, -threshold),
     )
 
 
@@ -124,7 +124,7 @@ def _worst(metric: str, threshold: float, strata: split_scores.Strata, *, p_valu
     def compared(logits: jax.Array, split: Batch, focus: jax.Array) -> jax.Array:
         return example_scores.accuracy(logits, split) * (strata(logits, split)[0] == focus)
 
-    def refuted(logits: jax.Array, split: Batch) -> jax.Array:
+    def p_value(logits: jax.Array, split: Batch) -> jax.Array:
         hits = example_scores.accuracy(logits, split)
         share, count = split_scores.means_by_stratum(strata, hits, logits, split)
         tails = _binomial_tail(jnp.round(share * count), jnp.maximum(count, 1), threshold)
@@ -137,8 +137,8 @@ def _worst(metric: str, threshold: float, strata: split_scores.Strata, *, p_valu
         split_scores.worst_stratum(example_scores.DEFAULT_SELECT, strata),
         focus,
         compared,
-        shares=True,
-        refuted=refuted,
+        binary=True,
+        p_value=p_value,
     )
 
 
@@ -156,8 +156,8 @@ def macro_f1_goal(query: MetricQuery, threshold: float) -> Goal:
 
 
 def _balanced(metric: str, threshold: float, score: Objective, smooth: Objective) -> Goal:
-    compared, refuted = _any_focus(split_scores.balanced_hits), _normal_test(score, threshold)
-    return Goal(metric, threshold, score, smooth, _no_focus, compared, shares=False, refuted=refuted)
+    compared, p_value = _any_focus(split_scores.balanced_hits), _normal_test(score, threshold)
+    return Goal(metric, threshold, score, smooth, _no_focus, compared, binary=False, p_value=p_value)
 
 
 def recall_goal(query: MetricQuery, threshold: float) -> Goal:
@@ -176,7 +176,7 @@ def recall_goal(query: MetricQuery, threshold: float) -> Goal:
     def compared(logits: jax.Array, split: Batch, focus: jax.Array) -> jax.Array:
         return example_scores.accuracy(logits, split) * (split.targets == focus)
 
-    def refuted(logits: jax.Array, split: Batch) -> jax.Array:
+    def p_value(logits: jax.Array, split: Batch) -> jax.Array:
         own = split.targets == focus(logits, split)
         return _fraction_test(example_scores.accuracy(logits, split) * own, own, threshold)
 
@@ -187,8 +187,8 @@ def recall_goal(query: MetricQuery, threshold: float) -> Goal:
         of_class(example_scores.DEFAULT_SELECT),
         focus,
         compared,
-        shares=True,
-        refuted=refuted,
+        binary=True,
+        p_value=p_value,
     )
 
 
@@ -212,11 +212,11 @@ def precision_goal(query: MetricQuery, threshold: float) -> Goal:
     def compared(logits: jax.Array, split: Batch, focus: jax.Array) -> jax.Array:
         return jnp.where(predicted(logits, split), example_scores.accuracy(logits, split), threshold)
 
-    def refuted(logits: jax.Array, split: Batch) -> jax.Array:
+    def p_value(logits: jax.Array, split: Batch) -> jax.Array:
         members = predicted(logits, split)
         return _fraction_test(example_scores.accuracy(logits, split) * members, members, threshold)
 
-    return Goal(query.name, threshold, score, smooth, _no_focus, compared, shares=False, refuted=refuted)
+    return Goal(query.name, threshold, score, smooth, _no_focus, compared, binary=False, p_value=p_value)
 
 
 def _fraction_test(hits: jax.Array, members: jax.Array, threshold: float) -> jax.Array:
@@ -242,8 +242,8 @@ def _probabilistic(metric: str, threshold: float, score: Objective) -> Goal:
     def compared(logits: jax.Array, split: Batch, focus: jax.Array) -> jax.Array:
         return 1 + example_scores.brier(logits, split)
 
-    refuted = _normal_test(score, -threshold)
-    return Goal(metric, -threshold, score, score, _no_focus, compared, shares=False, refuted=refuted)
+    p_value = _normal_test(score, -threshold)
+    return Goal(metric, -threshold, score, score, _no_focus, compared, binary=False, p_value=p_value)
 
 
 # What users bring.
@@ -264,8 +264,8 @@ def cost_goal(query: MetricQuery, threshold: float) -> Goal:
     def compared(logits: jax.Array, split: Batch, focus: jax.Array) -> jax.Array:
         return 1 - (-score(logits, split) - least) / span
 
-    refuted = _normal_test(score, -threshold)
-    return Goal(query.name, -threshold, score, smooth, _no_focus, compared, shares=False, refuted=refuted)
+    p_value = _normal_test(score, -threshold)
+    return Goal(query.name, -threshold, score, smooth, _no_focus, compared, binary=False, p_value=p_value)
 
 
 def user_metric_goal(query: MetricQuery, threshold: float) -> Goal:
@@ -284,8 +284,8 @@ def user_metric_goal(query: MetricQuery, threshold: float) -> Goal:
         shape = jax.ShapeDtypeStruct(split.targets.shape, jnp.float32)
         return jax.pure_callback(on_host, shape, logits, split.targets, vmap_method="sequential")
 
-    refuted = _normal_test(score, threshold)
-    return Goal(query.name, threshold, score, score, _no_focus, _any_focus(score), shares=False, refuted=refuted)
+    p_value = _normal_test(score, threshold)
+    return Goal(query.name, threshold, score, score, _no_focus, _any_focus(score), binary=False, p_value=p_value)
 
 
 # Parts of goals.
@@ -313,11 +313,11 @@ def _binomial_tail(hits: jax.Array, n: jax.Array, share: float) -> jax.Array:
 def _normal_test(score: Objective, least: float) -> Test:
     """The test of "the mean score is below `least`", by its standard error, which counts as at least 1 / N."""
 
-    def refuted(logits: jax.Array, split: Batch) -> jax.Array:
+    def p_value(logits: jax.Array, split: Batch) -> jax.Array:
         values = score(logits, split)
         n = values.shape[0]
         se = jnp.maximum(values.std() / math.sqrt(max(n - 1, 1)), 1 / n)
-        p_value = norm.sf((values.mean() - least) / se)
-        return jnp.where(jnp.isnan(p_value), 1.0, p_value)
+        tail = norm.sf((values.mean() - least) / se)
+        return jnp.where(jnp.isnan(tail), 1.0, tail)
 
-    return refuted
+    return p_value

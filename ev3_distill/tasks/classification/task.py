@@ -14,11 +14,11 @@ from ev3_distill.types import Promise
 ACCURACY = Promise("accuracy", example_scores.accuracy, binary=True)
 
 
-def classification(num_classes: int) -> Task:
+def classification(num_classes: int = 0) -> Task:
     """The task of telling K classes apart.
 
     Args:
-      num_classes: K, at least 2; 0 where it is not known yet.
+      num_classes: K, at least 2; 0 if it is not known.
     """
     logits = jax.ShapeDtypeStruct((num_classes,), jnp.float32)
     return Task(
