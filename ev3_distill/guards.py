@@ -23,15 +23,17 @@ class Guard:
     Attributes:
       metric: name, as the guard writes it.
       threshold: in the metric's own units.
+      metrics: rows by name in which the metric is found; all known ones by default.
     """
 
     metric: str
     threshold: float
+    metrics: Mapping[str, Metric] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def row(self) -> Metric:
         """The metric's row."""
-        query = find_metric(self.metric)
+        query = find_metric(self.metric, self.metrics)
         if query is None:
             raise ValueError(f"a guard needs a known metric; got '{self.metric}': make guards by parse()")
         return query.row
@@ -52,8 +54,12 @@ def help_text() -> str:
     )
 
 
-def parse(text: str) -> Guard:
+def parse(text: str, metrics: Mapping[str, Metric] | None = None) -> Guard:
     """Parses a guard.
+
+    Args:
+      text: of the guard.
+      metrics: rows by name that a guard may be about; all known ones by default.
 
     Raises:
       InputError: the text is no guard, the metric is unknown, the comparison points the wrong way, or the number is out of
@@ -65,7 +71,7 @@ def parse(text: str) -> Guard:
             f"a guard is METRIC >= NUMBER or METRIC <= NUMBER; got '{text}': write it like 'accuracy >= 0.9'"
         )
     name, comparison, number = match.groups()
-    row = _row(name, text)
+    row = _row(name, text, METRICS if metrics is None else metrics)
     right_way = ">=" if row.higher_is_better else "<="
     if comparison != right_way:
         raise InputError(
@@ -79,20 +85,20 @@ def parse(text: str) -> Guard:
         ends = ((row.low, "at least"), (row.high, "at most"))
         rule = " and ".join(f"{side} {end:g}" for end, side in ends if not math.isinf(end)) or "finite"
         raise InputError(f"a guard's number for {name} must be {rule}; got '{number}': fix '{text}'")
-    return Guard(name, threshold)
+    return Guard(name, threshold, metrics)
 
 
-def _row(name: str, text: str) -> Metric:
+def _row(name: str, text: str, metrics: Mapping[str, Metric]) -> Metric:
     """The row of a metric that a guard names."""
     if name == "cross_entropy":
         raise InputError(
             "a guard needs a metric that can be bounded, and cross entropy is unbounded: one example in a million may "
             f"dominate its mean; got '{text}': guard brier, which lies in [0, 1]"
         )
-    query = find_metric(name)
+    query = find_metric(name, metrics)
     if query is None:
         raise InputError(
-            f"a guard needs a known metric ({', '.join(METRICS)}); got '{name}' in '{text}': use one of these"
+            f"a guard needs a known metric ({', '.join(metrics)}); got '{name}' in '{text}': use one of these"
         )
     return query.row
 

@@ -19,6 +19,7 @@ from ev3_distill.guards import Guard, evaluate_guards
 from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.runtime.timing import PASSES, quantiles
 from ev3_distill.tasks.classification.example_metrics import predicted_class, probabilities
+from ev3_distill.tasks.classification.task import classification
 from ev3_distill.tasks.classification.user_metrics import digest_of_costs, read_costs
 from ev3_distill.tasks.outputs import Outputs
 from ev3_distill.teachers.kinds.flax import forward
@@ -304,7 +305,13 @@ def _certificate(outputs: Outputs, request: _Request, measured: Mapping[str, Bou
     """The certificate at that level."""
     return certificate_of(
         outputs,
-        CertificateRequest(request.metrics, request.class_names, level.confidence, costs=request.costs),
+        CertificateRequest(
+            classification(len(request.class_names)),
+            request.metrics,
+            level.confidence,
+            request.class_names,
+            costs=request.costs,
+        ),
         measured=measured,
         shares=level.shares,
         among=level.among,

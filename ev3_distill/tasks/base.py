@@ -16,18 +16,42 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from ev3_distill.certify.certificate import Table
 from ev3_distill.core import Objectives
+from ev3_distill.tasks.metrics import Metric
 from ev3_distill.types import Goal, Loss, Objective, Promise, PyTree
 
-__all__ = ["Metric", "Task", "has_target"]
+__all__ = ["Metric", "Tables", "Task", "has_target", "no_tables"]
 
 
-class Metric(Protocol):
-    """One metric of a task: a row of `tasks/metrics.py`."""
+class Tables(Protocol):
+    """Makes the certificate's tables."""
 
-    @property
-    def name(self) -> str:
-        """Its name in guards, certificates and reports."""
+    def __call__(
+        self,
+        outputs: Any,
+        *,
+        class_names: Sequence[str],
+        group_names: Sequence[str],
+        confidence: float,
+        among: int,
+    ) -> tuple[Table, ...]:
+        """Returns tables that each hold with the given confidence by themselves.
+
+        Args:
+          outputs: `tasks.outputs.Outputs` on the sealed split.
+          class_names: of the classes, where the task has any.
+          group_names: of the groups, where the data have any.
+          confidence: of each table as a whole, in (0, 1).
+          among: number of students for which the split was opened.
+        """
+
+
+def no_tables(
+    outputs: Any, *, class_names: Sequence[str], group_names: Sequence[str], confidence: float, among: int
+) -> tuple[Table, ...]:
+    """A certificate without tables."""
+    return ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,13 +67,14 @@ class Task:
       losses: loss factories by name. An arm of the same name trains with the loss.
       select: the smooth objective that detects the small steps of one trajectory.
       promise: what promotions prove and the certificate promises.
-      metrics: rows by name.
+      metrics: rows by name; certificates claim those with `by_default`, and the guarded ones.
       strata: (targets [N, ...]) -> [N]: examples with equal values are one stratum, divided among the splits in proportion.
       targets_from_teacher: (teacher outputs by name [N, ...]) -> targets [N, ...] for data without any.
       same_answer: (outputs [N, ...], outputs [N, ...]) -> [N] bool: whether an exported file gives the same answers.
       teacher_codec: name of the codec in `teachers/cache/codec.py` that stores a teacher's outputs.
       diagnosis: name of the teacher check that applies; None for no check.
       card_task: (shape of one input) -> the task as model cards name it, such as `image-classification`.
+      tables: makes the certificate's tables, such as the accuracy by class.
     """
 
     name: str
@@ -66,6 +91,7 @@ class Task:
     teacher_codec: str
     diagnosis: str | None
     card_task: Callable[[tuple[int, ...]], str]
+    tables: Tables = no_tables
 
     def objectives(self, goals: Sequence[Goal] = ()) -> Objectives:
         """The scores that select and promote students, with these requirements."""

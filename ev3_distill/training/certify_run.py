@@ -16,10 +16,9 @@ from ev3_distill.runtime.compile import jit
 from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.runtime.latency import passes_ms
 from ev3_distill.students.network import count_params
-from ev3_distill.tasks.classification.example_metrics import predicted_class
-from ev3_distill.tasks.classification.tables import accuracy_tables
+from ev3_distill.tasks.base import Task, has_target
 from ev3_distill.tasks.classification.user_metrics import digest_of_costs
-from ev3_distill.tasks.metrics import METRICS, find_metric
+from ev3_distill.tasks.metrics import METRICS, Metric, find_metric
 from ev3_distill.tasks.outputs import Outputs, bounds_of
 from ev3_distill.training import sealed_split
 from ev3_distill.training.run_dir import write_json
@@ -31,16 +30,18 @@ class CertificateRequest:
     """What to claim, fixed before the split is opened.
 
     Attributes:
+      task: says what outputs mean.
       metrics: to be claimed.
-      class_names: of the K classes.
       confidence: of all claims jointly, and of each table.
+      class_names: of the K classes; empty where the task has none.
       group_names: of the groups; empty where there are none.
       costs: [K, K] of predictions, for a claim on cost.
     """
 
+    task: Task
     metrics: Sequence[str]
-    class_names: Sequence[str]
     confidence: float
+    class_names: Sequence[str] = ()
     group_names: Sequence[str] = ()
     costs: np.ndarray | None = None
 
@@ -51,13 +52,24 @@ class Certification(NamedTuple):
     which: int  # index of the certified candidate
     certificate: Certificate
     guards: list[dict[str, Any]]  # see `guards.evaluate_guards`
-    teacher_accuracy: float | None  # on the labeled examples of the split
+    teacher_score: float | None  # the teacher's own promise score, such as accuracy, on the split
 
 
-def metrics_to_claim(guards: Iterable[Guard], *, labeled: bool, teacher: bool) -> list[str]:
-    """Metrics that every certificate claims where labels and a teacher allow it, then guarded ones; each once."""
+def metrics_to_claim(
+    guards: Iterable[Guard], *, labeled: bool, teacher: bool, metrics: Mapping[str, Metric] = METRICS
+) -> list[str]:
+    """Names of the metrics that a certificate claims, each once.
+
+    These are the task's default metrics, as far as labels and a teacher are known, and then the guarded ones.
+
+    Args:
+      guards: what must hold.
+      labeled: whether there are targets.
+      teacher: whether there is a teacher.
+      metrics: the task's.
+    """
     available = {name for name, present in (("labels", labeled), ("teacher", teacher)) if present}
-    default = [name for name, row in METRICS.items() if row.by_default and available.issuperset(row.needs)]
+    default = [name for name, row in metrics.items() if row.by_default and available.issuperset(row.needs)]
     return list(dict.fromkeys([*default, *(guard.metric for guard in guards if guard.row.source != "size")]))
 
 
@@ -86,7 +98,7 @@ def certify_run(
       teacher: whether there is a teacher.
       batch_size: examples of one forward pass.
     """
-    labeled = bool((dataset.labels >= 0).any())
+    task, labeled = request.task, bool(has_target(dataset.labels).any())
     names, among = [tree_digest(variables) for _, variables in candidates], len(candidates)
     sealed_split.open_split(
         directory,
@@ -95,12 +107,14 @@ def certify_run(
         confidence=request.confidence,
         costs=digest_of_costs(request.costs),
         others=names[1:],
+        family=[name for name, row in task.metrics.items() if row.source != "size"],
     )
     for which, (network, variables) in enumerate(candidates):
-        outputs = outputs_on(network, variables, test(), labeled=labeled, teacher=teacher, batch_size=batch_size)
+        of_teacher = tuple(task.teacher_spec) if teacher else ()
+        outputs = outputs_on(network, variables, test(), labeled=labeled, teacher=of_teacher, batch_size=batch_size)
         outputs = outputs._replace(num_groups=len(request.group_names))
         measured = measured_bounds(request.metrics, network, variables, dataset)
-        tables = accuracy_tables(
+        tables = task.tables(
             outputs,
             class_names=request.class_names,
             group_names=request.group_names,
@@ -112,12 +126,18 @@ def certify_run(
         outcomes = evaluate_guards(guards, certificate.claims, sizes=sizes_of(variables))
         if which + 1 == among or all(guard["certified"] for guard in outcomes):
             write_certificate(directory, certificate, names[which])
-            return Certification(which, certificate, outcomes, _teacher_accuracy(outputs))
+            return Certification(which, certificate, outcomes, _teacher_score(outputs, task))
     raise ValueError("a sealed split is opened for at least one student; got none: pass candidates")
 
 
 def outputs_on(
-    network: Network, variables: Variables, split: Iterable[Batch], *, labeled: bool, teacher: bool, batch_size: int
+    network: Network,
+    variables: Variables,
+    split: Iterable[Batch],
+    *,
+    labeled: bool,
+    teacher: Sequence[str],
+    batch_size: int,
 ) -> Outputs:
     """Outputs of a student and its teacher on a split.
 
@@ -125,19 +145,26 @@ def outputs_on(
       network: the student's.
       variables: the student's.
       split: in parts.
-      labeled: whether targets are labels, and not predictions of the teacher that stand in for them.
-      teacher: whether the teacher's outputs are real, and not blank.
+      labeled: whether targets are real, and not predictions of the teacher that stand in for them.
+      teacher: names of the teacher's outputs; empty where they are unknown.
       batch_size: examples of one forward pass.
     """
     forward = jit(lambda variables, inputs: outputs_of(network.apply, variables, inputs, batch_size=batch_size))
-    parts = [(forward(variables, part.inputs), part.targets, part.teacher["logits"], part.group) for part in split]
+    parts = [
+        (forward(variables, part.inputs), part.targets, {name: part.teacher[name] for name in teacher}, part.group)
+        for part in split
+    ]
+    outputs, targets, of_teacher, group = (
+        jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *parts_of_field)
+        for parts_of_field in zip(*parts, strict=True)
+    )
+    if not labeled:
+        targets = jax.tree.map(_missing, targets)
+    return Outputs(outputs, targets, of_teacher or None, None if isinstance(group, tuple) else group)
 
-    def joined(field: int) -> np.ndarray:
-        return np.concatenate([np.asarray(part[field]) for part in parts])
 
-    labels = joined(1) if labeled else np.full(sum(len(part[1]) for part in parts), -1)
-    groups = None if isinstance(parts[0][3], tuple) else joined(3)
-    return Outputs(joined(0), labels, {"logits": joined(2)} if teacher else None, groups)
+def _missing(leaf: np.ndarray) -> np.ndarray:
+    return np.full_like(leaf, np.nan if leaf.dtype.kind == "f" else -1)
 
 
 def certificate_of(
@@ -163,6 +190,7 @@ def certificate_of(
     on_examples = bounds_of(
         [metric for metric in request.metrics if metric not in measured],
         outputs,
+        rows=request.task.metrics,
         costs=request.costs,
         class_names=request.class_names,
     )
@@ -182,12 +210,19 @@ def write_certificate(directory: Path, certificate: Certificate, student: str) -
     write_json(directory / f"certificate{number}.json", content)
 
 
-def _teacher_accuracy(outputs: Outputs) -> float | None:
-    """The teacher's accuracy on labeled examples; None without labels or teacher."""
-    labeled = outputs.targets >= 0
-    if outputs.teacher is None or not labeled.any():
+def _teacher_score(outputs: Outputs, task: Task) -> float | None:
+    """The teacher's own score in the promised metric.
+
+    None without targets or teacher, or where the teacher's outputs are of another shape than the student's.
+    """
+    name = task.promise.name
+    if outputs.teacher is None or name not in task.metrics or not has_target(outputs.targets).any():
         return None
-    return float((predicted_class(outputs.teacher["logits"]) == outputs.targets)[labeled].mean())
+    teachers = [key for key, spec in task.teacher_spec.items() if spec == task.output_spec]
+    if not teachers:
+        return None
+    bounds = bounds_of([name], outputs._replace(student=outputs.teacher[teachers[0]]), rows=task.metrics)
+    return bounds[name](0.5).point
 
 
 def measured_bounds(

@@ -16,6 +16,7 @@ from ev3_distill.errors import warn
 from ev3_distill.monitor import report
 from ev3_distill.runtime.progress import RunProgress
 from ev3_distill.students.network import count_params
+from ev3_distill.tasks.classification.task import classification
 from ev3_distill.teachers.targets import TeacherTargets
 from ev3_distill.training import run_dir
 from ev3_distill.training.certify_run import CertificateRequest, certify_run, metrics_to_claim
@@ -130,13 +131,14 @@ def concluded(
     dataset, finals = task.dataset, [final, *([surer] if surer else [])]
     students.save(directory / "student", final.network, final.variables)
     classes = list(dataset.class_names or map(str, range(task.network.spec["num_classes"])))
-    metrics = metrics_to_claim(task.guards, labeled=task.labelled, teacher=teacher is not None)
+    meaning = classification(len(classes))
+    metrics = metrics_to_claim(task.guards, labeled=task.labelled, teacher=teacher is not None, metrics=meaning.metrics)
     which, certificate, guards, of_teacher = certify_run(
         directory,
         [(one.network, one.variables) for one in finals],
         dataset,
         test=functools.partial(test_of, task, targets),
-        request=CertificateRequest(metrics, classes, chosen.confidence, dataset.group_names, task.costs),
+        request=CertificateRequest(meaning, metrics, chosen.confidence, classes, dataset.group_names, task.costs),
         guards=task.guards,
         teacher=teacher is not None,
         batch_size=evaluated_at_once(dataset, task.memory, chosen.ev3.eval_batch_size),

@@ -1,4 +1,4 @@
-"""What every source returns: examples with or without labels."""
+"""What every source delivers: examples with or without labels, and what names them."""
 
 import dataclasses
 import hashlib
@@ -10,21 +10,21 @@ import numpy as np
 from ev3_distill.data.sources.row_file import RowFile, in_chunks
 
 MEMORY = 1 << 30
-"""Default for the maximum bytes of inputs in memory."""
+"""Bytes up to which inputs are kept in memory, where nothing else is said."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Examples on the host, with or without labels."""
+    """Examples on the host, with labels or without."""
 
-    inputs: np.ndarray | RowFile  # [N, ...] uint8 (used as x / 255) or float32; a RowFile stays on disk
-    labels: np.ndarray  # [N] int32, -1 where an example has none
-    num_classes: int  # 0 if no example is labeled and no class names are known
+    inputs: np.ndarray | RowFile  # [N, ...] uint8 (means x / 255) or float32; a RowFile stays on disk
+    labels: np.ndarray  # [N] int32, -1 where there is none
+    num_classes: int  # 0 where nothing is labelled and no names are known
     class_names: tuple[str, ...]
-    test_rows: np.ndarray | None  # rows that the source itself reserves for the test split
+    test_rows: np.ndarray | None  # rows that the source has set apart as test
     source: str
-    fingerprint: str  # SHA-256 of everything that the arrays depend on, in hexadecimal
-    groups: np.ndarray | None = None  # [N] int32, the subgroup of each example, if the source has any
+    fingerprint: str  # sha256 of all that the arrays follow from, in hexadecimal
+    groups: np.ndarray | None = None  # [N] int32, the subgroup of each example, where the source tells any
     group_names: tuple[str, ...] = ()
 
 
@@ -32,34 +32,34 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def _no_progress(done: int, total: int) -> None:
+def _tell_nobody(done: int, total: int) -> None:
     pass
 
 
 @dataclasses.dataclass(frozen=True)
-class ReadOptions:
-    """How to read a source, whatever its kind."""
+class Reading:
+    """How to read a source, whichever kind it is."""
 
     memory: int = MEMORY
-    """Maximum bytes of inputs in memory; larger inputs stay on disk."""
+    """Bytes up to which inputs are kept in memory; larger ones stay on disk."""
     skip_corrupt: bool = False
-    """Whether to skip examples that cannot be read, with a warning, instead of refusing the source."""
+    """Whether to leave out examples that cannot be read, and say so, instead of refusing them all."""
     warn: Callable[[str], None] = _warn
-    """Called with each warning."""
-    progress: Callable[[int, int], None] = _no_progress
-    """Called with the numbers of examples done and in total."""
+    """Hears what the user should know though it is no error."""
+    tell: Callable[[int, int], None] = _tell_nobody
+    """Hears of progress: (done, total)."""
 
 
 def fingerprint(
     inputs: np.ndarray | RowFile, labels: np.ndarray, test_rows: np.ndarray | None, groups: np.ndarray | None = None
 ) -> str:
-    """The SHA-256 of arrays in hexadecimal, the same for arrays in memory and on disk.
+    """The SHA-256 of arrays, in hexadecimal; the same in memory and on disk.
 
     Args:
       inputs: [N, ...].
       labels: [N].
-      test_rows: [M], or None.
-      groups: [N], or None.
+      test_rows: [M], or none.
+      groups: [N], or none.
     """
     digest = hashlib.sha256()
     for array in (inputs, labels, test_rows, groups):

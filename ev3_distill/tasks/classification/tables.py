@@ -21,7 +21,7 @@ class Parts(NamedTuple):
 
 
 def accuracy_tables(
-    outputs: Outputs, *, class_names: Sequence[str], group_names: Sequence[str] = (), confidence: float, among: int = 1
+    outputs: Outputs, *, class_names: Sequence[str], group_names: Sequence[str], confidence: float, among: int
 ) -> tuple[Table, ...]:
     """The accuracy by class, and by group where examples have groups; no table without labels.
 

@@ -9,6 +9,8 @@ import numpy as np
 
 from ev3_distill.tasks.base import Task
 from ev3_distill.tasks.classification import example_scores, losses
+from ev3_distill.tasks.classification.tables import accuracy_tables
+from ev3_distill.tasks.metrics import METRICS
 from ev3_distill.types import Promise
 
 ACCURACY = Promise("accuracy", example_scores.accuracy, binary=True)
@@ -29,13 +31,14 @@ def classification(num_classes: int = 0) -> Task:
         losses=losses.LOSSES,
         select=example_scores.DEFAULT_SELECT,
         promise=ACCURACY,
-        metrics={},
+        metrics=METRICS,
         strata=np.asarray,
         targets_from_teacher=_teacher_classes,
         same_answer=_same_class,
         teacher_codec="logits",
         diagnosis="classification",
         card_task=_card_task,
+        tables=accuracy_tables,
     )
 
 
