@@ -1,4 +1,4 @@
-"""The four splits: explore, assess, decide and test, a pure function of labels, fractions and seed."""
+"""The four splits explore, assess, decide and test: a pure function of strata, fractions and seed."""
 
 import math
 from collections.abc import Mapping
@@ -10,29 +10,32 @@ from ev3_distill.errors import InputError
 
 SPLITS = ("explore", "assess", "decide", "test")
 
-_LEAST = {"explore": 2, "assess": 1, "decide": 1, "test": 1}  # examples
-_AT_ONCE = 256  # examples that are hashed together
-_SPLIT_STREAM = 0  # of the seed's independent random streams
+_MINIMUM = {"explore": 2, "assess": 1, "decide": 1, "test": 1}  # examples
+_HASH_CHUNK = 256  # examples hashed at a time
+_SPLIT_STREAM = 0  # random stream of the seed, see `generator`
 DEFAULT_FRACTIONS = Fractions()
 
 
 def split_rows(
-    labels: np.ndarray, test_rows: np.ndarray | None, *, seed: int, fractions: Fractions = DEFAULT_FRACTIONS
+    strata: np.ndarray, test_rows: np.ndarray | None, *, seed: int, fractions: Fractions = DEFAULT_FRACTIONS
 ) -> dict[str, np.ndarray]:
-    """Divides rows into the four splits, class by class; a function of these arguments alone.
+    """Divides rows into the four splits, stratum by stratum.
 
     Args:
-      labels: [N]; equal labels are one stratum, the unlabelled (-1) too.
-      test_rows: the rows of the test split, or none: then it is divided off like the others.
+      strata: [N], such as class labels; equal values are one stratum. The task says what they are.
+      test_rows: the rows of the test split; None to divide it off like the others.
       seed: of the division.
-      fractions: of the splits, those of the divided ones renormalised; what assess and decide get beyond
-        `fractions.most` examples goes to explore.
+      fractions: of the splits, renormalized over those that are divided off. Examples of assess and decide beyond
+        `fractions.most` go to explore.
 
     Returns:
-      Sorted rows by split: disjoint, together all. Sizes, and the counts of every class, are within 1 of proportional.
+      Sorted rows by split: disjoint, and complete. Sizes, and the counts of every stratum, are within 1 of proportional.
+
+    Raises:
+      InputError: too few examples, or a negative seed.
     """
     rng = generator(seed, _SPLIT_STREAM)
-    is_test = np.zeros(len(labels), bool)
+    is_test = np.zeros(len(strata), bool)
     if test_rows is not None:
         is_test[test_rows] = True
     names = SPLITS if test_rows is None else SPLITS[:3]
@@ -45,7 +48,7 @@ def split_rows(
     sizes = _largest_remainders(len(rest), shares, rng)
     _check_sizes(dict(zip(names, sizes, strict=True)) | ({} if test_rows is None else {"test": is_test.sum()}), shares)
 
-    _, stratum, counts = np.unique(labels[rest], return_inverse=True, return_counts=True)
+    _, stratum, counts = np.unique(strata[rest], return_inverse=True, return_counts=True)
     members = np.split(np.argsort(stratum, kind="stable"), np.cumsum(counts)[:-1])
     dealt = _deal(counts, shares, sizes, rng)
     owner = np.empty(len(rest), np.int32)
@@ -55,39 +58,39 @@ def split_rows(
     return split_of if test_rows is None else split_of | {"test": np.flatnonzero(is_test)}
 
 
-def shared(inputs: np.ndarray, rows: Mapping[str, np.ndarray]) -> dict[tuple[str, str], int]:
-    """How many held-out examples have the very inputs of an example in another split, by a hash of their content.
+def count_shared(inputs: np.ndarray, rows: Mapping[str, np.ndarray]) -> dict[tuple[str, str], int]:
+    """Counts held-out examples whose inputs equal those of an example in another split, by a hash of their content.
 
     Args:
       inputs: [N, ...].
-      rows: by split, as `split_rows` returns them.
+      rows: by split, as of `split_rows`.
 
     Returns:
-      {(split, the split it shares with): examples of the first}, for each held-out split and every one before it in SPLITS;
-      those without any are left out.
+      {(split, other split): number of examples of the first}, for each held-out split and each split before it in SPLITS;
+      pairs without shared examples are omitted.
     """
     digests = _digests(inputs)
-    found = {
+    counts = {
         (later, earlier): int(np.isin(digests[rows[later]], digests[rows[earlier]]).sum())
         for i, later in enumerate(SPLITS)
         for earlier in SPLITS[:i]
     }
-    return {names: count for names, count in found.items() if count}
+    return {names: count for names, count in counts.items() if count}
 
 
 def _digests(inputs: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of each example's bytes, [N]: a sum of products with random odd numbers, modulo 2^64."""
+    """A 64-bit hash [N] of the bytes of each example: a sum of products with random odd numbers, modulo 2^64."""
     flat = np.ascontiguousarray(inputs).reshape(len(inputs), -1).view(np.uint8)
     factors = np.random.default_rng(0).integers(0, 2**63, flat.shape[1], np.uint64) * 2 + 1
     digests = np.empty(len(flat), np.uint64)
-    for start in range(0, len(flat), _AT_ONCE):
-        part = flat[start : start + _AT_ONCE].astype(np.uint64) + 1
-        digests[start : start + _AT_ONCE] = (part * factors).sum(axis=1, dtype=np.uint64)
+    for start in range(0, len(flat), _HASH_CHUNK):
+        part = flat[start : start + _HASH_CHUNK].astype(np.uint64) + 1
+        digests[start : start + _HASH_CHUNK] = (part * factors).sum(axis=1, dtype=np.uint64)
     return digests
 
 
 def generator(seed: int, stream: int) -> np.random.Generator:
-    """One of a seed's independent random streams.
+    """One of the independent random streams of a seed.
 
     Raises:
       InputError: the seed is negative.
@@ -98,12 +101,12 @@ def generator(seed: int, stream: int) -> np.random.Generator:
 
 
 def _check_sizes(sizes: dict[str, int], shares: np.ndarray) -> None:
-    short = [name for name in sizes if sizes[name] < _LEAST[name]]
+    short = [name for name in sizes if sizes[name] < _MINIMUM[name]]
     if not short:
         return
     own_test = len(shares) < len(SPLITS)
     n = sum(sizes.values()) - (sizes["test"] if own_test else 0)
-    need = max(math.ceil(_LEAST[name] / share - 1e-9) for name, share in zip(SPLITS, shares, strict=False))
+    need = max(math.ceil(_MINIMUM[name] / share - 1e-9) for name, share in zip(SPLITS, shares, strict=False))
     beside = f" beside {sizes['test']} for test" if own_test else ""
     raise InputError(
         f"explore needs at least 2 examples and every other split 1; got {n} examples{beside}, too few for "
@@ -116,7 +119,7 @@ def _floors(exact: np.ndarray) -> np.ndarray:
 
 
 def _largest_remainders(n: int, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Rounds n * shares to integers of sum n, ties broken at random."""
+    """Rounds n * shares to integers with sum n; ties are broken at random."""
     exact = n * shares
     sizes = _floors(exact)
     by_remainder = np.lexsort((rng.random(len(shares)), -(exact - sizes).round(9)))
@@ -125,11 +128,12 @@ def _largest_remainders(n: int, shares: np.ndarray, rng: np.random.Generator) ->
 
 
 def _deal(counts: np.ndarray, shares: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A controlled rounding of counts x shares [C, S]: rows sum to `counts`, columns to `sizes`, entries move by <= 1.
+    """Controlled rounding of counts x shares [C, S]: rows sum to `counts`, columns to `sizes`, entries move by at most 1.
 
-    Each class gives every split the floor of its due, and its leftovers, one each, to the neediest splits: Gale and
-    Ryser's construction of a 0-1 matrix with given margins, where rows may come in any order. Such a matrix exists: the
-    dues' fractional parts are a fractional one, and largest remainders of up to four columns keep its margins feasible.
+    Each stratum gives every split the floor of its proportional count, and its leftovers, one each, to the splits that lack
+    most: Gale and Ryser's construction of a 0-1 matrix with given margins, where rows may come in any order. Such a matrix
+    exists: the fractional parts form a fractional one, and largest remainders of up to four columns keep its margins
+    feasible.
     """
     dealt = _floors(np.outer(counts, shares))
     lacking = sizes - dealt.sum(axis=0)

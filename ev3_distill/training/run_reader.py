@@ -38,5 +38,5 @@ def data_of(chosen: config.RunConfig, source: str = "") -> Dataset:
             memory=share_of(limit_of(chosen.memory)),
             skip_corrupt=chosen.skip_corrupt,
             warn=warn,
-            tell=progress.update,
+            progress=progress.update,
         )

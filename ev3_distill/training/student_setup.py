@@ -9,7 +9,7 @@ import numpy as np
 from ev3_distill import students
 from ev3_distill.arms import BY_PEERS, arms_named, default_names, features_asked
 from ev3_distill.config import Compress
-from ev3_distill.data.splits import shared
+from ev3_distill.data.splits import count_shared
 from ev3_distill.errors import InputError, warn
 from ev3_distill.tasks.classification.user_metrics import read_costs
 from ev3_distill.training.certify_run import sizes_of
@@ -58,7 +58,7 @@ def warn_of_duplicates(task: Task) -> None:
     """Warns if examples of one split occur in another one too. Data that stay on disk are not compared."""
     if not isinstance(task.dataset.inputs, np.ndarray):
         return
-    for (later, earlier), count in shared(task.dataset.inputs, task.rows).items():
+    for (later, earlier), count in count_shared(task.dataset.inputs, task.rows).items():
         effect = "the certificate may promise too much" if later == "test" else "its decisions may be optimistic"
         warn(
             f"{count} of the {len(task.rows[later])} examples of {later} have the same inputs as one in {earlier}: "

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from ev3_distill.data.splits import SPLITS, shared, split_rows
+from ev3_distill.data.splits import SPLITS, count_shared, split_rows
 
 SMALL = ("--student", "mlp:hidden=16", "--budget", "1200")
 FAST = (*SMALL, "--arms", "ce", "kd2")  # two of the default arms: each compiles a step
@@ -130,7 +130,7 @@ def test_duplicates_across_splits_are_counted(cli, here, command):
         for i, later in enumerate(SPLITS)
         for earlier in SPLITS[:i]
     }
-    assert shared(inputs, rows) == {names: count for names, count in by_hand.items() if count}
+    assert count_shared(inputs, rows) == {names: count for names, count in by_hand.items() if count}
     small = ("--teacher-network", "mlp:hidden=8", "--teacher-budget", "100")
     network = ("--network", "mlp:hidden=8") if command == "teach" else (*FAST, *small)
     answer = cli(command, *network, "--budget", "100", "--data", data, "--out", "run")
@@ -142,9 +142,9 @@ def test_duplicates_across_splits_are_counted(cli, here, command):
 
 def test_distinct_examples_share_nothing():
     inputs, labels = blobs()
-    assert shared(inputs, split_rows(labels.astype(np.int32), None, seed=0)) == {}
+    assert count_shared(inputs, split_rows(labels.astype(np.int32), None, seed=0)) == {}
     pixels = np.arange(900 * 4, dtype=np.uint16).view(np.uint8).reshape(900, 4, 2, 1)
-    assert shared(pixels, split_rows(labels.astype(np.int32), None, seed=0)) == {}
+    assert count_shared(pixels, split_rows(labels.astype(np.int32), None, seed=0)) == {}
 
 
 def test_a_control_tells_by_how_much_distillation_helped(cli, here):

@@ -112,7 +112,7 @@ def test_missing_configuration(cli, here):
         ({"labels": np.arange(60) % 3 - 1}, "labels must not be negative; got -1 in row 0: number classes from 0"),
         (
             {"class_names": np.array(["a", "b"])},
-            "labels must be below the number of class_names, 2; got 2 in row 2: add names or mend labels",
+            "labels must be below the number of class_names, 2; got 2 in row 2: add names or fix labels",
         ),
         ({"labels": np.arange(59) % 3}, r"must have the same length .*; got \[60, 4\] and \[59\]: pair them up"),
         (

@@ -11,7 +11,7 @@ import pytest
 from image_files import TEST, TRAIN, archive, both, contents, encoded, load, picture, seeds_of, tree
 
 from ev3_distill.data.sources import RowFile, image_archive, load_data, row_cache
-from ev3_distill.data.sources.image_decode import pixels
+from ev3_distill.data.sources.image_decode import decode_image
 from ev3_distill.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -108,7 +108,11 @@ def test_rare_compression(tmp_path, compression):
 
 
 def test_without_leave_to_read(tmp_path, monkeypatch):
-    source, read, scan = tree(tmp_path / "tree", contents(TRAIN + TEST)), image_archive.Directory._bytes, os.scandir
+    source, read, scan = (
+        tree(tmp_path / "tree", contents(TRAIN + TEST)),
+        image_archive.DirectoryContainer._read,
+        os.scandir,
+    )
 
     def guarded(call, name):
         def called(*args):
@@ -118,24 +122,24 @@ def test_without_leave_to_read(tmp_path, monkeypatch):
 
         return called
 
-    monkeypatch.setattr(image_archive.Directory, "_bytes", guarded(read, "a.png"))
+    monkeypatch.setattr(image_archive.DirectoryContainer, "_read", guarded(read, "a.png"))
     with pytest.raises(InputError, match=r"train/ant/a.png \(Permission denied\)"):
         load_data(source)
     monkeypatch.setattr(os, "scandir", guarded(scan, "train"))
-    with pytest.raises(InputError, match=r"needs leave to read what it holds; got .*train \(Permission denied\)"):
+    with pytest.raises(InputError, match=r"needs permission to read its content; got .*train \(Permission denied\)"):
         load_data(source)
 
 
 def test_a_file_that_changes_between_two_readings(tmp_path, monkeypatch):
-    source, read = tree(tmp_path / "tree", contents(TRAIN + TEST)), image_archive.Directory._bytes
+    source, read = tree(tmp_path / "tree", contents(TRAIN + TEST)), image_archive.DirectoryContainer._read
     seen = []
 
     def changing(directory, name):
         seen.append(name)
         return read(directory, name) + b" " * (seen.count(name) > 1)
 
-    monkeypatch.setattr(image_archive.Directory, "_bytes", changing)
-    with pytest.raises(InputError, match="must stay as it is while it is read; got a change: run again"):
+    monkeypatch.setattr(image_archive.DirectoryContainer, "_read", changing)
+    with pytest.raises(InputError, match="must not change while it is read; got a change: run again"):
         load_data(source)
 
 
@@ -145,7 +149,9 @@ def test_a_file_that_changes_between_two_readings(tmp_path, monkeypatch):
 def counted(monkeypatch):
     """The calls of the decoder."""
     calls = []
-    monkeypatch.setattr("ev3_distill.data.sources.folder.pixels", lambda *args: calls.append(1) or pixels(*args))
+    monkeypatch.setattr(
+        "ev3_distill.data.sources.folder.decode_image", lambda *args: calls.append(1) or decode_image(*args)
+    )
     return calls
 
 
@@ -193,7 +199,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path, cache, monkeypatch, name, memory
     again, said = load(source, memory=memory)
     assert len(calls) >= 6
     np.testing.assert_array_equal(first.inputs, again.inputs[:])
-    assert [sentence for sentence in said if "damaged: made anew" in sentence] == said
+    assert [sentence for sentence in said if "damaged: creating it again" in sentence] == said
     assert len(said) == (name != "no rows")
     done = len(calls)
     assert load(source)[1] == []
@@ -218,7 +224,7 @@ def test_a_disk_that_fills(tmp_path, cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(row_cache.RowWriter, "add", full)
         with pytest.raises(
-            InputError, match=r"needs room .*; got No space left on device: free some.*EV3_DISTILL_CACHE"
+            InputError, match=r"needs free space .*; got No space left on device: free some.*EV3_DISTILL_CACHE"
         ):
             load_data(source)
     assert list(cache.iterdir()) == []
@@ -237,5 +243,5 @@ def test_a_run_that_is_stopped_leaves_nothing(tmp_path, cache):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load_data(tree(tmp_path / "tree", contents(TRAIN + TEST)), tell=stop)
+        load_data(tree(tmp_path / "tree", contents(TRAIN + TEST)), progress=stop)
     assert list(cache.iterdir()) == []

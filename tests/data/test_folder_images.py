@@ -9,8 +9,8 @@ from image_files import TEST, TRAIN, both, contents, encoded, load, picture, see
 from PIL import Image
 
 from ev3_distill.data.sources import load_data, parallel_decode
-from ev3_distill.data.sources.image_decode import Unreadable, pixels
-from ev3_distill.data.sources.image_options import Form, parsed
+from ev3_distill.data.sources.image_decode import Unreadable, decode_image
+from ev3_distill.data.sources.image_options import ImageOptions, parse_place
 from ev3_distill.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -47,7 +47,7 @@ def test_grey_and_coloured_in_many_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(parallel_decode, "_CHUNK", 60)
     files = {f"{i:02}.png": encoded(picture(i, channels=3 if i == 17 else 1)) for i in range(20)}
     told = []
-    dataset, _ = load(tree(tmp_path / "tree", files), tell=lambda done, total: told.append((done, total)))
+    dataset, _ = load(tree(tmp_path / "tree", files), progress=lambda done, total: told.append((done, total)))
     np.testing.assert_array_equal(dataset.inputs[17], picture(17))
     for i in {*range(20)} - {17}:
         np.testing.assert_array_equal(dataset.inputs[i], np.repeat(picture(i, channels=1)[..., None], 3, axis=-1))
@@ -55,13 +55,13 @@ def test_grey_and_coloured_in_many_chunks(tmp_path, monkeypatch):
     assert {total for _, total in told} == {20}
 
 
-AS_IT_IS = Form()
+AS_IT_IS = ImageOptions()
 
 
 def shape_and_values(image, form=AS_IT_IS, suffix="png"):
     buffer = io.BytesIO()
     image.save(buffer, suffix)
-    array = pixels(buffer.getvalue(), form)
+    array = decode_image(buffer.getvalue(), form)
     assert array.dtype == np.uint8
     return array.shape, array.reshape(-1, array.shape[-1]).tolist()
 
@@ -82,8 +82,8 @@ def test_modes():
         image = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
         image.putpalette(palette)
         assert shape_and_values(image) == ((1, 2, len(expected[0])), expected)
-    assert shape_and_values(alpha, Form(channels=1)) == ((1, 2, 1), [[2], [5]])
-    assert shape_and_values(bits, Form(channels=3)) == ((1, 2, 3), [[0] * 3, [255] * 3])
+    assert shape_and_values(alpha, ImageOptions(channels=1)) == ((1, 2, 1), [[2], [5]])
+    assert shape_and_values(bits, ImageOptions(channels=3)) == ((1, 2, 3), [[0] * 3, [255] * 3])
 
 
 @pytest.mark.parametrize(
@@ -92,12 +92,12 @@ def test_modes():
 )
 def test_modes_without_a_scale(array, message):
     with pytest.raises(Unreadable, match=message):
-        pixels(encoded(array, "tiff"), Form())
+        decode_image(encoded(array, "tiff"), ImageOptions())
 
 
 def test_no_format_that_runs_a_program():
     with pytest.raises(Unreadable, match="not an image of a known format"):
-        pixels(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", Form())
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", ImageOptions())
 
 
 # One size for all.
@@ -126,18 +126,18 @@ def test_resizing_averages(tmp_path):
 @pytest.mark.parametrize(
     ("place", "expected"),
     [
-        ("DIR", ("DIR", Form())),
-        ("a,b", ("a,b", Form())),
-        ("DIR,size=32", ("DIR", Form((32, 32)))),
-        ("a.zip,size=32x48,channels=3", ("a.zip", Form((32, 48), 3))),
-        ("a,b,channels=1", ("a,b", Form(channels=1))),
-        ("a,size=3/b", ("a,size=3/b", Form())),
-        ("there,size=3", ("there,size=3", Form())),
-        ("there,size=3,size=4", ("there,size=3", Form((4, 4)))),
+        ("DIR", ("DIR", ImageOptions())),
+        ("a,b", ("a,b", ImageOptions())),
+        ("DIR,size=32", ("DIR", ImageOptions((32, 32)))),
+        ("a.zip,size=32x48,channels=3", ("a.zip", ImageOptions((32, 48), 3))),
+        ("a,b,channels=1", ("a,b", ImageOptions(channels=1))),
+        ("a,size=3/b", ("a,size=3/b", ImageOptions())),
+        ("there,size=3", ("there,size=3", ImageOptions())),
+        ("there,size=3,size=4", ("there,size=3", ImageOptions((4, 4)))),
     ],
 )
 def test_options(place, expected):
-    assert parsed(place, lambda place: place == "there,size=3") == expected
+    assert parse_place(place, lambda place: place == "there,size=3") == expected
 
 
 @pytest.mark.parametrize(

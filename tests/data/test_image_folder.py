@@ -12,7 +12,7 @@ import pytest
 from image_files import TEST, TRAIN, archive, both, contents, encoded, load, picture, seeds_of, tree
 
 from ev3_distill.data.sources import load_data
-from ev3_distill.data.sources.image_decode import Unreadable, pixels
+from ev3_distill.data.sources.image_decode import Unreadable, decode_image
 from ev3_distill.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ def test_what_is_no_image_is_ignored_and_counted(tmp_path):
         dataset, said = load(source)
         assert len(dataset.labels) == 6
         assert len(said) == 1
-        assert "ignored 2 files that are no images, such as README.txt" in said[0]
+        assert "ignored 2 files that are not images, such as README.txt" in said[0]
 
 
 def test_an_archive_within_a_directory(tmp_path):
@@ -155,7 +155,7 @@ BAD_LAYOUTS = {
     "beside classes": (contents(["a/1.png", "b/1.png", "2.png"]), "must be laid out as .*; got 2.png and b/1.png"),
     "beside splits": (
         contents([*TRAIN, "extra/a/1.png"]),
-        "train/ and test/ alone; got extra beside them: move it away",
+        "only train/ and test/; got extra beside them: move it away",
     ),
     "unlabelled test": (contents([*TRAIN, "test/1.png"]), "got none of images beside the class folders in train"),
     "one class": (contents(["train/a/1.png", "test/a/1.png"]), "at least 2 classes must occur; got a alone"),
@@ -173,13 +173,13 @@ def test_bad_layouts(tmp_path, name):
 
 
 def test_places_that_are_none(tmp_path):
-    with pytest.raises(InputError, match=r"needs a directory or a zip file; got .*none, which is missing"):
+    with pytest.raises(InputError, match=r"needs a directory or a zip file; got .*none, which does not exist"):
         load_data(f"folder:{tmp_path / 'none'}")
     whole = archive(tmp_path / "set.zip", contents(TRAIN + TEST)).removeprefix("folder:")
     (tmp_path / "text.zip").write_bytes(b"text")
     (tmp_path / "half.zip").write_bytes(Path(whole).read_bytes()[:500])
     for name in ("text.zip", "half.zip"):
-        with pytest.raises(InputError, match=rf"must be a whole zip file; got .*{name} .*: pack it again"):
+        with pytest.raises(InputError, match=rf"must be a complete zip file; got .*{name} .*: pack it again"):
             load_data(f"folder:{tmp_path / name}")
 
 
@@ -217,10 +217,10 @@ def test_fingerprint_tells_what_was_left_out(tmp_path, monkeypatch):
     def pickier(content, form):
         if content == encoded(picture(1)):
             raise Unreadable("not to my taste")
-        return pixels(content, form)
+        return decode_image(content, form)
 
     monkeypatch.setattr("PIL.__version__", "0.1")
-    monkeypatch.setattr("ev3_distill.data.sources.folder.pixels", pickier)
+    monkeypatch.setattr("ev3_distill.data.sources.folder.decode_image", pickier)
     part, _ = load(source, skip_corrupt=True)
     assert len(part.labels) == len(whole.labels) - 1
     assert part.fingerprint != whole.fingerprint

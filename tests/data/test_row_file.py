@@ -114,7 +114,7 @@ def test_files_are_closed_in_the_end(tmp_path):
 def test_a_file_that_is_too_short(tmp_path):
     rows = on_disk(tmp_path, ARRAY)
     os.truncate(tmp_path / "0.bin", 100)
-    with pytest.raises(InputError, match=r"0.bin must stay as it is while it is read; got a shorter file: run again"):
+    with pytest.raises(InputError, match=r"0.bin must not change while it is read; got a shorter file: run again"):
         rows[:]
     with pytest.raises(InputError, match="got a shorter file"):
         RowFile(rows.parts, rows.shape[1:], rows.dtype)

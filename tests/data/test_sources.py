@@ -267,7 +267,7 @@ def test_large_columns_first(tmp_path):
     inputs = np.asfortranarray(LARGE["floats"])
     source = save(tmp_path, inputs=inputs, labels=example_arrays()[1])
     np.testing.assert_array_equal(load_data(source).inputs, inputs)
-    with pytest.raises(InputError, match=r"must lie row by row; .*: save them with numpy.ascontiguousarray"):
+    with pytest.raises(InputError, match=r"must be stored in row order; .*: save them with numpy.ascontiguousarray"):
         load_data(source, memory=100)
 
 
@@ -349,7 +349,7 @@ BAD_ARRAYS = {
     ),
     "few groups": (
         {"inputs": IMAGES, "labels": CLASSES, "groups": CLASSES[:5]},
-        r"groups must be a number or a text for each example, \[12\]; got uint8 \[5\]: mend or remove them",
+        r"groups must be an integer or a text for each example, \[12\]; got uint8 \[5\]: fix or remove them",
     ),
     "groups of a part": (
         {

@@ -176,7 +176,7 @@ def test_unlabelled(tfds, root):
     said = []
     dataset = load_data("tfds:toy", warn=said.append)
     assert (dataset.labels.tolist(), dataset.num_classes, dataset.class_names) == ([-1, -1, -1], 0, ())
-    assert said == ["tfds:toy has no class labels: it is taken as unlabelled"]
+    assert said == ["tfds:toy has no class labels: it is used without labels"]
 
 
 def test_hidden_labels_of_test(tfds, root):

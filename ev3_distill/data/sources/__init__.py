@@ -1,35 +1,43 @@
-"""Sources of data, one file per kind.
+"""Data sources, one module per kind. A source is named KIND:PLACE.
 
-A source is named by its kind and its place:
+- `digits`: 1,797 handwritten digits [8, 8, 1], built in.
+- `npz:FILE`: named arrays, as numpy.savez or numpy.savez_compressed write them. Nothing is unpickled.
 
-- `digits`: 1,797 handwritten digits [8, 8, 1], without a file.
-- `npz:FILE`: arrays `inputs` and `labels` (or `image` and `label`), or both with `train_` and `test_` before them;
-  `class_names` is optional, and so are the labels. 8-bit numbers stay so, all others become float32. Vectors are [N, F],
-  images [N, H, W] or [N, H, W, C]; an array [N, L, C] of sequences has the name `sequences` in place of `inputs`.
+  - `inputs` and `labels`, or `image` and `label`: numbers [N, F] (vectors), [N, H, W] or [N, H, W, C] (images), and
+    integers [N] from 0. uint8 stays uint8 (pixels, used as x / 255), all other numbers become float32.
+  - `sequences` and `labels`: numbers [N, L, C], whose last two axes are kept as they are.
+  - Each with the prefixes `train_` and `test_` (`train_inputs`, `test_inputs`, ...): the source has its own test examples.
+  - Labels are optional: all label arrays are missing, or every label is -1.
+  - `class_names`, optional: text [K], the name of each class in the order of the labels.
+  - `groups`, optional (or `train_groups` and `test_groups`): integers or text [N], the subgroup of each example, for
+    guards on worst_group_accuracy.
+  - Other arrays are ignored.
+
 - `folder:DIR` or `folder:FILE.zip`: images in `train/CLASS/` and `test/CLASS/` (or `val/CLASS/`), in `CLASS/`, or
-  without classes: then they have no labels. All have one size, or the source ends in `,size=32` or `,size=32x48`
-  (height x width: bilinear, the aspect is not kept). They are grey if none is coloured; `,channels=1` or `,channels=3`
-  decides it. Alpha is dropped, and the orientation in a photo's EXIF data ignored, as common loaders do.
-- `tfds:NAME[/CONFIG][:VERSION]`: a data set that TensorFlow Datasets has prepared; its splits `train` and `test`. Takes
-  the same options.
+  without class folders, which means without labels. All images must have one size, or the source ends in `,size=32` or
+  `,size=32x48` (height x width; bilinear, the aspect ratio is not kept). They are gray if no image has color;
+  `,channels=1` or `,channels=3` overrides that. The alpha channel is dropped. The orientation in a photo's EXIF data is
+  ignored, as common loaders do.
+- `tfds:NAME[/CONFIG][:VERSION]`: a data set that TensorFlow Datasets has prepared; its splits `train` and `test` (or
+  `validation`). Takes the same options as `folder`.
 """
 
 from collections.abc import Callable
 
 from ev3_distill.data.sources import digits, folder, npz, tfds
-from ev3_distill.data.sources.dataset import Dataset, Reading
+from ev3_distill.data.sources.dataset import Dataset, ReadOptions
 from ev3_distill.data.sources.row_file import RowFile, in_chunks
 from ev3_distill.errors import InputError
 
-__all__ = ["KINDS", "Dataset", "Reading", "RowFile", "in_chunks", "load_data"]
+__all__ = ["KINDS", "Dataset", "ReadOptions", "RowFile", "in_chunks", "load_data"]
 
-KINDS: dict[str, Callable[[str, Reading], Dataset]] = {
+KINDS: dict[str, Callable[[str, ReadOptions], Dataset]] = {
     "digits": digits.load,
     "npz": npz.load,
     "folder": folder.load,
     "tfds": tfds.load,
 }
-_DEFAULT = Reading()
+_DEFAULTS = ReadOptions()
 
 
 def load_data(
@@ -37,25 +45,25 @@ def load_data(
     *,
     memory: int | None = None,
     skip_corrupt: bool = False,
-    warn: Callable[[str], None] = _DEFAULT.warn,
-    tell: Callable[[int, int], None] = _DEFAULT.tell,
+    warn: Callable[[str], None] = _DEFAULTS.warn,
+    progress: Callable[[int, int], None] = _DEFAULTS.progress,
 ) -> Dataset:
     """Loads a data set.
 
     Args:
-      source: its kind and place, see this package's docstring.
-      memory: bytes up to which inputs are kept in memory, 1 GiB if none are named; larger ones are a `RowFile`.
-      skip_corrupt: leave out images that cannot be read, and warn, instead of refusing the source.
-      warn: hears what the user should know though it is no error.
-      tell: hears of progress while images are decoded: (done, total).
+      source: KIND:PLACE; the docstring of this package describes all kinds.
+      memory: maximum bytes of inputs to hold in memory, 1 GiB by default; larger inputs become a `RowFile`.
+      skip_corrupt: skip images that cannot be read, with a warning, instead of refusing the source.
+      warn: called with each warning.
+      progress: called while images are decoded, with the numbers of examples done and in total.
 
     Raises:
-      InputError: the source is unknown, missing, broken or not a classification data set.
+      InputError: the source is unknown, missing, damaged or not a classification data set.
     """
     kind, colon, place = source.partition(":")
     if kind not in KINDS or (kind == "digits") == bool(colon) or (colon and not place):
         raise InputError(
             f"a data source is digits, npz:FILE, folder:DIR, folder:FILE.zip or tfds:NAME; got {source!r}: name one of these"
         )
-    limit = _DEFAULT.memory if memory is None else memory
-    return KINDS[kind](place, Reading(limit, skip_corrupt, warn, tell))
+    limit = _DEFAULTS.memory if memory is None else memory
+    return KINDS[kind](place, ReadOptions(limit, skip_corrupt, warn, progress))

@@ -1,4 +1,4 @@
-"""What every source delivers: examples with or without labels, and what names them."""
+"""What every source returns: examples with or without labels."""
 
 import dataclasses
 import hashlib
@@ -10,21 +10,21 @@ import numpy as np
 from ev3_distill.data.sources.row_file import RowFile, in_chunks
 
 MEMORY = 1 << 30
-"""Bytes up to which inputs are kept in memory, where nothing else is said."""
+"""Default for the maximum bytes of inputs in memory."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Examples on the host, with labels or without."""
+    """Examples on the host, with or without labels."""
 
-    inputs: np.ndarray | RowFile  # [N, ...] uint8 (means x / 255) or float32; a RowFile stays on disk
-    labels: np.ndarray  # [N] int32, -1 where there is none
-    num_classes: int  # 0 where nothing is labelled and no names are known
+    inputs: np.ndarray | RowFile  # [N, ...] uint8 (used as x / 255) or float32; a RowFile stays on disk
+    labels: np.ndarray  # [N] int32, -1 where an example has none
+    num_classes: int  # 0 if no example is labeled and no class names are known
     class_names: tuple[str, ...]
-    test_rows: np.ndarray | None  # rows that the source has set apart as test
+    test_rows: np.ndarray | None  # rows that the source itself reserves for the test split
     source: str
-    fingerprint: str  # sha256 of all that the arrays follow from, in hexadecimal
-    groups: np.ndarray | None = None  # [N] int32, the subgroup of each example, where the source tells any
+    fingerprint: str  # SHA-256 of everything that the arrays depend on, in hexadecimal
+    groups: np.ndarray | None = None  # [N] int32, the subgroup of each example, if the source has any
     group_names: tuple[str, ...] = ()
 
 
@@ -32,34 +32,34 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def _tell_nobody(done: int, total: int) -> None:
+def _no_progress(done: int, total: int) -> None:
     pass
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """How to read a source, whichever kind it is."""
+class ReadOptions:
+    """How to read a source, whatever its kind."""
 
     memory: int = MEMORY
-    """Bytes up to which inputs are kept in memory; larger ones stay on disk."""
+    """Maximum bytes of inputs in memory; larger inputs stay on disk."""
     skip_corrupt: bool = False
-    """Whether to leave out examples that cannot be read, and say so, instead of refusing them all."""
+    """Whether to skip examples that cannot be read, with a warning, instead of refusing the source."""
     warn: Callable[[str], None] = _warn
-    """Hears what the user should know though it is no error."""
-    tell: Callable[[int, int], None] = _tell_nobody
-    """Hears of progress: (done, total)."""
+    """Called with each warning."""
+    progress: Callable[[int, int], None] = _no_progress
+    """Called with the numbers of examples done and in total."""
 
 
 def fingerprint(
     inputs: np.ndarray | RowFile, labels: np.ndarray, test_rows: np.ndarray | None, groups: np.ndarray | None = None
 ) -> str:
-    """The SHA-256 of arrays, in hexadecimal; the same in memory and on disk.
+    """The SHA-256 of arrays in hexadecimal, the same for arrays in memory and on disk.
 
     Args:
       inputs: [N, ...].
       labels: [N].
-      test_rows: [M], or none.
-      groups: [N], or none.
+      test_rows: [M], or None.
+      groups: [N], or None.
     """
     digest = hashlib.sha256()
     for array in (inputs, labels, test_rows, groups):

@@ -6,46 +6,45 @@ from pathlib import Path
 
 import numpy as np
 
-from ev3_distill.data.sources.dataset import Dataset, Reading
-from ev3_distill.data.sources.folder_layout import Listing, listed
-from ev3_distill.data.sources.image_archive import opened
-from ev3_distill.data.sources.image_decode import pixels
-from ev3_distill.data.sources.image_options import parsed
-from ev3_distill.data.sources.parallel_decode import Decoded, Gallery, decoded
+from ev3_distill.data.sources.dataset import Dataset, ReadOptions
+from ev3_distill.data.sources.folder_layout import ImageListing, list_images
+from ev3_distill.data.sources.image_archive import open_container
+from ev3_distill.data.sources.image_decode import decode_image
+from ev3_distill.data.sources.image_options import parse_place
+from ev3_distill.data.sources.parallel_decode import DecodedRows, Encoded, decode_all
 from ev3_distill.errors import InputError
 
-_FORMAT = 1  # of what a fingerprint is taken of
+_FORMAT = 1  # version of the content that is hashed for the fingerprint
 
 
-def load(place: str, reading: Reading) -> Dataset:
-    """Images of a folder or an archive, decoded once and kept in the cache.
+def load(place: str, options: ReadOptions) -> Dataset:
+    """Loads the images of a folder or an archive; they are decoded once and then cached.
 
     Raises:
-      InputError: the place is missing, not laid out as an image folder, or has images that differ in size or cannot be
-        read.
+      InputError: the place is missing or not laid out as an image folder, or its images differ in size or cannot be read.
     """
-    where, form = parsed(place, lambda place: os.path.exists(os.path.expanduser(place)))
-    container = opened(Path(where).expanduser())
-    listing = listed(container.files, container.folders, where, reading.warn)
+    path, image_options = parse_place(place, lambda place: os.path.exists(os.path.expanduser(place)))
+    container = open_container(Path(path).expanduser())
+    listing = list_images(container.files, container.folders, path, options.warn)
     names = listing.names
-    content = json.dumps([_FORMAT, container.fingerprint(names), form])
-    images = Gallery(
-        place=where,
+    content = json.dumps([_FORMAT, container.fingerprint(names), image_options])
+    images = Encoded(
+        place=path,
         names=names,
-        row=lambda i: pixels(container.content(names[i]), form),
-        one_size=f"folder:{where},size=32 gives all that size",
+        decode=lambda i: decode_image(container.read(names[i]), image_options),
+        size_hint=f"folder:{path},size=32 gives all that size",
     )
-    return _dataset(listing, decoded(images, content, reading), f"folder:{place}")
+    return _dataset(listing, decode_all(images, content, options), f"folder:{place}")
 
 
-def _dataset(listing: Listing, made: Decoded, source: str) -> Dataset:
-    labels, is_test, kept = np.array(listing.labels, np.int32), np.array(listing.is_test), made.kept
+def _dataset(listing: ImageListing, decoded: DecodedRows, source: str) -> Dataset:
+    labels, is_test, valid = np.array(listing.labels, np.int32), np.array(listing.is_test), decoded.valid
     for part in np.unique(is_test):
-        if lost := {*labels[is_test == part].tolist()} - {*labels[kept & (is_test == part)].tolist()}:
+        if lost := {*labels[is_test == part].tolist()} - {*labels[valid & (is_test == part)].tolist()}:
             what = f"images of class {listing.class_names[min(lost)]}" if listing.class_names else "images"
             raise InputError(
                 f"{source}: {what} must be readable; got none in {'test' if part else 'train'}: repair some"
             )
-    test_rows = np.flatnonzero(is_test[kept]) if listing.has_test else None
+    test_rows = np.flatnonzero(is_test[valid]) if listing.has_test else None
     names = listing.class_names
-    return Dataset(made.rows, labels[kept], len(names), names, test_rows, source, made.fingerprint)
+    return Dataset(decoded.rows, labels[valid], len(names), names, test_rows, source, decoded.fingerprint)

@@ -1,10 +1,10 @@
-"""What an image folder means: which images are train and which are test, and of what class."""
+"""Layout of an image folder: which images are train and which are test, and their classes."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
 from ev3_distill.data.sources.image_decode import SUFFIXES
-from ev3_distill.data.sources.parallel_decode import shown
+from ev3_distill.data.sources.parallel_decode import printable
 from ev3_distill.errors import InputError
 
 _TRAIN, _TEST, _VALIDATION = "train", "test", "val"
@@ -14,32 +14,32 @@ _SPLITS = {
     **dict.fromkeys(("val", "valid", "validation"), _VALIDATION),
 }
 _LAYOUTS = "train/CLASS/ and test/CLASS/, CLASS/, or images without classes"
-Path = tuple[str, ...]  # of an image or a folder below the root or a split, part by part
-Group = dict[str, Path]  # images by their full names
+Path = tuple[str, ...]  # names from the root, or from a split, down to an image or folder
+Group = dict[str, Path]  # images by full name
 
 
 @dataclasses.dataclass(frozen=True)
-class Listing:
+class ImageListing:
     """The images of a folder: train before test, then by class, then by name."""
 
     names: list[str]
-    labels: list[int]  # of each image, -1 where there are no classes
+    labels: list[int]  # of each image; -1 if there are no classes
     is_test: list[bool]  # of each image
     class_names: tuple[str, ...]  # in alphabetical order
     has_test: bool
 
 
-def listed(files: Sequence[str], folders: Sequence[str], place: str, warn: Callable[[str], None]) -> Listing:
-    """Recognises the layout of an image folder.
+def list_images(files: Sequence[str], folders: Sequence[str], place: str, warn: Callable[[str], None]) -> ImageListing:
+    """Recognizes the layout of an image folder.
 
     Args:
-      files: all names, with / between folders.
-      folders: all folders' names, the empty ones' too.
+      files: names of all files, with / between folders.
+      folders: names of all folders, including empty ones.
       place: of the folder, for messages.
-      warn: hears of what is left out.
+      warn: called with what is left out.
 
     Raises:
-      InputError: there are no images, or they are not laid out in one of the ways known.
+      InputError: there are no images, or their layout is not one of those known.
     """
     images = [name for name in files if name.lower().endswith(SUFFIXES)]
     if not images:
@@ -47,19 +47,19 @@ def listed(files: Sequence[str], folders: Sequence[str], place: str, warn: Calla
             f"{place} must hold images ({' '.join(SUFFIXES)}); got {len(files)} other files: check the path"
         )
     if others := sorted(set(files) - set(images)):
-        warn(f"{place}: ignored {len(others)} files that are no images, such as {shown(others[0])}")
+        warn(f"{place}: ignored {len(others)} files that are not images, such as {printable(others[0])}")
     depth = _depth_of_root(images)
     if depth and all(name.count("/") == depth for name in images):
-        warn(f"{place}: all images lie in one folder, so they are taken as images without classes")
+        warn(f"{place}: all images are in one folder, so they are used without labels")
     below = [tuple(name.split("/"))[depth:] for name in folders]
     groups = _groups(
         {name: tuple(name.split("/"))[depth:] for name in images}, [path for path in below if path], place, warn
     )
-    return _ordered(groups, place)
+    return _combine(groups, place)
 
 
 def _depth_of_root(images: Sequence[str]) -> int:
-    """How many folders hold all the images and are no split: an archive often has one around everything."""
+    """Number of enclosing folders around all images that are not a split; an archive often has one."""
     parts = [name.split("/") for name in images]
     depth = 0
     while (
@@ -72,13 +72,13 @@ def _depth_of_root(images: Sequence[str]) -> int:
 
 
 def _groups(images: Group, folders: list[Path], place: str, warn: Callable[[str], None]) -> dict[str, Group]:
-    """The images of train, and of test where there is one, each checked by itself."""
+    """The images of train, and of test if there is one, each checked separately."""
     split_of = {path[0]: _SPLITS.get(path[0].lower()) for path in images.values()}
-    if None in split_of.values():  # no splits: then a class may have the name of one
-        strange = min(top for top, split in split_of.items() if split is None)
+    if None in split_of.values():  # no splits; a class may have the name of a split
+        other = min(top for top, split in split_of.items() if split is None)
         if len(set(split_of.values())) > 1 and max(map(len, images.values())) > 2:
             raise InputError(
-                f"{place} must hold train/ and test/ alone; got {shown(strange)} beside them: move it away"
+                f"{place} must hold only train/ and test/; got {printable(other)} beside them: move it away"
             )
         return {_TRAIN: _checked_group("", images, folders, place)}
     if len(set(split_of.values())) < len(split_of):
@@ -103,28 +103,28 @@ def _below(top: str, images: Group, folders: list[Path], place: str) -> Group:
 
 
 def _checked_group(top: str, images: Group, folders: list[Path], place: str) -> Group:
-    """All images lie in class folders, or none does; and no class folder is empty."""
+    """Checks that all images are in class folders or none is, and that no class folder is empty."""
     of_depth = {len(path): name for name, path in images.items()}
     if set(of_depth) not in ({1}, {2}):
-        got = " and ".join(shown(of_depth[depth]) for depth in sorted(of_depth)[-2:])
+        got = " and ".join(printable(of_depth[depth]) for depth in sorted(of_depth)[-2:])
         raise InputError(
             f"{place} must be laid out as {_LAYOUTS}; got {got}: move images, or name the folder above CLASS/"
         )
     empty = {path[0] for path in folders} - {path[0] for path in images.values()}
     if set(of_depth) == {2} and empty:
         raise InputError(
-            f"{place}: every class needs images; got {top}{shown(min(empty))}/ without one: add some or remove it"
+            f"{place}: every class needs images; got {top}{printable(min(empty))}/ without one: add some or remove it"
         )
     return images
 
 
-def _ordered(groups: dict[str, Group], place: str) -> Listing:
-    """Puts the splits together, which must have the same classes."""
+def _combine(groups: dict[str, Group], place: str) -> ImageListing:
+    """Combines the splits, which must have the same classes."""
     classes = {split: {_class_of(path) for path in group.values()} for split, group in groups.items()}
     known = set.union(*classes.values())
     for split, present in classes.items():
         if missing := sorted(known - present):
-            what = f"class {shown(missing[0])}" if missing[0] else "images beside the class folders"
+            what = f"class {printable(missing[0])}" if missing[0] else "images beside the class folders"
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise InputError(
                 f"{place}: train and test must have the same classes; got none of {what}{more} in {split}: add or remove it"
@@ -132,12 +132,12 @@ def _ordered(groups: dict[str, Group], place: str) -> Listing:
     names = sorted(known - {""})
     if len(names) == 1:
         raise InputError(
-            f"{place}: at least 2 classes must occur; got {shown(names[0])} alone: add images of another class"
+            f"{place}: at least 2 classes must occur; got {printable(names[0])} alone: add images of another class"
         )
     number = {"": -1} | {name: i for i, name in enumerate(names)}
     rows = [(split == _TEST, _class_of(path), name) for split, group in groups.items() for name, path in group.items()]
     rows.sort()
-    return Listing(
+    return ImageListing(
         names=[name for _, _, name in rows],
         labels=[number[label] for _, label, _ in rows],
         is_test=[is_test for is_test, _, _ in rows],
@@ -147,5 +147,5 @@ def _ordered(groups: dict[str, Group], place: str) -> Listing:
 
 
 def _class_of(path: Path) -> str:
-    """The folder that an image lies in, or nothing."""
+    """The class folder of an image; empty without one."""
     return path[0] if len(path) == 2 else ""

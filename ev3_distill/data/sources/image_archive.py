@@ -1,4 +1,4 @@
-"""Where the files of an image folder lie: a directory, or a zip archive, of which nothing is extracted."""
+"""Where the files of an image folder are: in a directory, or in a zip archive, which is read without extracting it."""
 
 import hashlib
 import itertools
@@ -11,71 +11,71 @@ from pathlib import Path
 from typing import Protocol
 
 from ev3_distill.data.sources.image_decode import Unreadable
-from ev3_distill.data.sources.zip_reader import Archive
+from ev3_distill.data.sources.zip_reader import ZipReader
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.files import sha256_of
 
-_SPAN = 256  # files that a thread reads before it asks for more
+_SPAN = 256  # files per task of a thread
 
 
 class Container(Protocol):
-    """Files by name, with / between the folders that they lie in."""
+    """Files by name, with / between the names of folders."""
 
     files: list[str]
     folders: list[str]
 
     def fingerprint(self, names: Sequence[str]) -> str:
-        """The SHA-256 of these files or of more, in hexadecimal."""
+        """The SHA-256, in hexadecimal, of these files or of a superset."""
 
-    def content(self, name: str) -> bytes:
-        """A file's bytes; may be called by several threads. Raises Unreadable."""
+    def read(self, name: str) -> bytes:
+        """Reads a file; several threads may call it. Raises Unreadable."""
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is there for a system, not for the user."""
+    """Whether a file or folder belongs to the operating system rather than to the user."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
-def opened(path: Path) -> Container:
-    """What a path names: a directory, a zip file, or a directory with one zip file and no other.
+def open_container(path: Path) -> Container:
+    """Opens a directory, a zip file, or the zip file that is the only file of a directory.
 
     Raises:
-      InputError: it names none of these.
+      InputError: `path` is none of these.
     """
     if path.is_dir():
-        directory = _listed(path)
+        directory = _open_directory(path)
         zips = [name for name in directory.files if name.lower().endswith(".zip")]
-        return Zip(path / zips[0]) if len(zips) == 1 == len(directory.files) else directory
+        return ZipContainer(path / zips[0]) if len(zips) == 1 == len(directory.files) else directory
     if path.is_file():
-        return Zip(path)
-    raise InputError(f"folder:DIR needs a directory or a zip file; got {path}, which is missing: check the path")
+        return ZipContainer(path)
+    raise InputError(f"folder:DIR needs a directory or a zip file; got {path}, which does not exist: check the path")
 
 
-def _listed(path: Path) -> "Directory":
+def _open_directory(path: Path) -> "DirectoryContainer":
     try:
-        return Directory(path)
+        return DirectoryContainer(path)
     except OSError as error:
         raise InputError(
-            f"folder:DIR needs leave to read what it holds; got {error.filename} ({error.strerror}): change its permissions"
+            f"folder:DIR needs permission to read its content; got {error.filename} ({error.strerror}): change its "
+            "permissions"
         ) from None
 
 
-class Directory:
-    """A directory with all that lies below it, hidden files and folders left out."""
+class DirectoryContainer:
+    """A directory with everything below it, except hidden files and folders."""
 
     def __init__(self, root: Path):
-        """Lists it."""
         self.root = root
         self.files: list[str] = []
         self.folders: list[str] = []
         self._digests: dict[str, bytes] = {}
         self._list("", ())
 
-    def _list(self, folder: str, above: tuple[tuple[int, int], ...]) -> None:
-        about = os.stat(self.root / folder)
-        if (about.st_dev, about.st_ino) in above:
-            return  # a link to a folder that it lies in
-        above = (*above, (about.st_dev, about.st_ino))
+    def _list(self, folder: str, ancestors: tuple[tuple[int, int], ...]) -> None:
+        status = os.stat(self.root / folder)
+        if (status.st_dev, status.st_ino) in ancestors:
+            return  # a link to a folder that contains it
+        ancestors = (*ancestors, (status.st_dev, status.st_ino))
         with os.scandir(self.root / folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 name = f"{folder}{entry.name}"
@@ -83,12 +83,12 @@ class Directory:
                     continue
                 if entry.is_dir():
                     self.folders.append(name)
-                    self._list(f"{name}/", above)
+                    self._list(f"{name}/", ancestors)
                 elif entry.is_file():
                     self.files.append(name)
 
     def fingerprint(self, names: Sequence[str]) -> str:
-        """The SHA-256 of files' names and bytes, in hexadecimal."""
+        """The SHA-256 of names and contents, in hexadecimal."""
         spans = [names[start : start + _SPAN] for start in range(0, len(names), _SPAN)]
         with ThreadPoolExecutor() as pool:
             digests = pool.map(lambda span: [self._digest(name) for name in span], spans)
@@ -98,59 +98,58 @@ class Directory:
 
     def _digest(self, name: str) -> bytes:
         try:
-            return hashlib.sha256(self._bytes(name)).digest()
+            return hashlib.sha256(self._read(name)).digest()
         except OSError as error:
             return hashlib.sha256(str(error.errno).encode()).digest()
 
-    def _bytes(self, name: str) -> bytes:
+    def _read(self, name: str) -> bytes:
         with open(f"{self.root}/{name}", "rb", buffering=0) as file:
             return file.read()
 
-    def content(self, name: str) -> bytes:
-        """A file's bytes, the very ones that the fingerprint was taken of."""
+    def read(self, name: str) -> bytes:
+        """Reads a file, and checks that it is still the one that the fingerprint covers."""
         try:
-            content = self._bytes(name)
+            content = self._read(name)
         except OSError as error:
             raise Unreadable(error.strerror) from None
         if hashlib.sha256(content).digest() != self._digests[name]:
-            raise InputError(f"{self.root / name} must stay as it is while it is read; got a change: run again")
+            raise InputError(f"{self.root / name} must not change while it is read; got a change: run again")
         return content
 
 
-class Zip:
-    """A zip archive; its members are read where they lie."""
+class ZipContainer:
+    """A zip archive."""
 
     def __init__(self, path: Path):
-        """Lists it."""
         try:
-            self._archive = Archive(path)
+            self._reader = ZipReader(path)
         except (zipfile.BadZipFile, OSError, ValueError) as error:
             raise InputError(
-                f"folder:FILE must be a whole zip file; got {path} ({error}): pack it again, or name a directory"
+                f"folder:FILE must be a complete zip file; got {path} ({error}): pack it again, or name a directory"
             ) from None
-        named = [(member.filename.replace("\\", "/").strip("/"), member) for member in self._archive.members]
-        self.folders = _and_those_above(named)
-        self._members = {name: member for name, member in named if not member.is_dir() and not is_hidden(name)}
+        named = [(member.filename.replace("\\", "/").strip("/"), member) for member in self._reader.members]
+        self.folders = _all_folders(named)
+        visible = [(name, member) for name, member in named if not member.is_dir() and not is_hidden(name)]
+        self._members = dict(visible)
         self.files = sorted(self._members)
-        twice = len([1 for name, member in named if not member.is_dir() and not is_hidden(name)]) - len(self.files)
-        if twice:
-            raise InputError(f"{path}: a name must occur once; got {twice} that occur again: pack it again")
+        if repeated := len(visible) - len(self.files):
+            raise InputError(f"{path}: a name must occur once; got {repeated} that occur again: pack it again")
 
     def fingerprint(self, names: Sequence[str]) -> str:
-        """The SHA-256 of the archive as a file, in hexadecimal."""
+        """The SHA-256 of the archive file, in hexadecimal."""
         del names
-        return sha256_of(self._archive.path)
+        return sha256_of(self._reader.path)
 
-    def content(self, name: str) -> bytes:
-        """A member's bytes, checked against the archive's checksum."""
+    def read(self, name: str) -> bytes:
+        """Reads a member and checks it against the checksum of the archive."""
         try:
-            return self._archive.content(self._members[name])
+            return self._reader.read(self._members[name])
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
             raise Unreadable(" ".join(str(error).split())) from None
 
 
-def _and_those_above(named: list[tuple[str, zipfile.ZipInfo]]) -> list[str]:
-    """All folders: those with a member of their own, and those that only occur in names."""
+def _all_folders(named: list[tuple[str, zipfile.ZipInfo]]) -> list[str]:
+    """All folders: those that are members, and those that only occur in names of members."""
     folders = {name for name, member in named if member.is_dir()}
     for name, _ in named:
         while name := name.rpartition("/")[0]:

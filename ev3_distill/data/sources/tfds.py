@@ -1,6 +1,6 @@
-"""`tfds:NAME[/CONFIG][:VERSION]`: what TensorFlow Datasets has prepared, read without TensorFlow.
+"""`tfds:NAME[/CONFIG][:VERSION]`: data sets prepared by TensorFlow Datasets, read without TensorFlow.
 
-The data set is found by its files, as `tfds.data_source` does last of all, so that the code that made it is not needed.
+The data set is located by its files, which is the last resort of `tfds.data_source`; the code that made it is not needed.
 """
 
 import functools
@@ -13,54 +13,54 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ev3_distill.data.sources.dataset import Dataset, Reading
-from ev3_distill.data.sources.image_decode import Unreadable, pixels
-from ev3_distill.data.sources.image_options import Form, parsed
-from ev3_distill.data.sources.parallel_decode import Gallery, decoded
+from ev3_distill.data.sources.dataset import Dataset, ReadOptions
+from ev3_distill.data.sources.image_decode import Unreadable, decode_image
+from ev3_distill.data.sources.image_options import ImageOptions, parse_place
+from ev3_distill.data.sources.parallel_decode import Encoded, decode_all
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.files import sha256_of
 
-_FORMAT = 1  # of what a fingerprint is taken of
+_FORMAT = 1  # version of the content that is hashed for the fingerprint
 
 
 class _Prepared(NamedTuple):
-    """A data set on disk, and what is read of it."""
+    """A data set on disk, and the part of it that is read."""
 
     builder: Any
-    splits: list[str]  # train and, where there is one, test
+    splits: list[str]  # train, and test if there is one
     x: str  # name of the inputs
-    y: str  # of the labels, empty where there are none
-    form: Form  # of the images
+    y: str  # name of the labels; empty without labels
+    image_options: ImageOptions
 
     @property
     def info(self) -> Any:
-        """What TensorFlow Datasets knows of it."""
+        """The description by TensorFlow Datasets."""
         return self.builder.info
 
 
-def load(place: str, reading: Reading) -> Dataset:
-    """The splits `train` and `test` (or `validation`) of a prepared data set, decoded once and kept in the cache.
+def load(place: str, options: ReadOptions) -> Dataset:
+    """Loads the splits `train` and `test` (or `validation`) of a prepared data set; decoded once and then cached.
 
     Raises:
-      InputError: TensorFlow Datasets is not installed, the data set not prepared, or it is none for classification.
+      InputError: TensorFlow Datasets is not installed, or the data set is not prepared or not for classification.
     """
-    name, form = parsed(place, lambda _: False)
-    with _explained(name):
+    name, image_options = parse_place(place, lambda _: False)
+    with _explain_missing(name):
         builder = _builder(name)
-        prepared = _Prepared(builder, _splits(builder.info, name), *_features(builder.info, name), form)
+        prepared = _Prepared(builder, _splits(builder.info, name), *_features(builder.info, name), image_options)
         if not prepared.y:
-            reading.warn(f"tfds:{name} has no class labels: it is taken as unlabelled")
-        made = decoded(_gallery(prepared, name), _content(prepared), reading)
-    labels = np.array(made.notes["labels"], np.int32)[made.kept]
-    is_test = np.arange(len(made.kept)) >= prepared.info.splits["train"].num_examples
-    test_rows = np.flatnonzero(is_test[made.kept]) if len(prepared.splits) > 1 else None
+            options.warn(f"tfds:{name} has no class labels: it is used without labels")
+        decoded = decode_all(_encoded(prepared, name), _content(prepared), options)
+    labels = np.array(decoded.notes["labels"], np.int32)[decoded.valid]
+    is_test = np.arange(len(decoded.valid)) >= prepared.info.splits["train"].num_examples
+    test_rows = np.flatnonzero(is_test[decoded.valid]) if len(prepared.splits) > 1 else None
     names = _classes(prepared, labels, name)
-    return Dataset(made.rows, labels, len(names), names, test_rows, f"tfds:{place}", made.fingerprint)
+    return Dataset(decoded.rows, labels, len(names), names, test_rows, f"tfds:{place}", decoded.fingerprint)
 
 
 @contextmanager
-def _explained(place: str) -> Iterator[None]:
-    """Says which package and which command is missing."""
+def _explain_missing(place: str) -> Iterator[None]:
+    """Raises an InputError that names the missing package or command."""
     prepare = f"pip install 'ev3-distill[tfds-prepare]' and run: tfds build {place} --file_format=array_record"
     try:
         yield
@@ -71,10 +71,8 @@ def _explained(place: str) -> Iterator[None]:
         ) from None
     except FileNotFoundError as error:
         missing = error.filename or error
-        raise InputError(
-            f"tfds:NAME needs a data set that is prepared; got {place}, but no {missing}: {prepare}"
-        ) from None
-    except NotImplementedError:  # a format without random access, which is the default of `tfds build`
+        raise InputError(f"tfds:NAME needs a prepared data set; got {place}, but no {missing}: {prepare}") from None
+    except NotImplementedError:  # a format without random access, the default of `tfds build`
         raise InputError(
             f"tfds:NAME needs a data set prepared as array_record; got {place} in another format: {prepare} --overwrite"
         ) from None
@@ -86,12 +84,12 @@ def _builder(place: str) -> Any:
     folder = os.environ.get("TFDS_DATA_DIR") or str(tfds.core.constants.DATA_DIR)
     try:
         return tfds.core.read_only_builder.builder_from_files(place, data_dir=folder)
-    except (ValueError, AssertionError):  # the name is not known there, or not well formed
+    except (ValueError, AssertionError):  # an unknown or malformed name
         raise FileNotFoundError(f"such files in {folder}") from None
 
 
 def _splits(info: Any, place: str) -> list[str]:
-    """Train and, where there is one, test, or validation in its place."""
+    """Train, and test if there is one, else validation if there is one."""
     known = [name for name, split in info.splits.items() if split.num_examples]
     if "train" not in known:
         raise InputError(
@@ -101,7 +99,7 @@ def _splits(info: Any, place: str) -> list[str]:
 
 
 def _features(info: Any, place: str) -> tuple[str, str]:
-    """Names of the inputs and of the labels, the latter empty where there are none."""
+    """Names of the inputs and of the labels; the latter is empty without labels."""
     import tensorflow_datasets as tfds
 
     plain = {name: f for name, f in info.features.items() if type(f) in (tfds.features.Image, tfds.features.Tensor)}
@@ -114,16 +112,16 @@ def _features(info: Any, place: str) -> tuple[str, str]:
 
 
 def _content(prepared: _Prepared) -> str:
-    """All that the examples follow from: the files, and what is read of them."""
+    """Identifies everything that the examples depend on: the files, and the part that is read."""
     info, splits = prepared.info, prepared.splits
     files = [sha256_of(Path(path)) for split in splits for path in info.splits[split].filepaths]
     lengths = [info.splits[split].num_examples for split in splits]
     classes = info.features[prepared.y].names if prepared.y else None
-    read = [prepared.x, prepared.y, classes, prepared.form]
+    read = [prepared.x, prepared.y, classes, prepared.image_options]
     return json.dumps([_FORMAT, files, lengths, info.features.to_json(), *read], sort_keys=True)
 
 
-def _gallery(prepared: _Prepared, place: str) -> Gallery:
+def _encoded(prepared: _Prepared, place: str) -> Encoded:
     """The inputs, and the labels as notes."""
     sizes = [(split, prepared.info.splits[split].num_examples) for split in prepared.splits]
     names = [f"{split}[{i}]" for split, size in sizes for i in range(size)]
@@ -131,17 +129,19 @@ def _gallery(prepared: _Prepared, place: str) -> Gallery:
     sources = functools.cache(lambda: _sources(prepared))
     train = sizes[0][1]
 
-    def row(index: int) -> np.ndarray:
+    def decode(index: int) -> np.ndarray:
         example = _example(sources()[index >= train], index if index < train else index - train)
         labels[index] = int(example[prepared.y]) if prepared.y else -1
         value = example[prepared.x]
-        return pixels(value, prepared.form) if isinstance(value, bytes) else _array(value)
+        return decode_image(value, prepared.image_options) if isinstance(value, bytes) else _array(value)
 
-    return Gallery(f"tfds:{place}", names, row, f"tfds:{place},size=32 gives all that size", lambda: {"labels": labels})
+    return Encoded(
+        f"tfds:{place}", names, decode, f"tfds:{place},size=32 gives all that size", lambda: {"labels": labels}
+    )
 
 
 def _sources(prepared: _Prepared) -> list[Sequence[dict[str, Any]]]:
-    """Of each split, the examples with their images as bytes."""
+    """The examples of each split, with images as undecoded bytes."""
     import tensorflow_datasets as tfds
 
     images = [name for name, f in prepared.info.features.items() if isinstance(f, tfds.features.Image)]
@@ -152,14 +152,14 @@ def _sources(prepared: _Prepared) -> list[Sequence[dict[str, Any]]]:
 def _example(source: Sequence[dict[str, Any]], index: int) -> dict[str, Any]:
     try:
         return source[index]
-    except Exception as error:  # a reader may raise anything at damaged bytes
+    except Exception as error:  # a reader may raise anything on damaged bytes
         raise Unreadable(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def _array(value: np.ndarray) -> np.ndarray:
     if value.dtype == np.uint8:
         return value
-    with np.errstate(over="ignore"):  # found below
+    with np.errstate(over="ignore"):  # reported below
         array = np.asarray(value, np.float32)
     if not np.isfinite(array).all():
         raise Unreadable("it holds nan or infinity")
@@ -167,7 +167,7 @@ def _array(value: np.ndarray) -> np.ndarray:
 
 
 def _classes(prepared: _Prepared, labels: np.ndarray, place: str) -> tuple[str, ...]:
-    """The names of the classes; every label is one of them, or -1."""
+    """The class names; checks that every label has one or is -1."""
     if not prepared.y:
         return ()
     feature = prepared.info.features[prepared.y]

@@ -1,4 +1,9 @@
-"""A zip archive that threads read together: each member by its place in the file."""
+"""Reads members of a zip archive from several threads.
+
+zipfile.ZipFile.read locks the file and copies through two buffers: 10,000 small images take 1.4 times as long with one
+ZipFile for all threads, and 1.8 times as long with one for each, which also reads the archive's directory again. Where the
+bytes of a member begin is needed in any case: uncompressed arrays of an npz file are read in place.
+"""
 
 import os
 import weakref
@@ -6,18 +11,24 @@ import zipfile
 import zlib
 from pathlib import Path
 
-_LOCAL_HEADER = 30  # bytes, before the name and the extra field
+_LOCAL_HEADER = 30  # bytes before the name and the extra field
 _ENCRYPTED = 0x1
 
 
-class Archive:
-    """The members of a zip file."""
+class ZipReader:
+    """The members of a zip file.
+
+    Attributes:
+      path: of the archive.
+      zip: the archive as the standard library reads it, for streams; not for several threads.
+      members: of the archive.
+    """
 
     def __init__(self, path: Path):
-        """Reads the archive's directory.
+        """Reads the directory of the archive.
 
         Raises:
-          zipfile.BadZipFile: it is none, or damaged.
+          zipfile.BadZipFile: the file is damaged or not a zip file.
         """
         self.path = path
         self.zip = zipfile.ZipFile(path)
@@ -27,19 +38,19 @@ class Archive:
         weakref.finalize(self, os.close, self._file)
 
     def offset(self, member: zipfile.ZipInfo) -> int:
-        """Where in the file a member's (compressed) bytes begin."""
+        """Position in the file at which the (compressed) bytes of a member begin."""
         header = os.pread(self._file, _LOCAL_HEADER, member.header_offset)
         if len(header) < _LOCAL_HEADER or header[:4] != b"PK\x03\x04":
-            raise zipfile.BadZipFile("a member is not where the directory says")
+            raise zipfile.BadZipFile("a member is not at the position that the directory names")
         return member.header_offset + _LOCAL_HEADER + int.from_bytes(header[26:28], "little") + int.from_bytes(
             header[28:30], "little"
         )  # fmt: skip
 
-    def content(self, member: zipfile.ZipInfo) -> bytes:
-        """A member's bytes, checked.
+    def read(self, member: zipfile.ZipInfo) -> bytes:
+        """Reads a member and checks its length and checksum.
 
         Raises:
-          zipfile.BadZipFile, zlib.error: it is damaged or encrypted.
+          zipfile.BadZipFile, zlib.error: the member is damaged or encrypted.
         """
         if member.flag_bits & _ENCRYPTED:
             raise zipfile.BadZipFile("it is encrypted")
