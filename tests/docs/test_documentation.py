@@ -89,6 +89,12 @@ def test_every_internal_link_resolves(path, generate):
             assert anchor in anchors(text), f"{path}: {target}"
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_source_file_that_a_page_names_exists(path):
+    for name in re.findall(r"`((?:[a-z0-9_]+/)+[a-z0-9_]+\.(?:py|toml))`", path.read_text()):
+        assert (ROOT / name).exists() or (ROOT / "ev3_distill" / name).exists(), f"{path}: {name}"
+
+
 def test_every_page_is_in_the_table_of_contents():
     index = page("index.md")
     for path in PAGES[1:]:
