@@ -73,14 +73,14 @@ def zero_variables(network: Network) -> Variables:
 
 def _ours(fitness: Fitness, params: PyTree, pairs: int, *, rank: int | None) -> Generation:
     """`estimate`, spread over all devices of all processes."""
-    mesh = distributed.mesh_of()
+    mesh = distributed.make_mesh()
     spread = distributed.spread_over(mesh) if mesh.size > 1 else distributed.Spread()
 
     def generation(key: jax.Array, params: PyTree) -> PyTree:
         now = jax.random.wrap_key_data(key)
         return estimate(now, params, fitness, Population(pairs=pairs, sigma=SIGMA, rank=rank), spread=spread)[0]
 
-    run = jit(generation if mesh.size == 1 else distributed.everywhere(generation, mesh))
+    run = jit(generation if mesh.size == 1 else distributed.on_all_devices(generation, mesh))
     placed = params if mesh.size == 1 else distributed.replicate(params, mesh)
     return lambda key: run(np.asarray(jax.random.key_data(key)), placed)
 

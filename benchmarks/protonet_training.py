@@ -95,12 +95,14 @@ def trained_state(
       characters: the three sets; only `train` is used.
       directory: where states are saved and resumed.
     """
-    mesh = distributed.mesh_of()
+    mesh = distributed.make_mesh()
     advance = _advance(recipe, network, mesh)
     state = jax.tree.map(np.asarray, initial_state(recipe, network, jax.random.key(seed)))
     log: list[dict[str, float]] = []
     path = directory / "state.npz"
-    if saved := distributed.as_first(path.read_bytes() if distributed.first() and path.exists() else b""):
+    if saved := distributed.broadcast_bytes(
+        path.read_bytes() if distributed.is_first_process() and path.exists() else b""
+    ):
         state, log = _load(saved, state)
     every = max(1, recipe.generations // 100)
     fixed = distributed.replicate((np.asarray(jax.random.key_data(jax.random.key(seed))), characters.train), mesh)
@@ -115,7 +117,7 @@ def trained_state(
         if last or time.monotonic() - saved_at > SAVE_S:
             _save(directory, state, log)
             saved_at = time.monotonic()
-            if distributed.first():
+            if distributed.is_first_process():
                 print(f"bench protonet: {recipe.contender}, {log[-1]}", file=sys.stderr, flush=True)
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), state), log
 
@@ -179,7 +181,7 @@ def _advance(recipe: Recipe, network: Network, mesh: jax.sharding.Mesh) -> Calla
         moved: tuple[Training, jax.Array] = jax.lax.fori_loop(0, count, one, (state, jnp.float32(0)))
         return moved
 
-    return jax.jit(distributed.everywhere(advance, mesh), compiler_options=compiler_options())
+    return jax.jit(distributed.on_all_devices(advance, mesh), compiler_options=compiler_options())
 
 
 def _blocks(recipe: Recipe, sigma: jax.Array) -> list[Block]:
@@ -253,7 +255,7 @@ def digest(recipe: Recipe, seed: int) -> str:
 
 
 def _save(directory: Path, state: Training, log: list[dict[str, float]]) -> None:
-    if not distributed.first():
+    if not distributed.is_first_process():
         return
     directory.mkdir(parents=True, exist_ok=True)
     leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}

@@ -44,7 +44,7 @@ def run_suite(suite: str, *, seeds: int, size: str, out: Path | None = None) -> 
         raise InputError(f"seeds counts repetitions, at least 1; got {seeds}: try 10")
     header = provenance(suite, seeds=seeds, size=size)
     old = _existing_rows(out, header)
-    rows, writes = [*old], distributed.first()
+    rows, writes = [*old], distributed.is_first_process()
     for row in _with_progress(suite, _missing_rows(SUITES[suite], old, seeds=seeds, size=size), len(old)):
         rows.append(row)
         if out is not None and writes:
@@ -59,7 +59,9 @@ def _existing_rows(out: Path | None, header: dict[str, Any]) -> list[dict[str, A
     """The rows that `out` holds on process 0, sent to all processes: they must skip the same rows, or stop together."""
     if out is None:
         return []
-    rows: list[dict[str, Any]] = json.loads(distributed.from_first(lambda: json.dumps(_reopen(out, header)).encode()))
+    rows: list[dict[str, Any]] = json.loads(
+        distributed.read_on_first(lambda: json.dumps(_reopen(out, header)).encode())
+    )
     return rows
 
 

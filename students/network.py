@@ -12,8 +12,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from ev3_distill.errors import InputError, summary
-from ev3_distill.runtime.checkpoint import alone
-from ev3_distill.runtime.distributed import first, from_first
+from ev3_distill.runtime.checkpoint import first_process_options
+from ev3_distill.runtime.distributed import is_first_process, read_on_first
 from ev3_distill.types import Network, Variables
 
 
@@ -106,9 +106,9 @@ def count_params(variables: Variables) -> int:
 
 def save_variables(directory: Path, variables: Variables) -> None:
     """Writes variables with orbax; where several processes share a run, process 0 does."""
-    if not first():
+    if not is_first_process():
         return
-    with ocp.StandardCheckpointer(multiprocessing_options=alone()) as checkpointer:
+    with ocp.StandardCheckpointer(multiprocessing_options=first_process_options()) as checkpointer:
         checkpointer.save(directory.absolute(), _plain(jax.device_get(variables)))
 
 
@@ -124,7 +124,7 @@ def load_variables(directory: Path, network: Network) -> Variables:
     def read() -> bytes:
         return b"".join(leaf.tobytes() for leaf in _read(directory, network, blank).values())
 
-    content, at, leaves = from_first(read), 0, []
+    content, at, leaves = read_on_first(read), 0, []
     for leaf in blank.values():
         leaves.append(jnp.asarray(np.frombuffer(content, leaf.dtype, leaf.size, at).reshape(leaf.shape)))
         at += leaf.nbytes
@@ -135,7 +135,7 @@ def _read(directory: Path, network: Network, blank: dict[str, np.ndarray]) -> di
     """Leaves by path, in the order of `blank`."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs each error that it raises
     try:
-        with ocp.StandardCheckpointer(multiprocessing_options=alone()) as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=first_process_options()) as checkpointer:
             saved = checkpointer.metadata(directory.absolute()).item_metadata.tree
             _check_alike(saved, blank)  # before orbax reads in parallel and fails in several places
             leaves = checkpointer.restore(directory.absolute(), blank)

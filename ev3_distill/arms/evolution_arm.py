@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from ev3_distill.evolution import EvolutionConfig, EvolutionState, Subspace, all_parameters, evolution
-from ev3_distill.runtime.distributed import LANES, Spread, everywhere, spread_over
+from ev3_distill.runtime.distributed import LANES, Spread, on_all_devices, spread_over
 from ev3_distill.types import Apply, Arm, Batch, Draw, Objective, PyTree, Stretch, Variables
 
 FORWARD_PASSES = 3  # cost of one training step, in forward passes
@@ -70,7 +70,7 @@ def evolution_arm(
 
         return strategy.step(key, state, fitness)[0]
 
-    run_generation = generation if mesh is None else everywhere(generation, mesh)
+    run_generation = generation if mesh is None else on_all_devices(generation, mesh)
 
     def propose(state: EvolutionArmState, draw: Draw, stretch: Stretch) -> tuple[EvolutionArmState, Variables]:
         def advance(i: jax.Array, current: EvolutionState) -> EvolutionState:

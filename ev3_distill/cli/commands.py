@@ -150,9 +150,9 @@ def _session(
     """
     placement = ONE if devices == 1 == jax.process_count() else devices_of(devices, spread=spread)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(distributed.joined())
-        own = stack.enter_context(distributed.own_directory(directory))
-        if tensorboard is not None and distributed.first():
+        stack.enter_context(distributed.watch_peers())
+        own = stack.enter_context(distributed.process_directory(directory))
+        if tensorboard is not None and distributed.is_first_process():
             from ev3_distill.monitor.tensorboard import written_for_tensorboard
 
             stack.enter_context(written_for_tensorboard(directory, tensorboard))
@@ -331,7 +331,7 @@ def _load_teacher(
 
 def print_result(result: RunResult) -> None:
     """Prints the summary of a run; in a multi-process run, the first process does."""
-    if not distributed.first():
+    if not distributed.is_first_process():
         return
     import rich
 

@@ -183,7 +183,7 @@ def _bench(command: BenchCommand) -> None:
     from ev3_distill import benchmarks
     from ev3_distill.runtime import distributed
 
-    with distributed.joined():
+    with distributed.watch_peers():
         benchmarks.run_suite(command.suite, seeds=command.seeds, size=command.size, out=command.out)
 
 

@@ -28,7 +28,7 @@ class DistributedOptions:
 
         if (self.processes, self.coordinator, self.process_id) == ("1", None, None):
             return False
-        return distributed.start(self.processes, self.coordinator, self.process_id)[1] > 1
+        return distributed.join_processes(self.processes, self.coordinator, self.process_id)[1] > 1
 
 
 @dataclasses.dataclass(frozen=True)

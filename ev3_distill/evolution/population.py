@@ -157,7 +157,7 @@ def _plan(population: Population, mean: PyTree, noise: Noise, spread: Spread) ->
     chunks = math.ceil(population.pairs / (blocks * size))  # of each part
     size = math.ceil(population.pairs / (blocks * chunks))  # as even as possible
     own = spread.parts * chunks * size
-    first = spread.place() * own
+    first = spread.device_index() * own
     starts = first + size * jnp.arange(spread.parts * chunks, dtype=jnp.int32)
     hold = 4 * noise.size * own <= HOLD_BYTES if population.hold_noise is None else population.hold_noise
     return _Plan(size, own, blocks * chunks * size, first, starts, hold)

@@ -11,7 +11,7 @@ from typing import Any
 from ev3_distill.config import Budget
 from ev3_distill.core.adapt import SHARE
 from ev3_distill.errors import InputError
-from ev3_distill.runtime.ledger import PROMISE, Tail, tails
+from ev3_distill.runtime.ledger import PROMISE, Tail, open_tails
 from ev3_distill.training.run_dir import is_held
 
 EVERY_S = 0.5
@@ -118,7 +118,7 @@ class _Followed:
 
     def read(self) -> list[tuple[Part, str | None]]:
         """What came since the last call: a line for each row that has something to say."""
-        self._tails = tails(self.directory, self._tails)
+        self._tails = open_tails(self.directory, self._tails)
         told = []
         for name, tail in self._tails.items():
             for row in tail.rows():

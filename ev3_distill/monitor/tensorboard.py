@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ev3_distill.errors import InputError, summary, warn
-from ev3_distill.runtime.ledger import Tail, tails
+from ev3_distill.runtime.ledger import Tail, open_tails
 
 EVERY_S = 2.0
 SHOWN = ("champion_accuracy", "current_accuracy", "length", "gain", "wall_s")
@@ -55,7 +55,7 @@ class Scalars:
 
     def write(self) -> None:
         """Writes the rows that have come."""
-        self._tails = tails(self._run, self._tails)
+        self._tails = open_tails(self._run, self._tails)
         for name, tail in self._tails.items():
             for row in tail.rows():
                 if name not in self._writers:

@@ -1,8 +1,8 @@
-"""What the machine offers to this process."""
+"""CPU resources of this process."""
 
 import os
 
 
 def cores() -> int:
-    """Cores that it may run on, at least 1."""
+    """Number of cores that this process may run on, at least 1."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,7 @@
-"""The ledger: append-only JSON lines, one row per decision. A row tells what was tried, what it proved, and what it cost."""
+"""The ledger: an append-only file of JSON lines, one row per iteration.
+
+A row states what was tried, what it cost and what was proven.
+"""
 
 import json
 import os
@@ -14,7 +17,7 @@ from ev3_distill.errors import InputError
 from ev3_distill.runtime.files import atomic_write
 from ev3_distill.types import VERDICTS, Decision, Goal, Promise
 
-PROMISE = "promise"  # the objective where no goal rules
+PROMISE = "promise"  # name of the objective when no goal steers
 
 
 def row_of(
@@ -27,7 +30,7 @@ def row_of(
       arms: names of the A arms; proposal A is their average.
       promise: of the run.
       goals: of the run.
-      wall_s: seconds since the run began, without those of compiling; the one field that differs between two runs of a seed.
+      wall_s: seconds since the start of the run, without compilation. The only field that differs between two runs of a seed.
     """
     d: Any = jax.tree.map(np.asarray, decision)
     names = [*arms, "average"]
@@ -60,21 +63,22 @@ def row_of(
 
 
 def _tuned(shown: Sequence[dict[str, Any]], arms: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Hyperparameters by arm and name, for arms that tune any."""
-    of_arms = zip(arms, shown, strict=True)
-    return {arm: {name: np.asarray(x).tolist() for name, x in told.items()} for arm, told in of_arms if told}
+    """Tuned hyperparameters by arm and name, for arms that tune any."""
+    by_arm = zip(arms, shown, strict=True)
+    return {arm: {name: np.asarray(x).tolist() for name, x in values.items()} for arm, values in by_arm if values}
 
 
 def _number(x: Any) -> float | None:
-    """JSON knows no nan."""
+    """None for nan and infinities, which JSON does not have."""
     return float(x) if np.isfinite(x) else None
 
 
 def _test(test: Any, promise: Promise, goals: Sequence[Goal]) -> dict[str, Any]:
-    """The paired test on decide, with a lower bound on the gain at its level where the scores are 0 or 1.
+    """The paired test on decide, with a lower bound on the gain at the test's level if scores are 0 or 1.
 
-    Given which examples the two disagree on, wins are binomial; the Clopper-Pearson lower bound of their share theta, as
-    a gain, is (2 theta - 1) (wins + losses) / n. It is above 0 just where the test promotes.
+    Given the examples on which the two students disagree, the number of wins is binomial. With the Clopper-Pearson lower bound
+    theta of its probability, the bound on the gain is (2 theta - 1) (wins + losses) / n. It is positive exactly if the test
+    promotes.
     """
     wins, losses, n, alpha = int(test.wins), int(test.losses), int(test.n), float(test.alpha)
     goal = goals[int(test.goal)] if test.goal >= 0 else None
@@ -93,36 +97,45 @@ def _test(test: Any, promise: Promise, goals: Sequence[Goal]) -> dict[str, Any]:
     }
 
 
+def promise_scores(row: dict[str, Any]) -> tuple[float | None, float | None]:
+    """(champion's score on decide, current student's score on assess), from fields such as champion_accuracy."""
+    champion, current = (
+        next(value for name, value in row.items() if name.startswith(student)) for student in ("champion_", "current_")
+    )
+    return champion, current
+
+
 class Ledger:
-    """Appends rows to a file. A killed process leaves whole rows and at most one torn, which `resume` removes."""
+    """Appends rows to a file. If the process is killed, the file has complete rows and at most one torn row."""
 
     def __init__(self, path: Path):
         self._path = path
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Writes rows; the operating system has them when this returns, the disk after `sync`."""
+        """Write rows. They are with the operating system on return, and on disk after `sync`."""
         with self._path.open("ab") as file:
             file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
 
     def sync(self) -> None:
-        """Forces the rows to the disk, before the checkpoint that stands for them."""
+        """Force the rows to disk. Call it before writing the checkpoint that depends on them."""
         if self._path.exists():
             with self._path.open("rb") as file:
                 os.fsync(file.fileno())
 
-    def resume(self, iterations: int) -> None:
-        """Cuts the file after its first `iterations` rows: those which the checkpoint at hand has seen.
+    def truncate(self, iterations: int) -> None:
+        """Keep the first `iterations` rows, those that the checkpoint includes, and remove the rest.
 
         Raises:
-          InputError: it has fewer.
+          InputError: there are fewer rows.
         """
         content = self._path.read_bytes() if self._path.exists() else b""
         lines = content.splitlines(keepends=True)
         keep = b"".join(lines[:iterations])
         if len(lines) < iterations or (keep and not keep.endswith(b"\n")):
             raise InputError(
-                f"a resume needs the ledger row of every iteration that the checkpoint has seen, {iterations}; "
-                f"{self._path} has {len(content.splitlines())}, some of them cut or removed: start the run again elsewhere"
+                f"a resume needs the ledger row of every iteration that the checkpoint includes, {iterations} rows; "
+                f"{self._path} has {len(content.splitlines())}, some of them cut or removed: start a new run in another "
+                "directory"
             )
         if keep != content:
             with atomic_write(self._path) as file:
@@ -130,45 +143,45 @@ class Ledger:
 
 
 class Tail:
-    """Reads a ledger while another process writes it: whole rows, as they come; from the start again where it was cut."""
+    """Reads a ledger while another process appends to it: complete rows only, from the start again after a truncation."""
 
     def __init__(self, path: Path):
         self._path, self._file, self._offset = path, -1, 0
 
     def rows(self) -> list[dict[str, Any]]:
-        """Those that came since the last call; none where there is no file yet, or its last row is half written."""
+        """Rows added since the last call; none if there is no file yet or its last row is incomplete."""
         try:
             with self._path.open("rb") as file:
-                found = os.fstat(file.fileno())
-                if found.st_ino != self._file or found.st_size < self._offset:
-                    self._file, self._offset = found.st_ino, 0
+                status = os.fstat(file.fileno())
+                if status.st_ino != self._file or status.st_size < self._offset:
+                    self._file, self._offset = status.st_ino, 0
                 file.seek(self._offset)
                 content = file.read()
         except FileNotFoundError:
             return []
-        whole = content[: content.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        complete = content[: content.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return [json.loads(line) for line in complete.splitlines()]
 
 
-def tails(directory: Path, known: dict[str, Tail]) -> dict[str, Tail]:
-    """The ledgers of a run as far as they are there, and those known already, by the part of it: student, teacher, sizes/01.
+def open_tails(directory: Path, known: dict[str, Tail]) -> dict[str, Tail]:
+    """Tails of all ledgers of a run that exist so far, by part of the run: student, teacher, sizes/01.
 
     Args:
       directory: of the run.
-      known: from before.
+      known: tails from an earlier call, which are kept.
     """
-    rungs = sorted((directory / "sizes").glob("*/ledger.jsonl"))
-    parts = {str(path.parent.relative_to(directory)): path for path in rungs}
-    if not parts:  # a search's own ledger is put together from theirs when it ends
+    sizes = sorted((directory / "sizes").glob("*/ledger.jsonl"))
+    parts = {str(path.parent.relative_to(directory)): path for path in sizes}
+    if not parts:  # a search writes its own ledger from those of its sizes when it ends
         parts = {"student": directory / "ledger.jsonl"}
     inner = {name: directory / name / "ledger.jsonl" for name in ("teacher", "control")}
     parts = {**{name: path for name, path in inner.items() if path.exists()}, **parts}
     return {name: known.get(name) or Tail(path) for name, path in parts.items()}
 
 
-def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Reads the rows of a ledger; none where there is no file yet."""
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a ledger; none if there is no file yet."""
     if not path.exists():
         return
     with path.open() as file:

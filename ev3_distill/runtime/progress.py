@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ev3_distill.runtime.glossary import explain
+from ev3_distill.runtime.ledger import promise_scores
 
 PLAIN_EVERY_S = 5.0  # between two plain lines
 SHOWN_AFTER_S = 1.0  # a count that takes less time is not shown
@@ -107,7 +108,8 @@ class RunProgress:
             self._first, self._start = row["cost"], now
         pace = (row["cost"] - self._first) / max(now - self._start, 1e-9)
         rate = f"{pace:,.0f} steps/s" if pace else "no rate yet"
-        note = f"champion {row['champion_accuracy']:.1%}, current {row['current_accuracy']:.1%}"
+        champion, current = ("unknown" if score is None else f"{score:.1%}" for score in promise_scores(row))
+        note = f"champion {champion}, current {current}"
         done = row["wall_s"] if self._timed else row["cost"]
         if self._bar is not None:
             self._bar.update(done, rate=rate, note=note)

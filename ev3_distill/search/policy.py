@@ -35,7 +35,7 @@ from ev3_distill import students
 from ev3_distill.arms import PEER, names_for_peers
 from ev3_distill.core import plateau
 from ev3_distill.errors import InputError
-from ev3_distill.runtime.ledger import rows
+from ev3_distill.runtime.ledger import read_rows
 from ev3_distill.runtime.progress import RunProgress
 from ev3_distill.search import archive
 from ev3_distill.search.archive import Archive, Entry, Measured
@@ -121,7 +121,7 @@ class Climb:
         steps = STAGE * self.chosen.ev3.length
         while self.task.guards and self.sizes.larger(rung.network.spec):
             state = self._trained(rung, pause=position + steps, limit=limit)
-            told = list(rows(rung.folder / "ledger.jsonl"))
+            told = list(read_rows(rung.folder / "ledger.jsonl"))
             until = min(until_of(state), self._limit())
             if bool(state.closed) or falls_behind(told, position, steps, until=until):
                 return state
@@ -244,7 +244,7 @@ class Climb:
     def _may_yet(self, entry: Entry) -> bool:
         """Whether a student that was left before it was stuck is on the way to its guards, with all the steps that are left."""
         rung, left = self.rung_of(entry), self._left()
-        state, told = rung.known(), list(rows(rung.folder / "ledger.jsonl"))
+        state, told = rung.known(), list(read_rows(rung.folder / "ledger.jsonl"))
         cost, begun = int(state.clock.cost), told[0]["position"] - max(told[0]["steps"].values())
         if isinstance(state.plateau, Plateau) and bool(state.plateau.stuck) and cost < until_of(state):
             return False

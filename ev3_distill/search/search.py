@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ev3_distill import students
-from ev3_distill.runtime.ledger import rows
+from ev3_distill.runtime.ledger import read_rows
 from ev3_distill.runtime.progress import RunProgress
 from ev3_distill.search import archive
 from ev3_distill.search.archive import Entry
@@ -52,7 +52,7 @@ def search(
         made.polish()
         for number in range(2, chosen.passes + 1):
             made.again(number)
-    of_rungs = [list(rows(one.folder / "ledger.jsonl")) for one in made.rungs]
+    of_rungs = [list(read_rows(one.folder / "ledger.jsonl")) for one in made.rungs]
     history, wall_s = [row for told in of_rungs for row in told], sum(told[-1]["wall_s"] for told in of_rungs if told)
     entered = {one.number for one in made.archive.entries}
     write_lines(directory / "ledger.jsonl", [row for row in history if row["size"] in entered])

@@ -9,7 +9,7 @@ import numpy as np
 
 from ev3_distill.core import Parts, Step
 from ev3_distill.core.flatten_state import Flat, Flattening
-from ev3_distill.runtime.distributed import agreed
+from ev3_distill.runtime.distributed import broadcast_number
 from ev3_distill.training.devices import Devices
 from ev3_distill.training.dispatch import AT_ONCE, Programs, RepeatedStep
 from ev3_distill.types import Decision, Pools, PyTree, State
@@ -97,7 +97,7 @@ class IterationLoop:
             yield block.state, decisions
             if _ends(decisions[-1], limits.pause):
                 return
-            took, start = agreed(time.perf_counter() - start), time.perf_counter()
+            took, start = broadcast_number(time.perf_counter() - start), time.perf_counter()
             most = int(np.clip(len(decisions) * DISPATCH_S / took, 1, at_once))
             if not looks_ahead:
                 ahead = repeated(pools, block.state, limit, most, limits.pause)
@@ -158,7 +158,7 @@ def _limit_by_cost(limits: Limits, first: int) -> Callable[[int], np.int32]:
     def limit_at(cost: int) -> np.int32:
         if limits.seconds is None:
             return np.int32(limits.budget)
-        spent = agreed(time.perf_counter() - start)
+        spent = broadcast_number(time.perf_counter() - start)
         pace = (cost - first) / spent
         ahead = pace * (limits.seconds - spent) if pace else float(limits.seconds > spent) * UNLIMITED
         return np.int32(min(limits.budget, cost + max(ahead, 0)))

@@ -39,7 +39,7 @@ from ev3_distill.core.flatten_state import Flat
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.checkpoint import Checkpoints
 from ev3_distill.runtime.files import atomic_write
-from ev3_distill.runtime.ledger import Ledger, row_of, rows
+from ev3_distill.runtime.ledger import Ledger, read_rows, row_of
 from ev3_distill.training.iterate import UNLIMITED, Pipeline
 from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Pools, State
@@ -242,8 +242,8 @@ def iterate(
                     distillation.begin_best, pools, seed, budget=budget or UNLIMITED, seconds=seconds, pipeline=pipeline
                 )
             state = start()
-        ledger.resume(int(state.clock.iteration))
-        past = max((row["wall_s"] for row in rows(directory / "ledger.jsonl")), default=0.0)
+        ledger.truncate(int(state.clock.iteration))
+        past = max((row["wall_s"] for row in read_rows(directory / "ledger.jsonl")), default=0.0)
         reached: Flat | None = None  # the state of the ledger's last row, once there is one from here
 
         def written() -> State:
@@ -289,7 +289,7 @@ def report_of(
 
     Times (wall_s, compile_s) are the only entries in which two runs of one configuration on one machine differ.
     """
-    history = list(rows(directory / "ledger.jsonl"))
+    history = list(read_rows(directory / "ledger.jsonl"))
     cost = int(state.clock.cost)
     return {
         "cost": {

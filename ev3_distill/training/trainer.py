@@ -13,7 +13,7 @@ from ev3_distill.core.explore import fitting
 from ev3_distill.core.plateau import start_plateau
 from ev3_distill.core.promote import seen_scores
 from ev3_distill.data.batches import sampler
-from ev3_distill.runtime.distributed import agreed
+from ev3_distill.runtime.distributed import broadcast_number
 from ev3_distill.students.quantization import has_batch_stats
 from ev3_distill.tasks.classification.task import classification
 from ev3_distill.training.devices import ONE, Devices
@@ -155,7 +155,7 @@ class Distillation:
             one = int(decisions[-1].cost)
             cost += one
             spent = time.perf_counter() - start - (self.compile_s - compiled)
-            late = seconds is not None and agreed(spent) > seconds / DRAWING_SHARE
+            late = seconds is not None and broadcast_number(spent) > seconds / DRAWING_SHARE
             if cost + one > most or late:
                 break
         return best._replace(clock=best.clock._replace(cost=jnp.int32(cost), start_cost=jnp.int32(cost)))

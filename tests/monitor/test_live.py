@@ -14,7 +14,7 @@ from conftest import SMALL
 
 from ev3_distill.core.adapt import SHARE
 from ev3_distill.monitor import live
-from ev3_distill.runtime.ledger import Tail, tails
+from ev3_distill.runtime.ledger import Tail, open_tails
 from ev3_distill.training.run_dir import held, is_held
 
 
@@ -48,13 +48,13 @@ def test_a_tail_gives_whole_rows_once(tmp_path):
 
 
 def test_the_parts_of_a_run(tmp_path):
-    assert list(tails(tmp_path, {})) == ["student"]
+    assert list(open_tails(tmp_path, {})) == ["student"]
     for name in ("teacher", "sizes/01", "sizes/02"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "ledger.jsonl").touch()
-    known = tails(tmp_path, {})
+    known = open_tails(tmp_path, {})
     assert list(known) == ["teacher", "sizes/01", "sizes/02"]
-    assert tails(tmp_path, known) == known
+    assert open_tails(tmp_path, known) == known
 
 
 def test_what_a_part_tells():

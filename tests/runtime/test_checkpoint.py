@@ -1,4 +1,4 @@
-"""Checkpoints keep every bit, are whole or not at all, and never give back what was not saved."""
+"""Checkpoints restore every bit, are atomic, and never return anything that was not saved."""
 
 import json
 import os
@@ -11,8 +11,10 @@ import pytest
 
 from ev3_distill.errors import InputError
 from ev3_distill.runtime import checkpoint
-from ev3_distill.runtime.checkpoint import KEPT, SMALL, Checkpoints
+from ev3_distill.runtime.checkpoint import Checkpoints
 from ev3_distill.runtime.digest import tree_digest
+
+SMALL_BYTES = 2**20  # leaves above this have an array of their own on disk
 
 
 class Pair(NamedTuple):
@@ -29,7 +31,7 @@ def state(x=0.0, *, large=False):
         "odd": jnp.array([-0.0, jnp.nan, jnp.inf, 1e-45]),
         "many": [jnp.full((2, 3), x + i) for i in range(100)],
     }
-    return tree | ({"large": jnp.arange(SMALL // 4 + 1, dtype=jnp.float32) + x} if large else {})
+    return tree | ({"large": jnp.arange(SMALL_BYTES // 4 + 1, dtype=jnp.float32) + x} if large else {})
 
 
 def bits(tree):
@@ -44,7 +46,7 @@ def checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_every_bit_comes_back(checkpoints, large):
+def test_restore_returns_every_bit(checkpoints, large):
     saved = state(0.1, large=large)
     checkpoints.save(7, saved)
     iteration, restored, warnings = checkpoints.restore(state(large=large))
@@ -54,27 +56,28 @@ def test_every_bit_comes_back(checkpoints, large):
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored))
 
 
-def test_nothing_there(checkpoints):
+def test_restore_without_checkpoints_returns_none(checkpoints):
     assert checkpoints.restore(state()) is None
 
 
-def test_the_newest_of_the_last_few_is_read_by_another_manager(checkpoints, tmp_path):
-    for i in range(KEPT + 2):
+def test_last_three_checkpoints_are_kept_and_the_newest_is_read(checkpoints, tmp_path):
+    for i in range(5):
         checkpoints.save(i, state(i))
-    checkpoints.save(KEPT + 1, state(-1.0))  # an iteration is saved once
-    assert sorted(path.name for path in tmp_path.iterdir()) == [str(i) for i in range(2, KEPT + 2)]
+    checkpoints.save(4, state(-1.0))  # an iteration is saved once
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3", "4"]
     other = Checkpoints(tmp_path)
     iteration, restored, _ = other.restore(state())
     other.close()
-    assert (iteration, bits(restored)) == (KEPT + 1, bits(state(KEPT + 1)))
+    assert (iteration, bits(restored)) == (4, bits(state(4)))
 
 
-def test_small_leaves_share_one_array(checkpoints, monkeypatch):
-    """Orbax pays by the array: the 138 leaves of a default run took 80 to 200 ms one by one, and take 30 together."""
+def test_leaves_up_to_a_mebibyte_share_one_array(checkpoints, monkeypatch):
+    """Orbax's cost is per array: the 138 leaves of a default run took 80 to 200 ms one by one, and 30 ms together."""
     saved, save = [], checkpoints._manager.save
     monkeypatch.setattr(checkpoints._manager, "save", lambda i, args: saved.append(args) or save(i, args=args))
-    checkpoints.save(1, state(large=True))
-    assert {leaf.shape for leaf in saved[0]["state"].item.values()} == {(SMALL // 4 + 1,), (2443,)}
+    largest = {"largest small": jnp.zeros(SMALL_BYTES // 4)}
+    checkpoints.save(1, state(large=True) | largest)
+    assert {leaf.shape for leaf in saved[0]["state"].item.values()} == {(SMALL_BYTES // 4 + 1,), (2443 + SMALL_BYTES,)}
 
 
 def files(path):
@@ -91,8 +94,8 @@ def names(tmp_path_factory):
 
 
 @pytest.mark.parametrize("how", ["truncate", "flip", "remove"])
-def test_any_damaged_file_is_harmless(how, tmp_path, names):
-    """Either the newest is read bit by bit, or the one before, with a warning; never anything else."""
+def test_damaged_file_falls_back_to_the_checkpoint_before(how, tmp_path, names):
+    """Restore returns the newest checkpoint bit by bit, or the one before with a warning, and nothing else."""
     fell_back = 0
     for i in range(len(names)):
         folder = tmp_path / str(i)
@@ -120,13 +123,13 @@ def test_any_damaged_file_is_harmless(how, tmp_path, names):
             assert warnings[0].startswith("checkpoint 2 is damaged, falling back to the one before (")
             assert "\n" not in warnings[0]
             assert not (folder / "2").exists()
-            manager.save(2, state(2))  # goes on as if it had never been
+            manager.save(2, state(2))  # the run continues as if it had never been written
             assert bits(manager.restore(state())[1]) == bits(state(2))
         manager.close()
     assert fell_back >= 2
 
 
-def test_content_without_its_digest_is_no_state(checkpoints, tmp_path):
+def test_content_that_does_not_match_its_digest_is_rejected(checkpoints, tmp_path):
     checkpoints.save(1, state(1))
     checkpoints.save(2, state(2))
     path = tmp_path / "2" / "digest" / "metadata"
@@ -136,18 +139,18 @@ def test_content_without_its_digest_is_no_state(checkpoints, tmp_path):
     assert "does not match its digest" in warnings[0]
 
 
-def test_another_structure_is_no_state(checkpoints):
+def test_checkpoint_of_another_structure_is_rejected(checkpoints):
     checkpoints.save(1, {"a": jnp.zeros(4), "b": jnp.zeros(2)})
     for template in (
         {"a": jnp.zeros(2), "b": jnp.zeros(4)},
         {"a": jnp.zeros(4), "c": jnp.zeros(2)},
         {"a": jnp.zeros(6)},
     ):
-        with pytest.raises(InputError, match="all damaged or of another version: start the run again elsewhere"):
+        with pytest.raises(InputError, match="all damaged or written by another version of ev3-distill: resume"):
             checkpoints.restore(template)
 
 
-def test_digest_sees_paths_types_shapes_and_bytes():
+def test_digest_depends_on_paths_types_shapes_and_bytes():
     one = {"a": np.zeros((2, 3), np.float32)}
     others = (
         {"b": one["a"]},
@@ -160,7 +163,7 @@ def test_digest_sees_paths_types_shapes_and_bytes():
     assert len({tree_digest(tree) for tree in (one, *others)}) == 1 + len(others)
 
 
-def test_a_failed_save_leaves_the_one_before(checkpoints, tmp_path, monkeypatch):
+def test_failed_save_leaves_the_checkpoint_before(checkpoints, tmp_path, monkeypatch):
     checkpoints.save(1, state(1))
     monkeypatch.setattr(checkpoint, "_pack", lambda tree: {"small": object()})
     with pytest.raises(Exception, match="object"):

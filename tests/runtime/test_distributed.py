@@ -25,8 +25,8 @@ from ev3_distill.evolution import EvolutionConfig, evolution
 from ev3_distill import students
 
 asked = json.loads(sys.argv[1])
-sharding.SILENCE_S = asked.get("silence", 20)
-sharding.start(*asked.get("start", [1]))
+sharding.PEER_TIMEOUT_S = asked.get("silence", 20)
+sharding.join_processes(*asked.get("start", [1]))
 network = students.named("mlp:hidden=16-8", (12,), 3)
 rng = np.random.default_rng(0)
 shapes = jax.eval_shape(network.init, jax.random.key(0))
@@ -41,7 +41,7 @@ def fitness(params, key):
 
 
 def run(devices, fixed, rank, generations, pairs=13):
-    mesh = sharding.mesh_of(devices)
+    mesh = sharding.make_mesh(devices)
     spread = sharding.spread_over(mesh, fixed_order=fixed)
     config = EvolutionConfig(pairs=pairs, sigma=0.1, rank=rank, chunk=2 if rank else 1)
     strategy = evolution(optax.adam(0.05), config, spread=spread)
@@ -54,7 +54,7 @@ def run(devices, fixed, rank, generations, pairs=13):
 
     key = np.asarray(jax.random.key_data(jax.random.key(7)))
     arguments = sharding.replicate((key, params), mesh)
-    return jax.jit(sharding.everywhere(trajectory, mesh)), arguments
+    return jax.jit(sharding.on_all_devices(trajectory, mesh)), arguments
 
 
 found = {}
@@ -62,7 +62,7 @@ for devices, fixed, rank in asked["runs"]:
     program, arguments = run(devices, fixed, rank, asked["generations"])
     program = program.lower(*arguments).compile()
     for turn in range(asked.get("turns", 1)):
-        with sharding.joined():
+        with sharding.watch_peers():
             mean, told = program(*arguments)
             mean = np.asarray(mean.addressable_data(0))
         if turn == 0 and asked.get("dies") == jax.process_index():
@@ -178,28 +178,28 @@ def test_little_is_sent(trajectories, fixed):
 
 
 def test_one_process_is_started_without_further_ado():
-    assert distributed.start() == distributed.start(1) == (0, 1)
+    assert distributed.join_processes() == distributed.join_processes(1) == (0, 1)
 
 
 @pytest.mark.parametrize(
     ("given", "told_"),
     [
-        ((0, "a:1", 0), "processes are a number of at least 1"),
-        (("many", "a:1", 0), "processes are a number of at least 1"),
+        ((0, "a:1", 0), "--processes must be a positive number"),
+        (("many", "a:1", 0), "--processes must be a positive number"),
         ((2, None, 0), "need a coordinator HOST:PORT"),
         ((2, "localhost", 0), "need a coordinator HOST:PORT"),
         ((2, "localhost:99999", 0), "need a coordinator HOST:PORT"),
-        ((2, "localhost:1234", None), "needs its own number, 0 to 1; got None"),
-        ((2, "localhost:1234", 2), "needs its own number, 0 to 1; got 2"),
+        ((2, "localhost:1234", None), "needs its own number from 0 to 1; got None"),
+        ((2, "localhost:1234", 2), "needs its own number from 0 to 1; got 2"),
     ],
 )
 def test_what_makes_no_group_is_told(given, told_, monkeypatch):
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
     with pytest.raises(InputError, match=re.escape(told_)):
-        distributed.start(*given)
+        distributed.join_processes(*given)
 
 
 def test_meshes_are_of_devices_that_are_there():
-    assert distributed.mesh_of(1).size == 1
+    assert distributed.make_mesh(1).size == 1
     with pytest.raises(InputError, match="got 99"):
-        distributed.mesh_of(99)
+        distributed.make_mesh(99)

@@ -27,7 +27,7 @@ WORK = f"""
 import sys, time
 from ev3_distill.cli import main as cli
 from ev3_distill.runtime import distributed as sharding
-start, sharding.SILENCE_S = sharding.start, 4
+start, sharding.PEER_TIMEOUT_S = sharding.join_processes, 4
 
 def started(*group):  # only then may the rest be imported
     joined = start(*group)
@@ -40,7 +40,7 @@ def started(*group):  # only then may the rest be imported
     protonet_training._save = lambda *given: (save(*given), time.sleep(0.2))
     return joined
 
-sharding.start = started
+sharding.join_processes = started
 cli.main(sys.argv[1:])
 """
 # The same, by one process alone.
@@ -56,7 +56,7 @@ import os, sys, time
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 from ev3_distill.runtime import checkpoint, distributed as sharding
 from ev3_distill.cli import main as cli
-sharding.SILENCE_S, save = 4, checkpoint.Checkpoints.save
+sharding.PEER_TIMEOUT_S, save = 4, checkpoint.Checkpoints.save
 checkpoint.Checkpoints.save = lambda *given: (save(*given), time.sleep(0.2))
 cli.main(sys.argv[1:])
 """
@@ -68,17 +68,17 @@ COMPRESS = (*("--arms", "ce", "mse", "--student", "mlp:hidden=8", "--checkpoint-
     [
         (
             ["safety", "--processes", "2"],
-            "suites whose work several processes share are evolution, protonet; got 'safety'",
+            "suites that several processes can share are evolution, protonet; got 'safety'",
         ),
-        (["protonet", "--processes", "many"], "processes are a number of at least 1, or auto; got 'many'"),
-        (["protonet", "--processes", "0"], "processes are a number of at least 1, or auto; got '0'"),
+        (["protonet", "--processes", "many"], "--processes must be a positive number or 'auto'; got 'many'"),
+        (["protonet", "--processes", "0"], "--processes must be a positive number or 'auto'; got '0'"),
         (["protonet", "--processes", "2"], "2 processes need a coordinator HOST:PORT"),
-        (["protonet", "--processes", "2", "--coordinator", "a:1"], "needs its own number, 0 to 1; got None"),
+        (["protonet", "--processes", "2", "--coordinator", "a:1"], "needs its own number from 0 to 1; got None"),
         (
             ["protonet", "--coordinator", "a:1"],
-            "a coordinator and a process's number are for several processes; got a:1",
+            "--coordinator and --process-id are for several processes; got a:1",
         ),
-        (["evolution", "--process-id", "0"], "a coordinator and a process's number are for several processes; got 0"),
+        (["evolution", "--process-id", "0"], "--coordinator and --process-id are for several processes; got 0"),
     ],
 )
 def test_what_makes_no_group_is_told(cli, monkeypatch, argv, told):
@@ -133,7 +133,7 @@ def test_two_processes_make_one_run(tmp_path, logits):
     two, one = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("two", "one"))
     assert (two["devices"], one["devices"]) == ("2, batch spread, 2 processes", "1")
     assert two["cost"]["steps"] == one["cost"]["steps"]
-    rows = [list(ledger.rows(tmp_path / name / "ledger.jsonl")) for name in ("two", "one")]
+    rows = [list(ledger.read_rows(tmp_path / name / "ledger.jsonl")) for name in ("two", "one")]
     for ours, theirs in zip(*(found[:3] for found in rows), strict=True):
         assert (ours["steps"], ours["selected"], ours["verdict"]) == (
             theirs["steps"],
@@ -159,9 +159,9 @@ def test_a_run_outlives_the_death_of_a_process(tmp_path, logits, cli):
             process.communicate()
     assert begun[0].returncode != 0 and time.monotonic() - died < 60
     assert "start all anew" in err or "another task died" in err, err[-3000:]
-    before = len(list(ledger.rows(run / "ledger.jsonl")))
+    before = len(list(ledger.read_rows(run / "ledger.jsonl")))
     assert cli("compress", "--resume", run).code == 0
-    rows = [row["iteration"] for row in ledger.rows(run / "ledger.jsonl")]
+    rows = [row["iteration"] for row in ledger.read_rows(run / "ledger.jsonl")]
     assert rows == list(range(1, len(rows) + 1)) and len(rows) > before > 0
 
 

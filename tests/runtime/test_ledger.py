@@ -1,4 +1,4 @@
-"""The ledger: whole rows, in order, cut where the checkpoint stands."""
+"""The ledger has complete rows in order and is truncated to those that the checkpoint includes."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import binomtest
 
 from ev3_distill.errors import InputError
-from ev3_distill.runtime.ledger import Ledger, row_of, rows
+from ev3_distill.runtime.ledger import Ledger, read_rows, row_of
 from ev3_distill.tasks.classification.steering import goal
 from ev3_distill.tasks.classification.task import ACCURACY
 from ev3_distill.types import ADOPT, KEEP, PROMOTE, ROLL_BACK, Decision, PromotionTest
@@ -17,7 +17,7 @@ ARMS = ("ce", "kd")
 
 
 def decision(*, tuned=({}, {}), test_changes=None, **changes):
-    """Arm kd's proposal met the champion on 100 examples, 12 to 3, and was promoted."""
+    """Arm kd's proposal was tested on 100 examples, won 12, lost 3, and was promoted."""
     fields = {
         "iteration": 4,
         "cost": 150,
@@ -43,7 +43,7 @@ def decision(*, tuned=({}, {}), test_changes=None, **changes):
     return Decision(**{**arrays, "tuned": tuned, "promotion": test})
 
 
-def test_a_row_tells_what_arms_tuned():
+def test_row_contains_tuned_hyperparameters():
     tuned = ({}, {"temperature": jnp.float32(2.5), "mix": jnp.array([0.75, 0.25])})
     assert row_of(decision(tuned=tuned), ARMS, ACCURACY, wall_s=0)["tuned"] == {
         "kd": {"temperature": 2.5, "mix": [0.75, 0.25]}
@@ -51,7 +51,7 @@ def test_a_row_tells_what_arms_tuned():
     assert "tuned" not in row_of(decision(), ARMS, ACCURACY, wall_s=0)
 
 
-def test_row_by_hand():
+def test_row_equals_one_written_by_hand():
     row = row_of(decision(), ARMS, ACCURACY, wall_s=1.23456)
     test = row.pop("test")
     assert row == {
@@ -82,7 +82,7 @@ def test_row_by_hand():
     assert json.loads(json.dumps(row)) == row
 
 
-def test_a_row_tells_which_objective_ruled():
+def test_row_names_the_objective_that_steered():
     goals = [goal("worst_class_accuracy", 0.7), goal("ece", 0.02)]
     ruled = decision(ruling=0, risks=jnp.array([-1.5, jnp.inf]), test_changes={"goal": 1, "blocked": True})
     row = row_of(ruled, ARMS, ACCURACY, goals, wall_s=0)
@@ -90,10 +90,10 @@ def test_a_row_tells_which_objective_ruled():
     assert (row["test"]["objective"], row["test"]["kept"], row["test"]["bound"]) == ("ece", True, None)
 
 
-def test_verdicts_and_who_they_name():
+def test_row_names_the_verdict_and_its_arm():
     average = row_of(decision(selected=2, promoted_arm=2, verdict=PROMOTE), ARMS, ACCURACY, wall_s=0)
     assert (average["selected"], average["arm"]) == ("average", "average")
-    # A promotion names who made the champion, though the proposal selected in this very iteration was another's.
+    # A promotion names the arm that made the champion, even if another arm's proposal was selected in this iteration.
     late = row_of(decision(selected=0, promoted_arm=1), ARMS, ACCURACY, wall_s=0)
     assert (late["selected"], late["arm"]) == ("ce", "kd")
     for verdict, name in ((KEEP, "keep"), (ADOPT, "adopt"), (ROLL_BACK, "roll back")):
@@ -106,8 +106,8 @@ def test_verdicts_and_who_they_name():
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(0, 0), (0, 5), (1, 0), (5, 5), (11, 3), (12, 3), (30, 0)])
-def test_the_bound_is_positive_just_where_the_test_promotes(wins, losses):
-    alpha = 0.0287  # beside the p-value 0.0287 of 11 to 3
+def test_bound_is_positive_exactly_if_the_test_promotes(wins, losses):
+    alpha = 0.0287  # close to the p-value of 11 wins to 3
     p_value = binomtest(wins, wins + losses, alternative="greater").pvalue if wins + losses else 1.0
     changes = {"wins": wins, "losses": losses, "alpha": alpha, "p_value": p_value}
     test = row_of(decision(test_changes=changes), ARMS, ACCURACY, wall_s=0)["test"]
@@ -115,45 +115,45 @@ def test_the_bound_is_positive_just_where_the_test_promotes(wins, losses):
     assert test["bound"] <= test["gain"]
 
 
-def test_rows_come_back_and_a_resume_cuts_them(tmp_path):
+def test_rows_are_read_back_and_truncated(tmp_path):
     path = tmp_path / "ledger.jsonl"
-    assert list(rows(path)) == []
+    assert list(read_rows(path)) == []
     ledger = Ledger(path)
-    ledger.resume(0)
+    ledger.truncate(0)
     ledger.sync()
     for i in range(5):
         ledger.append([{"iteration": i, "name": "Grün\n"}])
     ledger.sync()
-    assert [row["iteration"] for row in rows(path)] == list(range(5))
-    Ledger(path).resume(5)
-    assert len(list(rows(path))) == 5
-    Ledger(path).resume(3)
-    assert [row["iteration"] for row in rows(path)] == [0, 1, 2]
+    assert [row["iteration"] for row in read_rows(path)] == list(range(5))
+    Ledger(path).truncate(5)
+    assert len(list(read_rows(path))) == 5
+    Ledger(path).truncate(3)
+    assert [row["iteration"] for row in read_rows(path)] == [0, 1, 2]
     ledger.append([{"iteration": 3}])
-    assert [row["iteration"] for row in rows(path)] == [0, 1, 2, 3]
+    assert [row["iteration"] for row in read_rows(path)] == [0, 1, 2, 3]
     assert [p.name for p in tmp_path.iterdir()] == ["ledger.jsonl"]
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
-def test_a_torn_row_goes(tmp_path, cut):
+def test_torn_row_is_removed(tmp_path, cut):
     path = tmp_path / "ledger.jsonl"
     for i in range(3):
         Ledger(path).append([{"iteration": i, "name": "x"}])
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
-    Ledger(path).resume(2)
-    assert [row["iteration"] for row in rows(path)] == [0, 1]
+    Ledger(path).truncate(2)
+    assert [row["iteration"] for row in read_rows(path)] == [0, 1]
 
 
 @pytest.mark.parametrize("cut", [1, 40])
-def test_rows_that_the_checkpoint_has_seen_must_be_there(tmp_path, cut):
+def test_missing_rows_are_an_error(tmp_path, cut):
     path = tmp_path / "ledger.jsonl"
     for i in range(3):
         Ledger(path).append([{"iteration": i, "name": "x"}])
     content = path.read_bytes()[:-cut]
     path.write_bytes(content)
     with pytest.raises(
-        InputError, match=r"row of every iteration that the checkpoint has seen, 3; .*start the run again"
+        InputError, match=r"row of every iteration that the checkpoint includes, 3 rows; .*start a new run"
     ):
-        Ledger(path).resume(3)
+        Ledger(path).truncate(3)
     assert path.read_bytes() == content
