@@ -142,7 +142,7 @@ def _ground(size: str) -> Ground:
     rng = np.random.default_rng(TEACHER_SEED)
     own, others = deal(len(dataset.labels), {"own": taught}, "others", rng).values()
     inputs = np.asarray(dataset.inputs)
-    network = students.named(TEACHER, inputs.shape[1:], dataset.num_classes)
+    network = students.from_name(TEACHER, inputs.shape[1:], dataset.num_classes)
     school = Ground(inputs[own], dataset.labels[own], np.zeros((taught, dataset.num_classes), np.float32))
     dealt = deal(taught, {"assess": taught // 10, "decide": taught // 10}, "explore", rng)
     distillation = Distillation(network, arms_named(network.apply, ("ce-slow",)))
@@ -187,7 +187,7 @@ def _row(ground: Ground, everything: jax.Array, size: str, rng: np.random.Genera
 @functools.cache
 def _network(student: str, shape: tuple[int, ...], classes: int) -> tuple[Network, Callable[..., jax.Array]]:
     """A student, and (variables, inputs [M, ...]) -> its logits [M, K]."""
-    network = students.named(student, shape, classes)
+    network = students.from_name(student, shape, classes)
     size = EV3().eval_batch_size
     return network, jit(lambda variables, inputs: outputs_of(network.apply, variables, inputs, batch_size=size))
 

@@ -108,7 +108,7 @@ class _Bench:
 
     def __init__(self, subject: Subject, dataset: Dataset):
         self.steps = subject.steps
-        student = students.named(subject.student, dataset.inputs.shape[1:], dataset.num_classes)
+        student = students.from_name(subject.student, dataset.inputs.shape[1:], dataset.num_classes)
         names = default_names(student.spec)
         self.student, self.ours = student, Distillation(student, arms_named(student.apply, names))
         self.tuned = Distillation(

@@ -90,7 +90,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
         return
     subject = SUBJECTS[size]
     dataset, teach = problems.problem(subject.data, subject.teacher_cost)
-    bench = _Bench(students.named(subject.student, dataset.inputs.shape[1:], dataset.num_classes), subject.steps)
+    bench = _Bench(students.from_name(subject.student, dataset.inputs.shape[1:], dataset.num_classes), subject.steps)
     for seed in range(seeds):
         own = FIRST_SEED + seed
         if all((wrong, name, seed) in done for wrong, of in CONTENDERS.items() for name in of):

@@ -26,8 +26,8 @@ from ev3_distill.benchmarks import problems, statistics, trajectories
 from ev3_distill.config import EV3
 from ev3_distill.data import batches
 from ev3_distill.data.sources import Dataset
-from ev3_distill.students.growth.grow import growth
-from ev3_distill.students.network import count_params
+from ev3_distill.students import count_params
+from ev3_distill.students.growth import growth_map
 from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Batch, Pools, State, Variables
@@ -119,7 +119,8 @@ class _Bench:
         self.ladder, self.cost = subject.ladder, subject.cost
         shape = dataset.inputs.shape[1:]
         self.networks = {
-            width: students.named(subject.student.format(width), shape, dataset.num_classes) for width in self.ladder
+            width: students.from_name(subject.student.format(width), shape, dataset.num_classes)
+            for width in self.ladder
         }
         self.params = {
             width: count_params(jax.eval_shape(network.init, jax.random.key(0)))
@@ -187,7 +188,7 @@ class _Bench:
             if state is None:
                 state = distillation.begin_best(pools, seed, budget=self.cost // QUARTER)
             else:
-                map_ = growth(jax.random.key(seed), self.networks[before].spec, self.networks[width].spec)
+                map_ = growth_map(jax.random.key(seed), self.networks[before].spec, self.networks[width].spec)
                 state = distillation.grow(pools, state, map_)
             final = width == self.ladder[-1]
             afford = int(left // self.params[width])

@@ -69,7 +69,7 @@ def rows_of(
     """Rows of these very seeds."""
     guards = [parse(text) for text in GUARDS]
     student, teacher = (
-        students.named(name, dataset.inputs.shape[1:], dataset.num_classes) for name in (STUDENT, TEACHER)
+        students.from_name(name, dataset.inputs.shape[1:], dataset.num_classes) for name in (STUDENT, TEACHER)
     )
     arms = arms_named(student.apply, default_names(student.spec, goals=[guard.metric for guard in guards]))
     goals = [goal(guard.metric, guard.threshold) for guard in guards]

@@ -126,7 +126,7 @@ def begun(network: Network, seed: int) -> Student:
 def programs(name: str, size: str) -> tuple[dict[str, Any], Given, int]:
     """Jitted programs by name, what all of them are given, and the network's parameters."""
     shape = IMAGE[size]
-    network = students.named(NETWORKS[size][name], shape, 10)
+    network = students.from_name(NETWORKS[size][name], shape, 10)
     student = begun(network, 0)
     rng, n = np.random.default_rng(0), BATCH[size]
     batch, val = (

@@ -92,7 +92,7 @@ def _cosines(*, seeds: int, size: str, done: Collection[tuple[Any, ...]]) -> Ite
         batch = _batches(size, seed)
         if network is None:
             shape = batch(0).inputs.shape[1:]
-            network = students.named(next(iter(hypergradient_cost.NETWORKS[size].values())), shape, 10)
+            network = students.from_name(next(iter(hypergradient_cost.NETWORKS[size].values())), shape, 10)
             asks = {name: _ask(network, options) for name, options in contenders.items()}
             train = jit(functools.partial(hypergradient_cost.train, network))
         student = hypergradient_cost.begun(network, seed)

@@ -148,8 +148,8 @@ def _unpacked(text: str) -> list[float]:
 
 def steps_s(*, turns: int) -> dict[str, list[float]]:
     """Seconds that each run's leading arm trains for STEPS steps, in turns; the teacher and all scoring are left out."""
-    base = students.named("resnet8", (32, 32, 3), 10)
-    networks = {run: students.deployed(base, "int8" if options else "float32") for run, options in RUNS.items()}
+    base = students.from_name("resnet8", (32, 32, 3), 10)
+    networks = {run: students.with_precision(base, "int8" if options else "float32") for run, options in RUNS.items()}
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (128, 32, 32, 3)), jnp.uint8)
     logits, labels = (

@@ -139,7 +139,7 @@ def problem(seed: int) -> Pools:
 
 def contenders(steps: int, reference_steps: int, *, ledger: Path) -> dict[str, tuple[Contender, int]]:
     """Contenders by name, each with the number of steps that its work takes."""
-    network = students.named("mlp:hidden=32-32", (8, 8, 1), 10)
+    network = students.from_name("mlp:hidden=32-32", (8, 8, 1), 10)
     distillation = Distillation(
         network, [gradient_arm("ce", network.apply, LOSS, adamw(RATE), average=None)], config=CONFIG
     )

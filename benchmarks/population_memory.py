@@ -21,7 +21,7 @@ PART = 50  # images that an evaluation embeds at once
 
 def of_population(members: int, *, width: int) -> dict[str, Any]:
     """A compiled generation of a Conv4: its temporary bytes, the number of parameters, and the bytes of Adam's state."""
-    network = students.named(f"conv4:width={width}", (28, 28, 1), 5)
+    network = students.from_name(f"conv4:width={width}", (28, 28, 1), 5)
     params = zero_variables(network).params
     fitness = random_problem(network, (28, 28, 1)).fitness
 
@@ -42,7 +42,7 @@ def of_process(members: int) -> dict[str, Any]:
 
 def print_own_peak(members: int) -> None:
     """Runs one generation and prints what `of_process` returns, as JSON."""
-    network = students.named("mlp:hidden=64", (64,), 5)
+    network = students.from_name("mlp:hidden=64", (64,), 5)
     params = zero_variables(network).params
     inputs = jnp.ones((4, 64))
 
@@ -58,7 +58,7 @@ def print_own_peak(members: int) -> None:
 
 def of_unrolled(steps: int) -> dict[str, Any]:
     """A learner of `steps` steps of gradient descent: bytes of one evaluation, and of the gradient by reverse mode."""
-    network = students.named("conv4:width=8", (28, 28, 1), 5)
+    network = students.from_name("conv4:width=8", (28, 28, 1), 5)
     variables = zero_variables(network)
     images = jnp.zeros((2, 25, 28, 28, 1))
     labels = jnp.arange(25) % 5
@@ -79,7 +79,7 @@ def of_unrolled(steps: int) -> dict[str, Any]:
 
 def of_episode(count: int) -> dict[str, Any]:
     """A prototype loss over `count` images: bytes of one evaluation, whole and in parts, and of the gradient."""
-    network = students.named("conv4:width=8", (28, 28, 1), 5)
+    network = students.from_name("conv4:width=8", (28, 28, 1), 5)
     variables = zero_variables(network)
     images = jnp.zeros((count, 28, 28, 1))
     assert network.features is not None

@@ -36,7 +36,7 @@ def contenders(name: str, shape: Sequence[int], pairs: int) -> dict[str, Generat
       shape: of an input.
       pairs: antithetic pairs in a generation.
     """
-    network = students.named(name, shape, 5)
+    network = students.from_name(name, shape, 5)
     variables = network.init(jax.random.key(0))
     problem = random_problem(network, shape)
     fitness, params = problem.fitness, variables.params

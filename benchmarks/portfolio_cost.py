@@ -43,7 +43,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
         dataset = load_data(source)
         cost = COST[name] // (20 if size == "smoke" else 1)
         teach = problems.trained_teacher(dataset, TEACHER_COST[name] // (10 if size == "smoke" else 1))
-        student = students.named(STUDENT[name], dataset.inputs.shape[1:], dataset.num_classes)
+        student = students.from_name(STUDENT[name], dataset.inputs.shape[1:], dataset.num_classes)
         arms = arms_named(student.apply)
         singles = arms_named(student.apply, SINGLES)
         contenders = {"portfolio": Distillation(student, arms)}

@@ -53,7 +53,7 @@ def pretrained() -> tuple[Dataset, Teacher]:
 def trained_teacher(dataset: Dataset, steps: int) -> TeacherLogits:
     """The logits of an MLP that labels alone train on a seed's explore split."""
     blank = np.zeros((len(dataset.labels), dataset.num_classes), np.float32)
-    network = students.named("mlp:hidden=256-256", dataset.inputs.shape[1:], dataset.num_classes)
+    network = students.from_name("mlp:hidden=256-256", dataset.inputs.shape[1:], dataset.num_classes)
     distillation = Distillation(network, arms_named(network.apply, ("ce-slow",)))
 
     def logits(seed: int) -> np.ndarray:

@@ -88,7 +88,7 @@ def train_and_test(recipe: Recipe, seed: int, characters: omniglot.Characters, e
     Returns:
       The row's facts: accuracies over episodes with half a 95 % interval, the log, the cost, and a digest of the weights.
     """
-    network = students.named(f"conv4:width={recipe.width}", protonet_training.SHAPE, 1)
+    network = students.from_name(f"conv4:width={recipe.width}", protonet_training.SHAPE, 1)
     directory = cache_root() / "protonet" / protonet_training.digest(recipe, seed)
     state, log = protonet_training.trained_state(recipe, seed, network, characters, directory)
     variables = protonet_training.variables_of(network, state)

@@ -66,7 +66,7 @@ def changed(base: Recipe, what: str, value: float) -> Recipe:
 
 
 def _train_and_validate(recipe: Recipe, seed: int, characters: omniglot.Characters, episodes: int) -> dict[str, float]:
-    network = students.named(f"conv4:width={recipe.width}", protonet_training.SHAPE, 1)
+    network = students.from_name(f"conv4:width={recipe.width}", protonet_training.SHAPE, 1)
     directory = cache_root() / "protonet" / protonet_training.digest(recipe, seed)
     state, log = protonet_training.trained_state(recipe, seed, network, characters, directory)
     variables = protonet_training.variables_of(network, state)

@@ -40,8 +40,8 @@ from ev3_distill.hypergrad import (
 )
 from ev3_distill.hypergrad.spaces import FREE
 from ev3_distill.runtime.compile import jit
+from ev3_distill.students import from_nnx
 from ev3_distill.students.layers.conv import Conv
-from ev3_distill.students.network import from_nnx
 from ev3_distill.types import PyTree, Variables
 
 if TYPE_CHECKING:

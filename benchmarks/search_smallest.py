@@ -73,10 +73,10 @@ def _params(source: str, hidden: int) -> int:
 
     from ev3_distill import students
     from ev3_distill.data.sources import load_data
-    from ev3_distill.students.network import count_params
+    from ev3_distill.students import count_params
 
     dataset = load_data(source)
-    network = students.named(f"mlp:hidden={hidden}", dataset.inputs.shape[1:], dataset.num_classes)
+    network = students.from_name(f"mlp:hidden={hidden}", dataset.inputs.shape[1:], dataset.num_classes)
     return count_params(jax.eval_shape(network.init, jax.random.key(0)))
 
 

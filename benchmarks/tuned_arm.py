@@ -65,7 +65,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
         if not missing:
             continue
         dataset, teach = problems.problem(name, subject.teacher_cost)
-        network = students.named(subject.student, dataset.inputs.shape[1:], dataset.num_classes)
+        network = students.from_name(subject.student, dataset.inputs.shape[1:], dataset.num_classes)
         bench = _Bench(network, subject.steps, cells(size))
         for seed in missing:
             own = FIRST_SEED + seed

@@ -80,7 +80,7 @@ def rows_of(
     """Rows of these very seeds."""
     shape, classes, cost = dataset.inputs.shape[1:], dataset.num_classes, COST[size]
     student, teacher = (
-        students.named(name, shape, classes) for name in (guard_steering.STUDENT, guard_steering.TEACHER)
+        students.from_name(name, shape, classes) for name in (guard_steering.STUDENT, guard_steering.TEACHER)
     )
     in_int8 = dataclasses.replace(student, apply=quantised(student.apply))
     teaches = Distillation(teacher, arms_named(teacher.apply, ("ce-slow",)))

@@ -155,7 +155,7 @@ def _moves(family: Any) -> list[str]:
     for shape in _EXAMPLE_SHAPES:
         with contextlib.suppress(Exception):  # another input's shape
             family.network(shape, 10)
-            return list(family.grow(shape, 10).moves)
+            return list(family.growth(shape, 10).moves)
     return []
 
 

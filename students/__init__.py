@@ -1,29 +1,29 @@
-"""Students: one file per family, smallest first, and the ways to name, build, save and load one."""
+"""Students: one module per family; functions to name, build, save and load a network.
 
-from ev3_distill.students.registry import (
-    FAMILIES,
-    build,
-    deployed,
-    factory_of,
-    layout_of,
-    load,
-    mlp,
-    named,
-    save,
-    text_of,
-    tiny,
-)
+    network = students.from_name("mlp:hidden=32-32", input_shape=(64,), num_classes=10)
+    students.save(directory, network, network.init(key))
+    network, variables = students.load(directory)
+
+`students.growth` makes a network larger or smaller.
+"""
+
+from ev3_distill.students.naming import from_name, import_factory, name_of, tiny
+from ev3_distill.students.network import count_params, feature_shapes, from_nnx
+from ev3_distill.students.registry import FAMILIES, build, growth_spec, with_precision
+from ev3_distill.students.saving import load, save
 
 __all__ = [
     "FAMILIES",
     "build",
-    "deployed",
-    "factory_of",
-    "layout_of",
+    "count_params",
+    "feature_shapes",
+    "from_name",
+    "from_nnx",
+    "growth_spec",
+    "import_factory",
     "load",
-    "mlp",
-    "named",
+    "name_of",
     "save",
-    "text_of",
     "tiny",
+    "with_precision",
 ]

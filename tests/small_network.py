@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from ev3_distill.config import Preprocessing
-from ev3_distill.students.network import from_nnx
+from ev3_distill.students import from_nnx
 from ev3_distill.teachers import load_teacher
 from ev3_distill.types import Variables
 

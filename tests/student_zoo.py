@@ -13,8 +13,7 @@ import pytest
 from flax import nnx
 
 from ev3_distill import students
-from ev3_distill.students.growth.axes import Layer, Layout, Space, next_size, reads, writes
-from ev3_distill.students.growth.grow import Growth, growth
+from ev3_distill.students.growth import GrowthMap, GrowthSpec, Layer, Space, growth_map, next_size, reads, writes
 from ev3_distill.types import Network, PyTree, Variables
 
 CLASSES, STEPS = 3, 10
@@ -44,7 +43,7 @@ def own_grows(input_shape, num_classes, width=5):
         "gate": Layer(("gate",), (writes("units"),)),
         "last": Layer(("last",), (reads("units"), None)),
     }
-    return Layout({"units": Space(width)}, layers, {"wider": {"width": next_size(width)}})
+    return GrowthSpec({"units": Space(width)}, layers, {"wider": {"width": next_size(width)}})
 
 
 make.grow = own_grows
@@ -89,7 +88,7 @@ class Member(NamedTuple):
 @functools.cache
 def member(name):
     text, shape = MEMBERS[name]
-    network = students.named(text, shape, CLASSES)
+    network = students.from_name(text, shape, CLASSES)
     variables = lived(jax.eval_shape(network.init, jax.random.key(0)))
     count = 512 if name in DRAWN else 24  # a unit that is drawn may be shut for few
     inputs = jnp.asarray(np.random.default_rng(1).normal(size=(count, *shape)), jnp.float32)
@@ -139,7 +138,7 @@ def trained(network, variables, inputs):
 
 class Case(NamedTuple):
     member: Member
-    growth: Growth
+    growth: GrowthMap
     variables: Variables  # grown
     eval_logits: jax.Array
     trained: Variables
@@ -151,7 +150,7 @@ class Case(NamedTuple):
 def case(name, move):
     one, move = member(name), json.loads(move)
     target = move if isinstance(move, str) else one.network.spec | move
-    map_ = growth(jax.random.key(3), one.network.spec, target, factory=factory_of(name))
+    map_ = growth_map(jax.random.key(3), one.network.spec, target, factory=factory_of(name))
     variables = map_.variables(one.variables)
 
     def all_of_it(variables, inputs):

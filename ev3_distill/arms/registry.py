@@ -14,7 +14,7 @@ from ev3_distill.arms.optimizers import adamw, muon
 from ev3_distill.arms.tuned_arm import TuningConfig, tuned_arm
 from ev3_distill.errors import InputError
 from ev3_distill.evolution import EvolutionConfig
-from ev3_distill.students.network import features_of
+from ev3_distill.students import feature_shapes
 from ev3_distill.tasks.classification import example_scores, losses, steering
 from ev3_distill.tasks.classification.feature_losses import FEATURE_LOSSES, with_features
 from ev3_distill.tasks.metrics import find_metric
@@ -275,7 +275,7 @@ def _pass(name: str, apply: Apply, network: Network | None) -> _Pass:
 
 def _featured(name: str, network: Network | None, teacher: Shapes) -> Arm:
     """The arm of kd4's loss and one on features."""
-    asked, student = _asked(name), {} if network is None else features_of(network)
+    asked, student = _asked(name), {} if network is None else feature_shapes(network)
     if network is None or network.features is None or asked.student not in student or asked.teacher not in teacher:
         raise InputError(
             f"an arm learns a feature that the student has from one that the teacher has; got '{name}': the student has "

@@ -20,7 +20,7 @@ from ev3_distill.monitor import report
 from ev3_distill.runtime import distributed
 from ev3_distill.search.search import search
 from ev3_distill.search.sizes import first_network
-from ev3_distill.students.network import features_of
+from ev3_distill.students import feature_shapes
 from ev3_distill.tasks.classification.task import classification
 from ev3_distill.teachers import Teacher, load_logits, load_teacher, save_logits
 from ev3_distill.teachers.targets import BATCH, BlankTargets, CachedTargets, RecordedTargets, TeacherTargets
@@ -209,14 +209,14 @@ def _with_new_teacher(
     teacher_config = config.teacher_config()
     require_labels(dataset, "a teacher that is trained here")
     teacher_task = checked(teacher_config, teacher_config.network, dataset, dataset.num_classes, devices)
-    task, arms = _student(config, dataset, dataset.num_classes, features_of(teacher_task.network), devices=devices)
+    task, arms = _student(config, dataset, dataset.num_classes, feature_shapes(teacher_task.network), devices=devices)
     with _opened(directory, config, inputs, resume=resume) as finished:
         if finished:
             return finished
         own = directory / "teacher"
         _teach(own, teacher_config, teacher_task, resume=(own / "config.toml").exists())
         features = "#" + ",".join(task.teacher_features) if task.teacher_features else ""
-        load = functools.partial(students.load, factory=students.factory_of(config.teacher_network))
+        load = functools.partial(students.load, factory=students.import_factory(config.teacher_network))
         teacher = _load_teacher(f"flax:{own}{features}", config, dataset, networks=load)
         source = f"trained here: {config.teacher_network}"
         return _with_running_teacher(directory, config, task, arms, teacher, source=source)

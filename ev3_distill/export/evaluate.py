@@ -69,7 +69,7 @@ def evaluate(
       The certificate, and for each guard whether it is certified, see `guards.evaluate_guards`.
     """
     finished = _report_of(directory)
-    network, variables = students.load(directory, factory=students.factory_of(student))
+    network, variables = students.load(directory, factory=students.import_factory(student))
     chosen = config_of(directory, finished)
     dataset, classes = data_of(chosen, source), finished["data"]["classes"]
     _check_fits(dataset, finished["data"])
@@ -149,7 +149,7 @@ def evaluate_file(
         lines = [f"{path}: {about.network}, {about.precision}, {sizes['bytes']:,} bytes, run by {file.runtime}"]
         sealed = None if source else of
         if of is not None:
-            network, variables = _student_of(of, about.student, students.factory_of(student))
+            network, variables = _student_of(of, about.student, students.import_factory(student))
             theirs = _outputs(forward(network, variables), dataset, rows, at_once=AT_ONCE)
             same = _agreement(outputs.student, theirs.student, about.output)
             lines.append(f"the student of {of}: {same.told}")

@@ -30,8 +30,8 @@ from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.runtime.files import atomic_directory, sha256_of
 from ev3_distill.runtime.timing import quantiles
 from ev3_distill.search.archive import FILE, Archive, pick
-from ev3_distill.students.layers import conv
-from ev3_distill.students.network import count_params
+from ev3_distill.students import count_params
+from ev3_distill.students.layers import standard_convolutions
 from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.training.run_dir import read_json, write_json
 from ev3_distill.training.run_reader import config_of, data_of
@@ -150,7 +150,7 @@ def _write(
     folder: Path, run: Path, finished: dict[str, Any], source: _Source, wanted: Wanted
 ) -> tuple[dict[str, Any], list[str]]:
     """The file, once it was run again; the evidence for it, and lines that tell of it."""
-    network, variables = students.load(source.folder, factory=students.factory_of(wanted.student))
+    network, variables = students.load(source.folder, factory=students.import_factory(wanted.student))
     data = _data(run, finished)
     about = _about(finished, source, wanted, (network, variables), dtype=_dtype(finished, data))
     if wanted.int8 and about.precision == "int8":
@@ -232,7 +232,7 @@ def _about(
         output="probabilities" if wanted.softmax else "logits",
         params=count_params(variables),
         student=tree_digest(variables),
-        network=source.network or students.text_of(network.spec),
+        network=source.network or students.name_of(network.spec),
         data={name: finished["data"][name] for name in ("source", "fingerprint")},
         teacher={"source": finished["teacher"]["source"], "licence": wanted.licence},
         promise=told,
@@ -290,7 +290,7 @@ def _says(network: Network, wanted: Wanted) -> Callable[[Variables, jax.Array], 
     def says(variables: Variables, inputs: jax.Array) -> jax.Array:
         if wanted.layout == "nchw":
             inputs = jnp.moveaxis(inputs, 1, -1)
-        with conv.standard():
+        with standard_convolutions():
             logits = network.apply(variables, inputs, train=False)[0]
         return jax.nn.softmax(logits) if wanted.softmax else logits
 

@@ -90,7 +90,7 @@ def _teacher_of(run: Path, facts: dict[str, Any], input_shape: tuple[int, ...]) 
         return f"there is none to time, its logits were recorded ({chosen.teacher})"
     load = students.load
     if not chosen.teacher:
-        load = functools.partial(load, factory=students.factory_of(chosen.teacher_network))
+        load = functools.partial(load, factory=students.import_factory(chosen.teacher_network))
     return load_teacher(
         chosen.teacher or f"flax:{run / 'teacher'}",
         preprocessing=chosen.teacher_input,

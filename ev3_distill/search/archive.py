@@ -15,7 +15,7 @@ import numpy as np
 from ev3_distill.certify.bounds import clopper_pearson_lower
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.digest import tree_digest
-from ev3_distill.students.network import count_params
+from ev3_distill.students import count_params
 from ev3_distill.training.run_dir import read_json, write_json
 from ev3_distill.types import Variables
 

@@ -41,9 +41,8 @@ from ev3_distill.search import archive
 from ev3_distill.search.archive import Archive, Entry, Measured
 from ev3_distill.search.sizes import Sizes
 from ev3_distill.search.stage import Rung, falls_behind, leads, level_of, of_rung, until_of
-from ev3_distill.students.growth.grow import growth
-from ev3_distill.students.growth.narrow import narrow
-from ev3_distill.students.network import count_params
+from ev3_distill.students import count_params
+from ev3_distill.students.growth import growth_map, narrow
 from ev3_distill.tasks.metrics import steers
 from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.teachers.targets import PeerTargets, TeacherTargets
@@ -81,7 +80,7 @@ class Climb:
         self.arm_names, self.targets = tuple(arm_names), targets
         self.archive = Archive(directory, confidence=chosen.confidence)
         self.entries: list[Entry] = []  # so far: a search that was resumed finds later ones in the archive
-        self.factory = students.factory_of(str(task.network.spec.get("factory", "")))
+        self.factory = students.import_factory(str(task.network.spec.get("factory", "")))
         self.rungs: list[Rung] = []
         self.last: State  # of the rung that was entered last
         kept = directory / TRIALS
@@ -177,7 +176,7 @@ class Climb:
         def start() -> State:
             seed = self._seed()
             try:
-                map_ = growth(jax.random.key(seed), rung.network.spec, network.spec, factory=self.factory)
+                map_ = growth_map(jax.random.key(seed), rung.network.spec, network.spec, factory=self.factory)
             except InputError:  # no growth keeps the function: the larger student starts afresh
                 return self._fresh(course, state, seed)
             grown = course.distillation.grow(course.pools, state, map_)
@@ -412,7 +411,7 @@ class Climb:
             variables,
             measure,
             number=rung.number,
-            network=students.text_of(rung.network.spec),
+            network=students.name_of(rung.network.spec),
             spec=dict(rung.network.spec),
             how=rung.how,
             cost=int(state.clock.cost) + self.lost,

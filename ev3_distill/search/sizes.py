@@ -8,8 +8,8 @@ import jax
 from ev3_distill import students
 from ev3_distill.config import Compress
 from ev3_distill.errors import InputError, warn
-from ev3_distill.students.growth.grow import moves
-from ev3_distill.students.network import count_params
+from ev3_distill.students import count_params
+from ev3_distill.students.growth import moves
 from ev3_distill.training.setup import Task
 from ev3_distill.types import Network
 
@@ -26,8 +26,12 @@ def first_network(config: Compress, spec: Mapping[str, Any]) -> Network:
     """
     shape = spec["input_shape"], spec["num_classes"]
     if config.start:
-        return students.tiny(config.student, *shape) if config.start == "tiny" else students.named(config.start, *shape)
-    ladder = [students.named(text, *shape) for text in config.sizes]
+        return (
+            students.tiny(config.student, *shape)
+            if config.start == "tiny"
+            else students.from_name(config.start, *shape)
+        )
+    ladder = [students.from_name(text, *shape) for text in config.sizes]
     params = [count_params(jax.eval_shape(network.init, jax.random.key(0))) for network in ladder]
     if sorted(set(params)) != params:
         raise InputError(
@@ -47,7 +51,7 @@ class Sizes:
     def __init__(self, chosen: Any, task: Task, *, factory: Callable[..., Any] | None):
         """Takes config.Compress with a start or sizes, what is trained, and the factory of a family of the user's own."""
         spec = task.network.spec
-        named = [students.named(text, spec["input_shape"], spec["num_classes"]) for text in chosen.sizes]
+        named = [students.from_name(text, spec["input_shape"], spec["num_classes"]) for text in chosen.sizes]
         self.ladder = [dict(network.spec) for network in named]
         self._moves, self._factory = chosen.moves, factory
         limits = [(guard.metric, guard.threshold) for guard in task.guards if guard.row.source == "size"]
@@ -56,7 +60,7 @@ class Sizes:
 
     def larger(self, spec: Any) -> dict[str, dict[str, Any]]:
         """The specs that a network may become next within the limits, by the name of the move."""
-        text = students.text_of(spec)
+        text = students.name_of(spec)
         if text not in self._asked:
             self._asked[text] = {name: one for name, one in self._next(spec).items() if self._fits(one)}
         return self._asked[text]

@@ -15,7 +15,7 @@ from ev3_distill.guards import Guard, evaluate_guards
 from ev3_distill.runtime.compile import jit
 from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.runtime.latency import passes_ms
-from ev3_distill.students.network import count_params
+from ev3_distill.students import count_params
 from ev3_distill.tasks.base import Task, has_target
 from ev3_distill.tasks.classification.user_metrics import digest_of_costs
 from ev3_distill.tasks.metrics import METRICS, Metric, find_metric

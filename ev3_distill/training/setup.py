@@ -78,7 +78,7 @@ def checked(
     chosen: config.Compress | config.Teach, name: str, dataset: Dataset, num_classes: int, devices: Devices = ONE
 ) -> Task:
     """The task of training the network of that name, once all that the data decide was checked."""
-    network = students.named(name, dataset.inputs.shape[1:], num_classes)
+    network = students.from_name(name, dataset.inputs.shape[1:], num_classes)
     rows = split_rows(dataset.labels, dataset.test_rows, seed=chosen.seed, fractions=chosen.splits)
     steps = config.Budget.parse(chosen.budget).in_steps(len(rows["explore"]), chosen.ev3.batch_size)
     if steps is not None and steps >= UNLIMITED:

@@ -34,7 +34,7 @@ def prepare_student(
       InputError: a guard is out of reach or cannot be scored on these data, or an arm does not fit.
     """
     num_classes = task.network.spec["num_classes"]
-    task = dataclasses.replace(task, network=students.deployed(task.network, config.deploy))
+    task = dataclasses.replace(task, network=students.with_precision(task.network, config.deploy))
     warn_of_duplicates(task)
     costs = read_costs(config.costs, num_classes) if config.costs else None
     sizes = sizes_of(jax.eval_shape(task.network.init, jax.random.key(0)))

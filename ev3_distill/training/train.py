@@ -15,7 +15,7 @@ from ev3_distill.data.splits import SPLITS
 from ev3_distill.errors import warn
 from ev3_distill.monitor import report
 from ev3_distill.runtime.progress import RunProgress
-from ev3_distill.students.network import count_params
+from ev3_distill.students import count_params
 from ev3_distill.tasks.classification.task import classification
 from ev3_distill.teachers.targets import TeacherTargets
 from ev3_distill.training import run_dir
@@ -71,7 +71,7 @@ def train(
     final = Final(task.network, distilled, which, state, course.arms, distillation.compile_s)
     if task.control is None:
         return concluded(directory, chosen, task, final, targets, teacher=teacher)
-    control = students.load(task.control, factory=students.factory_of(chosen.student))[1]
+    control = students.load(task.control, factory=students.import_factory(chosen.student))[1]
     if distillation.evaluator.outranks(course.pools, control, distilled):
         final = dataclasses.replace(final, variables=control, which="control")
     helped = functools.partial(_helped, distillation, distilled, control, confidence=chosen.confidence)

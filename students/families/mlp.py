@@ -1,4 +1,4 @@
-"""Multi-layer perceptron with ReLU: the student for vectors and very small images."""
+"""Multilayer perceptron with ReLU, for vectors and very small images."""
 
 import itertools
 import math
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
-from ev3_distill.students.growth.axes import Layer, Layout, Space, next_size, reads, writes
+from ev3_distill.students.axes import GrowthSpec, Layer, Space, next_size, reads, writes
 from ev3_distill.students.network import from_nnx
 from ev3_distill.types import Network
 
 
 class MLP(nnx.Module):
-    """Inputs [B, ...], flattened to [B, D], to logits [B, K] through ReLU layers."""
+    """Maps inputs [B, ...], flattened to [B, D], to logits [B, K] through ReLU layers."""
 
     def __init__(self, sizes: Sequence[int], *, rngs: nnx.Rngs):
         self.layers = nnx.List(nnx.Linear(n_in, n_out, rngs=rngs) for n_in, n_out in itertools.pairwise(sizes))
@@ -32,17 +32,17 @@ def mlp(input_shape: Sequence[int], num_classes: int, *, hidden: Sequence[int] =
     Args:
       input_shape: of one example, without the batch axis.
       num_classes: K.
-      hidden: widths of the hidden layers, first to last; none makes a linear classifier.
+      hidden: widths of the hidden layers, first to last; without any, a linear classifier.
     """
     sizes = [math.prod(input_shape), *hidden, num_classes]
     spec = {"family": "mlp", "hidden": list(hidden), "input_shape": list(input_shape), "num_classes": num_classes}
     return from_nnx(lambda rngs: MLP(sizes, rngs=rngs), spec)
 
 
-def grow(input_shape: Sequence[int], num_classes: int, *, hidden: Sequence[int] = (32,)) -> Layout:
-    """How an mlp grows: all hidden layers wider, or one more behind the last, first the identity of what its ReLU made.
+def mlp_growth(input_shape: Sequence[int], num_classes: int, *, hidden: Sequence[int] = (32,)) -> GrowthSpec:
+    """How an mlp can grow: all hidden layers get wider, or one more is added, first as the identity on the last ReLU's output.
 
-    A linear classifier, which has no ReLU to make it so, does not grow.
+    A linear classifier has no ReLU and cannot grow.
     """
     names = [f"hidden{i}" for i in range(1, len(hidden) + 1)]
     ends = [reads(name) for name in names]
@@ -58,4 +58,4 @@ def grow(input_shape: Sequence[int], num_classes: int, *, hidden: Sequence[int] 
     layers["head"] = Layer(("layers", len(hidden)), (ends[-1] if ends else None, None))
     moves = {"wider": {"hidden": [next_size(n) for n in hidden]}, "deeper": {"hidden": [*hidden, *hidden[-1:]]}}
     spaces = {name: Space(size, drawn=True) for name, size in zip(names, hidden, strict=True)}
-    return Layout(spaces, layers, moves if hidden else {})
+    return GrowthSpec(spaces, layers, moves if hidden else {})

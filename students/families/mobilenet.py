@@ -1,9 +1,10 @@
-"""MobileNetV2-style network: inverted residuals with depthwise convolutions, for a student of few multiplications.
+"""MobileNetV2-style network: inverted residuals with depthwise convolutions, for few multiplications.
 
-Few multiplications are not few seconds: on CPU, which waits for memory, a training step takes some 12 times a ResNet-8's.
+Few multiplications do not mean few seconds: a CPU waits for memory, and a training step takes about 12 times as long as a
+ResNet-8's.
 
-The paper's network halves images of 224x224 five times; here smaller images are halved less, the earliest times first left
-out, until about 4x4 are left. All filters follow the width, also those of the last convolution.
+The paper's network halves images of 224x224 five times. Here smaller images are halved fewer times, down to about 4x4, and the
+earliest halvings are dropped first. The width scales all filters, including those of the last convolution.
 
 References:
   Sandler et al., MobileNetV2: inverted residuals and linear bottlenecks, 2018.
@@ -16,20 +17,20 @@ import jax
 from flax import nnx
 
 from ev3_distill.errors import InputError
-from ev3_distill.students.growth.axes import Axis, Layer, Layout, Path, Space, Start, reads, writes
-from ev3_distill.students.layers.conv import BatchNorm, Conv
+from ev3_distill.students.axes import Axis, GrowthSpec, Layer, Path, Space, Start, reads, writes
+from ev3_distill.students.layers import BatchNorm, Conv
 from ev3_distill.students.network import from_nnx
 from ev3_distill.types import Network
 
 BLOCKS = (1, 2, 3, 4, 3, 3, 1)
 
-_STAGES = ((1, 16), (6, 24), (6, 32), (6, 64), (6, 96), (6, 160), (6, 320))  # expansion and filters
-_HALVES = (1, 2, 3, 5)  # stages that begin with stride 2; so does the stem
-_LEAST = 8  # pixels
+_STAGES = ((1, 16), (6, 24), (6, 32), (6, 64), (6, 96), (6, 160), (6, 320))  # expansion and filters of each stage
+_HALVES = (1, 2, 3, 5)  # stages that start with stride 2; the stem does too
+_MIN_PIXELS = 8  # along each side
 
 
 class _Sizes(NamedTuple):
-    """Of an inverted residual."""
+    """Sizes of an inverted residual."""
 
     c_in: int
     c_out: int
@@ -48,13 +49,13 @@ class _Sizes(NamedTuple):
 
 
 def _filters(width: int, stages: int) -> list[int]:
-    """Of the stem, of each stage and of the last convolution, for a width in percent."""
-    of_paper = (32, *(filters for _, filters in _STAGES[:stages]), 1280)
-    return [max(8, round(c * width / 100 / 8) * 8) for c in of_paper]
+    """Numbers of filters of the stem, each stage and the last convolution, for a width in percent."""
+    paper = (32, *(filters for _, filters in _STAGES[:stages]), 1280)
+    return [max(8, round(c * width / 100 / 8) * 8) for c in paper]
 
 
 def _halves(input_shape: Sequence[int]) -> set[int]:
-    """Stages that begin with stride 2; the stem is stage -1."""
+    """Stages that start with stride 2; the stem is stage -1."""
     return set(((-1, *_HALVES)[::-1])[: min(min(input_shape[:2]).bit_length() - 3, 5)])
 
 
@@ -68,7 +69,7 @@ def _stages(input_shape: Sequence[int], filters: Sequence[int], blocks: Sequence
 
 
 class InvertedResidual(nnx.Module):
-    """Expand, convolve depthwise, project without ReLU; added to the input where shapes agree."""
+    """Expansion, depthwise convolution and projection without ReLU; added to the input if shapes agree."""
 
     def __init__(self, sizes: _Sizes, *, rngs: nnx.Rngs):
         c_in, inner, c_out = sizes.c_in, sizes.inner, sizes.c_out
@@ -80,7 +81,7 @@ class InvertedResidual(nnx.Module):
         self.residual = sizes.residual
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), O]."""
+        """Maps [B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), O]."""
         y = x if self.expand is None or self.norm1 is None else nnx.relu6(self.norm1(self.expand(x)))
         y = nnx.relu6(self.norm2(self.depthwise(y)))
         y = self.norm3(self.project(y))
@@ -88,7 +89,7 @@ class InvertedResidual(nnx.Module):
 
 
 class MobileNet(nnx.Module):
-    """Images [B, H, W, C] to logits [B, K]."""
+    """Maps images [B, H, W, C] to logits [B, K]."""
 
     def __init__(
         self,
@@ -115,15 +116,15 @@ class MobileNet(nnx.Module):
         return self.features(inputs)[0]
 
     def features(self, inputs: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns logits [B, K] and what they are made of: `stage1`, ... [B, H, W, C] and `pooled` [B, D]."""
-        x, found = nnx.relu6(self.stem_norm(self.stem(inputs))), {}
+        """Returns logits [B, K] and features: `stage1`, ... [B, H, W, C] and `pooled` [B, D]."""
+        x, features = nnx.relu6(self.stem_norm(self.stem(inputs))), {}
         for i, stage in enumerate(self.stages, 1):
             for block in stage:
                 x = block(x)
-            found[f"stage{i}"] = x
+            features[f"stage{i}"] = x
         x = nnx.relu6(self.last_norm(self.last(x)))
-        pooled_BxD = found["pooled"] = x.mean((1, 2))
-        return self.head(pooled_BxD), found
+        pooled_BxD = features["pooled"] = x.mean((1, 2))
+        return self.head(pooled_BxD), features
 
 
 def mobilenet(
@@ -137,24 +138,24 @@ def mobilenet(
     """A MobileNetV2-style network for images [H, W, C] of at least 8x8.
 
     Args:
-      input_shape: of one image, H, W, C.
+      input_shape: of one image: H, W, C.
       num_classes: K.
-      width: filters in percent of the paper's, rounded to multiples of 8.
-      blocks: of each stage, first to last; at most the paper's seven stages.
-      filters: of the stem, of each stage and of the last convolution, multiples of 8, in place of those of the width.
+      width: number of filters in percent of the paper's, rounded to multiples of 8.
+      blocks: number of blocks of each stage, first to last; at most the paper's seven stages.
+      filters: numbers of filters of the stem, each stage and the last convolution, multiples of 8; replaces `width`.
 
     Raises:
-      InputError: no image, too small, too many stages, or filters that do not fit them.
+      InputError: the input is not an image or too small, there are too many stages, or the filters do not match them.
     """
-    if len(input_shape) != 3 or min(input_shape[:2]) < _LEAST:
+    if len(input_shape) != 3 or min(input_shape[:2]) < _MIN_PIXELS:
         raise InputError(
-            f"a mobilenet's input is an image [H, W, C] of at least 8x8; got shape {list(input_shape)}: take an mlp"
+            f"a mobilenet's input is an image [H, W, C] of at least 8x8; got shape {list(input_shape)}: use an mlp"
         )
     if not 1 <= len(blocks) <= len(_STAGES):
         raise InputError(f"a mobilenet has 1 to 7 stages; got blocks={list(blocks)}: try blocks=1-2-3-4-3-3-1")
     if filters is not None and (len(filters) != len(blocks) + 2 or any(c < 8 or c % 8 for c in filters)):
         raise InputError(
-            "a mobilenet's filters are multiples of 8, of the stem, of each stage and of the last convolution; "
+            "a mobilenet's filters are multiples of 8, for the stem, each stage and the last convolution; "
             f"got filters={list(filters)} for blocks={list(blocks)}: try filters={_filters(width, len(blocks))}"
         )
     shape = {"input_shape": list(input_shape), "num_classes": num_classes}
@@ -163,18 +164,18 @@ def mobilenet(
     return from_nnx(lambda rngs: MobileNet(input_shape, num_classes, width, blocks, filters=filters, rngs=rngs), spec)
 
 
-def grow(
+def mobilenet_growth(
     input_shape: Sequence[int],
     num_classes: int,
     *,
     width: int = 50,
     blocks: Sequence[int] = BLOCKS,
     filters: Sequence[int] | None = None,
-) -> Layout:
-    """How a mobilenet grows: wider, or by a block at the end of each stage whose last BatchNorm starts at zero.
+) -> GrowthSpec:
+    """How a mobilenet can grow: wider, or by a block at the end of each stage whose last BatchNorm starts at zero.
 
-    A block has a shortcut where its filters happen to agree, so equal filters must stay equal, and others different. Percents
-    of the paper's may break that; the filters that "wider" proposes, half as many again in multiples of 8, do not.
+    A block has a shortcut if its input and output have equally many filters, so equal numbers must stay equal, and others
+    different. A larger `width` may break that. The filters that "wider" proposes, 1.5 times as many in multiples of 8, do not.
     """
     filters = _filters(width, len(blocks)) if filters is None else filters
     spaces = {"stem": Space(filters[0])}
@@ -195,11 +196,11 @@ def grow(
         "wider": {"width": None, "filters": wider},
         "deeper": {"blocks": [count + 1 for count in blocks]},
     }
-    return Layout(spaces, layers, moves)
+    return GrowthSpec(spaces, layers, moves)
 
 
 def _layers(i: int, j: int, before: str, inner: str, after: str) -> dict[str, Layer]:
-    """Those of block j of stage i, by the spaces of its input, of its depthwise convolution and of its output."""
+    """The layers of block j of stage i, given the spaces of its input, its depthwise convolution and its output."""
     parts: dict[str, tuple[Axis, ...]] = {
         "depthwise": (writes(inner),),
         "norm2": (writes(inner),),

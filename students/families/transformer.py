@@ -1,4 +1,4 @@
-"""Transformer encoder: the student for sequences whose order matters far apart. Its blocks are those of `students.vit` too.
+"""Transformer encoder, for sequences with long-range dependencies. `vit.py` uses its blocks too.
 
 References:
   Vaswani et al., Attention is all you need, 2017.
@@ -12,15 +12,15 @@ import jax
 from flax import nnx
 
 from ev3_distill.errors import InputError
-from ev3_distill.students.growth.axes import Axis, Layer, Layout, Path, Space, Start, next_size, reads, writes
+from ev3_distill.students.axes import Axis, GrowthSpec, Layer, Path, Space, Start, next_size, reads, writes
 from ev3_distill.students.network import from_nnx
 from ev3_distill.types import Network
 
-_EXPANSION = 4  # of the hidden layer between attentions
+_EXPANSION = 4  # of the hidden layer of each block's mlp
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Attention has no biases: that of the keys would meet no gradient."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). Attention has no biases; that of the keys would get no gradient."""
 
     def __init__(self, width: int, heads: int, head_size: int, *, rngs: nnx.Rngs):
         self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
@@ -37,7 +37,7 @@ class Block(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Tokens [B, T, D] to logits [B, K]: learned positions, blocks, a norm, the mean over tokens, a linear head."""
+    """Maps tokens [B, T, D] to logits [B, K]: learned positions, blocks, a norm, the mean over tokens, a linear head."""
 
     def __init__(
         self,
@@ -61,19 +61,19 @@ class Encoder(nnx.Module):
         return self.features(x_BxTxD)[0]
 
     def features(self, x_BxTxD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns logits [B, K] and what they are made of: `block1`, ... [B, T, D] and `pooled` [B, D]."""
-        x_BxTxD, found = x_BxTxD + self.positions[...], {}
+        """Returns logits [B, K] and features: `block1`, ... [B, T, D] and `pooled` [B, D]."""
+        x_BxTxD, features = x_BxTxD + self.positions[...], {}
         for i, block in enumerate(self.blocks, 1):
-            x_BxTxD = found[f"block{i}"] = block(x_BxTxD)
-        pooled_BxD = found["pooled"] = self.norm(x_BxTxD).mean(1)
-        return self.head(pooled_BxD), found
+            x_BxTxD = features[f"block{i}"] = block(x_BxTxD)
+        pooled_BxD = features["pooled"] = self.norm(x_BxTxD).mean(1)
+        return self.head(pooled_BxD), features
 
 
 class Transformer(nnx.Module):
-    """Sequences [B, L, C] to logits [B, K]: a token is a linear map of one step."""
+    """Maps sequences [B, L, C] to logits [B, K]: a token is a linear map of one step."""
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, width: int, *, rngs: nnx.Rngs, **sizes: Any):
-        """Takes the other sizes of `Encoder`, too."""
+        """Initializes the network; `sizes` are the other sizes of `Encoder`."""
         length, channels = input_shape
         self.embed = nnx.Linear(channels, width, rngs=rngs)
         self.encoder = Encoder(length, num_classes, width=width, **sizes, rngs=rngs)
@@ -83,15 +83,16 @@ class Transformer(nnx.Module):
         return self.features(inputs)[0]
 
     def features(self, inputs: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns logits [B, K] and what they are made of, see `Encoder.features`."""
+        """Returns logits [B, K] and features; see `Encoder.features`."""
         return self.encoder.features(self.embed(inputs))
 
 
 def check_heads(family: str, width: int, heads: int, head_size: int | None) -> None:
-    """Raises InputError where the heads have no size of their own and do not share the width evenly."""
+    """Raises InputError if the heads have no explicit size and do not divide the width."""
     if head_size is None and width % heads:
         raise InputError(
-            f"a {family}'s heads divide its width; got width={width}, heads={heads}: try heads=4,width={4 * -(-width // 4)}"
+            f"the heads of a {family} must divide its width; got width={width}, heads={heads}: try "
+            f"heads=4,width={4 * -(-width // 4)}"
         )
 
 
@@ -109,17 +110,17 @@ def transformer(
     Args:
       input_shape: of one sequence, L, C.
       num_classes: K.
-      width: D.
-      depth: blocks.
-      heads: of each attention; they divide the width.
-      head_size: of each head; without, the width is shared among them.
+      width: number of features of a token, D.
+      depth: number of blocks.
+      heads: number of attention heads; must divide the width unless head_size is given.
+      head_size: features of each head; by default width / heads.
 
     Raises:
-      InputError: no sequence, or heads that do not divide the width.
+      InputError: the input is not a sequence, or the heads do not divide the width.
     """
     if len(input_shape) != 2:
         raise InputError(
-            f"a transformer's input is a sequence [L, C]; got shape {list(input_shape)}: reshape it, or take a vit or mlp"
+            f"a transformer's input is a sequence [L, C]; got shape {list(input_shape)}: reshape it, or use a vit or mlp"
         )
     check_heads("transformer", width, heads, head_size)
     sizes: dict[str, Any] = {"width": width, "depth": depth, "heads": heads, "head_size": head_size}
@@ -129,7 +130,7 @@ def transformer(
     return from_nnx(lambda rngs: Transformer(input_shape, num_classes, **sizes, rngs=rngs), spec)
 
 
-def grow(
+def transformer_growth(
     input_shape: Sequence[int],
     num_classes: int,
     *,
@@ -137,16 +138,16 @@ def grow(
     depth: int = 3,
     heads: int = 4,
     head_size: int | None = None,
-) -> Layout:
-    """How a transformer grows: see `encoder`."""
-    return encoder(width=width, depth=depth, heads=heads, head_size=head_size)
+) -> GrowthSpec:
+    """How a transformer can grow; see `encoder_growth`."""
+    return encoder_growth(width=width, depth=depth, heads=heads, head_size=head_size)
 
 
-def encoder(*, width: int, depth: int, heads: int, head_size: int | None) -> Layout:
-    """How a network of `embed` and `encoder` grows: by width, heads, or blocks at its end whose branches end in zeros.
+def encoder_growth(*, width: int, depth: int, heads: int, head_size: int | None) -> GrowthSpec:
+    """How a network of `embed` and `encoder` can grow: in width, in heads, or by blocks at its end whose branches end in zeros.
 
-    A LayerNorm takes mean and variance over the width, which therefore doubles: every feature is copied equally often. The
-    heads keep their size when they become more, and without a size of their own grow with the width.
+    A LayerNorm averages over the width, which therefore doubles: every feature is copied equally often. When heads are added,
+    all heads keep their size; without an explicit size, it grows with the width.
     """
     size = head_size or width // heads
     spaces, width_axis = {"width": Space(width, even=True)}, writes("width")
@@ -163,20 +164,19 @@ def encoder(*, width: int, depth: int, heads: int, head_size: int | None) -> Lay
         for path, axes in _parts(name).items():
             start: Start = None if i == 0 else "zero" if path in _LAST else "drawn"
             part = ".".join(path)
-            where: Path = ("encoder", "blocks", i, *path)
-            layers[f"{name}.{part}"] = Layer(where, axes, start, f"block{i}.{part}" if i else None)
+            location: Path = ("encoder", "blocks", i, *path)
+            layers[f"{name}.{part}"] = Layer(location, axes, start, f"block{i}.{part}" if i else None)
     moves = {"wider": {"width": 2 * width}, "deeper": {"depth": next_size(depth)}}
-    return Layout(spaces, layers, {**moves, "heads": {"heads": next_size(heads), "head_size": size}})
+    return GrowthSpec(spaces, layers, {**moves, "heads": {"heads": next_size(heads), "head_size": size}})
 
 
-_LAST = (("attention", "out"), ("down",))  # of the two branches of a block
+_LAST = (("attention", "out"), ("down",))  # last layers of the two branches of a block
 
 
 def _parts(block: str) -> dict[tuple[str, ...], tuple[Axis, ...]]:
     """The axes of a block's layers, by path.
 
-    A head's scores are sums over its size, divided by the root of it: of queries, which are divided among copies, and keys,
-    which are copied.
+    A head's scores are sums over its size, divided by the root of the size: queries are divided among copies, keys are copied.
     """
     heads, size, hidden = f"{block}.heads", f"{block}.size", f"{block}.hidden"
     return {

@@ -1,4 +1,4 @@
-"""Small vision transformer: patches are the tokens of an encoder. Sizes by default are for 32x32.
+"""Small vision transformer: patches are the tokens of an encoder. The default sizes are for images of 32x32.
 
 References:
   Dosovitskiy et al., An image is worth 16x16 words: transformers for image recognition at scale, 2021.
@@ -12,19 +12,19 @@ import jax
 from flax import nnx
 
 from ev3_distill.errors import InputError
-from ev3_distill.students.families.transformer import Encoder, check_heads, encoder
-from ev3_distill.students.growth.axes import Layout
+from ev3_distill.students.axes import GrowthSpec
+from ev3_distill.students.families.transformer import Encoder, check_heads, encoder_growth
 from ev3_distill.students.network import from_nnx
 from ev3_distill.types import Network
 
 
 class ViT(nnx.Module):
-    """Images [B, H, W, C] to logits [B, K]: a token is a linear map of one patch."""
+    """Maps images [B, H, W, C] to logits [B, K]: a token is a linear map of one patch."""
 
     def __init__(
         self, input_shape: Sequence[int], num_classes: int, patch: int, width: int, *, rngs: nnx.Rngs, **sizes: Any
     ):
-        """Takes the other sizes of `Encoder`, too."""
+        """Initializes the network; `sizes` are the other sizes of `Encoder`."""
         rows, columns, channels = input_shape[0] // patch, input_shape[1] // patch, input_shape[2]
         self.patch = patch
         self.embed = nnx.Linear(patch * patch * channels, width, rngs=rngs)
@@ -35,7 +35,7 @@ class ViT(nnx.Module):
         return self.features(inputs)[0]
 
     def features(self, inputs: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns logits [B, K] and what they are made of, see `Encoder.features`."""
+        """Returns logits [B, K] and features; see `Encoder.features`."""
         batch, height, width, channels = inputs.shape
         rows, columns, p = height // self.patch, width // self.patch, self.patch
         patches = inputs.reshape(batch, rows, p, columns, p, channels).swapaxes(2, 3)
@@ -57,23 +57,23 @@ def vit(
     Args:
       input_shape: of one image, H, W, C.
       num_classes: K.
-      patch: side of a patch in pixels; divides H and W.
-      width: D.
-      depth: blocks.
-      heads: of each attention; they divide the width.
-      head_size: of each head; without, the width is shared among them.
+      patch: side of a patch in pixels; must divide H and W.
+      width: number of features of a token, D.
+      depth: number of blocks.
+      heads: number of attention heads; must divide the width unless head_size is given.
+      head_size: features of each head; by default width / heads.
 
     Raises:
-      InputError: no image, or sizes that do not divide.
+      InputError: the input is not an image, or sizes do not divide.
     """
     if len(input_shape) != 3:
         raise InputError(
-            f"a vit's input is an image [H, W, C]; got shape {list(input_shape)}: reshape it, or take an mlp"
+            f"a vit's input is an image [H, W, C]; got shape {list(input_shape)}: reshape it, or use an mlp"
         )
     if input_shape[0] % patch or input_shape[1] % patch:
         raise InputError(
-            f"a vit's patch divides height and width; got patch={patch} for shape {list(input_shape)}: "
-            "take a common divisor of both"
+            f"a vit's patch must divide height and width; got patch={patch} for shape {list(input_shape)}: "
+            "use a common divisor of both"
         )
     check_heads("vit", width, heads, head_size)
     sizes: dict[str, Any] = {"patch": patch, "width": width, "depth": depth, "heads": heads, "head_size": head_size}
@@ -83,7 +83,7 @@ def vit(
     return from_nnx(lambda rngs: ViT(input_shape, num_classes, **sizes, rngs=rngs), spec)
 
 
-def grow(
+def vit_growth(
     input_shape: Sequence[int],
     num_classes: int,
     *,
@@ -92,6 +92,6 @@ def grow(
     depth: int = 6,
     heads: int = 3,
     head_size: int | None = None,
-) -> Layout:
-    """How a ViT grows: as its encoder does; its patches stay as they are."""
-    return encoder(width=width, depth=depth, heads=heads, head_size=head_size)._replace(fixed=("patch",))
+) -> GrowthSpec:
+    """How a vit can grow: as its encoder; the patches stay the same."""
+    return encoder_growth(width=width, depth=depth, heads=heads, head_size=head_size)._replace(fixed=("patch",))

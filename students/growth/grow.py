@@ -1,34 +1,36 @@
-"""Growth that keeps the function: a network and all that is shaped like its parameters become those of a larger one.
+"""Function-preserving growth: a network, and everything shaped like its parameters, becomes a larger one.
 
     network, variables = grow(jax.random.key(0), spec, variables, "wider")
 
-`moves(spec)` says what a network may become next, as specs; any other spec of the family that is nowhere smaller will do, too.
-`growth` gives the map itself, a `Growth`, for averages, iterates and the memory of optimizers.
+`moves(spec)` lists what a network can become next, as specs. Any other spec of the family that is smaller nowhere works too.
+`growth_map` returns the map itself, for averages, iterates and optimizer states.
 
-Wider: features are copied, and what reads them is divided among the copies, every weight in its own uneven shares and with a
-little more for one copy that the others have less. So their gradients differ in direction: gradients that differ in length
-alone would be the same to Adam, which normalises, and the copies would stay alike.
+Wider: features are copied, and the weights that read them are divided among the copies in unequal shares; in addition, one copy
+gets a small amount that the others lose. So the gradients of copies differ in direction. If they differed only in length, Adam,
+which normalizes them, would keep the copies identical.
 
-Units of a ReLU that nothing normalises are not copied but drawn, and read with zeros at first: a unit that the ReLU has shut
-for all inputs would be copied as one that learns nothing either, and a part of the larger network with it. Behind another ReLU
-their weights have the sign with which they sum to no less than 0, for there one in ten would be shut from the start. So are the
-channels inside a ResNet's blocks: an optimizer that makes updates orthogonal keeps copies alike.
+Units of a ReLU without normalization are drawn instead of copied, and read with zeros at first: a copy of a unit that is zero
+for all inputs would never learn, and neither would the part of the larger network behind it. After another ReLU, their weights
+get the sign for which they sum to at least 0, because otherwise one unit in ten would be dead from the start. The channels
+inside ResNet blocks are drawn too: an optimizer that orthogonalizes updates keeps copies identical.
 
-Deeper: a new layer is the identity of what a ReLU made, or a new residual branch ends in zeros; zeros get a gradient at once,
-and what is before them as soon as they move.
+Deeper: a new layer is the identity on the output of a ReLU, or a new residual branch ends in zeros. The zeros get a gradient at
+once, and the layers before them as soon as the zeros move.
 
-Where a LayerNorm takes mean and variance over features, these grow by whole factors alone.
+Where a LayerNorm averages over features, they grow by integer factors only.
 
-A student of one's own, `MODULE:FACTORY`, grows where the factory has a function `grow` as attribute: it takes the factory's
-arguments without `rngs`, and returns a `students.layout.Layout`, as the pages of the zoo do. Options beyond shape and classes
-come from the spec that a move proposes. For a factory `make(input_shape, num_classes, rngs, width=8)` of two dense layers:
+A user's student, `MODULE:FACTORY`, can grow if the factory has a function as attribute `grow`. It takes the factory's arguments
+without `rngs` and returns a `GrowthSpec`. Options other than the shape and the number of classes come from the spec that a move
+proposes. For a factory `make(input_shape, num_classes, rngs, width=8)` of two dense layers:
+
+    from ev3_distill.students.growth import GrowthSpec, Layer, Space, next_size, reads, writes
 
     def grow(input_shape, num_classes, width=8):
         layers = {
             "first": Layer(("first",), (None, writes("units"))),
             "last": Layer(("last",), (reads("units"), None)),
         }
-        return Layout({"units": Space(width)}, layers, {"wider": {"width": next_size(width)}})
+        return GrowthSpec({"units": Space(width)}, layers, {"wider": {"width": next_size(width)}})
 
     make.grow = grow
 
@@ -47,85 +49,97 @@ import jax.numpy as jnp
 import numpy as np
 
 from ev3_distill.errors import InputError
-from ev3_distill.students import build, layout_of
-from ev3_distill.students.growth.axes import Axis, Layer, Layout, Path
-from ev3_distill.students.growth.net2net import Leaf, copies_of, leaves_of, path_of, standing_of
+from ev3_distill.students.axes import Axis, GrowthSpec, Layer, Path
+from ev3_distill.students.growth.net2net import (
+    ArrayGrowth,
+    SpaceMap,
+    array_growths,
+    copy_spaces,
+    key_path,
+    match_spaces,
+)
+from ev3_distill.students.network import describe_spec
+from ev3_distill.students.registry import build, growth_spec
 from ev3_distill.types import Network, PyTree, Variables
 
 Factory = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Growth:
-    """The map from one network's arrays to a larger one's; on the host, in NumPy: it compiles nothing.
+class GrowthMap:
+    """The map from one network's arrays to a larger one's. It runs on the host, in NumPy, and compiles nothing.
 
-    Trees have the structure of parameters; any empty node in the place of an array (optax masks with them) is kept, and put in
-    the place of new arrays that are like it.
+    Trees have the structure of the parameters. An empty node in the place of an array, as optax uses for masks, is kept, and
+    also takes the place of new arrays that are like it.
     """
 
-    network: Network  # the larger
-    params: Mapping[Path, Leaf]
-    stats: Mapping[Path, Leaf]
+    network: Network  # the larger one
+    params: Mapping[Path, ArrayGrowth]
+    stats: Mapping[Path, ArrayGrowth]
 
     def variables(self, variables: Variables) -> Variables:
-        """What computes the same: of iterates, averages of them, and what else is a value of the network's arrays.
+        """Grows variables so that the function is kept; applies to iterates and to averages of them.
 
         Raises:
-          InputError: the variables are not of the network that grows.
+          InputError: the variables are not those of the network that grows.
         """
-        stats = self._mapped(self.stats, variables.stats, Leaf.of_parameter)
+        stats = self._map(self.stats, variables.stats, ArrayGrowth.of_parameter)
         return Variables(self.like_params(variables.params), stats)
 
     def like_params(self, tree: PyTree) -> PyTree:
-        """As parameters grow: copied where features are made, divided where they are read, begun where a layer is new."""
-        return self._mapped(self.params, tree, Leaf.of_parameter)
+        """Grows a tree as parameters: copied where features are written, divided where they are read, new in new layers."""
+        return self._map(self.params, tree, ArrayGrowth.of_parameter)
 
     def like_gradient(self, tree: PyTree) -> PyTree:
-        """As their gradients do, for first moments and momenta: divided where features are made, copied where they are read.
+        """Grows a tree as gradients, for first moments and momenta: divided where features are written, copied where read.
 
-        <like_gradient(g), like_params(p + d) - like_params(p)> = <g, d>: a direction promises what it did. Of the gradients of
-        copies it is the mean. New arrays have had no gradient: zero.
+        <like_gradient(g), like_params(p + d) - like_params(p)> = <g, d>: a direction keeps its directional derivative. For the
+        gradients of copies this is the mean. New arrays have had no gradient: zero.
         """
-        return self._mapped(self.params, tree, Leaf.of_gradient)
+        return self._map(self.params, tree, ArrayGrowth.of_gradient)
 
     def like_second_moment(self, tree: PyTree) -> PyTree:
-        """For means of squared gradients: a step m / sqrt(v) of moments that grew is the step of before, grown as parameters.
+        """Grows a tree as means of squared gradients: a step m / sqrt(v) becomes the previous step, grown as parameters.
 
-        So nothing jumps; as the moments forget, new gradients decide. A new array takes the mean of the layer before that it is
-        like, for a moment of zero would make its first steps several times too long.
+        So no step jumps, and new gradients take over as the moments decay. A new array starts with the mean of the earlier
+        layer it is like, because with a moment of zero its first steps would be several times too long.
         """
-        return self._mapped(self.params, tree, Leaf.of_second_moment)
+        return self._map(self.params, tree, ArrayGrowth.of_second_moment)
 
-    def _mapped(
-        self, leaves: Mapping[Path, Leaf], tree: PyTree, how: Callable[[Leaf, np.ndarray], np.ndarray]
+    def _map(
+        self,
+        arrays: Mapping[Path, ArrayGrowth],
+        tree: PyTree,
+        rule: Callable[[ArrayGrowth, np.ndarray], np.ndarray],
     ) -> PyTree:
         tree = jax.device_get(tree)
         grown: dict[str | int, Any] = {}
-        for path, leaf in leaves.items():
-            old, within = self._at(tree, leaf.source), grown
+        for path, growth in arrays.items():
+            old, parent = self._at(tree, growth.source), grown
             for name in path[:-1]:
-                within = within.setdefault(name, {})
+                parent = parent.setdefault(name, {})
             if isinstance(old, np.ndarray):
-                self._check(leaf, old)
-                old = jnp.asarray(how(leaf, old))
-            within[path[-1]] = old
+                self._check_shape(growth, old)
+                old = jnp.asarray(rule(growth, old))
+            parent[path[-1]] = old
         return grown
 
     def _at(self, tree: PyTree, path: Path) -> Any:
         for i, name in enumerate(path):
             if not isinstance(tree, Mapping) or name not in tree:
                 raise InputError(
-                    f"what grows has the arrays of the network that grows; got none at {_dotted(path[: i + 1])}, growing into "
-                    f"{_told(self.network.spec)}: give the variables that belong to the spec"
+                    f"growth needs the arrays of the network that grows; got none at {_dotted(path[: i + 1])}, growing into "
+                    f"{describe_spec(self.network.spec)}: pass the variables that belong to the spec"
                 )
             tree = tree[name]
         return tree
 
-    def _check(self, leaf: Leaf, old: np.ndarray) -> None:
-        if leaf.new is None and old.shape != leaf.shape:
+    def _check_shape(self, growth: ArrayGrowth, old: np.ndarray) -> None:
+        if growth.new is None and old.shape != growth.shape:
             raise InputError(
-                f"what grows has the arrays of the network that grows; got {_dotted(leaf.source)} of shape {list(old.shape)} "
-                f"for {list(leaf.shape)}, growing into {_told(self.network.spec)}: give the variables that belong to the spec"
+                f"growth needs the arrays of the network that grows; got {_dotted(growth.source)} of shape {list(old.shape)} "
+                f"for {list(growth.shape)}, growing into {describe_spec(self.network.spec)}: pass the variables that belong to "
+                "the spec"
             )
 
 
@@ -137,65 +151,65 @@ def grow(
     *,
     factory: Factory | None = None,
 ) -> tuple[Network, Variables]:
-    """A larger network that computes the same, in evaluation and in training.
+    """Grows a network so that it computes the same, in evaluation and in training.
 
     Args:
-      key: decides which features are copied where not all are, the shares, and what new layers draw.
-      spec: the network's.
-      variables: the network's.
-      move: a name of `moves(spec)`, or the spec of what it shall become.
-      factory: of a network of the user's own.
+      key: decides which features are copied where not all are, their shares, and the parameters of new layers.
+      spec: of the network.
+      variables: of the network.
+      move: a name in `moves(spec)`, or the spec of the larger network.
+      factory: the user's factory, for a network that was created by one.
 
     Raises:
       InputError: no such move, or one that cannot keep the function.
     """
-    grown = growth(key, spec, move, factory=factory)
-    return grown.network, grown.variables(variables)
+    larger = growth_map(key, spec, move, factory=factory)
+    return larger.network, larger.variables(variables)
 
 
 def moves(spec: Mapping[str, Any], *, factory: Factory | None = None) -> dict[str, dict[str, Any]]:
-    """What a network of this spec may become next: specs by the name of the move, plain data.
+    """What a network can become next: specs, by the name of the move.
 
     Raises:
       InputError: unknown family or option, or a factory without `grow`.
     """
-    proposed = layout_of(spec, factory=factory).moves
+    proposed = growth_spec(spec, factory=factory).moves
     return {name: _changed(spec, options) for name, options in proposed.items()}
 
 
-def growth(
+def growth_map(
     key: jax.Array, spec: Mapping[str, Any], move: str | Mapping[str, Any], *, factory: Factory | None = None
-) -> Growth:
-    """The map that `grow` applies to variables; arguments and errors are its own. A key is a key: the same map again."""
+) -> GrowthMap:
+    """The map that `grow` applies to variables. Arguments and errors are those of `grow`; the same key gives the same map."""
     network = build(_target(spec, move, factory), factory=factory)
-    old, new = layout_of(spec, factory=factory), layout_of(network.spec, factory=factory)
-    standing = standing_of(old, new)
-    check(spec, network.spec, old, new, standing)
+    old, new = growth_spec(spec, factory=factory), growth_spec(network.spec, factory=factory)
+    spaces = match_spaces(old, new)
+    check_growth(spec, network.spec, old, new, spaces)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-    copies = copies_of(rng, old, new, standing)
+    copies = copy_spaces(rng, old, new, spaces)
     drawn = [layer.path for name, layer in new.layers.items() if name not in old.layers or _writes_drawn(layer, new)]
-    fresh = _fresh(key, network, drawn)
-    params = leaves_of(rng, old, new, copies, fresh.params, trained=True)
-    return Growth(network, params, leaves_of(rng, old, new, copies, fresh.stats, trained=False))
+    initial = _initial(key, network, drawn)
+    params = array_growths(rng, old, new, copies, initial.params, trained=True)
+    return GrowthMap(network, params, array_growths(rng, old, new, copies, initial.stats, trained=False))
 
 
-def _writes_drawn(layer: Layer, new: Layout) -> bool:
+def _writes_drawn(layer: Layer, new: GrowthSpec) -> bool:
     return any(axis and not axis.reads and new.spaces[axis.space].drawn for axis in layer.axes)
 
 
-def _fresh(key: jax.Array, network: Network, paths: Sequence[Path]) -> Variables:
-    """What `network.init` draws for layers of these paths; shapes for the rest, on which no time is spent."""
+def _initial(key: jax.Array, network: Network, paths: Sequence[Path]) -> Variables:
+    """The initial values of the layers at these paths; shapes for the rest, which are not computed."""
     shapes = jax.eval_shape(network.init, key)
     keys, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-    ours = [i for i, (names, _) in enumerate(keys) if any(path_of(names[1:])[: len(path)] == path for path in paths)]
+    needed = [i for i, (names, _) in enumerate(keys) if any(key_path(names[1:])[: len(path)] == path for path in paths)]
 
     def draw(key: jax.Array) -> list[jax.Array]:
         leaves = jax.tree.leaves(network.init(key))
-        return [leaves[i] for i in ours]
+        return [leaves[i] for i in needed]
 
-    # a program that runs once: optimised, it takes 10 times as long to compile (6 kernels of a ResNet: 6.0 s, not 0.6)
-    drawn = jax.jit(draw, compiler_options={"xla_backend_optimization_level": 0})(key) if ours else []
-    leaves = {i: np.asarray(leaf) for i, leaf in zip(ours, drawn, strict=True)}
+    # A program that runs once: optimization would take 10 times as long to compile (6 kernels of a ResNet: 6.0 s, not 0.6 s).
+    drawn = jax.jit(draw, compiler_options={"xla_backend_optimization_level": 0})(key) if needed else []
+    leaves = {i: np.asarray(leaf) for i, leaf in zip(needed, drawn, strict=True)}
     merged: Variables = jax.tree.unflatten(treedef, [leaves.get(i, shape) for i, (_, shape) in enumerate(keys)])
     return merged
 
@@ -206,8 +220,8 @@ def _target(spec: Mapping[str, Any], move: str | Mapping[str, Any], factory: Fac
     known = moves(spec, factory=factory)
     if move not in known:
         raise InputError(
-            f"the moves of {_told(spec)} are {', '.join(known) or 'none'}; got '{move}': "
-            "name one of these, or give the spec of what it shall become"
+            f"the moves of {describe_spec(spec)} are {', '.join(known) or 'none'}; got '{move}': "
+            "name one of these, or pass the spec of the larger network"
         )
     return known[move]
 
@@ -216,58 +230,58 @@ def _changed(spec: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, A
     return {name: value for name, value in {**spec, **options}.items() if value is not None}
 
 
-def check(
-    spec: Mapping[str, Any], target: Mapping[str, Any], old: Layout, new: Layout, standing: Mapping[str, str]
+def check_growth(
+    spec: Mapping[str, Any], target: Mapping[str, Any], old: GrowthSpec, new: GrowthSpec, spaces: SpaceMap
 ) -> None:
-    """Raises InputError where the growth from one spec to another, which have these layouts, cannot keep the function."""
+    """Raises InputError if growth from one spec to another cannot keep the function.
 
-    def refuse(rule: str, got: str, way_out: str) -> InputError:
-        return InputError(f"{rule}; got {got}, from {_told(spec)} to {_told(target)}: {way_out}")
+    Args:
+      spec: of the smaller network.
+      target: of the larger network.
+      old: how the smaller network can grow.
+      new: how the larger network can grow.
+      spaces: see `match_spaces`.
+    """
+
+    def refusal(rule: str, got: str, way_out: str) -> InputError:
+        return InputError(f"{rule}; got {got}, from {describe_spec(spec)} to {describe_spec(target)}: {way_out}")
 
     for name in ("family", "factory", "input_shape", "num_classes", *new.fixed):
-        one, other = (_plain(given.get(name)) for given in (spec, target))
+        one, other = (_as_list(each.get(name)) for each in (spec, target))
         if one != other:
-            raise refuse(f"growth keeps {name}", f"{other} for {one}", "train such a network anew")
-    if lost := [name for name in old.layers if name not in new.layers]:
-        raise refuse("growth drops no layer", f"none of {', '.join(lost)}", "name as many layers at least")
+            raise refusal(f"growth keeps {name}", f"{other} for {one}", "train such a network from scratch")
+    if removed := [name for name in old.layers if name not in new.layers]:
+        raise refusal("growth removes no layer", f"none of {', '.join(removed)}", "name at least as many layers")
     for name, layer in new.layers.items():
         if name not in old.layers and None in (layer.start, layer.like):
-            raise refuse(
-                "growth inserts layers that start as the identity", f"{name}, which cannot", "take another move"
+            raise refusal(
+                "growth inserts layers that start as the identity", f"{name}, which cannot", "choose another move"
             )
-        if name in old.layers and _wiring(layer.axes, standing) != _wiring(old.layers[name].axes, standing):
-            raise refuse(
+        if name in old.layers and _wiring(layer.axes, spaces) != _wiring(old.layers[name].axes, spaces):
+            raise refusal(
                 "growth keeps what every layer reads and writes",
                 f"another wiring of {name}",
-                "take another size, at which shortcuts are where they are",
+                "choose another size, which keeps the shortcuts",
             )
     for name, space in new.spaces.items():
-        if name not in standing:
+        if name not in spaces:
             continue
-        before = old.spaces[standing[name]].size
+        before = old.spaces[spaces[name]].size
         if space.size < before:
-            raise refuse("growth narrows nothing", f"{space.size} for {before} of {name}", f"take {before} or more")
+            raise refusal("growth narrows nothing", f"{space.size} for {before} of {name}", f"use {before} or more")
         if space.even and space.size % before:
-            raise refuse(
-                "LayerNorm takes a mean over all of its features, so they grow by a whole factor",
+            raise refusal(
+                "LayerNorm averages over all of its features, so they grow by an integer factor",
                 f"{space.size} for {before} of {name}",
-                f"take {before * -(-space.size // before)}",
+                f"use {before * -(-space.size // before)}",
             )
 
 
-def _wiring(axes: Sequence[Axis | None], standing: Mapping[str, str]) -> list[tuple[str, bool, int, float] | None]:
-    return [axis and (standing.get(axis.space, axis.space), *axis[1:]) for axis in axes]
+def _wiring(axes: Sequence[Axis | None], spaces: SpaceMap) -> list[tuple[str, bool, int, float] | None]:
+    return [axis and (spaces.get(axis.space, axis.space), *axis[1:]) for axis in axes]
 
 
-def _told(spec: Mapping[str, Any]) -> str:
-    """A network in a word: its name and its options."""
-    hidden = ("family", "factory", "input_shape", "num_classes")
-    options = ", ".join(f"{name}={_plain(value)}" for name, value in spec.items() if name not in hidden)
-    name = spec.get("factory") or spec.get("family")
-    return f"{name} ({options})" if options else f"{name}"
-
-
-def _plain(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -1,19 +1,19 @@
-"""Narrowing, the way back of growth: a smaller network begins with a part of a larger one.
+"""Narrowing, the inverse of growth: a smaller network starts from a part of a larger one.
 
     network, variables = narrow(jax.random.key(0), spec, variables, {**spec, "hidden": [4]})
 
-Of every space of features some are kept, drawn at random, with the weights by which they are made and read; all else is
-dropped, whole layers where the smaller network has fewer. So it computes what the larger one would, were the features that are
-gone read by nobody: not the same, but from there it learns faster than from fresh parameters, and further where there are few.
-Which features are kept makes much of the difference: draw several, and compare.
+A random subset of the features of every space is retained, with the weights that write and read them. Everything else is
+dropped, including whole layers if the smaller network has fewer. The result computes what the larger network would compute if
+nothing read the dropped features. That is another function, but training from it is faster than from fresh parameters, and ends
+at a higher accuracy for small networks. The choice of features matters much: draw several subsets and compare.
 
-A network narrows to any that grows into it, see `students.grow`. Where a LayerNorm takes mean and variance over features they
-become those of the features kept.
+A network narrows to any network that grows into it; see `students/growth/grow.py`. Where a LayerNorm averages over features,
+its mean and variance become those of the retained features.
 
 References:
-  Frankle and Carbin, The lottery ticket hypothesis, ICLR 2019; arXiv:1803.03635: which weights begin makes the difference.
-  Liu et al., Rethinking the value of network pruning, ICLR 2019; arXiv:1810.05270: whether weights that are kept are of use;
-    for large networks they find little.
+  Frankle and Carbin, The lottery ticket hypothesis, ICLR 2019; arXiv:1803.03635: the initial weights matter.
+  Liu et al., Rethinking the value of network pruning, ICLR 2019; arXiv:1810.05270: whether inherited weights help; for large
+    networks they find little benefit.
 """
 
 from collections.abc import Mapping
@@ -24,10 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ev3_distill.errors import InputError
-from ev3_distill.students import build, layout_of, text_of
-from ev3_distill.students.growth.axes import Layout
-from ev3_distill.students.growth.grow import Factory, check
-from ev3_distill.students.growth.net2net import Standing, axes_of, path_of, standing_of
+from ev3_distill.students.axes import GrowthSpec
+from ev3_distill.students.growth.grow import Factory, check_growth
+from ev3_distill.students.growth.net2net import SpaceMap, growing_axes, key_path, match_spaces
+from ev3_distill.students.network import describe_spec
+from ev3_distill.students.registry import build, growth_spec
 from ev3_distill.types import Network, Variables
 
 
@@ -39,49 +40,49 @@ def narrow(
     *,
     factory: Factory | None = None,
 ) -> tuple[Network, Variables]:
-    """A smaller network that begins with a part of a larger one.
+    """A smaller network that starts from a part of a larger one.
 
     Args:
-      key: decides which features are kept; the same key keeps the same.
-      spec: the larger network's.
-      variables: the larger network's.
-      target: the smaller network's spec.
-      factory: of a network of the user's own.
+      key: decides which features are retained.
+      spec: of the larger network.
+      variables: of the larger network.
+      target: spec of the smaller network.
+      factory: the user's factory, for a network that was created by one.
 
     Raises:
-      InputError: the smaller network does not grow into the larger, or the variables are not of the spec.
+      InputError: the smaller network does not grow into the larger one, or the variables do not belong to the spec.
     """
-    network, whole = build(target, factory=factory), build(spec, factory=factory)
-    if _shapes(variables) != _shapes(jax.eval_shape(whole.init, key)):
+    network, larger = build(target, factory=factory), build(spec, factory=factory)
+    if _shapes(variables) != _shapes(jax.eval_shape(larger.init, key)):
         raise InputError(
-            f"what narrows has the arrays of its spec; got others, narrowing into {text_of(network.spec)}: give the "
+            f"narrowing needs the arrays of its spec; got others, narrowing into {describe_spec(network.spec)}: pass the "
             "variables that belong to the spec"
         )
-    large, small = layout_of(whole.spec, factory=factory), layout_of(network.spec, factory=factory)
-    standing = standing_of(small, large)
+    large, small = growth_spec(larger.spec, factory=factory), growth_spec(network.spec, factory=factory)
+    spaces = match_spaces(small, large)
     try:
-        check(network.spec, whole.spec, small, large, standing)
+        check_growth(network.spec, larger.spec, small, large, spaces)
     except InputError as error:
-        raise InputError(f"a network narrows to one that grows into it; {error}") from error
-    kept = kept_of(np.random.default_rng(np.asarray(jax.random.key_data(key))), large, small, standing)
+        raise InputError(f"a network narrows only to one that grows into it; {error}") from error
+    retained = retained_features(np.random.default_rng(np.asarray(jax.random.key_data(key))), large, small, spaces)
     names = {layer.path: name for name, layer in small.layers.items()}
     arrays = {
-        (keys[0], path_of(keys[1:])): np.asarray(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(variables)
+        (keys[0], key_path(keys[1:])): np.asarray(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(variables)
     }
 
     def part(keys: tuple[Any, ...], _: Any) -> jax.Array:
-        path = path_of(keys[1:])
+        path = key_path(keys[1:])
         owner = next(names[path[:i]] for i in range(len(path) + 1) if path[:i] in names)
         source = (*large.layers[owner].path, *path[len(small.layers[owner].path) :])
         array = arrays[keys[0], source]
-        for dimension, axis in axes_of(large.layers[owner], source, array.shape, large).items():
+        for dimension, axis in growing_axes(large.layers[owner], source, array.shape, large).items():
             size = large.spaces[axis.space].size
-            rows = (size * np.arange(axis.times)[:, None] + kept[axis.space]).ravel()
-            array = array.take(rows, dimension)
+            indices = (size * np.arange(axis.times)[:, None] + retained[axis.space]).ravel()
+            array = array.take(indices, dimension)
         return jnp.asarray(array)
 
-    begun: Variables = jax.tree_util.tree_map_with_path(part, jax.eval_shape(network.init, key))
-    return network, begun
+    start: Variables = jax.tree_util.tree_map_with_path(part, jax.eval_shape(network.init, key))
+    return network, start
 
 
 def _shapes(variables: Variables) -> dict[str, tuple[int, ...]]:
@@ -89,32 +90,35 @@ def _shapes(variables: Variables) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(keys): leaf.shape for keys, leaf in leaves}
 
 
-def kept_of(rng: np.random.Generator, large: Layout, small: Layout, standing: Standing) -> dict[str, np.ndarray]:
-    """Which features of the larger network's spaces are kept, in order, int [small size].
+def retained_features(
+    rng: np.random.Generator, large: GrowthSpec, small: GrowthSpec, spaces: SpaceMap
+) -> dict[str, np.ndarray]:
+    """Which features of each space of the larger network are retained, in order, int [small size].
 
-    Spaces that stand for the same features, an inserted layer's and those before it, keep the same where they are as large.
+    Spaces of equal size that map to the same smaller space, such as those before and after an inserted layer, retain the same
+    features.
 
     Args:
-      rng: draws them.
-      large: the larger network's layout.
-      small: the smaller's.
-      standing: by space of the larger, the one of the smaller that it stands for, see `spreading.standing_of`.
+      rng: draws the features.
+      large: growth spec of the larger network.
+      small: growth spec of the smaller network.
+      spaces: larger network's space -> smaller network's, see `net2net.match_spaces`.
     """
-    found: dict[str, np.ndarray] = {}
+    retained: dict[str, np.ndarray] = {}
     drawn: dict[tuple[str, int], np.ndarray] = {}
     for name, space in large.spaces.items():
-        if name not in standing:
+        if name not in spaces:
             continue
-        after = small.spaces[standing[name]]
-        if (standing[name], space.size) in drawn:
-            found[name] = drawn[standing[name], space.size]
+        after = small.spaces[spaces[name]]
+        if (spaces[name], space.size) in drawn:
+            retained[name] = drawn[spaces[name], space.size]
         elif space.holds is None or after.holds is None:
-            found[name] = np.sort(rng.permutation(space.size)[: after.size])
+            retained[name] = np.sort(rng.permutation(space.size)[: after.size])
         else:
-            (held, at), (_, small_at) = space.holds, after.holds
-            within = found[held] + at
-            around = np.setdiff1d(np.arange(space.size), np.arange(large.spaces[held].size) + at)
-            around = np.sort(rng.permutation(around)[: after.size - within.size])
-            found[name] = np.concatenate([around[:small_at], within, around[small_at:]])
-        drawn[standing[name], space.size] = found[name]
-    return found
+            (held, start), (_, small_start) = space.holds, after.holds
+            inside = retained[held] + start
+            outside = np.setdiff1d(np.arange(space.size), np.arange(large.spaces[held].size) + start)
+            outside = np.sort(rng.permutation(outside)[: after.size - inside.size])
+            retained[name] = np.concatenate([outside[:small_start], inside, outside[small_start:]])
+        drawn[spaces[name], space.size] = retained[name]
+    return retained

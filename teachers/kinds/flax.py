@@ -10,7 +10,7 @@ from ev3_distill.config import Preprocessing
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.compile import jit
 from ev3_distill.runtime.digest import leaf_bytes
-from ev3_distill.students.network import count_params, features_of
+from ev3_distill.students import count_params, feature_shapes
 from ev3_distill.teachers.loading import digest_of
 from ev3_distill.teachers.preprocessing import IDENTITY, read_beside
 from ev3_distill.teachers.teacher import Model, Request, Teacher, teacher_of
@@ -75,7 +75,7 @@ def flax_teacher(
       InputError: it does not fit the data.
     """
     shape, classes = tuple(network.spec["input_shape"]), network.spec["num_classes"]
-    shown = features_of(network) if features else {}
+    shown = feature_shapes(network) if features else {}
     if missing := [name for name in features if name not in shown]:
         raise InputError(
             f"a teacher's features are {', '.join(shown) or 'none'}; got {missing[0]} of {source}: name one of these"

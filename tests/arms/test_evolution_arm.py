@@ -32,7 +32,7 @@ def make_batch(seed):
 
 
 BATCH = make_batch(0)
-MLP = students.named("mlp:hidden=8", (F,), K)
+MLP = students.from_name("mlp:hidden=8", (F,), K)
 START = arrays_like(MLP)
 
 
@@ -105,7 +105,7 @@ def test_an_arm_that_rests_proposes_what_it_had():
 )
 def test_a_subspace_moves_alone(family, name, moving):
     shape = (16, 16, 1) if "conv" in family else (F,)
-    params = jax.tree.map(np.asarray, arrays_like(students.named(family, shape, K)).params)
+    params = jax.tree.map(np.asarray, arrays_like(students.from_name(family, shape, K)).params)
     part = parameters_named(name)(params)
     assert 0 < len(part.selected) < len(jax.tree.leaves(params))
     assert all(any(word in path for word in moving) for path in part.selected)

@@ -18,8 +18,8 @@ from ev3_distill.config import EV3
 from ev3_distill.core import Algorithm, Objectives, initial_state, make_step
 from ev3_distill.core.explore import draw_from
 from ev3_distill.errors import InputError
+from ev3_distill.students import from_nnx
 from ev3_distill.students.families.mlp import mlp
-from ev3_distill.students.network import from_nnx
 from ev3_distill.tasks.classification import example_scores, losses
 from ev3_distill.tasks.classification.feature_losses import FEATURE_LOSSES, FeatureLoss, with_features
 from ev3_distill.tasks.classification.task import ACCURACY

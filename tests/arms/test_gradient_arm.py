@@ -27,8 +27,8 @@ from ev3_distill.config import EV3
 from ev3_distill.core import Algorithm, Objectives, initial_state, make_step
 from ev3_distill.core.explore import draw_from
 from ev3_distill.errors import InputError
+from ev3_distill.students import from_nnx
 from ev3_distill.students.families.mlp import mlp
-from ev3_distill.students.network import from_nnx
 from ev3_distill.tasks.classification import losses
 from ev3_distill.tasks.classification.task import ACCURACY
 from ev3_distill.types import ADOPT, Batch, Pools, Stretch, Variables

@@ -75,7 +75,7 @@ def test_query_belongs_to_the_nearest_prototype():
     def features(variables, images, *, train):
         return (None, {"embedding": embedded}), variables
 
-    network = students.mlp((1,), 1)
+    network = students.from_name("mlp", (1,), 1)
     object.__setattr__(network, "features", features)
     found = protonet_training.likelihood(network, Variables({}, {}), jnp.zeros((2, 3, 28, 28, 1)), 2)
     # prototypes (1, 0) and (0, 5): the first query is 1 and 17 away, squared, the second 4 and 10
@@ -87,7 +87,7 @@ def test_query_belongs_to_the_nearest_prototype():
 @pytest.mark.parametrize("pairs", [(4,), None], ids=["evolution", "backprop"])
 def test_interrupted_training_resumes_bit_by_bit(monkeypatch, tmp_path, pairs):
     recipe = protonet_training.Recipe(2, pairs, 6, 0.05, rank=1, way=2, shot=1, query=1)
-    network = students.named("conv4:width=2", protonet_training.SHAPE, 1)
+    network = students.from_name("conv4:width=2", protonet_training.SHAPE, 1)
     drawings = np.random.default_rng(0).integers(0, 256, (4, 20, 28, 28), np.uint8)
     characters = omniglot.Characters(drawings, drawings, drawings)
     monkeypatch.setattr(protonet_training, "SAVE_S", 0)

@@ -108,7 +108,7 @@ for mine, theirs in ((benchmarks, ev3_distill.benchmarks), (students, ev3_distil
 data = ev3_distill.load_data("npz:data.npz")
 teacher = load_teacher("python:teachers:logits", input_shape=(4,), num_classes=2, class_names=data.class_names)
 assert (teacher.outputs(data.inputs)["logits"] == teachers.logits(data.inputs)).all()
-network = ev3_distill.students.named("students:make", (4,), 2)
+network = ev3_distill.students.from_name("students:make", (4,), 2)
 print(network.spec["factory"], teacher.source)
 """,
     )

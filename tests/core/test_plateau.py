@@ -14,7 +14,7 @@ from ev3_distill.core import plateau
 from ev3_distill.data import batches
 from ev3_distill.data.batches import held_out
 from ev3_distill.data.sources import load_data
-from ev3_distill.students.growth.grow import growth
+from ev3_distill.students.growth import growth_map
 from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Evidence
 
@@ -102,7 +102,7 @@ def world():
     pools = pools._replace(seen=seen)
     made = {}
     for hidden in (3, 6):
-        network = students.named(f"mlp:hidden={hidden}", (8, 8, 1), 10)
+        network = students.from_name(f"mlp:hidden={hidden}", (8, 8, 1), 10)
         config = EV3(patience=6.0, length=10)
         made[hidden] = network, Distillation(network, arms_named(network.apply, ("ce", "kd2")), config=config)
     return pools, made
@@ -122,7 +122,7 @@ def test_a_grown_run_goes_on():
     pools, made = world()
     (small, before_), (large, distillation) = made[3], made[6]
     state = before_.complete(pools, 0, budget=100_000)
-    map_ = growth(jax.random.key(0), small.spec, large.spec)
+    map_ = growth_map(jax.random.key(0), small.spec, large.spec)
     grown = distillation.grow(pools, state, map_)
     template = distillation.shapes(pools)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), grown) == jax.tree.map(

@@ -278,7 +278,7 @@ FAMILIES = {
 
 
 def case(name):
-    network = students.named(name, FAMILIES[name], 4)
+    network = students.from_name(name, FAMILIES[name], 4)
     inputs = jnp.asarray(np.random.default_rng(1).normal(size=(3, *FAMILIES[name])), jnp.float32)
     return network, arrays_like(network), inputs
 
@@ -353,7 +353,7 @@ def test_a_product_in_other_guises(contract):
 
 
 def compiled(pairs, width=64, chunk=None):
-    network = students.named(f"mlp:hidden={width}", (32,), 8)
+    network = students.from_name(f"mlp:hidden={width}", (32,), 8)
     shapes = jax.eval_shape(network.init, KEY).params
     inputs = jax.random.normal(KEY, (4, 32))
 

@@ -48,7 +48,7 @@ def of_images(finished, tmp_path_factory):
         images = np.clip(80 * labels[:, None, None, None] + rng.integers(0, 90, (200, 16, 16, 2)), 0, 255)
         np.savez(place / "data.npz", inputs=images.astype(np.uint8), labels=labels, class_names=np.array(CLASSES))
         dataset = load_data(f"npz:{place / 'data.npz'}")
-        network = students.named("conv4:width=4", (16, 16, 2), 3)
+        network = students.from_name("conv4:width=4", (16, 16, 2), 3)
         variables = jax.jit(network.init)(jax.random.key(3))
         larger = jax.tree.map(lambda leaf: leaf * 2 if leaf.ndim > 1 else leaf, variables.params)
         students.save(run / "student", network, Variables(larger, variables.stats))
@@ -386,14 +386,14 @@ def test_a_network_of_ones_own_needs_its_factory(finished, cli, here):
         "def make(input_shape, num_classes, rngs):\n    return Sums(input_shape, num_classes, rngs)\n"
     )
     shutil.copytree(finished, here / "run")
-    factory = students.factory_of("mine:make")
-    network = students.named("mine:make", (8, 8, 1), 10)
+    factory = students.import_factory("mine:make")
+    network = students.from_name("mine:make", (8, 8, 1), 10)
     students.save(here / "run/student", network, network.init(jax.random.key(0)))
     report = json.loads((here / "run/report.json").read_text())
     report["student"]["network"] = "mine:make"
     (here / "run/report.json").write_text(json.dumps(report))
     assert factory is not None
-    assert "pass that callable as factory=" in told(cli("export", "run", "--format", "onnx", "--out", "x"))
+    assert "pass the callable as factory=" in told(cli("export", "run", "--format", "onnx", "--out", "x"))
     answer = cli("export", "run", "--format", "onnx", "--student", "mine:make", "--out", "x")
     assert "the network mine:make uses the primitive cumsum: " in told(answer)
     assert "use --format stablehlo or flax instead" in answer.err
@@ -402,7 +402,7 @@ def test_a_network_of_ones_own_needs_its_factory(finished, cli, here):
 
 def test_a_picked_student_has_no_certificate(of_images, cli, here):
     """Neither its file nor its card shows the one of the student that its search delivered."""
-    run, network = here / "run", students.named("mlp:hidden=2", (16, 16, 2), 3)
+    run, network = here / "run", students.from_name("mlp:hidden=2", (16, 16, 2), 3)
     shutil.copytree(of_images / "run", run)
     variables = jax.jit(network.init)(jax.random.key(0))
     students.save(run / "sizes/02/student", network, variables)

@@ -22,8 +22,8 @@ from ev3_distill.errors import InputError
 from ev3_distill.export.export import Wanted, _says
 from ev3_distill.export.formats import onnx as onnx_format
 from ev3_distill.export.formats import safetensors_file, stablehlo
-from ev3_distill.students.layers import conv
-from ev3_distill.students.network import from_nnx
+from ev3_distill.students import from_nnx
+from ev3_distill.students.layers import standard_convolutions
 from ev3_distill.teachers.kinds.flax import forward
 
 FAMILIES = {  # name, shape of an example
@@ -67,7 +67,7 @@ def examples(shape):
 
 def student(text, shape, classes=5):
     """A student as training might leave it, drawn without compiling anything."""
-    network, rng = students.named(text, shape, classes), np.random.default_rng(2)
+    network, rng = students.from_name(text, shape, classes), np.random.default_rng(2)
 
     def draw(path, leaf):
         if leaf.ndim > 1:
@@ -222,7 +222,7 @@ def test_the_standard_form_ends_with_its_block():
         made = jax.make_jaxpr(lambda x: network.apply(variables, x, train=False)[0])(jnp.zeros((2, 9, 10, 3)))
         return {equation.primitive.name for equation in made.eqns}
 
-    with conv.standard():
+    with standard_convolutions():
         assert "students_conv" not in names()
         assert "conv_general_dilated" in names()
     assert "students_conv" in names()

@@ -27,7 +27,7 @@ from ev3_distill import students
 asked = json.loads(sys.argv[1])
 sharding.PEER_TIMEOUT_S = asked.get("silence", 20)
 sharding.join_processes(*asked.get("start", [1]))
-network = students.named("mlp:hidden=16-8", (12,), 3)
+network = students.from_name("mlp:hidden=16-8", (12,), 3)
 rng = np.random.default_rng(0)
 shapes = jax.eval_shape(network.init, jax.random.key(0))
 params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) / 2, shapes.params)

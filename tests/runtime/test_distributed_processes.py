@@ -196,7 +196,7 @@ def _begin(tmp_path, coordinator, i, argv=("bench", "protonet", "--seeds", "1", 
 def train(place):
     """In a process of its own: see ALONE."""
     protonet_training.trained_state(
-        RECIPE, 0, students.named("conv4:width=2", protonet_training.SHAPE, 1), CHARACTERS, Path(place)
+        RECIPE, 0, students.from_name("conv4:width=2", protonet_training.SHAPE, 1), CHARACTERS, Path(place)
     )
 
 

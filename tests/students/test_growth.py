@@ -34,8 +34,7 @@ from ev3_distill.arms import arms_named
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.arms.optimizers import adamw, muon
 from ev3_distill.errors import InputError
-from ev3_distill.students.growth.axes import Space
-from ev3_distill.students.growth.grow import grow, growth, moves
+from ev3_distill.students.growth import Space, grow, growth_map, moves
 from ev3_distill.types import Batch, Stretch
 
 
@@ -230,35 +229,35 @@ SPECS = {
         (
             "mlp",
             "taller",
-            r"the moves of mlp \(hidden=\[6, 5\]\) are wider, deeper; got 'taller': name one of these, or give",
+            r"the moves of mlp \(hidden=\[6, 5\]\) are wider, deeper; got 'taller': name one of these, or pass the spec",
         ),
         (
             "mlp",
             {"hidden": [6, 4]},
-            "growth narrows nothing; got 4 for 5 of hidden2, from mlp .* to mlp .*: take 5 or more",
+            "growth narrows nothing; got 4 for 5 of hidden2, from mlp .* to mlp .*: use 5 or more",
         ),
         ("mlp", {"hidden": [6, 5, 4]}, "growth narrows nothing; got 4 for 5 of hidden3"),
-        ("mlp", {"hidden": [6]}, r"growth drops no layer; got none of hidden2, .*: name as many layers at least"),
+        ("mlp", {"hidden": [6]}, r"growth removes no layer; got none of hidden2, .*: name at least as many layers"),
         ("mlp", {"num_classes": 4}, "growth keeps num_classes; got 4 for 3"),
         ("mlp", {"family": "resnet", "hidden": None}, "growth keeps family; got resnet for mlp"),
         ("mlp", {"hiden": [7]}, "the options of mlp are hidden; got hiden"),
-        ("mlp", {"hidden": []}, "growth drops no layer; got none of hidden1, hidden2"),
-        ("resnet", {"depth": 8}, r"growth drops no layer; got none of stage1.1.conv1, .*"),
+        ("mlp", {"hidden": []}, "growth removes no layer; got none of hidden1, hidden2"),
+        ("resnet", {"depth": 8}, r"growth removes no layer; got none of stage1.1.conv1, .*"),
         ("resnet", {"depth": 15}, "a resnet's depth is one of"),
         ("resnet", {"width": 2}, "growth narrows nothing; got 2 for 3 of stage1"),
         (
             "mobilenet",
             {"width": 50},
-            r"what every layer reads and writes; got another wiring of stage1.0.project, .*: take",
+            r"what every layer reads and writes; got another wiring of stage1.0.project, .*: choose",
         ),
         ("mobilenet", {"blocks": [1, 1, 1]}, "layers that start as the identity; got stage3.0.depthwise, which cannot"),
         (
             "mobilenet",
             {"filters": [8, 8]},
-            "multiples of 8, of the stem, .*; got filters=.* for blocks=.*: try filters=",
+            "multiples of 8, for the stem, .*; got filters=.* for blocks=.*: try filters=",
         ),
-        ("mobilenet", {"filters": [8, 8, 12, 24]}, "multiples of 8, of the stem"),
-        ("vit", {"width": 8}, "LayerNorm takes a mean over all of its features, .*; got 8 for 6 of width, .*: take 12"),
+        ("mobilenet", {"filters": [8, 8, 12, 24]}, "multiples of 8, for the stem"),
+        ("vit", {"width": 8}, "LayerNorm averages over all of its features, .*; got 8 for 6 of width, .*: use 12"),
         ("vit", {"patch": 2}, "growth keeps patch; got 2 for 4"),
         ("vit", {"heads": 3}, "growth narrows nothing; got 2 for 3 of block1.size"),
         ("convnet1d", "deeper", "are wider; got 'deeper'"),
@@ -270,21 +269,21 @@ def test_what_cannot_be(name, move, says):
     if not isinstance(move, str):
         move = {name: value for name, value in (spec | move).items() if value is not None}
     with pytest.raises(InputError, match=says):
-        growth(jax.random.key(0), spec, move)
+        growth_map(jax.random.key(0), spec, move)
 
 
 def test_a_linear_classifier_does_not_grow():
     with pytest.raises(InputError, match="are none; got 'wider'"):
-        growth(jax.random.key(0), SPECS["mlp"] | {"hidden": []}, "wider")
+        growth_map(jax.random.key(0), SPECS["mlp"] | {"hidden": []}, "wider")
     with pytest.raises(InputError, match="got hidden1, which cannot"):
-        growth(jax.random.key(0), SPECS["mlp"] | {"hidden": []}, SPECS["mlp"])
+        growth_map(jax.random.key(0), SPECS["mlp"] | {"hidden": []}, SPECS["mlp"])
 
 
 def test_variables_of_another_network():
     one, map_ = member("mlp"), case("mlp", '"wider"').growth
     kernel = one.variables.params["layers"][0] | {"kernel": jnp.zeros((7, 9))}
     wrong = {"layers": one.variables.params["layers"] | {0: kernel}}
-    with pytest.raises(InputError, match=r"got layers.0.kernel of shape \[7, 9\] for \[7, 6\], .*: give the variables"):
+    with pytest.raises(InputError, match=r"got layers.0.kernel of shape \[7, 9\] for \[7, 6\], .*: pass the variables"):
         map_.like_params(wrong)
     with pytest.raises(InputError, match=r"got none at head, growing into"):
         case("resnet", '"wider"').growth.like_params({"conv": {"kernel": jnp.zeros((3, 3, 2, 3))}})
@@ -298,26 +297,24 @@ def test_a_factory_that_does_not_grow():
 
     def grows(**changes):
         other.grow = lambda *args, **options: own_grows(*args, **options)._replace(**changes)
-        return growth(jax.random.key(0), spec, "wider", factory=other)
+        return growth_map(jax.random.key(0), spec, "wider", factory=other)
 
     with pytest.raises(InputError, match=r"a function as attribute `grow`; got none for .*:make"):
         moves(spec, factory=other)
     with pytest.raises(InputError, match=r"as attribute `grow`; got no factory for .*:make"):
         moves(spec)
     layers = own_grows([7], CLASSES).layers
-    with pytest.raises(InputError, match=r"a layer for every array; got none for \['last', 'bias'\]: mend"):
+    with pytest.raises(InputError, match=r"a layer for every array; got none for \['last', 'bias'\]: fix"):
         grows(layers={name: layer for name, layer in layers.items() if name != "last"})
-    with pytest.raises(InputError, match=r"the spaces and layers that its layers name; got none of units from"):
+    with pytest.raises(InputError, match=r"every space and layer that its layers name; got no units from"):
         grows(spaces={})
-    with pytest.raises(InputError, match=r"that its layers name; got none of nothing from"):
+    with pytest.raises(InputError, match=r"that its layers name; got no nothing from"):
         grows(layers={**layers, "last": layers["last"]._replace(start="zero", like="nothing")})
-    with pytest.raises(
-        InputError, match=r"as large as the axes that run over them; got 3 for units, axis 0 of .*'bias'"
-    ):
+    with pytest.raises(InputError, match=r"have the sizes of the arrays' axes; got 3 for units, axis 0 of .*'bias'"):
         grows(spaces={"units": Space(3)})
     other.grow = lambda **options: None
-    with pytest.raises(InputError, match=r"returns a students.layout.Layout; got NoneType of .*:make"):
+    with pytest.raises(InputError, match=r"returns a students.growth.GrowthSpec; got NoneType of .*:make"):
         moves(spec, factory=other)
     other.grow = lambda input_shape: None
-    with pytest.raises(InputError, match=r"`grow` takes its options; that of .* fails with TypeError"):
+    with pytest.raises(InputError, match=r"`grow` takes the factory's options; that of .* fails with TypeError"):
         moves(spec, factory=other)

@@ -8,9 +8,8 @@ from flax import nnx
 from student_zoo import bits
 
 from ev3_distill import students
-from ev3_distill.students.growth.axes import Layer, Layout, Space, next_size, reads, writes
-from ev3_distill.students.growth.grow import growth, moves
-from ev3_distill.students.growth.net2net import copies_of
+from ev3_distill.students.growth import GrowthSpec, Layer, Space, growth_map, moves, next_size, reads, writes
+from ev3_distill.students.growth.net2net import copy_spaces
 
 
 class Two(nnx.Module):
@@ -32,7 +31,7 @@ def two_grows(input_shape, num_classes, width=2):
         "first": Layer(("layers", 0), (None, writes("units"))),
         "last": Layer(("layers", 1), (reads("units"), None)),
     }
-    return Layout({"units": Space(width)}, layers, {})
+    return GrowthSpec({"units": Space(width)}, layers, {})
 
 
 make_two.grow = two_grows
@@ -41,7 +40,7 @@ make_two.grow = two_grows
 def test_drawn_by_hand():
     """What writes the new unit is as a new network has it, what reads it zero, and the rest as it was."""
     spec = {"family": "mlp", "hidden": [2], "input_shape": [1], "num_classes": 1}
-    map_ = growth(jax.random.key(0), spec, spec | {"hidden": [3]})
+    map_ = growth_map(jax.random.key(0), spec, spec | {"hidden": [3]})
     tree = {
         "layers": {
             0: {"kernel": jnp.array([[1.0, 2.0]]), "bias": jnp.array([3.0, 4.0])},
@@ -65,7 +64,7 @@ def test_drawn_by_hand():
 
 def test_wider_by_hand():
     spec = {"factory": f"{__name__}:make_two", "width": 2, "input_shape": [1], "num_classes": 1}
-    map_ = growth(jax.random.key(0), spec, spec | {"width": 3}, factory=make_two)
+    map_ = growth_map(jax.random.key(0), spec, spec | {"width": 3}, factory=make_two)
     tree = {
         "layers": {
             0: {"kernel": jnp.array([[1.0, 2.0]]), "bias": jnp.array([3.0, 4.0])},
@@ -97,7 +96,7 @@ def test_wider_by_hand():
 
 def test_deeper_by_hand():
     spec = {"family": "mlp", "hidden": [2], "input_shape": [1], "num_classes": 1}
-    map_ = growth(jax.random.key(0), spec, "deeper")
+    map_ = growth_map(jax.random.key(0), spec, "deeper")
     tree = {
         "layers": {
             0: {"kernel": jnp.array([[1.0, 3.0]]), "bias": jnp.array([3.0, 4.0])},
@@ -116,10 +115,10 @@ def test_deeper_by_hand():
 def test_a_padded_shortcut_keeps_its_place(width, wider):
     """What stage 1 pads into stage 2 is, there, what its own copies are."""
     old, new = (
-        students.layout_of({"family": "resnet", "depth": 8, "width": w, "input_shape": [8, 8, 1], "num_classes": 2})
+        students.growth_spec({"family": "resnet", "depth": 8, "width": w, "input_shape": [8, 8, 1], "num_classes": 2})
         for w in (width, wider)
     )
-    copies = copies_of(np.random.default_rng(0), old, new, {name: name for name in old.spaces})
+    copies = copy_spaces(np.random.default_rng(0), old, new, {name: name for name in old.spaces})
     for before, after, size, grown in (("stage1", "stage2", width, wider), ("stage2", "stage3", 2 * width, 2 * wider)):
         padded, old_padded = np.full(2 * grown, -1), np.full(2 * size, -1)
         padded[grown // 2 : grown // 2 + grown] = copies[before].indices
@@ -131,7 +130,7 @@ def test_a_padded_shortcut_keeps_its_place(width, wider):
 def test_copies_are_as_even_as_they_can_be():
     spec = {"family": "mlp", "hidden": [3], "input_shape": [2], "num_classes": 2}
     for size, counts in ((3, [1, 1, 1]), (4, [1, 1, 2]), (6, [2, 2, 2]), (8, [2, 3, 3])):
-        map_ = growth(jax.random.key(1), spec, spec | {"hidden": [size]})
+        map_ = growth_map(jax.random.key(1), spec, spec | {"hidden": [size]})
         copies = dict(map_.params["layers", 0, "kernel"].copies)
         assert sorted(np.bincount(copies.get(1, np.arange(3)))) == counts
 

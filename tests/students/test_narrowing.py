@@ -8,9 +8,9 @@ from student_zoo import CLASSES, at, away, bits, case, every_case, factory_of, m
 
 from ev3_distill import students
 from ev3_distill.errors import InputError
-from ev3_distill.students.growth.grow import moves
-from ev3_distill.students.growth.narrow import kept_of, narrow
-from ev3_distill.students.growth.net2net import axes_of, path_of, standing_of
+from ev3_distill.students.growth import moves, narrow
+from ev3_distill.students.growth.narrow import retained_features
+from ev3_distill.students.growth.net2net import growing_axes, key_path, match_spaces
 from ev3_distill.types import Variables
 
 NORMALISED = ("vit", "transformer")  # by means over features, which change where features go
@@ -39,22 +39,22 @@ def test_it_computes_what_the_larger_would_if_nobody_read_the_rest(name, move):
     """Reads of what is dropped are zeroed in the larger network, which is then run itself."""
     one, factory = case(name, move), factory_of(name)
     spec = one.growth.network.spec
-    large, small = (students.layout_of(s, factory=factory) for s in (spec, one.member.network.spec))
+    large, small = (students.growth_spec(s, factory=factory) for s in (spec, one.member.network.spec))
     if name in NORMALISED or set(large.layers) != set(small.layers):
         pytest.skip("a LayerNorm has other means then, and without a layer it is another function")
-    kept = kept_of(
+    kept = retained_features(
         np.random.default_rng(np.asarray(jax.random.key_data(jax.random.key(1)))),
         large,
         small,
-        standing_of(small, large),
+        match_spaces(small, large),
     )
     assert any(len(kept[space]) < large.spaces[space].size for space in kept)
     layers = {layer.path: layer for layer in large.layers.values()}
 
     def unread(keys, leaf):
-        path, array = path_of(keys), np.array(leaf)
+        path, array = key_path(keys), np.array(leaf)
         layer = next(layers[path[:i]] for i in range(len(path) + 1) if path[:i] in layers)
-        for dimension, axis in axes_of(layer, path, array.shape, large).items():
+        for dimension, axis in growing_axes(layer, path, array.shape, large).items():
             if axis.reads:
                 gone = np.setdiff1d(np.arange(large.spaces[axis.space].size), kept[axis.space])
                 rows = (large.spaces[axis.space].size * np.arange(axis.times)[:, None] + gone).ravel()
@@ -93,11 +93,13 @@ def test_an_mlp_by_hand():
 def test_what_it_refuses():
     one = member("mlp")
     spec = one.network.spec
-    with pytest.raises(InputError, match=r"narrows to one that grows into it; .* narrows nothing"):
+    with pytest.raises(InputError, match=r"narrows only to one that grows into it; .* narrows nothing"):
         narrow(jax.random.key(0), spec, one.variables, moves(spec)["wider"])
-    with pytest.raises(InputError, match="narrows to one that grows into it; growth keeps num_classes"):
+    with pytest.raises(InputError, match="narrows only to one that grows into it; growth keeps num_classes"):
         narrow(jax.random.key(0), spec, one.variables, {**spec, "num_classes": 2})
     smaller = {**spec, "hidden": [3, 5]}
     for given in (moves(spec)["wider"], {**spec, "hidden": [6]}):
-        with pytest.raises(InputError, match=r"the arrays of its spec; got others, narrowing into mlp:hidden=3-5"):
+        with pytest.raises(
+            InputError, match=r"the arrays of its spec; got others, narrowing into mlp \(hidden=\[3, 5\]\)"
+        ):
             narrow(jax.random.key(0), given, one.variables, smaller)

@@ -15,7 +15,7 @@ from ev3_distill.cli.main import main
 from ev3_distill.core.explore import fitting
 from ev3_distill.errors import InputError
 from ev3_distill.export.formats import onnx as onnx_format
-from ev3_distill.students.layers import conv
+from ev3_distill.students.layers import standard_convolutions
 from ev3_distill.students.quantization import NETWORK_STATS, RANGES, has_batch_stats, round_weights
 from ev3_distill.types import Batch, Stretch, Variables
 
@@ -41,7 +41,7 @@ def test_weights_are_rounded_by_channel():
 
 def test_a_linear_classifier_by_hand():
     """One product: inputs in steps of range / 255 with a zero among them, weights in steps of 1 / 64, logits as they come."""
-    network = students.deployed(students.named("mlp:hidden=2", (2,), 2), "int8")
+    network = students.with_precision(students.from_name("mlp:hidden=2", (2,), 2), "int8")
     linear = students.build({"family": "mlp", "hidden": [], "input_shape": [2], "num_classes": 2, "deploy": "int8"})
     assert network.spec["deploy"] == linear.spec["deploy"] == "int8"
     variables = linear.init(jax.random.key(0))
@@ -70,13 +70,13 @@ def trained(network, inputs, steps=6):
 def test_the_file_computes_what_was_scored(name):
     ort = pytest.importorskip("onnxruntime")
     onnx = pytest.importorskip("onnx")
-    network = students.deployed(students.named(name, FAMILIES[name], 5), "int8")
+    network = students.with_precision(students.from_name(name, FAMILIES[name], 5), "int8")
     inputs = np.random.default_rng(0).normal(size=(200, *FAMILIES[name])).astype(np.float32)
     variables = trained(network, inputs)
     logits = np.asarray(jax.jit(lambda v, x: network.apply(v, x, train=False)[0])(variables, inputs))
 
     def says(inputs):
-        with conv.standard():
+        with standard_convolutions():
             return network.apply(variables, inputs, train=False)[0]
 
     example = jax.ShapeDtypeStruct(FAMILIES[name], np.float32)
@@ -103,8 +103,8 @@ def test_the_file_computes_what_was_scored(name):
 
 def test_gradients_pass_through_the_rounding():
     """They are those at the rounded weights, and none is lost; `apply` has those at the weights as they are."""
-    base = students.named("mlp:hidden=4", (6,), 3)
-    network = students.deployed(base, "int8")
+    base = students.from_name("mlp:hidden=4", (6,), 3)
+    network = students.with_precision(base, "int8")
     variables = network.init(jax.random.key(0))
     inputs = jax.random.normal(jax.random.key(1), (16, 6))
 
@@ -123,7 +123,7 @@ def test_gradients_pass_through_the_rounding():
 
 
 def test_ranges_are_those_of_the_inputs_and_of_what_is_made_of_them():
-    network = students.deployed(students.named("mlp:hidden=4", (6,), 3), "int8")
+    network = students.with_precision(students.from_name("mlp:hidden=4", (6,), 3), "int8")
     variables = network.init(jax.random.key(0))
     np.testing.assert_array_equal(variables.stats[RANGES]["high"], [0, 0])  # the inputs, and what the ReLU makes
     inputs = jax.random.normal(jax.random.key(1), (16, 6))
@@ -139,7 +139,7 @@ def test_ranges_are_those_of_the_inputs_and_of_what_is_made_of_them():
 
 def test_what_an_arm_proposes_is_fitted_to_its_stretch():
     """Batches 10, 12, 15 and 17 of steps 10 to 19; an arm that rests leaves ranges as they are."""
-    network = students.deployed(students.named("mlp:hidden=4", (6,), 3), "int8")
+    network = students.with_precision(students.from_name("mlp:hidden=4", (6,), 3), "int8")
     variables = network.init(jax.random.key(0))
     inputs = jax.random.normal(jax.random.key(1), (20, 16, 6))
 
@@ -159,8 +159,8 @@ def test_what_an_arm_proposes_is_fitted_to_its_stretch():
 
 def test_arms_train_rounded_what_is_deployed_rounded():
     """In the last quarter of the budget, or all along if named so; of a student in float32 there is no such arm."""
-    base = students.named("mlp:hidden=4", (6,), 3)
-    network = students.deployed(base, "int8")
+    base = students.from_name("mlp:hidden=4", (6,), 3)
+    network = students.with_precision(base, "int8")
     variables = network.init(jax.random.key(0))
     inputs, logits = jax.random.normal(jax.random.key(1), (16, 6)), jax.random.normal(jax.random.key(2), (16, 3))
     batch = Batch(inputs, jnp.zeros(16, jnp.int32), {"logits": logits}, jnp.arange(16), jnp.ones(16))

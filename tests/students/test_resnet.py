@@ -112,7 +112,7 @@ def test_it_learns_in_a_loop(network):
 
 @pytest.mark.parametrize("depth", [0, 9, 110])
 def test_a_bad_depth(depth):
-    with pytest.raises(InputError, match=rf"8, 14, 20, 32, 44, 56; got {depth}: take"):
+    with pytest.raises(InputError, match=rf"8, 14, 20, 32, 44, 56; got {depth}: use"):
         resnet((8, 8, 1), 2, depth=depth)
 
 

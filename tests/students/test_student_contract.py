@@ -18,10 +18,10 @@ from flax import nnx
 import ev3_distill
 from ev3_distill import students
 from ev3_distill.errors import InputError
+from ev3_distill.students import count_params
 from ev3_distill.students.families.conv4 import Conv4, max_pool
 from ev3_distill.students.families.mobilenet import BLOCKS, MobileNet
 from ev3_distill.students.families.resnet import ResNet
-from ev3_distill.students.network import count_params
 from ev3_distill.types import Network, Variables
 
 SHAPE, CLASSES = (8, 8, 1), 10
@@ -74,7 +74,7 @@ class Member(NamedTuple):
 @functools.cache
 def member(name):
     text, shape = MEMBERS[name]
-    network = students.named(text, shape, CLASSES)
+    network = students.from_name(text, shape, CLASSES)
     variables = jax.jit(network.init)(jax.random.key(0))
     return Member(network, shape, variables, jax.jit(network.apply, static_argnames="train"))
 
@@ -241,7 +241,7 @@ def test_another_process_reads_what_was_saved(saved, name):
 
 
 def test_saved_twice_is_saved_once(tmp_path):
-    network = students.named("mlp:hidden=3", SHAPE, CLASSES)
+    network = students.from_name("mlp:hidden=3", SHAPE, CLASSES)
     one, other = network.init(jax.random.key(0)), network.init(jax.random.key(1))
     (tmp_path / ".student.1.tmp").mkdir()  # as a killed process leaves it
     students.save(tmp_path / "student", network, one)
@@ -253,23 +253,23 @@ def test_saved_twice_is_saved_once(tmp_path):
 def test_code_is_not_imported_because_a_file_names_it(saved):
     folder = saved[0] / "own"
     with pytest.raises(
-        InputError, match=r"made by .*:make, and code is never imported .*: pass that callable as factory="
+        InputError, match=r"created by .*:make, and code is never imported .*: pass the callable as factory="
     ):
         students.load(folder)
 
 
 def test_what_cannot_be_loaded(tmp_path):
-    network = students.named("mlp:hidden=3", SHAPE, CLASSES)
+    network = students.from_name("mlp:hidden=3", SHAPE, CLASSES)
     students.save(tmp_path / "student", network, network.init(jax.random.key(0)))
     spec = tmp_path / "student" / "spec.json"
     good = spec.read_text()
     for text, says in (
-        (good.replace("mlp", "cnn"), "a network's family is one of .*; got 'cnn': name one of these"),
+        (good.replace("mlp", "cnn"), "a network's family is one of .*; got 'cnn': use one of these"),
         (
             good.replace("3", "4", 1),
             r"cannot be read for a network .*: .*is saved as float32 \(3,\), the network has float32 \(4,\)",
         ),
-        ("{", "none that can be read"),
+        ("{", "no readable spec.json"),
     ):
         spec.write_text(text)
         with pytest.raises(InputError, match=says):
@@ -279,7 +279,7 @@ def test_what_cannot_be_loaded(tmp_path):
 
 
 def test_mlp_by_hand():
-    network = students.named("mlp:hidden=3-2", (4,), 5)
+    network = students.from_name("mlp:hidden=3-2", (4,), 5)
     assert network.spec == {"family": "mlp", "hidden": [3, 2], "input_shape": [4], "num_classes": 5}
     assert count_params(network.init(jax.random.key(0))) == 4 * 3 + 3 + 3 * 2 + 2 + 2 * 5 + 5
 
@@ -301,9 +301,9 @@ def test_mlp_by_hand():
     ],
 )
 def test_named(monkeypatch, text, shape, family, options):
-    monkeypatch.setattr(students, "build", lambda spec: spec)
+    monkeypatch.setattr("ev3_distill.students.naming.build", lambda spec: spec)
     wanted = {"family": family, **options, "input_shape": list(shape), "num_classes": CLASSES}
-    assert students.named(text, shape, CLASSES) == wanted
+    assert students.from_name(text, shape, CLASSES) == wanted
 
 
 @pytest.mark.parametrize(
@@ -325,17 +325,21 @@ def test_parameters_of_the_papers(make, params):
     [
         ("cnn", SHAPE, "a student is one of mlp, .*, resnet8, auto or MODULE:FACTORY; got 'cnn': for example"),
         ("resnet9", (32, 32, 3), "depth is one of 8, 14, .*; got 9"),
-        ("resnet8:depth=8", (32, 32, 3), "given once; got 'resnet8:depth=8'"),
-        ("resnet8:size=8", (32, 32, 3), "the options of resnet are depth, width; got size: take one of those"),
-        ("vit:depth=0", (32, 32, 3), "of numbers from 1; got 'depth=0'"),
+        ("resnet8:depth=8", (32, 32, 3), "may be given once; got 'resnet8:depth=8'"),
+        ("resnet8:size=8", (32, 32, 3), "the options of resnet are depth, width; got size: use one of those"),
+        ("vit:depth=0", (32, 32, 3), "with integers from 1; got 'depth=0'"),
         ("resnet8", (5,), r"an image \[H, W, C\]; got shape \[5\]"),
         ("mobilenet", (7, 9, 1), r"at least 8x8; got shape \[7, 9, 1\]"),
         ("mobilenet", (32, 3), "an image"),
         ("mobilenet:blocks=1-1-1-1-1-1-1-1", (32, 32, 3), "1 to 7 stages"),
         ("conv4", (28, 15, 1), r"at least 16x16; got shape \[28, 15, 1\]"),
         ("vit", (32, 3), "an image"),
-        ("vit:patch=5", (32, 30, 3), r"divides height and width; got patch=5 for shape \[32, 30, 3\]"),
-        ("vit:heads=5", (32, 32, 3), "heads divide its width; got width=96, heads=5: try heads=4,width=96"),
+        ("vit:patch=5", (32, 30, 3), r"must divide height and width; got patch=5 for shape \[32, 30, 3\]"),
+        (
+            "vit:heads=5",
+            (32, 32, 3),
+            "heads of a vit must divide its width; got width=96, heads=5: try heads=4,width=96",
+        ),
         ("transformer:width=6", (9, 3), "got width=6, heads=4: try heads=4,width=8"),
         ("transformer", (9,), r"a sequence \[L, C\]; got shape \[9\]"),
         ("convnet1d", (9, 9, 1), "a sequence"),
@@ -343,7 +347,7 @@ def test_parameters_of_the_papers(make, params):
 )
 def test_what_cannot_be_named(text, shape, says):
     with pytest.raises(InputError, match=says):
-        students.named(text, shape, CLASSES)
+        students.from_name(text, shape, CLASSES)
 
 
 def test_max_pool_by_hand():

@@ -18,7 +18,7 @@ from ev3_distill.data.augment import Augmentation
 from ev3_distill.data.batches import sampler
 from ev3_distill.data.pipeline import ResidentPipeline, Views
 from ev3_distill.data.sources import Dataset
-from ev3_distill.students.network import from_nnx
+from ev3_distill.students import from_nnx
 from ev3_distill.teachers import load_teacher
 from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.teachers.targets import CachedTargets

@@ -37,7 +37,7 @@ pools = pools_of()
 
 
 def run(devices, name="conv4:width=2", supplied=False, population=False):
-    network = devices.network(students.named(name, (16, 16, 1), 3))
+    network = devices.network(students.from_name(name, (16, 16, 1), 3))
     arms = (
         gradient_arm("mse", network.apply, squared, optax.sgd(0.05)),
         gradient_arm("ce", network.apply, cross_entropy, optax.adam(0.01)),
