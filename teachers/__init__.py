@@ -1,4 +1,4 @@
-"""Teachers: one file per kind. What distillation needs of them are logits [N, K] on every example of a data set."""
+"""Teachers: one file per kind in `kinds/`. Distillation needs their logits [N, K] on every example of a data set."""
 
 from ev3_distill.teachers.registry import KINDS, Teacher, load_logits, load_teacher, save_logits
 

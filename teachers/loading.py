@@ -1,4 +1,4 @@
-"""Where a teacher's bytes are: the file behind the text that a user gave, and the packages that read it."""
+"""Helpers to load a teacher: its file, the package that reads it, and a digest."""
 
 import hashlib
 import importlib
@@ -9,11 +9,11 @@ from typing import Any
 from ev3_distill.errors import InputError, summary
 
 
-def file_and_names(place: str, *, kind: str) -> tuple[Path, tuple[str, ...]]:
-    """Splits `FILE#NAME,NAME` into a file that is there and names of outputs.
+def split_file_and_outputs(place: str, *, kind: str) -> tuple[Path, tuple[str, ...]]:
+    """Splits `FILE#NAME,NAME` into the path of an existing file and the names of outputs.
 
     Raises:
-      InputError: no such file.
+      InputError: there is no such file.
     """
     text, _, names = place.partition("#")
     path = Path(text).expanduser()
@@ -24,8 +24,13 @@ def file_and_names(place: str, *, kind: str) -> tuple[Path, tuple[str, ...]]:
     return path, tuple(name for name in names.split(",") if name)
 
 
-def package(name: str, *, kind: str, install: str) -> Any:
-    """The package of that name.
+def import_package(name: str, *, kind: str, install: str) -> Any:
+    """Imports an optional package.
+
+    Args:
+      name: of the package.
+      kind: of the teacher that needs it, for the error.
+      install: what to pass to `pip install`.
 
     Raises:
       InputError: it is not installed.
@@ -39,7 +44,7 @@ def package(name: str, *, kind: str, install: str) -> Any:
 
 
 def digest_of(parts: Sequence[str | bytes]) -> str:
-    """The SHA-256 of parts, none of which can run into the next, in hexadecimal."""
+    """SHA-256 of a sequence of parts, in hexadecimal. Parts are hashed one by one, so their boundaries count."""
     total = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part

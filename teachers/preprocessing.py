@@ -1,11 +1,11 @@
-"""From an example to a teacher's input, as `config.Preprocessing` says, and what can be found out about it beforehand.
+"""Preprocessing: turns examples of the data into the inputs of a teacher, as `config.Preprocessing` describes.
 
-Examples are images [H, W, C], sequences [L, C] or vectors [F]; uint8 means x / 255. For a sequence NHWC is [L, C] and NCHW
-is [C, L].
+Examples are images [H, W, C], sequences [L, C] or vectors [F]; uint8 means x / 255. For a sequence, NHWC is [L, C] and NCHW is
+[C, L].
 
 References:
-  Bilinear resizing with the triangle filter widened when shrinking, as in Pillow's `resize(BILINEAR)` and PyTorch's
-  `interpolate(antialias=True)`. Grey is ITU-R BT.601 luma.
+  Bilinear resizing with a triangle filter, widened when shrinking, as Pillow's `resize(BILINEAR)` and PyTorch's
+  `interpolate(antialias=True)`. Gray is the luma of ITU-R BT.601.
 """
 
 import dataclasses
@@ -26,17 +26,20 @@ OPTION = "--teacher-input"
 AXES = {"NHWC": (0, 1, 2), "NCHW": (2, 0, 1), "NWHC": (1, 0, 2), "NCWH": (2, 1, 0)}  # of [H, W, C]
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
-Shape = Sequence[int | None]
+Shape = Sequence[int | None]  # of one example; None for an axis of unknown size
 
 
-def merged(options: Preprocessing, beside: Preprocessing) -> Preprocessing:
-    """Options win over the file beside the teacher, field by field."""
+# Descriptions.
+
+
+def merge(options: Preprocessing, file: Preprocessing) -> Preprocessing:
+    """Combines the user's options with the file beside the teacher. Options win, field by field."""
     fields = [field.name for field in dataclasses.fields(Preprocessing)]
-    return Preprocessing(**{name: getattr(options, name) or getattr(beside, name) for name in fields})
+    return Preprocessing(**{name: getattr(options, name) or getattr(file, name) for name in fields})
 
 
-def normal(steps: Preprocessing, shape: Sequence[int]) -> Preprocessing:
-    """The same steps without those that do nothing to examples of this shape, and without names: equal where they act alike."""
+def canonical(steps: Preprocessing, shape: Sequence[int]) -> Preprocessing:
+    """Drops class names and every step without effect on examples of this shape. Results are equal if the effects are."""
     identity = axes_of(steps.layout, len(shape)) == tuple(range(len(shape)))
     return Preprocessing(
         layout="" if identity else steps.layout,
@@ -49,41 +52,46 @@ def normal(steps: Preprocessing, shape: Sequence[int]) -> Preprocessing:
     )
 
 
-def read_beside(path: Path) -> Preprocessing:
-    """What the file beside a teacher says: STEM.toml for a teacher STEM.onnx and the like, else teacher.toml.
+def read_preprocessing_file(path: Path) -> Preprocessing:
+    """Reads the TOML file beside a teacher: STEM.toml for STEM.onnx and the like, else teacher.toml.
 
     Args:
-      path: of the teacher's file, or of its directory, in which `teacher.toml` is looked for.
+      path: the teacher's file, or its directory, which may hold `teacher.toml`.
+
+    Returns:
+      Its content; `IDENTITY` if there is no such file.
 
     Raises:
-      InputError: not TOML, an unknown key, or a value of a wrong type.
+      InputError: the file is not TOML, has an unknown key, or a value of the wrong type.
     """
     candidates = (
         [path / "teacher.toml"] if path.is_dir() else [path.with_suffix(".toml"), path.with_name("teacher.toml")]
     )
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if found is None:
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
         return IDENTITY
     try:
-        content = tomllib.loads(found.read_text())
+        content = tomllib.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"a teacher's preprocessing is a TOML file; {found} is not ({error}): mend it") from None
+        raise InputError(f"a teacher's preprocessing is a TOML file; {file} cannot be read ({error}): fix it") from None
     fields = {field.name: field.default for field in dataclasses.fields(Preprocessing)}
     for name, value in content.items():
         if name not in fields:
-            raise InputError(f"a teacher's preprocessing is {', '.join(fields)}; got '{name}' in {found}: remove it")
-        fields[name] = _typed(name, value, found)
+            raise InputError(
+                f"a teacher's preprocessing has the keys {', '.join(fields)}; got '{name}' in {file}: remove it"
+            )
+        fields[name] = _typed(name, value, file)
     try:
         return Preprocessing(**fields)  # type: ignore[arg-type]
     except InputError as error:
-        raise InputError(f"{found}: {error}") from None
+        raise InputError(f"{file}: {error}") from None
 
 
-_KINDS: dict[str, tuple[type, str]] = {
+_VALUES: dict[str, tuple[type, str]] = {
     "layout": (str, 'a text, such as "NCHW"'),
-    "channels": (int, "a whole number"),
+    "channels": (int, "an integer"),
     "order": (str, 'a text, such as "BGR"'),
-    "resize": (int, "two whole numbers, such as [32, 32]"),
+    "resize": (int, "two integers, such as [32, 32]"),
     "scale": (float, "a number"),
     "mean": (float, "numbers, such as [0.5]"),
     "std": (float, "numbers, such as [0.5]"),
@@ -92,121 +100,143 @@ _KINDS: dict[str, tuple[type, str]] = {
 
 
 def _typed(name: str, value: Any, path: Path) -> Any:
-    kind, told = _KINDS[name]
+    kind, description = _VALUES[name]
     many = name in ("resize", "mean", "std", "classes")
     parts = value if isinstance(value, list) and many else [value]
     accepted = (int, float) if kind is float else (kind,)
     if any(not isinstance(part, accepted) or isinstance(part, bool) for part in parts) or (
         kind is str and many != isinstance(value, list)
     ):
-        raise InputError(f"'{name}' in {path} is {told}; got {value!r}: write it so")
+        raise InputError(f"'{name}' in {path} is {description}; got {value!r}: change it")
     return tuple(kind(part) for part in parts) if many else kind(value)
 
 
-def settled(given: Preprocessing, shape: Sequence[int], wanted: Shape | None, *, source: str) -> Preprocessing:
-    """The preprocessing with its layout decided, once it fits both sides.
+def command_line_options(changes: Mapping[str, Any]) -> str:
+    """Fields of a `Preprocessing` as command-line options."""
+    words = []
+    for name, value in changes.items():
+        values = value if isinstance(value, tuple) else (value,)
+        shown = (f"{v:.6g}" if isinstance(v, float) else shlex.quote(str(v)) for v in values)
+        words.append(f"{OPTION}.{name} {' '.join(shown)}")
+    return " ".join(words)
+
+
+def shape_text(shape: Shape | None) -> str:
+    """A shape for an error message, with `?` for an axis of unknown size."""
+    if shape is None:
+        return "of unknown shape"
+    return f"[{', '.join('?' if size is None else str(size) for size in shape)}]"
+
+
+# Checks against the data and the teacher.
+
+
+def resolve(options: Preprocessing, shape: Sequence[int], model_shape: Shape | None, *, source: str) -> Preprocessing:
+    """Determines the layout and checks that preprocessed examples fit the teacher.
 
     Args:
-      given: options and the file beside the teacher, merged.
+      options: the user's options merged with the file beside the teacher.
       shape: of one example of the data.
-      wanted: of one example as the teacher takes it; None, or None in it, where that is not known.
-      source: of the teacher.
+      model_shape: of one example as the model takes it; None, or None for an axis, if unknown.
+      source: the teacher, for errors.
 
     Raises:
-      InputError: a step does not apply to these data, the sizes differ, or the layout is not given and not plain.
+      InputError: a step does not apply to these data, the sizes differ, or the layout is not given and is ambiguous.
     """
-    after = _after(given, tuple(shape), source)
-    if wanted is None:
-        return given
-    if flattens(shape, wanted):
-        return _flat(given, after, wanted[0], source)
-    layouts = [given.layout] if given.layout else ["NHWC", "NCHW"] if len(after) > 1 else [""]
-    fitting = [layout for layout in layouts if _fits(_laid(after, layout), wanted)]
+    after = _shape_after_steps(options, tuple(shape), source)
+    if model_shape is None:
+        return options
+    if needs_flattening(shape, model_shape):
+        return _resolve_flat(options, after, model_shape[0], source)
+    layouts = [options.layout] if options.layout else ["NHWC", "NCHW"] if len(after) > 1 else [""]
+    fitting = [layout for layout in layouts if _fits(_transposed(after, layout), model_shape)]
     if len(fitting) == 1:
-        return dataclasses.replace(given, layout=fitting[0])
+        return dataclasses.replace(options, layout=fitting[0])
     if fitting:
         raise InputError(
-            f"a teacher's layout must be known; {source} takes {_told(wanted)}, which says nothing: give {OPTION}.layout "
-            "NCHW (channels first, as PyTorch) or NHWC"
+            f"a teacher's layout must be known; {source} takes {shape_text(model_shape)}, which fits both layouts: give "
+            f"{OPTION}.layout NCHW (channels first, as in PyTorch) or NHWC"
         )
-    raise InputError(_mismatch(given, after, wanted, source))
+    raise InputError(_mismatch(options, after, model_shape, source))
 
 
-def flattens(shape: Sequence[int], wanted: Shape | None) -> bool:
-    """Whether the teacher takes vectors where the data are images or sequences."""
-    return wanted is not None and len(wanted) == 1 and len(shape) > 1
+def needs_flattening(shape: Sequence[int], model_shape: Shape | None) -> bool:
+    """Whether the teacher takes vectors while the data are images or sequences."""
+    return model_shape is not None and len(model_shape) == 1 and len(shape) > 1
 
 
-def _after(given: Preprocessing, shape: tuple[int, ...], source: str) -> tuple[int, ...]:
-    """The example's shape, channels last, once channels and size are the teacher's."""
-    image = len(shape) == 3
+def _shape_after_steps(options: Preprocessing, shape: tuple[int, ...], source: str) -> tuple[int, ...]:
+    """Shape of an example, channels last, after the steps that change channels and size."""
+    is_image = len(shape) == 3
     for name in ("channels", "order", "resize"):
-        if getattr(given, name) and not image:
+        if getattr(options, name) and not is_image:
             raise InputError(
-                f"{OPTION}.{name} is for images [H, W, C]; {source} shall take examples {list(shape)}: leave it out"
+                f"{OPTION}.{name} is for images [H, W, C]; {source} runs on examples {list(shape)}: leave it out"
             )
-    if given.layout and (len(shape) == 1 or (len(shape) == 2 and "WH" in given.layout)):
-        raise InputError(f"{OPTION}.layout {given.layout} is not for examples {list(shape)} ({source}): leave it out")
-    if given.channels and shape[-1] not in (given.channels, 1, 3):
+    if options.layout and (len(shape) == 1 or (len(shape) == 2 and "WH" in options.layout)):
+        raise InputError(f"{OPTION}.layout {options.layout} is not for examples {list(shape)} ({source}): leave it out")
+    if options.channels and shape[-1] not in (options.channels, 1, 3):
         raise InputError(
-            f"{OPTION}.channels makes grey of RGB or RGB of grey; the images have {shape[-1]} channels: convert the data"
+            f"{OPTION}.channels converts between RGB and gray; the images have {shape[-1]} channels: convert the data"
         )
-    channels = given.channels or shape[-1]
-    if given.order == "BGR" and channels != 3:
+    channels = options.channels or shape[-1]
+    if options.order == "BGR" and channels != 3:
         raise InputError(f"{OPTION}.order BGR is for 3 channels; the images have {channels}: leave it out")
     for name in ("mean", "std"):
-        if (count := len(getattr(given, name))) not in (0, 1, channels):
+        if (count := len(getattr(options, name))) not in (0, 1, channels):
             raise InputError(
-                f"{OPTION}.{name} is one number or one per channel, {channels}; got {count} for {source}: mend it, or give "
+                f"{OPTION}.{name} is one number or one per channel, {channels}; got {count} for {source}: change it, or give "
                 f"{OPTION}.channels"
             )
-    return (*(given.resize or shape[:-1]), channels)
+    return (*(options.resize or shape[:-1]), channels)
 
 
-def _flat(given: Preprocessing, after: tuple[int, ...], wanted: int | None, source: str) -> Preprocessing:
-    got = int(np.prod(after))
-    if wanted not in (None, got):
+def _resolve_flat(options: Preprocessing, after: tuple[int, ...], model_size: int | None, source: str) -> Preprocessing:
+    size = int(np.prod(after))
+    if model_size not in (None, size):
         raise InputError(
-            f"a teacher's input must be of the data's size; {source} takes {wanted} numbers, the examples {list(after)} have "
-            f"{got}: give {OPTION}.resize or {OPTION}.channels, or take another teacher"
+            f"a teacher's input must have the size of the examples; {source} takes {model_size} numbers, the examples "
+            f"{list(after)} have {size}: give {OPTION}.resize or {OPTION}.channels, or use another teacher"
         )
-    return dataclasses.replace(given, layout=given.layout or "NHWC")
-
-
-def _laid(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
-    return tuple(shape[axis] for axis in axes_of(layout, len(shape)))
+    return dataclasses.replace(options, layout=options.layout or "NHWC")
 
 
 def axes_of(layout: str, rank: int) -> tuple[int, ...]:
-    """The axes of an example in the order of a layout."""
+    """Axes of an example in the order of a layout."""
     if rank == 2:
         return (1, 0) if layout == "NCHW" else (0, 1)
     return AXES[layout or "NHWC"] if rank == 3 else tuple(range(rank))
 
 
-def _fits(shape: Sequence[int], wanted: Shape) -> bool:
-    return len(shape) == len(wanted) and all(size in (one, None) for one, size in zip(shape, wanted, strict=True))
+def _transposed(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in axes_of(layout, len(shape)))
 
 
-def _mismatch(given: Preprocessing, after: tuple[int, ...], wanted: Shape, source: str) -> str:
-    """What differs, and the options that make it fit where there are any."""
-    other = [layout for layout in AXES if layout != given.layout and len(after) > 1]
-    fitting = [layout for layout in other if given.layout and _fits(_laid(after, layout), wanted)]
-    way = f"give {OPTION}.layout {fitting[0]}" if fitting else ""
-    for layout in [given.layout] if given.layout else ["NHWC", "NCHW"]:
-        way = way or _conversion(after, wanted, layout)
-    laid = f" in layout {given.layout}" if given.layout else ""
-    return (
-        f"a teacher's input must be of the data's size; {source} takes {_told(wanted)}, the examples are {list(after)}{laid}: "
-        + (way or "take another teacher or other data")
+def _fits(shape: Sequence[int], model_shape: Shape) -> bool:
+    return len(shape) == len(model_shape) and all(
+        expected in (size, None) for size, expected in zip(shape, model_shape, strict=True)
     )
 
 
-def _conversion(after: tuple[int, ...], wanted: Shape, layout: str) -> str:
-    """The options that turn images [H, W, C] into the wanted shape, if such there are."""
-    if len(after) != 3 or len(wanted) != 3:
+def _mismatch(options: Preprocessing, after: tuple[int, ...], model_shape: Shape, source: str) -> str:
+    """The error for shapes that differ, with the options that would make them fit."""
+    others = [layout for layout in AXES if layout != options.layout and len(after) > 1]
+    fitting = [layout for layout in others if options.layout and _fits(_transposed(after, layout), model_shape)]
+    fix = f"give {OPTION}.layout {fitting[0]}" if fitting else ""
+    for layout in [options.layout] if options.layout else ["NHWC", "NCHW"]:
+        fix = fix or _conversion(after, model_shape, layout)
+    in_layout = f" in layout {options.layout}" if options.layout else ""
+    return (
+        f"a teacher's input must have the size of the examples; {source} takes {shape_text(model_shape)}, the examples are "
+        f"{list(after)}{in_layout}: {fix or 'use another teacher or other data'}"
+    )
+
+
+def _conversion(after: tuple[int, ...], model_shape: Shape, layout: str) -> str:
+    """The options that convert images [H, W, C] to the model's shape; empty if there are none."""
+    if len(after) != 3 or len(model_shape) != 3:
         return ""
-    by_axis = dict(zip(axes_of(layout, 3), wanted, strict=True))
+    by_axis = dict(zip(axes_of(layout, 3), model_shape, strict=True))
     height, width, channels = (by_axis[axis] for axis in range(3))
     options = []
     if channels not in (None, after[2]):
@@ -218,20 +248,23 @@ def _conversion(after: tuple[int, ...], wanted: Shape, layout: str) -> str:
     return f"give {' '.join(options)}" if options else ""
 
 
-def _told(shape: Shape) -> str:
-    return f"[{', '.join('?' if size is None else str(size) for size in shape)}]"
+# Application.
 
 
-def prepared(inputs: np.ndarray, steps: Preprocessing) -> np.ndarray:
-    """Examples [B, ...] as the teacher takes them, float32; an image teacher that wants vectors gets them flattened later."""
+def preprocess(inputs: np.ndarray, steps: Preprocessing) -> np.ndarray:
+    """Applies the steps to examples [B, ...]: channels, order, resize, scale, mean, std, layout.
+
+    Returns:
+      float32, in the teacher's layout. For a teacher of vectors the caller flattens them.
+    """
     x: np.ndarray = inputs.astype(np.float32)
     if inputs.dtype == np.uint8:
         x /= np.float32(255)
     if inputs.ndim == 4:
-        x = _coloured(x, steps)
-        x = resized(x, steps.resize) if steps.resize else x
+        x = _convert_channels(x, steps)
+        x = resize_images(x, steps.resize) if steps.resize else x
     if steps.scale:
-        x *= np.float32(steps.scale)  # of a copy of our own, here and below
+        x *= np.float32(steps.scale)  # in place: x is a copy
     if steps.mean:
         x -= np.array(steps.mean, np.float32)
     if steps.std:
@@ -240,15 +273,15 @@ def prepared(inputs: np.ndarray, steps: Preprocessing) -> np.ndarray:
     return np.ascontiguousarray(x.transpose(0, *(axis + 1 for axis in axes)))
 
 
-def _coloured(images: np.ndarray, steps: Preprocessing) -> np.ndarray:
+def _convert_channels(images: np.ndarray, steps: Preprocessing) -> np.ndarray:
     if steps.channels and steps.channels != images.shape[-1]:
-        grey = steps.channels == 1
-        images = np.sum(images * _LUMA, axis=-1, keepdims=True) if grey else np.repeat(images, 3, axis=-1)
+        to_gray = steps.channels == 1
+        images = np.sum(images * _LUMA, axis=-1, keepdims=True) if to_gray else np.repeat(images, 3, axis=-1)
     return images[..., ::-1] if steps.order == "BGR" else images
 
 
-def resized(images: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Images [B, H, W, C] at height and width `size`, bilinear, antialiased when shrinking."""
+def resize_images(images: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Resizes images [B, H, W, C] to height and width `size`: bilinear, antialiased when shrinking."""
     for axis, new in ((1, size[0]), (2, size[1])):
         if images.shape[axis] != new:
             moved = np.tensordot(images, _weights(images.shape[axis], new), axes=(axis, 1))
@@ -258,19 +291,9 @@ def resized(images: np.ndarray, size: Sequence[int]) -> np.ndarray:
 
 @functools.cache
 def _weights(old: int, new: int) -> np.ndarray:
-    """The share of each old pixel in each new one [new, old]: a triangle around its centre, at least one pixel wide."""
+    """Weight of each old pixel in each new one [new, old]: a triangle around its center, at least one pixel wide."""
     ratio = old / new
-    centres = (np.arange(new)[:, None] + 0.5) * ratio
-    distance = np.abs(np.arange(old)[None] + 0.5 - centres) / max(ratio, 1.0)
+    centers = (np.arange(new)[:, None] + 0.5) * ratio
+    distance = np.abs(np.arange(old)[None] + 0.5 - centers) / max(ratio, 1.0)
     weights = np.maximum(0.0, 1.0 - distance)
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
-
-
-def option_text(changes: Mapping[str, Any]) -> str:
-    """Fields of a `Preprocessing` as a user gives them on the command line."""
-    words = []
-    for name, value in changes.items():
-        values = value if isinstance(value, tuple) else (value,)
-        shown = (f"{v:.6g}" if isinstance(v, float) else shlex.quote(str(v)) for v in values)
-        words.append(f"{OPTION}.{name} {' '.join(shown)}")
-    return " ".join(words)

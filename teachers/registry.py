@@ -1,6 +1,6 @@
-"""Teachers: one file per kind. What distillation needs of them are logits [N, K] on every example of a data set.
+"""Registry of teacher kinds.
 
-`logits:FILE.npz`, a teacher that has run already, is no member of the zoo: see `teachers.recorded`.
+`logits:FILE.npz`, recorded logits, is not in it, because it runs no model: see `kinds/recorded.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,20 +38,21 @@ def load_teacher(
     input_shape: Sequence[int],
     num_classes: int,
     class_names: Sequence[str],
-    networks: Callable[[str], tuple[Network, Variables]] | None = None,
+    load_network: Callable[[str], tuple[Network, Variables]] | None = None,
 ) -> Teacher:
-    """The teacher that a user names, fitted to data.
+    """Loads a teacher and fits it to the data: preprocessing, layout and class order.
 
     Args:
       text: KIND:PLACE, see `KINDS`.
-      preprocessing: the user's options; they win over the file beside the teacher, field by field.
-      input_shape: of one example of the data, channels last.
-      num_classes: of the data, 0 where they have none.
-      class_names: of the data, empty where they have none; the teacher's logits come in this order where it has names too.
-      networks: reads the directory of a flax: teacher, as `students.load` does.
+      preprocessing: options of the user; each wins over the same field of the file beside the teacher.
+      input_shape: shape of one example of the data, channels last.
+      num_classes: classes of the data; 0 if unknown.
+      class_names: class names of the data, empty if there are none. If the teacher has names too, its logits come in this
+        order.
+      load_network: reads the directory of a `flax:` teacher, such as `students.load`.
 
     Raises:
-      InputError: no such kind, or the teacher cannot be loaded or does not fit the data.
+      InputError: the kind is unknown, or the teacher cannot be loaded or does not fit the data.
     """
     kind, _, place = text.partition(":")
     if kind not in KINDS or not place:
@@ -61,16 +62,24 @@ def load_teacher(
             "ensemble:onnx:a.onnx,onnx:b.onnx or logits:logits.npz"
         )
 
-    def load(source: str) -> Teacher:
+    def load_member(member: str) -> Teacher:
         return load_teacher(
-            source,
+            member,
             preprocessing=preprocessing,
             input_shape=input_shape,
             num_classes=num_classes,
             class_names=class_names,
-            networks=networks,
+            load_network=load_network,
         )
 
-    names = tuple(class_names)
-    request = Request(text, preprocessing, tuple(input_shape), num_classes, names, networks, load, (*KINDS, "logits"))
+    request = Request(
+        source=text,
+        options=preprocessing,
+        input_shape=tuple(input_shape),
+        num_classes=num_classes,
+        class_names=tuple(class_names),
+        load_network=load_network,
+        load_member=load_member,
+        kinds=(*KINDS, "logits"),
+    )
     return KINDS[kind](place, request)

@@ -17,7 +17,7 @@ from ev3_distill.data.pipeline import TeacherOf, Views
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.progress import CountProgress
 from ev3_distill.teachers import Teacher
-from ev3_distill.teachers.cache.output_store import Contents, LogitStore, collect, verify
+from ev3_distill.teachers.cache.output_store import Contents, OutputStore, collect, spot_check
 
 BATCH = 256  # largest number of examples in one forward pass of a teacher
 
@@ -74,16 +74,16 @@ class CachedTargets:
         self._teacher, self._dataset, self._features = teacher, dataset, tuple(features)
         self._precision, self._root, self._warn = precision, root, warn
         self.pause_display: PauseDisplay = contextlib.nullcontext
-        self._stores: dict[str, LogitStore] = {}
+        self._stores: dict[str, OutputStore] = {}
 
     def for_views(self, views: Views, count: int) -> TeacherOf:
         """See `TeacherTargets.for_views`."""
 
         def teacher_of(
-            view: int, positions: np.ndarray, pixels_of: Callable[[np.ndarray], np.ndarray]
+            view: int, positions: np.ndarray, inputs_of: Callable[[np.ndarray], np.ndarray]
         ) -> dict[str, np.ndarray]:
             title = "teacher" if views.augmentation is None else f"teacher, view {view + 1} of {count}"
-            return self._cached(_key_of(views, view), title, positions, pixels_of)
+            return self._cached(_key_of(views, view), title, positions, inputs_of)
 
         return teacher_of
 
@@ -99,27 +99,27 @@ class CachedTargets:
         self._stores.clear()
 
     def _cached(
-        self, view: Any, title: str, positions: np.ndarray, pixels_of: Callable[[np.ndarray], np.ndarray]
+        self, view: Any, title: str, positions: np.ndarray, inputs_of: Callable[[np.ndarray], np.ndarray]
     ) -> dict[str, np.ndarray]:
         """Reads outputs from the store of a view; runs the teacher on the rows that it lacks."""
         store = self._stores.get(str(view))
         if store is None:
-            store = self._stores[str(view)] = self._open(view, self._fields(pixels_of(positions[:1])))
-            verify(self._outputs, pixels_of, store, positions)
+            store = self._stores[str(view)] = self._open(view, self._fields(inputs_of(positions[:1])))
+            spot_check(self._outputs, inputs_of, store, positions)
         if len(store.missing(positions)):
             with self.pause_display(), CountProgress(title, things="examples") as progress:
                 collect(
                     self._outputs,
-                    pixels_of,
+                    inputs_of,
                     positions,
                     store,
                     batch_size=self._batch_size,
-                    tell=progress.update,
-                    waiting=progress.line,
+                    on_progress=progress.update,
+                    on_wait=progress.line,
                 )
         return store.read(positions)
 
-    def _open(self, view: Any, fields: Mapping[str, tuple[int, ...]]) -> LogitStore:
+    def _open(self, view: Any, fields: Mapping[str, tuple[int, ...]]) -> OutputStore:
         contents = Contents(
             teacher=hashlib.sha256("\n".join([self._teacher.digest, *self._features]).encode()).hexdigest(),
             data=self._dataset.fingerprint,
@@ -130,7 +130,7 @@ class CachedTargets:
             teacher_source=self._teacher.source,
             data_source=self._dataset.source,
         )
-        return LogitStore(contents, root=self._root, warn=self._warn)
+        return OutputStore(contents, root=self._root, warn=self._warn)
 
     def _outputs(self, inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Runs the teacher; keeps the logits and the features in use."""
@@ -177,7 +177,7 @@ class RecordedTargets:
                 "recorded logits belong to examples without augmentation; got "
                 f"'{views.augmentation.describe()}': give --augment none, or the teacher itself"
             )
-        return lambda view, positions, pixels_of: self._at(positions)
+        return lambda view, positions, inputs_of: self._at(positions)
 
     def unchanged(self, positions: np.ndarray, title: str = "") -> Mapping[str, np.ndarray]:
         """See `TeacherTargets.unchanged`."""
@@ -200,7 +200,7 @@ class BlankTargets(RecordedTargets):
 
     def for_views(self, views: Views, count: int) -> TeacherOf:
         """Zeros for any view."""
-        return lambda view, positions, pixels_of: self._at(positions)
+        return lambda view, positions, inputs_of: self._at(positions)
 
 
 class PeerTargets:
@@ -217,10 +217,10 @@ class PeerTargets:
         teacher_of = self._targets.for_views(views, count)
 
         def both(
-            view: int, positions: np.ndarray, pixels_of: Callable[[np.ndarray], np.ndarray]
+            view: int, positions: np.ndarray, inputs_of: Callable[[np.ndarray], np.ndarray]
         ) -> dict[str, np.ndarray]:
-            logits = [self._peer(pixels_of(part)) for part in chunked(positions, self._batch_size)]
-            return {**teacher_of(view, positions, pixels_of), PEER: np.concatenate(logits)}
+            logits = [self._peer(inputs_of(part)) for part in chunked(positions, self._batch_size)]
+            return {**teacher_of(view, positions, inputs_of), PEER: np.concatenate(logits)}
 
         return both
 

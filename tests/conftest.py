@@ -90,9 +90,9 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
-    """Stores of logits that append 16 rows at a time."""
-    monkeypatch.setattr("ev3_distill.teachers.cache.output_store.CHUNK_ROWS", 16)
+def small_shards(monkeypatch):
+    """Stores of teacher outputs with 16 rows in a shard."""
+    monkeypatch.setattr("ev3_distill.teachers.cache.output_store.SHARD_ROWS", 16)
 
 
 def once(factory, name, make):

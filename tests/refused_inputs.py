@@ -1,4 +1,4 @@
-"""Refusals of the command line, and data to be refused."""
+"""Checks that the command line refuses an input, and faulty data."""
 
 import re
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def refused(cli, here, *argv, says):
-    """The command line ends with code 2, one error that says so, no traceback, and nothing written."""
+    """Asserts exit code 2, one error line that matches `says`, no traceback, and no file written."""
     before = sorted(here.rglob("*"))
     answer = cli(*argv)
     assert answer.code == 2, answer

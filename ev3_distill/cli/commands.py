@@ -217,7 +217,7 @@ def _with_new_teacher(
         _teach(own, teacher_config, teacher_task, resume=(own / "config.toml").exists())
         features = "#" + ",".join(task.teacher_features) if task.teacher_features else ""
         load = functools.partial(students.load, factory=students.import_factory(config.teacher_network))
-        teacher = _load_teacher(f"flax:{own}{features}", config, dataset, networks=load)
+        teacher = _load_teacher(f"flax:{own}{features}", config, dataset, load_network=load)
         source = f"trained here: {config.teacher_network}"
         return _with_running_teacher(directory, config, task, arms, teacher, source=source)
 
@@ -317,7 +317,7 @@ def _student(
 
 
 def _load_teacher(
-    name: str, config: Compress, dataset: Dataset, networks: Callable[..., Any] = students.load
+    name: str, config: Compress, dataset: Dataset, load_network: Callable[..., Any] = students.load
 ) -> Teacher:
     return load_teacher(
         name,
@@ -325,7 +325,7 @@ def _load_teacher(
         input_shape=dataset.inputs.shape[1:],
         num_classes=dataset.num_classes,
         class_names=dataset.class_names,
-        networks=networks,
+        load_network=load_network,
     )
 
 

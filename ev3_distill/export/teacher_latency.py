@@ -97,7 +97,7 @@ def _teacher_of(run: Path, facts: dict[str, Any], input_shape: tuple[int, ...]) 
         input_shape=input_shape,
         num_classes=facts["num_classes"],
         class_names=facts["class_names"],
-        networks=load,
+        load_network=load,
     )
 
 

@@ -9,7 +9,7 @@ from ev3_distill.data.sources import Dataset
 from ev3_distill.data.splits import split_rows
 from ev3_distill.errors import InputError, warn
 from ev3_distill.teachers import Teacher
-from ev3_distill.teachers.diagnosis.diagnose import diagnose
+from ev3_distill.teachers.diagnosis import diagnose
 from ev3_distill.training.run_dir import read_json
 from ev3_distill.training.run_reader import config_of
 from ev3_distill.training.setup import Task, bytes_of_example

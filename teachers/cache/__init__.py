@@ -1,1 +1,1 @@
-"""The teacher cache: stored outputs, their codec and the append-only log."""
+"""Cache of teacher outputs: the store, the codec of its records, and its shard files."""

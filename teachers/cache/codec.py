@@ -1,13 +1,13 @@
-"""Encoding: how a row of a teacher's outputs lies on disk, in float32, in float16, or as its top k classes.
+"""Codec: converts one example's teacher outputs to a record on disk, in float32, in float16, or as its top k classes.
 
 float32   The outputs themselves.
-float16   Logits as their distance to the row's largest, in float16, and that largest in float32. So no logit is too large,
-          the error is 2^-11 of the distance, and a row keeps its offset, which losses on raw logits see. A distance
-          beyond 65,504 is kept as 65,504: its probability is 0 either way.
-top<k>    That of the k largest, their classes, and the log-odds of the residual mass r, log(r / (1 - r)), which never
-          underflows. Read, the other K - k classes share the residual mass equally: with S the sum of exp(logit) over the
-          top k, each has the logit u = log(r / (1 - r)) + log S - log(K - k), so that softmax gives them r in all.
-Features are float32 in float32, and float16 elsewhere.
+float16   Logits as their distance to the row's largest, in float16, and the largest in float32. So no logit overflows, the
+          error is 2^-11 of the distance, and a row keeps its offset, which losses on raw logits need. A distance beyond 65,504
+          is stored as 65,504; its probability is 0 either way.
+top<k>    The same for the k largest logits, their classes, and the log-odds of the residual mass r, log(r / (1 - r)), which
+          never underflow. The decoder divides r equally among the other K - k classes: with S the sum of exp(logit) over the
+          top k, each gets the logit u = log(r / (1 - r)) + log S - log(K - k), so that the softmax gives them r in total.
+Features are stored in float32 with float32, and in float16 otherwise.
 """
 
 import math
@@ -18,30 +18,32 @@ import numpy as np
 
 from ev3_distill.errors import InputError
 
-HALF_MAX = 65504.0  # the largest float16
-TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "top": 2e-3}  # of what a row reads, relative to its largest magnitude
+HALF_MAX = 65504.0  # largest float16
+TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "top": 2e-3}  # of a decoded row, relative to its largest magnitude
 
 
-class Encoding:
-    """Rows of outputs to records of one size, and back."""
+class Codec:
+    """Converts outputs to records of a fixed size, and back."""
 
     def __init__(self, precision: str, fields: Mapping[str, tuple[int, ...]]):
-        """An encoding.
+        """An codec.
 
         Args:
           precision: `float32`, `float16` or `top<k>`, such as `top8`.
-          fields: shape of one row by name; `logits` is (K,), any other a feature.
+          fields: shape of one example's output by name; `logits` is (K,), any other is a feature.
 
         Raises:
-          InputError: no such precision, k is not below K, or no logits.
+          InputError: the precision is unknown, k is not below K, or there are no logits.
         """
         self.fields = {name: tuple(int(n) for n in shape) for name, shape in fields.items()}
         if len(self.fields.get("logits", ())) != 1:
-            raise InputError(f"a teacher's outputs have logits of shape (K,); got {self.fields}: name them logits")
+            raise InputError(
+                f"a teacher's outputs have logits of shape (K,); got {self.fields}: name one output logits"
+            )
         self.classes = self.fields["logits"][0]
         self.kind, self.top = _kind_of(precision, self.classes)
         self.dtype = np.dtype([*self._logits_layout(), *self._features_layout()])
-        """Of one record; packed."""
+        """Type of a record; packed."""
 
     def _logits_layout(self) -> list[tuple]:
         if self.kind == "float32":
@@ -52,54 +54,53 @@ class Encoding:
         return [("largest", "<f4"), ("odds", "<f4"), ("logits", "<f2", (self.top,)), ("index", index, (self.top,))]
 
     def _features_layout(self) -> list[tuple]:
-        half = "<f4" if self.kind == "float32" else "<f2"
-        return [(f"feature {name}", half, shape) for name, shape in self.fields.items() if name != "logits"]
+        kind = "<f4" if self.kind == "float32" else "<f2"
+        return [(f"feature {name}", kind, shape) for name, shape in self.fields.items() if name != "logits"]
 
     @property
     def tolerance(self) -> float:
-        """What a record may differ from the same outputs computed again, see `difference`."""
+        """Largest `difference` between a record and the same outputs computed again."""
         return TOLERANCE[self.kind]
 
     def arrays(self, outputs: Mapping[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
-        """A teacher's outputs on n rows as float32.
+        """Converts a teacher's outputs on n examples to float32.
 
         Raises:
-          InputError: one is missing, or has another shape.
+          InputError: an output is missing, or has a wrong shape or type.
         """
         arrays = {}
         for name, shape in self.fields.items():
             if name not in outputs:
-                raise InputError(f"a teacher must give {name}; got {', '.join(sorted(outputs))}: mend the teacher")
+                raise InputError(f"a teacher must return {name}; got {', '.join(sorted(outputs))}: fix the teacher")
             array = np.asarray(outputs[name])
             if array.shape != (n, *shape) or array.dtype.kind not in "iufV":  # V: bfloat16
                 raise InputError(
-                    f"a teacher must give {name} as numbers {[n, *shape]} for {n} examples; got {array.dtype} "
-                    f"{list(array.shape)}: mend the teacher"
+                    f"a teacher must return {name} as numbers {[n, *shape]} for {n} examples; got {array.dtype} "
+                    f"{list(array.shape)}: fix the teacher"
                 )
-            with np.errstate(over="ignore"):  # of float64, found by `fault`
+            with np.errstate(over="ignore"):  # float64 may overflow; `fault` finds it
                 arrays[name] = array.astype(np.float32)
         return arrays
 
     def fault(self, arrays: Mapping[str, np.ndarray]) -> tuple[int, str] | None:
-        """The first row that no record can hold, and the rule that it breaks with the value got."""
-        found = []
+        """Index of the first row that cannot be stored, and the first two parts of its error; None if all can."""
+        faults = []
         for name, array in arrays.items():
             flat = array.reshape(len(array), -1)
             bad = ~np.isfinite(flat).all(axis=1)
             if bad.any():
-                found.append((int(bad.argmax()), f"{name} must be finite; got nan or infinity"))
+                faults.append((int(bad.argmax()), f"{name} must be finite; got nan or infinity"))
             if self.kind != "float32" and name != "logits":
                 with np.errstate(invalid="ignore"):
                     bad = (np.abs(flat) > HALF_MAX).any(axis=1)
                 if bad.any():
-                    told = (
-                        f"{name} must be within {HALF_MAX:,.0f} to be cached in float16; got {np.abs(flat).max():.3g}"
-                    )
-                    found.append((int(bad.argmax()), told))
-        return min(found, default=None)
+                    largest = np.abs(flat).max()
+                    rule = f"{name} must be within {HALF_MAX:,.0f} to be cached in float16; got {largest:.3g}"
+                    faults.append((int(bad.argmax()), rule))
+        return min(faults, default=None)
 
     def encode(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Faultless outputs [n, ...] as records [n]."""
+        """Converts outputs [n, ...] without fault to records [n]."""
         logits = arrays["logits"]
         records = np.empty(len(logits), self.dtype)
         for name, array in arrays.items():
@@ -121,7 +122,7 @@ class Encoding:
         return records
 
     def decode(self, records: np.ndarray) -> dict[str, np.ndarray]:
-        """Records [n] as outputs [n, ...] float32."""
+        """Converts records [n] to outputs [n, ...] float32."""
         features = {name: records[f"feature {name}"].astype(np.float32) for name in self.fields if name != "logits"}
         return {"logits": self._logits(records), **features}
 
@@ -139,11 +140,11 @@ class Encoding:
         return logits
 
     def difference(self, records: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        """How far records [n] are from outputs, per row [n], relative to the row's largest magnitude.
+        """Largest difference between records [n] and outputs, per row [n], relative to the row's largest magnitude.
 
-        Of the top k, the logits at the record's classes and the residual mass count: a near tie may change which are k.
+        With top<k>, it compares the logits of the recorded classes and the residual mass: a near tie may change the classes.
         """
-        held, fresh = self.decode(records), dict(arrays)
+        stored, fresh = self.decode(records), dict(arrays)
         worst, least = np.zeros(len(records)), 1e-6 if self.kind == "float32" else 1e-3  # float16 is coarse near 0
         if self.kind != "float32":
             with np.errstate(over="ignore"):
@@ -151,13 +152,15 @@ class Encoding:
         if self.kind == "top":
             index = records["index"].astype(np.int64)
             worst = np.abs(_mass(records["odds"]) - _mass(_log_odds(arrays["logits"], index)))
-            held["logits"], fresh["logits"] = (np.take_along_axis(x["logits"], index, axis=1) for x in (held, fresh))
+            stored["logits"], fresh["logits"] = (
+                np.take_along_axis(x["logits"], index, axis=1) for x in (stored, fresh)
+            )
         for name, array in fresh.items():
-            one, other = held[name].reshape(len(array), -1), array.reshape(len(array), -1)
+            one, other = stored[name].reshape(len(array), -1), array.reshape(len(array), -1)
             scale = np.maximum(np.abs(other).max(axis=1, initial=0), least)
             with np.errstate(invalid="ignore", over="ignore"):
-                apart = np.abs(one - other).max(axis=1, initial=0) / scale
-            worst = np.fmax(worst, np.where(np.isfinite(apart), apart, np.inf))
+                difference = np.abs(one - other).max(axis=1, initial=0) / scale
+            worst = np.fmax(worst, np.where(np.isfinite(difference), difference, np.inf))
         return worst
 
 
@@ -165,14 +168,16 @@ def _kind_of(precision: str, classes: int) -> tuple[str, int]:
     if precision in ("float32", "float16"):
         return precision, 0
     if not (match := re.fullmatch(r"top([1-9]\d*)", precision)):
-        raise InputError(f"logits are cached as float32, float16 or top<k>; got {precision!r}: take one, such as top8")
+        raise InputError(
+            f"logits are cached as float32, float16 or top<k>; got {precision!r}: use one of these, such as top8"
+        )
     if int(match[1]) >= classes:
-        raise InputError(f"top<k> needs k below the number of classes, {classes}; got {precision}: take float16")
+        raise InputError(f"top<k> needs k below the number of classes, {classes}; got {precision}: use float16")
     return "top", int(match[1])
 
 
 def _log_odds(logits: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """log(r / (1 - r)), with r the softmax's mass outside the classes `index` [n, k]."""
+    """log(r / (1 - r)), where r is the softmax mass outside the classes `index` [n, k]."""
     rest = logits.astype(np.float64)
     top = np.take_along_axis(rest, index, axis=1)
     np.put_along_axis(rest, index, -np.inf, axis=1)

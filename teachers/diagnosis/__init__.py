@@ -1,1 +1,5 @@
-"""Teacher diagnosis: finds mistakes in preprocessing and class order."""
+"""Teacher diagnosis: finds errors in preprocessing and class order."""
+
+from ev3_distill.teachers.diagnosis.diagnose import Diagnosis, Remedy, diagnose
+
+__all__ = ["Diagnosis", "Remedy", "diagnose"]

@@ -1,10 +1,11 @@
-"""Is a teacher any good on the user's data, and if not, would another preprocessing make it so? Asked before training.
+"""Checks a teacher on labeled examples before training, and finds the preprocessing that would repair it.
 
-The commonest mistakes are silent: classes in another order, RGB for BGR, pixels of another range, another layout. Each is
-tried on few labelled examples, what looks better on some more, and what still does is put to a paired test on examples that
-it was not chosen by (a class order that passed is then estimated anew on all). A remedy counts only if, on those, it is
-right `LEAST_GAIN` more often, the exact one-sided McNemar test has p <= `LEVEL`, and the teacher is then better than chance.
-So a fine teacher, and one that is just weak, are given a remedy with a probability of a few times `LEVEL`.
+Common errors are silent: another class order, BGR instead of RGB, another range of pixel values, another layout. Each
+candidate repair runs on a few labeled examples. Those that look better run on more, and the best few are tested on examples
+that played no part in selecting them. (A class order that passes is then estimated again from all examples.) A repair is
+confirmed if, on the test examples, it raises accuracy by at least `LEAST_GAIN`, the exact one-sided McNemar test gives
+p <= `LEVEL`, and the repaired teacher is better than chance. So the probability of a false alarm, for a good teacher or a weak
+one, is a few times `LEVEL`.
 """
 
 import dataclasses
@@ -16,24 +17,25 @@ from typing import Any, Protocol
 import numpy as np
 from scipy import special
 
+from ev3_distill.certify.bounds import clopper_pearson_lower
 from ev3_distill.errors import InputError
 from ev3_distill.teachers.diagnosis.repairs import Changes, Repair, pairs, repairs
-from ev3_distill.teachers.preprocessing import OPTION, normal, option_text
+from ev3_distill.teachers.preprocessing import OPTION, canonical, command_line_options
 from ev3_distill.teachers.teacher import Teacher
 
-LEVEL = 0.001  # of the test that confirms one remedy
-LEAST_GAIN = 0.03  # share of examples that a remedy must add to those that are right
-LEAST_SKILL = 0.1  # (accuracy - chance) / (1 - chance) below which a teacher is near chance
-BLINK, GLANCE, LOOK = 16, 64, 256  # examples on which a repair must not look hopeless, must look better, and then good
-HOPELESS = -0.3  # gain at the first
-CONFIRMED = 3  # repairs put to the test in one round
-ROUNDS = 3  # mistakes found one after the other
-BATCH = 128
-LISTED = 100  # the most classes whose order is spelt out
+LEVEL = 0.001  # level of the test that confirms one repair
+LEAST_GAIN = 0.03  # least gain in accuracy of a confirmed repair
+LEAST_SKILL = 0.1  # (accuracy - chance) / (1 - chance); a teacher below it is near chance
+SCREENS = (16, 64, 256)  # examples of the three screens: not hopeless, better, better by LEAST_GAIN / 2
+HOPELESS_GAIN = -0.3  # gain at the first screen that drops a candidate
+TESTED_REPAIRS = 3  # most repairs tested in one round
+ROUNDS = 3  # most errors repaired one after the other
+BATCH = 128  # examples of one pass of the teacher
+LISTED_CLASSES = 100  # most classes whose order is written out
 
 
 class Examples(Protocol):
-    """Inputs in memory, or read lazily."""
+    """Inputs, in memory or read lazily."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -41,87 +43,110 @@ class Examples(Protocol):
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the inputs."""
+        """Type of the inputs."""
 
     def __getitem__(self, rows: Any, /) -> np.ndarray:
-        """Examples [n, ...] of rows [n]."""
+        """Reads the examples [n, ...] of rows [n]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Remedy:
-    """What would mend a teacher, proven on the user's examples."""
+    """Changes that repair a teacher, confirmed on the user's examples.
 
-    name: str  # what the teacher would then get
-    changes: Mapping[str, Any]  # fields of its Preprocessing
-    before: float  # accuracy as it is ...
-    after: float  # ... and with the changes, on the same examples
-    n: int  # of them, those that test
+    Attributes:
+      name: describes the input after the changes.
+      changes: fields of its `Preprocessing`.
+      before: accuracy without the changes, on the test examples.
+      after: accuracy with them, on the same examples.
+      n: number of test examples.
+      p_value: of the exact one-sided McNemar test.
+    """
+
+    name: str
+    changes: Mapping[str, Any]
+    before: float
+    after: float
+    n: int
     p_value: float
 
     @property
     def option(self) -> str:
         """The exact options to give."""
-        return option_text(self.changes) or f"the names of its outputs, in their order, by {OPTION}.classes"
+        return command_line_options(self.changes) or f"the names of its outputs, in their order, with {OPTION}.classes"
 
     @property
     def toml(self) -> str:
-        """The same for the file beside the teacher."""
+        """The lines for the TOML file beside the teacher."""
         return "; ".join(f"{name} = {json.dumps(value)}" for name, value in self.changes.items())
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """A teacher's own accuracy on the user's data, and what would mend it."""
+    """Accuracy of a teacher on the user's data, and what would repair it.
+
+    Attributes:
+      source: the teacher.
+      accuracy: on the labeled examples; nan if there are none.
+      low: lower end of the exact 95 % interval (Clopper and Pearson) of the accuracy.
+      high: upper end.
+      chance: frequency of the largest class.
+      n: number of labeled examples.
+      remedy: confirmed changes, if there are any.
+      probabilities: whether the outputs are probabilities instead of logits.
+      members: diagnoses of the members of an ensemble.
+    """
 
     source: str
-    accuracy: float  # nan where no example is labelled
-    low: float  # exact interval of 95 % (Clopper and Pearson) ...
-    high: float  # ... for examples drawn like these
-    chance: float  # the share of the largest class
-    n: int  # labelled examples it was measured on
+    accuracy: float
+    low: float
+    high: float
+    chance: float
+    n: int
     remedy: Remedy | None = None
-    probabilities: bool = False  # whether its outputs are probabilities rather than logits
-    members: tuple["Diagnosis", ...] = ()  # of an ensemble
+    probabilities: bool = False
+    members: tuple["Diagnosis", ...] = ()
 
     @property
     def near_chance(self) -> bool:
-        """Whether the teacher knows next to nothing of these data."""
+        """Whether the teacher is hardly better than the largest class alone, or not at all."""
         return self.n > 0 and (_skill(self.accuracy, self.chance) < LEAST_SKILL or self.low <= self.chance)
 
     def lines(self) -> list[str]:
-        """For the user: the accuracy, then each warning on a line that begins with `warning:`."""
+        """Messages for the user: the accuracy, then one line for each warning, which begins with `warning:`."""
         if not self.n:
-            return [f"teacher {self.source}: no labelled examples, so its own accuracy is not known"]
-        told = [
-            f"teacher {self.source}: {self.accuracy:.1%} right on {self.n:,} labelled examples (95 % interval {self.low:.1%} "
-            f"to {self.high:.1%}; the largest class alone gives {self.chance:.1%})"
+            return [f"teacher {self.source}: no labeled examples, so its accuracy is unknown"]
+        lines = [
+            f"teacher {self.source}: accuracy {self.accuracy:.1%} on {self.n:,} labeled examples (95 % interval {self.low:.1%} "
+            f"to {self.high:.1%}; the largest class alone: {self.chance:.1%})"
         ]
         if self.near_chance:
-            told.append(
-                f"warning: the teacher is NEAR CHANCE on these data, {self.accuracy:.1%} against {self.chance:.1%}"
+            lines.append(
+                f"warning: the teacher is NEAR CHANCE on these data: {self.accuracy:.1%} against {self.chance:.1%}"
             )
         if self.remedy is not None:
-            told.append(f"warning: {_told(self.remedy)}: give {self.remedy.option}")
+            lines.append(f"warning: {_description(self.remedy)}: give {self.remedy.option}")
         elif self.near_chance and not self.members:
-            told.append(
-                "warning: no other class order, channel order, pixel range, mean and std or layout that was tried mends it: "
-                "check that it was trained for these classes and this kind of input"
+            lines.append(
+                "warning: no other class order, channel order, pixel range, mean and std or layout repairs it: check that it "
+                "was trained for these classes and this kind of input"
             )
         if self.probabilities:
-            told.append(
-                "warning: its outputs are probabilities (each row sums to 1), and distillation needs logits: leave out the "
+            lines.append(
+                "warning: its outputs are probabilities (each row sums to 1), but distillation needs logits: remove the "
                 "softmax, or take the logarithm"
             )
         for member in self.members:
             if member.remedy is not None:
-                told.append(
-                    f"warning: {member.source}: {_told(member.remedy)}: in a TOML file beside it, {member.remedy.toml}"
+                lines.append(
+                    f"warning: {member.source}: {_description(member.remedy)}: in a TOML file beside it, {member.remedy.toml}"
                 )
-        return told
+        return lines
 
 
-def _told(remedy: Remedy) -> str:
-    return f"with {remedy.name} it would be {remedy.after:.1%} right in place of {remedy.before:.1%} ({remedy.n:,} examples)"
+def _description(remedy: Remedy) -> str:
+    return (
+        f"with {remedy.name} its accuracy is {remedy.after:.1%} instead of {remedy.before:.1%} ({remedy.n:,} examples)"
+    )
 
 
 def diagnose(
@@ -133,40 +158,40 @@ def diagnose(
     limit: int = 2000,
     seed: int = 0,
 ) -> Diagnosis:
-    """Measures a teacher on labelled examples and looks for what would mend it.
+    """Measures the accuracy of a teacher on labeled examples and searches for a repair.
 
     Args:
-      teacher: with `again`, so that it can be tried behind other preprocessing; without, it is only measured.
+      teacher: the search needs its `with_preprocessing`; without it the teacher is only measured.
       inputs: [N, ...], in memory or read lazily.
-      labels: [N], -1 where there is none.
+      labels: [N]; -1 for an example without a label.
       class_names: of the data.
-      limit: examples to use at most; a fine teacher runs on about twice as many in all.
-      seed: of which.
+      limit: most examples to use. With candidates included, a good teacher runs on about twice as many.
+      seed: selects the examples.
 
     Raises:
       InputError: the teacher fails on the data.
     """
-    known = np.flatnonzero(np.asarray(labels) >= 0)
+    labeled = np.flatnonzero(np.asarray(labels) >= 0)
     rng = np.random.default_rng(seed)
-    rows = np.sort(rng.permutation(known)[:limit])
+    rows = np.sort(rng.permutation(labeled)[:limit])
     if not len(rows):
         return Diagnosis(teacher.source, float("nan"), 0.0, 1.0, float("nan"), 0)
-    order = rng.permutation(len(rows))  # glance, look and test are random parts
+    order = rng.permutation(len(rows))  # screens and test are random parts
     examples, truth = inputs[rows][order], np.asarray(labels)[rows][order]
     base = _Trial(teacher, examples, truth)
     chance = float(np.bincount(truth).max() / len(truth))
-    low, high = _interval(int(base.right.sum()), len(truth))
+    low, high = _interval(int(base.hits.sum()), len(truth))
     names = tuple(class_names) or teacher.class_names or ()
-    remedy = None if teacher.again is None else _search(base, names, chance)
+    remedy = None if teacher.with_preprocessing is None else _search(base, names, chance)
     members = tuple(diagnose(m, inputs, labels, class_names, limit=limit, seed=seed) for m in teacher.members)
-    accuracy = float(base.right.mean())
+    accuracy = float(base.hits.mean())
     return Diagnosis(
         teacher.source, accuracy, low, high, chance, len(rows), remedy, _are_probabilities(base.logits), members
     )
 
 
 class _Trial:
-    """A teacher on the examples, run only as far as was asked."""
+    """A teacher on the examples, which runs only on as many as needed."""
 
     def __init__(self, teacher: Teacher, examples: np.ndarray, truth: np.ndarray) -> None:
         self.teacher, self.examples, self.truth = teacher, examples, truth
@@ -174,7 +199,7 @@ class _Trial:
         self._done = 0
 
     def first(self, count: int) -> np.ndarray:
-        """Logits [n, K] of at least the first `count` examples."""
+        """Logits [n, K] of the first `count` examples or more."""
         while self._done < min(count, len(self.examples)):
             end = min(count, len(self.examples), self._done + BATCH)
             self._parts.append(self.teacher.outputs(self.examples[self._done : end])["logits"])
@@ -183,46 +208,46 @@ class _Trial:
 
     @property
     def logits(self) -> np.ndarray:
-        """Of all examples."""
+        """Logits [N, K] of all examples."""
         return self.first(len(self.examples))
 
     @functools.cached_property
-    def right(self) -> np.ndarray:
-        """Which of all examples are right [n]."""
-        return self.right_of(len(self.examples))
+    def hits(self) -> np.ndarray:
+        """Which of all examples are classified correctly [N]."""
+        return self.first_hits(len(self.examples))
 
-    def right_of(self, count: int) -> np.ndarray:
-        """Which of the first examples are right [count]."""
+    def first_hits(self, count: int) -> np.ndarray:
+        """Which of the first examples are classified correctly [count]."""
         return np.asarray(self.first(count)[:count].argmax(axis=1) == self.truth[:count])
 
     def repaired(self, changes: Changes) -> "_Trial":
-        """The same with changes to the preprocessing in force."""
-        assert self.teacher.again is not None and self.teacher.preprocessing is not None
+        """A trial with changes to the preprocessing."""
+        assert self.teacher.with_preprocessing is not None and self.teacher.preprocessing is not None
         steps = dataclasses.replace(self.teacher.preprocessing, **changes)
-        return _Trial(self.teacher.again(steps), self.examples, self.truth)
+        return _Trial(self.teacher.with_preprocessing(steps), self.examples, self.truth)
 
 
 def _search(base: _Trial, names: tuple[str, ...], chance: float) -> Remedy | None:
-    """Repairs found one after the other, as one remedy."""
-    found: list[tuple[Repair, _Trial]] = []
+    """Searches for several repairs one after the other, and combines them."""
+    confirmed: list[tuple[Repair, _Trial]] = []
     now = base
     for _ in range(ROUNDS):
-        best = _round(now, names, chance, alone=not found)
+        best = _round(now, names, chance, first=not confirmed)
         if best is None:
             break
-        found.append(best)
+        confirmed.append(best)
         now = best[1]
-        if now.teacher.again is None:
+        if now.teacher.with_preprocessing is None:
             break
-    if not found:
+    if not confirmed:
         return None
-    tested = slice(_parts_of(len(base.truth))[1], None)
-    before, after = base.right[tested], now.right[tested]
+    tested = slice(_screens(len(base.truth))[-1], None)
+    before, after = base.hits[tested], now.hits[tested]
     changes: Changes = {}
-    for repair, _ in found:
+    for repair, _ in confirmed:
         changes |= repair.changes
     return Remedy(
-        " and ".join(repair.name for repair, _ in found),
+        " and ".join(repair.name for repair, _ in confirmed),
         changes,
         float(before.mean()),
         float(after.mean()),
@@ -231,71 +256,70 @@ def _search(base: _Trial, names: tuple[str, ...], chance: float) -> Remedy | Non
     )
 
 
-def _round(now: _Trial, names: tuple[str, ...], chance: float, *, alone: bool) -> tuple[Repair, _Trial] | None:
-    """The best single repair that is confirmed; of two at once where nothing else helps a teacher that knows nothing."""
+def _round(now: _Trial, names: tuple[str, ...], chance: float, *, first: bool) -> tuple[Repair, _Trial] | None:
+    """The best confirmed repair of one error. For a teacher near chance, the first round also tries two repairs at once."""
     steps, shape = now.teacher.preprocessing, now.examples.shape[1:]
     assert steps is not None
-    if 1 - now.right.mean() < LEAST_GAIN:
-        return None  # nothing can add as much
+    if 1 - now.hits.mean() < LEAST_GAIN:
+        return None  # no repair can gain as much
     pixels = now.examples.dtype == np.uint8 or len(shape) == 3
     groups = repairs(steps, shape, pixels=pixels)
     confirmed = _confirmed(now, [repair for group in groups for repair in group], chance)
     if (classes := _classes(now, names, chance)) is not None:
         confirmed.append(classes)
-    if not confirmed and alone and _skill(float(now.right.mean()), chance) < LEAST_SKILL:
+    if not confirmed and first and _skill(float(now.hits.mean()), chance) < LEAST_SKILL:
         confirmed = _confirmed(now, pairs(groups), chance)
     if not confirmed:
         return None
-    tested = slice(_parts_of(len(now.truth))[1], None)
-    best = max(confirmed, key=lambda each: each[1].right[tested].mean())[1].right[tested]
-    # the more usual repair, where the best is not clearly better than it
-    return next(each for each in confirmed if _p_value(each[1].right[tested], best) > 0.05)
+    tested = slice(_screens(len(now.truth))[-1], None)
+    best = max(confirmed, key=lambda each: each[1].hits[tested].mean())[1].hits[tested]
+    # a more common repair comes first and wins unless the best is clearly better
+    return next(each for each in confirmed if _p_value(each[1].hits[tested], best) > 0.05)
 
 
-def _parts_of(n: int) -> tuple[int, int]:
-    """Where the glance and the look end among n examples; the test has the rest, half at least."""
-    return min(GLANCE, n // 4), min(LOOK, n // 2)
+def _screens(n: int) -> tuple[int, int, int]:
+    """Sizes of the three screens among n examples. The test has the rest, at least half."""
+    second = min(SCREENS[1], n // 4)
+    return min(SCREENS[0], second), second, min(SCREENS[2], n // 2)
 
 
 def _confirmed(now: _Trial, candidates: Sequence[Repair], chance: float) -> list[tuple[Repair, _Trial]]:
-    """The repairs that hold, in the order given."""
-    glance, look = _parts_of(len(now.truth))
+    """Screens the candidates and returns those that the test confirms, in their order."""
+    first, second, third = _screens(len(now.truth))
     trials: list[tuple[int, int, Repair, _Trial]] = []
     for rank, repair in enumerate(candidates):
         try:
             trial = now.repaired(repair.changes)
-            if (
-                _alike(trial, now)
-                or _gain(now, trial, min(BLINK, glance)) <= HOPELESS
-                or _gain(now, trial, glance) <= 0
-            ):
+            if _is_same(trial, now) or _gain(now, trial, first) <= HOPELESS_GAIN or _gain(now, trial, second) <= 0:
                 continue
-            gain = _gain(now, trial, look)
-        except InputError:  # it cannot be made, or cannot run, that way
+            gain = _gain(now, trial, third)
+        except InputError:  # the teacher does not accept this preprocessing
             continue
         if gain >= LEAST_GAIN / 2:
-            trials.append((-round(gain * look), rank, repair, trial))
-    chosen = sorted(trials, key=lambda each: each[:2])[:CONFIRMED]
+            trials.append((-round(gain * third), rank, repair, trial))
+    best = sorted(trials, key=lambda each: each[:2])[:TESTED_REPAIRS]
     return [
-        (repair, trial) for *_, repair, trial in sorted(chosen, key=lambda each: each[1]) if _holds(now, trial, chance)
+        (repair, trial)
+        for *_, repair, trial in sorted(best, key=lambda each: each[1])
+        if _is_confirmed(now, trial, chance)
     ]
 
 
-def _alike(one: _Trial, other: _Trial) -> bool:
+def _is_same(one: _Trial, other: _Trial) -> bool:
     shape = one.examples.shape[1:]
     steps = [trial.teacher.preprocessing for trial in (one, other)]
-    return steps[0] is not None and steps[1] is not None and normal(steps[0], shape) == normal(steps[1], shape)
+    return steps[0] is not None and steps[1] is not None and canonical(steps[0], shape) == canonical(steps[1], shape)
 
 
 def _gain(now: _Trial, trial: _Trial, count: int) -> float:
-    return float(trial.right_of(count).mean() - now.right[:count].mean())
+    return float(trial.first_hits(count).mean() - now.hits[:count].mean())
 
 
-def _holds(now: _Trial, trial: _Trial, chance: float) -> bool:
-    """Whether the examples that did not choose a repair confirm it."""
-    tested = slice(_parts_of(len(now.truth))[1], None)
+def _is_confirmed(now: _Trial, trial: _Trial, chance: float) -> bool:
+    """Whether the test examples, which did not select the repair, confirm it."""
+    tested = slice(_screens(len(now.truth))[-1], None)
     try:
-        return _is_better(now.right[tested], trial.right[tested], chance)
+        return _is_better(now.hits[tested], trial.hits[tested], chance)
     except InputError:
         return False
 
@@ -306,30 +330,30 @@ def _is_better(before: np.ndarray, after: np.ndarray, chance: float) -> bool:
 
 
 def _p_value(before: np.ndarray, after: np.ndarray) -> float:
-    """Of the exact one-sided McNemar test that `after` is right no more often than `before`, both [n] of the same examples."""
+    """Exact one-sided McNemar test of "`after` has no more hits than `before`", both [n] on the same examples."""
     wins, losses = int((after & ~before).sum()), int((before & ~after).sum())
     return float(special.betainc(wins, losses + 1, 0.5)) if wins else 1.0
 
 
 def _classes(now: _Trial, names: tuple[str, ...], chance: float) -> tuple[Repair, _Trial] | None:
-    """Another order of the classes, estimated on the examples that choose and confirmed on those that test."""
+    """Another class order, estimated on the first half of the examples and confirmed on the second."""
     logits, predicted = now.logits, now.logits.argmax(axis=1)
     size = logits.shape[1]
     if size < 2 or int(now.truth.max()) >= size:
         return None
     start = len(now.truth) // 2
-    half = _permutation(predicted[:start], now.truth[:start], size)
-    mended = half[predicted[start:]] == now.truth[start:]
-    if not _is_better(now.right[start:], mended, chance):
+    from_half = _permutation(predicted[:start], now.truth[:start], size)
+    repaired = from_half[predicted[start:]] == now.truth[start:]
+    if not _is_better(now.hits[start:], repaired, chance):
         return None
-    whole = _permutation(predicted, now.truth, size)
-    changes = _renamed(now.teacher, whole, names) if size <= min(LISTED, len(now.truth) // 5) else {}
-    trial = now.repaired(changes) if changes else _reordered(now, whole)
+    permutation = _permutation(predicted, now.truth, size)
+    changes = _renamed(now.teacher, permutation, names) if size <= min(LISTED_CLASSES, len(now.truth) // 5) else {}
+    trial = now.repaired(changes) if changes else _reordered(now, permutation)
     return Repair("another class order", changes), trial
 
 
 def _permutation(predicted: np.ndarray, truth: np.ndarray, size: int) -> np.ndarray:
-    """The class that each output most probably stands for [K], by the best matching of outputs and classes.
+    """The class that each output most likely stands for [K], by the best matching of outputs and classes.
 
     References:
       Kuhn 1955, The Hungarian method for the assignment problem.
@@ -338,38 +362,37 @@ def _permutation(predicted: np.ndarray, truth: np.ndarray, size: int) -> np.ndar
 
     counts = np.zeros((size, size))
     np.add.at(counts, (predicted, truth), 1)
-    counts += 0.5 * np.eye(size)  # what nothing speaks against stays
+    counts += 0.5 * np.eye(size)  # without evidence an output keeps its class
     return np.asarray(linear_sum_assignment(counts, maximize=True)[1])
 
 
 def _renamed(teacher: Teacher, permutation: np.ndarray, names: tuple[str, ...]) -> Changes:
-    """The names of the program's own outputs such that output j counts as class permutation[j]."""
-    own = teacher.outputs_named or names
+    """New names of the model's outputs, such that output j counts as class permutation[j]."""
+    own = teacher.output_names or names
     if len(names) != len(permutation) or not set(names) <= set(own):
         return {}
-    now_called = {name: names[permutation[j]] for j, name in enumerate(names)}
-    return {"classes": tuple(now_called.get(name, name) for name in own)}
+    new_names = {name: names[permutation[j]] for j, name in enumerate(names)}
+    return {"classes": tuple(new_names.get(name, name) for name in own)}
 
 
 def _reordered(now: _Trial, permutation: np.ndarray) -> _Trial:
-    """A teacher whose columns are put in another order."""
+    """A trial of the teacher with its columns in another order."""
     outputs, inverse = now.teacher.outputs, np.argsort(permutation)
     teacher = dataclasses.replace(
-        now.teacher, outputs=lambda inputs: {"logits": outputs(inputs)["logits"][:, inverse]}, again=None
+        now.teacher, outputs=lambda inputs: {"logits": outputs(inputs)["logits"][:, inverse]}, with_preprocessing=None
     )
     return _Trial(teacher, now.examples, now.truth)
 
 
 def _skill(accuracy: float, chance: float) -> float:
-    """How much of what chance leaves over a teacher gets right."""
+    """Accuracy on a scale where chance is 0 and perfection is 1."""
     return (accuracy - chance) / (1 - chance) if chance < 1 else accuracy
 
 
 def _interval(successes: int, n: int) -> tuple[float, float]:
     """Exact 95 % interval of a probability (Clopper and Pearson 1934)."""
-    low = special.betaincinv(successes, n - successes + 1, 0.025) if successes else 0.0
-    high = special.betaincinv(successes + 1, n - successes, 0.975) if successes < n else 1.0
-    return float(low), float(high)
+    low = clopper_pearson_lower(successes, n, confidence=0.975)
+    return low, 1 - clopper_pearson_lower(n - successes, n, confidence=0.975)
 
 
 def _are_probabilities(logits: np.ndarray) -> bool:

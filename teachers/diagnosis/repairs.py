@@ -1,4 +1,4 @@
-"""The commonest silent mistakes in a teacher's preprocessing, each as the change of options that would undo it."""
+"""Candidate repairs: common silent errors in preprocessing, each as the change of options that undoes it."""
 
 import itertools
 from collections.abc import Sequence
@@ -12,23 +12,28 @@ Changes = dict[str, Any]
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _MNIST = ((0.1307,), (0.3081,))
-_CAFFE = (103.939, 116.779, 123.68)  # of BGR bytes
+_CAFFE = (103.939, 116.779, 123.68)  # mean of BGR bytes
 
 
 class Repair(NamedTuple):
-    """What could mend a teacher."""
+    """A change of preprocessing that may repair a teacher.
 
-    name: str  # says what the teacher would then get
-    changes: Changes  # fields of its Preprocessing
+    Attributes:
+      name: describes the input after the change.
+      changes: fields of its `Preprocessing`.
+    """
+
+    name: str
+    changes: Changes
 
 
 def repairs(now: Preprocessing, shape: Sequence[int], *, pixels: bool) -> list[list[Repair]]:
-    """Single repairs, grouped by kind; those that change the least come first, then the more usual.
+    """Lists single repairs, grouped by kind. Small changes come first, then the more common ones.
 
     Args:
       now: the preprocessing in force.
       shape: of one example of the data.
-      pixels: whether the data are images or bytes, so that their range is known.
+      pixels: whether the data are images or uint8, so that their range is known.
     """
     channels = now.channels or shape[-1]
     ranges = [*_scales(now), *_inverted(now), *_ranges(now, channels if len(shape) == 3 else 0)] if pixels else []
@@ -36,7 +41,7 @@ def repairs(now: Preprocessing, shape: Sequence[int], *, pixels: bool) -> list[l
 
 
 def pairs(groups: Sequence[Sequence[Repair]]) -> list[Repair]:
-    """Two repairs of different groups at once."""
+    """Combines two repairs of different groups."""
     return [
         Repair(f"{one.name} and {other.name}", one.changes | other.changes)
         for first, second in itertools.combinations(groups, 2)
@@ -54,7 +59,7 @@ def _scales(now: Preprocessing) -> list[Repair]:
 
 
 def _ranges(now: Preprocessing, channels: int) -> list[Repair]:
-    """Whole settings of scale, mean and std that teachers are commonly trained with."""
+    """Common settings of scale, mean and std."""
     settings: list[tuple[str, float, tuple[float, ...], tuple[float, ...]]] = [
         ("pixels in [0, 1] without mean and std", 1.0, (0.0,), (1.0,)),
         ("pixels as bytes without mean and std", 255.0, (0.0,), (1.0,)),
@@ -66,18 +71,18 @@ def _ranges(now: Preprocessing, channels: int) -> list[Repair]:
     if channels == 1:
         settings.append(("MNIST's mean and std", 1.0, *_MNIST))
     present = (now.scale or 1.0, now.mean or (0.0,), now.std or (1.0,))
-    found = [Repair(name, dict(zip(("scale", "mean", "std"), setting, strict=True))) for name, *setting in settings
+    ranges = [Repair(name, dict(zip(("scale", "mean", "std"), setting, strict=True))) for name, *setting in settings
              if tuple(setting) != present]  # fmt: skip
     if channels == 3:
         caffe = {"scale": 255.0, "mean": _CAFFE, "std": (1.0,), "order": "BGR"}
-        found.append(Repair("BGR bytes less ImageNet's mean, as Caffe", caffe))
-    return found
+        ranges.append(Repair("BGR bytes minus ImageNet's mean, as in Caffe", caffe))
+    return ranges
 
 
 def _inverted(now: Preprocessing) -> list[Repair]:
-    """1 - x in place of x: s (1 - x) - m = -s x - (m - s)."""
+    """1 - x instead of x: s (1 - x) - m = -s x - (m - s)."""
     scale, mean = now.scale or 1.0, now.mean or (0.0,)
-    return [Repair("black and white exchanged", {"scale": -scale, "mean": tuple(m - scale for m in mean)})]
+    return [Repair("black and white swapped", {"scale": -scale, "mean": tuple(m - scale for m in mean)})]
 
 
 def _orders(now: Preprocessing, channels: int, rank: int) -> list[Repair]:
@@ -90,5 +95,5 @@ def _orders(now: Preprocessing, channels: int, rank: int) -> list[Repair]:
 def _layouts(now: Preprocessing, rank: int) -> list[Repair]:
     if rank not in (2, 3):
         return []
-    known = [layout for layout in AXES if rank == 3 or layout in ("NHWC", "NCHW")]
-    return [Repair(f"layout {layout}", {"layout": layout}) for layout in known if layout != (now.layout or "NHWC")]
+    layouts = [layout for layout in AXES if rank == 3 or layout in ("NHWC", "NCHW")]
+    return [Repair(f"layout {layout}", {"layout": layout}) for layout in layouts if layout != (now.layout or "NHWC")]

@@ -1,1 +1,1 @@
-"""Teacher kinds, one file each."""
+"""Kinds of teachers, one file per kind."""

@@ -1,6 +1,6 @@
-"""`ensemble:A,B,...`, the mean of the members' logits, and `ensemble-prob:A,B,...`, the logarithm of their mean probability.
+"""Ensembles. `ensemble:A,B,...` averages logits; `ensemble-prob:A,B,...` averages probabilities and takes the logarithm.
 
-Members' logits may have different scales, by which the first weighs them; the second gives each member one vote.
+Averaging logits weights the members by the scale of their logits. Averaging probabilities gives each member the same weight.
 """
 
 import re
@@ -15,24 +15,24 @@ from ev3_distill.teachers.teacher import Outputs, Request, Teacher
 
 
 def mean_of_logits(place: str, request: Request) -> Teacher:
-    """The teacher whose logits are the mean of its members'.
+    """Loads an ensemble whose logits are the mean of its members' logits.
 
-    The preprocessing options apply to each member; what differs between them stands in the files beside them. Members are
-    brought to the data's class order before. Features of members are not passed on.
+    The preprocessing options apply to all members. Settings of one member go into the TOML file beside it. The members'
+    logits are put in the data's class order first. Features of members are not available.
 
     Raises:
-      InputError: fewer than two members, a member that is recorded or an ensemble itself, or one that cannot be loaded.
+      InputError: there are fewer than two members, a member is recorded logits or an ensemble, or it cannot be loaded.
     """
     return _ensemble(place, request, probabilities=False)
 
 
 def mean_of_probabilities(place: str, request: Request) -> Teacher:
-    """The teacher whose softmax is the mean of its members'; else as `mean_of_logits`."""
+    """Loads an ensemble whose softmax is the mean of its members' softmax; otherwise as `mean_of_logits`."""
     return _ensemble(place, request, probabilities=True)
 
 
 def _ensemble(place: str, request: Request, *, probabilities: bool) -> Teacher:
-    texts = re.split(f",(?=(?:{'|'.join(request.kinds)}):)", place)  # names of outputs have commas too
+    texts = re.split(f",(?=(?:{'|'.join(request.kinds)}):)", place)  # output names may hold commas
     if len(texts) < 2:
         raise InputError(
             f"an ensemble is two teachers or more, KIND:PLACE,KIND:PLACE,...; got '{request.source}': name another member"
@@ -40,14 +40,14 @@ def _ensemble(place: str, request: Request, *, probabilities: bool) -> Teacher:
     for text in texts:
         if text.startswith("logits:"):
             raise InputError(
-                f"an ensemble runs its members; got {text} in '{request.source}', which is recorded: average the logits "
-                "beforehand and give logits:FILE alone"
+                f"an ensemble runs its members; got recorded logits, {text}, in '{request.source}': average the logits "
+                "yourself and give one logits:FILE"
             )
         if text.startswith("ensemble"):
-            raise InputError(f"an ensemble's members are single teachers; got {text}: name its members here instead")
-    if request.load is None:
-        raise ValueError("an ensemble needs load=, which loads a member")
-    members = [request.load(text) for text in texts]
+            raise InputError(f"members of an ensemble are single teachers; got {text}: list its members instead")
+    if request.load_member is None:
+        raise ValueError("an ensemble needs load_member")
+    members = [request.load_member(text) for text in texts]
     _check_alike(members)
     params = [member.params for member in members]
     return Teacher(
@@ -62,14 +62,14 @@ def _ensemble(place: str, request: Request, *, probabilities: bool) -> Teacher:
 
 
 def _check_alike(members: Sequence[Teacher]) -> None:
-    """Members must agree among themselves where the data leave their classes open."""
+    """Members must have the same classes; this matters if the data do not define them."""
     for member in members[1:]:
         for name in ("num_classes", "class_names"):
             ours, theirs = getattr(members[0], name), getattr(member, name)
             if ours is not None and theirs is not None and ours != theirs:
                 raise InputError(
-                    f"an ensemble's members have the same classes; {members[0].source} has {ours}, {member.source} {theirs}: "
-                    "bring them to one order by a teacher.toml with classes beside each"
+                    f"members of an ensemble have the same classes; {members[0].source} has {ours}, {member.source} has "
+                    f"{theirs}: put a TOML file with classes beside each"
                 )
 
 

@@ -1,4 +1,4 @@
-"""`flax:DIR`, a network of this project: a run's student or teacher, or one that `ev3-distill teach` trained."""
+"""`flax:DIR`: a network of this project, such as the student of a run or a teacher from `ev3-distill teach`."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,13 +12,13 @@ from ev3_distill.runtime.compile import jit
 from ev3_distill.runtime.digest import leaf_bytes
 from ev3_distill.students import count_params, feature_shapes
 from ev3_distill.teachers.loading import digest_of
-from ev3_distill.teachers.preprocessing import IDENTITY, read_beside
-from ev3_distill.teachers.teacher import Model, Request, Teacher, teacher_of
+from ev3_distill.teachers.preprocessing import IDENTITY, read_preprocessing_file
+from ev3_distill.teachers.teacher import Model, Request, Teacher, build_teacher
 from ev3_distill.types import Network, Variables
 
 
 def forward(network: Network, variables: Variables, *, batch_size: int = 1024) -> Callable[[np.ndarray], np.ndarray]:
-    """The network's logits as a function of NumPy inputs [N, ...] -> [N, K] float32, in chunks of `batch_size`."""
+    """Returns a function of NumPy inputs, [N, ...] -> logits [N, K] float32, that runs in batches of `batch_size`."""
     apply = jit(lambda inputs: network.apply(variables, inputs, train=False)[0])
 
     def logits(inputs: np.ndarray) -> np.ndarray:
@@ -31,15 +31,15 @@ def forward(network: Network, variables: Variables, *, batch_size: int = 1024) -
 def outputs_of(
     network: Network, variables: Variables, features: Sequence[str], *, batch_size: int = 1024
 ) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """As `forward`, with features of the network by name beside the logits."""
-    found = network.features
-    if not features or found is None:
+    """Like `forward`, but returns a dictionary of logits and the named features."""
+    apply_with_features = network.features
+    if not features or apply_with_features is None:
         logits = forward(network, variables, batch_size=batch_size)
         return lambda inputs: {"logits": logits(inputs)}
 
     @jit
     def apply(inputs: jax.Array) -> dict[str, jax.Array]:
-        (logits, named), _ = found(variables, inputs, train=False)
+        (logits, named), _ = apply_with_features(variables, inputs, train=False)
         return {"logits": logits, **{name: named[name] for name in features}}
 
     def outputs(inputs: np.ndarray) -> dict[str, np.ndarray]:
@@ -56,62 +56,64 @@ def flax_teacher(
     request: Request | None = None,
     *,
     features: Sequence[str] = (),
-    beside: Preprocessing = IDENTITY,
+    file_preprocessing: Preprocessing = IDENTITY,
 ) -> Teacher:
-    """A network as a teacher.
+    """Builds a teacher from a network.
 
     Args:
-      network: its spec names `input_shape` and `num_classes`.
-      variables: its arrays.
-      source: what to call it.
-      request: what it is for; by default the very data that it was trained on.
-      features: names of those that it gives beside its logits.
-      beside: preprocessing from a file beside it.
+      network: its spec has `input_shape` and `num_classes`.
+      variables: of the network.
+      source: name of the teacher.
+      request: the data it will run on; by default data like those that it was trained on.
+      features: names of the features to return besides the logits.
+      file_preprocessing: from the TOML file beside it.
 
     Returns:
-      The teacher; where it takes the data as they are, with its network, to be run inside the training step.
+      The teacher. If it needs no preprocessing, it has a `network`, which may run inside the training step.
 
     Raises:
       InputError: it does not fit the data.
     """
     shape, classes = tuple(network.spec["input_shape"]), network.spec["num_classes"]
-    shown = feature_shapes(network) if features else {}
-    if missing := [name for name in features if name not in shown]:
+    available = feature_shapes(network) if features else {}
+    if missing := [name for name in features if name not in available]:
         raise InputError(
-            f"a teacher's features are {', '.join(shown) or 'none'}; got {missing[0]} of {source}: name one of these"
+            f"a teacher's features are {', '.join(available) or 'none'}; got {missing[0]} of {source}: name one of these"
         )
     model = Model(
         run=outputs_of(network, variables, features),
         digest=_digest(network, variables, features),
-        beside=beside,
+        file_preprocessing=file_preprocessing,
         input_shape=shape,
         num_outputs=classes,
         params=count_params(variables),
         network=network,
         variables=variables,
     )
-    return teacher_of(model, request or Request(source, IDENTITY, shape, classes, ()))
+    return build_teacher(model, request or Request(source, IDENTITY, shape, classes, ()))
 
 
 def saved_teacher(place: str, request: Request) -> Teacher:
-    """The teacher in the directory of a run or of a saved network, `DIR` or `DIR#FEATURE,...`.
+    """Loads the network in the directory of a run or of a saved network: `DIR` or `DIR#FEATURE,...`.
 
     Raises:
-      InputError: nothing there, or it does not fit the data.
+      InputError: there is no network, or it does not fit the data.
     """
     from pathlib import Path
 
-    if request.networks is None:
-        raise ValueError("a flax: teacher needs networks=, which reads its directory: pass students.load")
-    place, _, named = place.partition("#")
-    network, variables = request.networks(place)
-    features = tuple(filter(None, named.split(",")))
-    beside = read_beside(Path(place).expanduser())
-    return flax_teacher(network, variables, request.source, request, features=features, beside=beside)
+    if request.load_network is None:
+        raise ValueError("a flax: teacher needs load_network=, which reads its directory: pass students.load")
+    directory, _, names = place.partition("#")
+    network, variables = request.load_network(directory)
+    features = tuple(filter(None, names.split(",")))
+    file_preprocessing = read_preprocessing_file(Path(directory).expanduser())
+    return flax_teacher(
+        network, variables, request.source, request, features=features, file_preprocessing=file_preprocessing
+    )
 
 
 def _digest(network: Network, variables: Variables, features: Sequence[str]) -> str:
-    """Of the spec, of every leaf's path, type and bytes, and of the features."""
+    """SHA-256 of the spec, of path, type and bytes of every leaf, and of the feature names."""
     parts: list[str | bytes] = ["flax", json.dumps(dict(network.spec), sort_keys=True), *features]
     for header, content in leaf_bytes(variables):
         parts += [header, content]

@@ -1,6 +1,6 @@
-"""`onnx:FILE`, run by onnxruntime on the CPU; `onnx:FILE#LOGITS,FEATURE,...` names its outputs.
+"""`onnx:FILE`: an ONNX model, run by onnxruntime on the CPU. `onnx:FILE#LOGITS,FEATURE,...` names its outputs.
 
-A feature may be any tensor inside the graph: it is made an output on a copy in memory, which needs the package onnx.
+A feature may be any tensor inside the graph. It becomes an output of a copy in memory, which needs the package onnx.
 """
 
 import difflib
@@ -13,11 +13,11 @@ import numpy as np
 
 from ev3_distill.errors import InputError, summary
 from ev3_distill.runtime.files import sha256_of
-from ev3_distill.teachers.loading import digest_of, file_and_names, package
-from ev3_distill.teachers.preprocessing import read_beside
-from ev3_distill.teachers.teacher import Model, Outputs, Request, Teacher, in_chunks, picked, teacher_of
+from ev3_distill.teachers.loading import digest_of, import_package, split_file_and_outputs
+from ev3_distill.teachers.preprocessing import read_preprocessing_file
+from ev3_distill.teachers.teacher import Model, Outputs, Request, Teacher, build_teacher, in_batches, pick_outputs
 
-LARGEST_BATCH = 256  # a larger one is no faster on a CPU, and its activations need the more memory
+LARGEST_BATCH = 256  # larger batches are no faster on a CPU and need more memory for activations
 DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -33,65 +33,65 @@ _LOCATION = re.compile(
 
 
 def onnx_teacher(place: str, request: Request) -> Teacher:
-    """The teacher in an ONNX file.
+    """Loads an ONNX file.
 
     Args:
       place: FILE, or FILE#LOGITS,FEATURE,... with names of outputs or of tensors inside the graph.
-      request: what it is for.
+      request: the data it will run on.
 
     Raises:
-      InputError: the file is missing, broken, of several inputs, or does not fit the data.
+      InputError: the file is missing or damaged, the model has several inputs, or it does not fit the data.
     """
-    path, names = file_and_names(place, kind="onnx")
-    beside = read_beside(path)
+    path, names = split_file_and_outputs(place, kind="onnx")
+    file_preprocessing = read_preprocessing_file(path)
     session = _session(path, names, request.source)
     entry = _input(session, request.source)
     shapes = {out.name: _shape(out) for out in session.get_outputs() if out.type.startswith("tensor(")}
-    taken = picked(shapes, names, request.expected_outputs(beside), source=request.source)
+    taken = pick_outputs(shapes, names, request.expected_outputs(file_preprocessing), source=request.source)
     shape, logits = _shape(entry), shapes.get(taken[0])
     fixed = shape[0] if shape else None
     model = Model(
-        run=in_chunks(_runner(session, entry, taken), least=fixed or 1, most=fixed or LARGEST_BATCH),
+        run=in_batches(_runner(session, entry, taken), smallest=fixed or 1, largest=fixed or LARGEST_BATCH),
         digest=digest_of(["onnx", *taken, *_bytes_of(path)]),
-        beside=beside,
+        file_preprocessing=file_preprocessing,
         input_shape=None if shape is None else shape[1:],
-        input_bytes=entry.type == "tensor(uint8)",
+        takes_uint8=entry.type == "tensor(uint8)",
         num_outputs=logits[1] if logits and len(logits) == 2 else None,
         params=_params(path),
     )
-    return teacher_of(model, request)
+    return build_teacher(model, request)
 
 
 def _session(path: Path, names: Sequence[str], source: str) -> Any:
-    runtime = package("onnxruntime", kind="onnx", install="onnxruntime")
+    runtime = import_package("onnxruntime", kind="onnx", install="onnxruntime")
     options = runtime.SessionOptions()
-    options.log_severity_level = 4  # what it would print is told by the error
+    options.log_severity_level = 4  # errors are raised, so nothing needs to be printed
 
-    def opened(program: str | bytes) -> Any:
+    def open_session(program: str | bytes) -> Any:
         return runtime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
 
     try:
-        session = opened(str(path))
+        session = open_session(str(path))
         inside = [name for name in names if name not in {output.name for output in session.get_outputs()}]
-        return opened(_with_outputs(path, inside, source)) if inside else session
+        return open_session(_with_outputs(path, inside, source)) if inside else session
     except InputError:
         raise
-    except Exception as error:  # onnxruntime has a type of its own for each way to fail
+    except Exception as error:  # onnxruntime raises many types
         raise InputError(
             f"onnx:FILE needs a model that onnxruntime can load; {path} fails with {summary(error)}: export it again"
         ) from None
 
 
 def _with_outputs(path: Path, names: Sequence[str], source: str) -> bytes:
-    """The model with tensors inside its graph made outputs."""
-    onnx = package("onnx", kind="onnx tensors inside the graph as outputs of", install="onnx")
+    """The model, serialized, with tensors inside its graph as additional outputs."""
+    onnx = import_package("onnx", kind="onnx tensors inside the graph as outputs of", install="onnx")
     model = onnx.load(str(path))
     known = [name for node in model.graph.node for name in node.output if name]
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=5, cutoff=0.3) or known[-5:]
             raise InputError(
-                f"a name after # is one of an output or a tensor in the graph; got '{name}' in {source}: did you mean "
+                f"a name after # is an output or a tensor of the graph; got '{name}' in {source}: did you mean "
                 f"{', '.join(close)}?"
             )
         model.graph.output.append(onnx.ValueInfoProto(name=name))
@@ -101,9 +101,9 @@ def _with_outputs(path: Path, names: Sequence[str], source: str) -> bytes:
 def _input(session: Any, source: str) -> Any:
     entries = session.get_inputs()
     if len(entries) != 1:
-        told_names = ", ".join(entry.name for entry in entries) or "none"
+        names = ", ".join(entry.name for entry in entries) or "none"
         raise InputError(
-            f"a teacher has one input, the examples; {source} has {len(entries)} ({told_names}): export it with one, or wrap "
+            f"a teacher has one input, the examples; {source} has {len(entries)} ({names}): export it with one, or wrap "
             "it in a python:MODULE:FUNCTION teacher"
         )
     if entries[0].type not in DTYPES:
@@ -114,7 +114,7 @@ def _input(session: Any, source: str) -> Any:
 
 
 def _shape(value: Any) -> tuple[int | None, ...] | None:
-    """With the batch axis; None for a free axis, or where nothing is known."""
+    """Shape with the batch axis; None if unknown, or None for a free axis."""
     if not value.shape:
         return None
     return tuple(size if isinstance(size, int) and size > 0 else None for size in value.shape)
@@ -131,7 +131,7 @@ def _runner(session: Any, entry: Any, taken: Sequence[str]) -> Any:
 
 
 def as_type(ready: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Prepared float32 inputs as the type that a program takes; whole numbers are rounded and kept within its range."""
+    """Casts preprocessed float32 inputs to the type that a model takes. For integers, rounds and clips to the range."""
     if dtype.kind == "f":
         return ready.astype(dtype, copy=False)
     limits = np.iinfo(dtype)
@@ -139,18 +139,18 @@ def as_type(ready: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _bytes_of(path: Path) -> list[str]:
-    """Digests of the file and of the files beside it that hold its weights."""
+    """Digests of the file and of the files with external weights beside it."""
     content = path.read_bytes()
     places = set()
     for match in _LOCATION.finditer(content):
         start = match.end()
         places.add(content[start : start + match.group(1)[0]])
-    found = [path.parent / place.decode(errors="replace") for place in sorted(places)]
-    return [sha256_of(path), *(sha256_of(file) for file in found if file.is_file())]
+    weights = [path.parent / place.decode(errors="replace") for place in sorted(places)]
+    return [sha256_of(path), *(sha256_of(file) for file in weights if file.is_file())]
 
 
 def _params(path: Path) -> int | None:
-    """Floating-point numbers stored in the graph; None where the package onnx is not there to count them."""
+    """Number of floating-point values stored in the graph; None if the package onnx is not installed."""
     try:
         import onnx
     except ImportError:

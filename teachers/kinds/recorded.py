@@ -1,4 +1,4 @@
-"""`logits:FILE.npz`, recorded logits as a teacher: any program may have run it. They are in data-set order."""
+"""`logits:FILE.npz`: logits that any program computed beforehand, in the order of the data set."""
 
 from pathlib import Path
 
@@ -17,21 +17,21 @@ def load_logits(
     test_rows: np.ndarray | None = None,
     fingerprint: str | None = None,
 ) -> np.ndarray:
-    """Loads the logits of a teacher.
+    """Loads recorded logits.
 
     Args:
-      path: an npz file with `logits` [N, K], or with `train_logits` and `test_logits` where the source is already
-        split. An optional text `fingerprint` names the data set they were computed on.
+      path: an npz file with `logits` [N, K], or with `train_logits` and `test_logits` if the data come in two parts. An
+        optional text `fingerprint` identifies the data set they were computed on.
       rows: examples in the data set, N.
       num_classes: K.
-      test_rows: the rows that `test_logits` stand for, in order; the others are those of `train_logits`.
-      fingerprint: of the data set at hand, compared with the file's where both are there.
+      test_rows: rows of `test_logits` in the data set, in order; the other rows are those of `train_logits`.
+      fingerprint: of the data set; compared with the file's if both exist.
 
     Returns:
       Logits [N, K] float32, all finite.
 
     Raises:
-      InputError: the file is missing or broken, or holds logits of something else.
+      InputError: the file is missing or damaged, or its logits belong to other data or classes.
     """
     path = Path(path).expanduser()
     arrays = npz.read(
@@ -41,18 +41,18 @@ def load_logits(
         option="logits:FILE",
         expected="logits, or train_logits and test_logits",
     )
-    made_on = arrays.get("fingerprint")
-    if fingerprint is not None and made_on is not None and str(made_on) != fingerprint:
+    recorded_on = arrays.get("fingerprint")
+    if fingerprint is not None and recorded_on is not None and str(recorded_on) != fingerprint:
         raise InputError(
-            f"{path}: logits must come from this very data set, fingerprint {fingerprint[:12]}; got "
-            f"{str(made_on)[:12]}: the logits are stale or another data set's, run the teacher again"
+            f"{path}: logits must come from this data set, fingerprint {fingerprint[:12]}; got "
+            f"{str(recorded_on)[:12]}: the logits are stale or belong to other data, run the teacher again"
         )
     if "logits" in arrays:
         return _check(path, "logits", arrays["logits"], rows, num_classes)
     if test_rows is None:
         raise InputError(
-            f"{path}: a data set without test examples of its own needs logits; got train_logits and test_logits: "
-            "save one array logits in data-set order"
+            f"{path}: a data set without a test part needs logits; got train_logits and test_logits: "
+            "save one array, logits, in the order of the data set"
         )
     is_test = np.zeros(rows, bool)
     is_test[test_rows] = True
@@ -63,7 +63,7 @@ def load_logits(
 
 
 def _check(path: Path, name: str, logits: np.ndarray, rows: int, num_classes: int) -> np.ndarray:
-    """The logits [rows, num_classes] as float32."""
+    """Checks logits [rows, num_classes] and returns them as float32."""
     if logits.dtype.kind not in "uif" or logits.ndim != 2:
         raise InputError(
             f"{path}: {name} must be numbers [N, K]; got {logits.dtype} {list(logits.shape)}: one row per example"
@@ -77,18 +77,18 @@ def _check(path: Path, name: str, logits: np.ndarray, rows: int, num_classes: in
             f"{path}: {name} must have one column per class, {num_classes}; got {logits.shape[1]}: "
             "use a teacher of these classes"
         )
-    with np.errstate(over="ignore"):  # of float64, found below
+    with np.errstate(over="ignore"):  # float64 may overflow; the check below finds it
         logits = logits.astype(np.float32)
     finite = np.isfinite(logits).all(axis=1)
     if not finite.all():
         raise InputError(
             f"{path}: {name} must be finite; got nan or infinity in row {int(finite.argmin())}: "
-            "check the teacher and its input scale"
+            "check the teacher and the scale of its inputs"
         )
     return logits
 
 
 def save_logits(path: str | Path, logits: np.ndarray, fingerprint: str) -> None:
-    """Saves logits [N, K] with the fingerprint of their data set, whole or not at all."""
+    """Saves logits [N, K] with the fingerprint of their data set, atomically."""
     with atomic_write(Path(path).expanduser()) as file:
         np.savez(file, logits=np.asarray(logits, np.float32), fingerprint=np.array(fingerprint))

@@ -1,4 +1,4 @@
-"""`sklearn:FILE.skops`, a scikit-learn classifier saved by skops, which never runs code that the file brings along."""
+"""`sklearn:FILE.skops`: a scikit-learn classifier saved with skops. Loading it never runs code from the file."""
 
 import zipfile
 from pathlib import Path
@@ -8,47 +8,47 @@ import numpy as np
 
 from ev3_distill.errors import InputError, summary
 from ev3_distill.runtime.files import sha256_of
-from ev3_distill.teachers.loading import digest_of, file_and_names, package
-from ev3_distill.teachers.preprocessing import read_beside
-from ev3_distill.teachers.teacher import Model, Outputs, Request, Teacher, teacher_of
+from ev3_distill.teachers.loading import digest_of, import_package, split_file_and_outputs
+from ev3_distill.teachers.preprocessing import read_preprocessing_file
+from ev3_distill.teachers.teacher import Model, Outputs, Request, Teacher, build_teacher
 
-LEAST_PROBABILITY = 1e-7  # of a class, so that its logarithm is finite
+LEAST_PROBABILITY = 1e-7  # of a class; keeps its logarithm finite
 
 
 def sklearn_teacher(place: str, request: Request) -> Teacher:
-    """The classifier in a skops file; it gets its inputs flattened.
+    """Loads the classifier in a skops file. Its inputs are flattened.
 
-    Logits are the decision function [B, K]; of two classes, whose decision d is one number, (-d/2, d/2), so that their
-    softmax is the logistic function of d; without a decision function, the logarithms of `predict_proba`.
+    Logits are the decision function [B, K]. With two classes the decision d is one number, and the logits are (-d/2, d/2),
+    whose softmax is the logistic function of d. Without a decision function they are the logarithms of `predict_proba`.
 
     Raises:
-      InputError: the file is missing or broken, holds types that are not trusted, or no classifier.
+      InputError: the file is missing or damaged, holds untrusted types, or holds no classifier.
     """
-    path, names = file_and_names(place, kind="sklearn")
+    path, names = split_file_and_outputs(place, kind="sklearn")
     if names:
-        raise InputError(f"an sklearn teacher has one output; got names {', '.join(names)}: leave out what follows #")
+        raise InputError(f"an sklearn teacher has one output; got the names {', '.join(names)}: remove # and the names")
     estimator = _load(path)
     classes = getattr(estimator, "classes_", None)
     decides = hasattr(estimator, "decision_function") or hasattr(estimator, "predict_proba")
     if not isinstance(classes, np.ndarray) or classes.ndim != 1 or not decides:
         raise InputError(
             f"an sklearn teacher is a fitted classifier with decision_function or predict_proba; {path} holds "
-            f"{type(estimator).__name__}: save another"
+            f"{type(estimator).__name__}: save a classifier"
         )
     features = getattr(estimator, "n_features_in_", None)
     model = Model(
         run=lambda ready: _logits(estimator, ready.reshape(len(ready), -1), len(classes)),
         digest=digest_of(["sklearn", sha256_of(path)]),
-        beside=read_beside(path),
+        file_preprocessing=read_preprocessing_file(path),
         input_shape=(None if features is None else int(features),),
         num_outputs=len(classes),
         class_names=tuple(str(name) for name in classes.tolist()),
     )
-    return teacher_of(model, request)
+    return build_teacher(model, request)
 
 
 def _load(path: Path) -> Any:
-    io = package("skops.io", kind="sklearn", install="ev3-distill[sklearn]")
+    io = import_package("skops.io", kind="sklearn", install="ev3-distill[sklearn]")
     try:
         untrusted = io.get_untrusted_types(file=str(path))
         if not untrusted:
@@ -58,14 +58,14 @@ def _load(path: Path) -> Any:
             f"sklearn:FILE needs a file that skops.io.dump wrote; {path} fails with {summary(error)}: write it again"
         ) from None
     raise InputError(
-        f"a skops file may hold types that skops trusts; {path} holds {', '.join(untrusted)}: if you trust them, load it in a "
-        "module of your own and give python:MODULE:FUNCTION"
+        f"a skops file may hold only types that skops trusts; {path} holds {', '.join(untrusted)}: if you trust them, load it "
+        "in your own module and give python:MODULE:FUNCTION"
     )
 
 
 def _logits(estimator: Any, rows: np.ndarray, classes: int) -> Outputs:
-    one_by_one = classes > 2 and getattr(_last(estimator), "decision_function_shape", "") == "ovo"
-    if hasattr(estimator, "decision_function") and not one_by_one:
+    one_vs_one = classes > 2 and getattr(_last(estimator), "decision_function_shape", "") == "ovo"
+    if hasattr(estimator, "decision_function") and not one_vs_one:
         decision = np.asarray(estimator.decision_function(rows))
         return {"logits": np.stack([-decision / 2, decision / 2], axis=1) if decision.ndim == 1 else decision}
     return {"logits": np.log(np.clip(estimator.predict_proba(rows), LEAST_PROBABILITY, 1))}

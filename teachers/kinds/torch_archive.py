@@ -1,9 +1,9 @@
-"""An archive of `torch.export.save`, made safe to load: what it holds is data and calls of PyTorch's own operators.
+"""Makes an archive of `torch.export.save` safe to load: only data and calls of PyTorch's own operators remain.
 
-`torch.export.load` unpickles: the sample inputs (falling back to the unrestricted unpickler), tensor subclasses and custom
-objects; it evaluates the text of symbolic sizes and compiles the text of names and guards. So the archive is written anew in
-memory without sample inputs, guards and metadata, and refused where anything else could name code. Tied to the format of
-PyTorch 2.9 and later (schema 8).
+`torch.export.load` can run code. It unpickles the sample inputs (with the unrestricted unpickler as a fallback), tensor
+subclasses and custom objects; it evaluates the text of symbolic sizes; and it compiles the text of names and guards. So this
+module rewrites the archive in memory without sample inputs, guards and metadata, and rejects it if anything else could name
+code. It depends on the format of PyTorch 2.9 and later (schema 8).
 """
 
 import ast
@@ -23,8 +23,8 @@ SAVE = (
 )
 
 _TEXT = re.compile(r"-?[\w.]*", re.ASCII)
-_NAME = re.compile(r"\w*", re.ASCII)  # of a value of the graph, which becomes a variable of compiled code
-_KEY = re.compile(r"[\w.*+\-/() ]*", re.ASCII)  # of a table: only looked up
+_NAME = re.compile(r"\w*", re.ASCII)  # of a value in the graph; becomes a variable of compiled code
+_KEY = re.compile(r"[\w.*+\-/() ]*", re.ASCII)  # of a table; only looked up
 _FREE = (
     "as_string",
     "as_strings",
@@ -32,7 +32,7 @@ _FREE = (
     "expr_str",
     "in_spec",
     "out_spec",
-)  # texts that are data, or checked apart
+)  # texts that are data, or have a check of their own
 _OPERATOR = re.compile(
     r"""torch\.ops\.aten\.(?!from_file)(?!__(?!and__|or__|xor__|lshift__|rshift__))\w+(\.\w+)?
     |torch\.ops\.higher_order\.(cond|while_loop|scan|map_impl|wrap_with_set_grad_enabled|wrap_with_autocast)
@@ -47,37 +47,37 @@ _EXPRESSION = (ast.Expression, ast.Call, ast.keyword, ast.Name, ast.Load, ast.Co
 
 
 class _Unsafe(ValueError):
-    """What in an archive is not data."""
+    """An archive holds something that is not data."""
 
 
 def safe_archive(path: Path) -> io.BytesIO:
-    """The archive without all that loading would run.
+    """Rewrites an archive without the parts that would run code.
 
     Raises:
-      InputError: no archive of a recent `torch.export.save`, or one that must not be loaded.
+      InputError: it is not an archive of a recent `torch.export.save`, or it is not safe to load.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             return _rebuilt(archive)
     except _Unsafe as error:
         raise InputError(
-            f"a .pt2 teacher is data and PyTorch's own operators, so that loading it runs no code of the file; {path} has "
-            f"{error}: export it without, or give python:MODULE:FUNCTION"
+            f"a .pt2 teacher holds only data and PyTorch's own operators, so that loading it runs no code; {path} has "
+            f"{error}: export it without that, or give python:MODULE:FUNCTION"
         ) from None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError) as error:
         raise InputError(
-            f"torch:FILE.pt2 needs a whole archive of torch.export; {path} is not ({error}): write it by {SAVE}"
+            f"torch:FILE.pt2 needs a complete archive of torch.export; {path} cannot be read ({error}): write it with {SAVE}"
         ) from None
 
 
 def _rebuilt(archive: zipfile.ZipFile) -> io.BytesIO:
     names = archive.namelist()
     if len(set(names)) != len(names):
-        raise _Unsafe("two entries of one name")
+        raise _Unsafe("two entries with the same name")
     if not any(name.endswith("/models/model.json") for name in names):
-        raise KeyError("it holds no models/model.json, which a program of torch.export has")
+        raise KeyError("it lacks models/model.json, which a program of torch.export has")
     content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as safe:  # stored, as torch's own
+    with zipfile.ZipFile(content, "w") as safe:  # stored without compression, as torch does
         for name in names:
             safe.writestr(name, _entry(name, archive))
     content.seek(0)
@@ -85,10 +85,10 @@ def _rebuilt(archive: zipfile.ZipFile) -> io.BytesIO:
 
 
 def _entry(name: str, archive: zipfile.ZipFile) -> bytes:
-    """One entry's bytes, checked."""
+    """Content of one entry, checked."""
     inner = name.partition("/")[2]
     if inner.startswith("data/sample_inputs/"):
-        return b""  # a pickle, which the program does not need
+        return b""  # a pickle that the program does not need
     if inner.startswith(("data/weights/", "data/constants/")) and inner.endswith("_config.json"):
         content = archive.read(name)
         for key, value in _leaves(json.loads(content)):
@@ -103,7 +103,7 @@ def _entry(name: str, archive: zipfile.ZipFile) -> bytes:
         r"data/weights/weight_\d+|data/constants/tensor_\d+|archive_format|archive_version|byteorder|\.data/\w+", inner
     )
     if not known:
-        raise _Unsafe(f"an entry '{inner}', which is neither program nor weights")
+        raise _Unsafe(f"an entry '{inner}', which is neither a program nor weights")
     return archive.read(name)
 
 
@@ -114,7 +114,7 @@ def _without(tree: Any, blank: dict[str, Any]) -> Any:
 
 
 def _leaves(tree: Any, key: str = "-") -> Iterator[tuple[str, Any]]:
-    """All keys, named "", and all values that are no container, with their key."""
+    """Yields ("", key) for each key, and (key, value) for each value that is not a container."""
     if isinstance(tree, dict):
         for name, value in tree.items():
             yield "", name
@@ -132,9 +132,9 @@ def _check_program(program: Any) -> None:
             continue
         pattern = {"": _KEY, "name": _NAME}.get(key, _TEXT)
         if key not in _FREE and not pattern.fullmatch(value):
-            raise _Unsafe(f"a name that is none, '{value[:80]}'")
+            raise _Unsafe(f"an invalid name, '{value[:80]}'")
         if key in ("target", "as_operator") and not _OPERATOR.fullmatch(value):
-            raise _Unsafe(f"the operator {value}, which is not one of PyTorch's plain ones")
+            raise _Unsafe(f"the operator {value}, which is not a plain operator of PyTorch")
         if key == "expr_str":
             _check_expression(value)
         if key in ("in_spec", "out_spec"):
@@ -142,11 +142,11 @@ def _check_program(program: Any) -> None:
 
 
 def _check_expression(text: str) -> None:
-    """A symbolic size: calls of classes such as Mul and Symbol on numbers, names and each other."""
+    """Checks a symbolic size: only calls of classes such as Mul and Symbol on numbers, names and each other."""
     try:
         nodes = list(ast.walk(ast.parse(text, mode="eval")))
     except (SyntaxError, ValueError, RecursionError):
-        raise _Unsafe(f"a size that cannot be read, '{text[:80]}'") from None
+        raise _Unsafe(f"a size that cannot be parsed, '{text[:80]}'") from None
     for node in nodes:
         called = not isinstance(node, ast.Call) or (
             isinstance(node.func, ast.Name) and re.fullmatch(r"[A-Z]\w*|floor|ceiling", node.func.id, re.ASCII)
@@ -154,7 +154,7 @@ def _check_expression(text: str) -> None:
         plain = not isinstance(node, ast.Constant) or not isinstance(node.value, str | bytes) or _is_name(node.value)
         named = not isinstance(node, ast.Name) or not node.id.startswith("_")
         if not (isinstance(node, _EXPRESSION) and called and plain and named):
-            raise _Unsafe(f"a size that is no expression of sizes, '{text[:80]}'")
+            raise _Unsafe(f"a size that is not an expression of sizes, '{text[:80]}'")
 
 
 def _is_name(value: str | bytes) -> bool:
@@ -164,4 +164,4 @@ def _is_name(value: str | bytes) -> bool:
 def _check_spec(text: str) -> None:
     for key, value in _leaves(json.loads(text) if text else {}):
         if key == "type" and value not in _SPEC_TYPES:
-            raise _Unsafe(f"inputs or outputs in a {value} (only tuples, lists and dictionaries are plain)")
+            raise _Unsafe(f"inputs or outputs in a {value} (only tuples, lists and dictionaries are allowed)")

@@ -1,7 +1,4 @@
-"""What can go wrong with what is given: bad input gives one clear error and writes nothing.
-
-Every error names the rule, the value got, and the way out.
-"""
+"""Invalid input gives one clear error and writes nothing. Each error names the rule, the value and the way out."""
 
 import re
 
@@ -168,7 +165,7 @@ def test_bad_logits(cli, here, logits, says):
 
 def test_logits_of_other_data(cli, here):
     np.savez(here / "logits.npz", logits=np.zeros((ROWS, CLASSES)), fingerprint=np.array("f00"))
-    refused(cli, here, "compress", "--teacher", "logits:logits.npz", says="very data set, fingerprint .*; got f00: ")
+    refused(cli, here, "compress", "--teacher", "logits:logits.npz", says="this data set, fingerprint .*; got f00: ")
 
 
 def test_flax_teacher_of_other_data(cli, here, finished):
@@ -178,7 +175,7 @@ def test_flax_teacher_of_other_data(cli, here, finished):
         cli,
         here,
         *argv,
-        says=r"a teacher's input must be of the data's size; flax:.* takes \[8, 8, 1\], the examples are \[4\]: take another",
+        says=r"must have the size of the examples; flax:.* takes \[8, 8, 1\], the examples are \[4\]: use another",
     )
 
 

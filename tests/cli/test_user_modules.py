@@ -77,7 +77,7 @@ def test_the_command_line_uses_modules_of_the_user_where_named_and_ours_elsewher
         *("--guard", GUARD, "--arms", "mse", "--budget", "60", "--out", run),
     )
     assert code == 0, err
-    assert "python:teachers:logits: 100.0% right" in err + out
+    assert "python:teachers:logits: accuracy 100.0%" in err + out
     assert f"Guard {GUARD}: certified" in out
     code, out, err = python(folder, *command, "evaluate", run, "--student", "students:make", "--guard", GUARD)
     assert code == 0, err

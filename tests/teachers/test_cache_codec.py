@@ -1,4 +1,4 @@
-"""Encodings of logits and features: what comes back, to which precision, and what is refused."""
+"""The codec of cached outputs: round trips, their precision, and errors."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ev3_distill.errors import InputError
-from ev3_distill.teachers.cache.codec import Encoding
+from ev3_distill.teachers.cache.codec import Codec
 
 K = 5
 PRECISIONS = ("float32", "float16", "top2")
@@ -19,14 +19,14 @@ def softmax(x):
 
 
 def through(precision, array, **features):
-    """What is read of what was written."""
+    """Encodes and decodes an array."""
     array = np.asarray(array, np.float32)
-    encoding = Encoding(precision, {"logits": array.shape[1:], **{n: f.shape[1:] for n, f in features.items()}})
-    outputs = encoding.arrays({"logits": array, **features}, len(array))
-    assert encoding.fault(outputs) is None
-    records = encoding.encode(outputs)
-    assert (encoding.difference(records, outputs) <= encoding.tolerance).all()
-    return encoding.decode(records)
+    codec = Codec(precision, {"logits": array.shape[1:], **{n: f.shape[1:] for n, f in features.items()}})
+    outputs = codec.arrays({"logits": array, **features}, len(array))
+    assert codec.fault(outputs) is None
+    records = codec.encode(outputs)
+    assert (codec.difference(records, outputs) <= codec.tolerance).all()
+    return codec.decode(records)
 
 
 def test_float16_of_huge_logits_keeps_offset_and_top():
@@ -44,7 +44,7 @@ def test_top2_by_hand():
 
 @pytest.mark.parametrize(("classes", "size"), [(256, 1), (257, 2), (65536, 2), (65537, 4)])
 def test_the_smallest_index_that_holds_the_classes(classes, size):
-    assert Encoding("top3", {"logits": (classes,)}).dtype.itemsize == 4 + 4 + 3 * (2 + size)
+    assert Codec("top3", {"logits": (classes,)}).dtype.itemsize == 4 + 4 + 3 * (2 + size)
     array = np.zeros((1, classes))
     array[0, -3:] = [1, 3, 2]
     np.testing.assert_allclose(through("top3", array)["logits"][0, -3:], [1, 3, 2], rtol=1e-3)
@@ -96,7 +96,7 @@ def test_round_trip_of_top_k_has_the_residual_mass(array, scale, data):
 @settings(max_examples=60, deadline=None)
 @given(array=arrays, data=st.data())
 def test_the_residual_mass_is_exact(array, data):
-    """With no ties and top logits that float16 holds exactly, so is every other figure."""
+    """Without ties, and with top logits that are exact in float16, all other probabilities are exact too."""
     classes = array.shape[1]
     k = data.draw(st.integers(1, classes - 1))
     array[:, :k] = 4 + np.arange(k) / 8
@@ -119,23 +119,23 @@ def test_features(precision):
 def test_features_beyond_float16():
     outputs = {"logits": np.zeros((3, K), np.float32), "wide": np.float32([[1], [7e4], [1e5]])}
     fields = {"logits": (K,), "wide": (1,)}
-    assert Encoding("float32", fields).fault(outputs) is None
-    assert Encoding("top2", fields).fault(outputs) == (
+    assert Codec("float32", fields).fault(outputs) is None
+    assert Codec("top2", fields).fault(outputs) == (
         1,
         "wide must be within 65,504 to be cached in float16; got 1e+05",
     )
 
 
 @pytest.mark.parametrize(
-    ("precision", "fields", "says"),
+    ("precision", "fields", "message"),
     [
-        ("float8", {"logits": (3,)}, "as float32, float16 or top<k>; got 'float8': take one"),
+        ("float8", {"logits": (3,)}, "as float32, float16 or top<k>; got 'float8': use one"),
         ("top0", {"logits": (3,)}, "got 'top0'"),
-        ("top3", {"logits": (3,)}, "k below the number of classes, 3; got top3: take float16"),
+        ("top3", {"logits": (3,)}, "k below the number of classes, 3; got top3: use float16"),
         ("float32", {"feature": (3,)}, r"logits of shape \(K,\); got {'feature': \(3,\)}"),
         ("float32", {"logits": (3, 4)}, r"logits of shape \(K,\)"),
     ],
 )
-def test_no_such_encoding(precision, fields, says):
-    with pytest.raises(InputError, match=says):
-        Encoding(precision, fields)
+def test_an_unknown_precision_is_refused(precision, fields, message):
+    with pytest.raises(InputError, match=message):
+        Codec(precision, fields)

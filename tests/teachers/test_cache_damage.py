@@ -1,4 +1,4 @@
-"""Damage to a file of logits: every row comes back right or counts as missing."""
+"""Damaged shards of a store: each row is right or counts as missing."""
 
 import json
 import os
@@ -8,70 +8,70 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from teacher_cache_files import CHUNK, contents, filled, mend, pixels_of, read_back, teacher
+from teacher_cache_files import (
+    SHARD_BYTES,
+    assert_repaired,
+    contents,
+    filled_store,
+    inputs_of,
+    read_back,
+    shards_in,
+    teacher,
+)
 
 from ev3_distill.errors import InputError
-from ev3_distill.teachers.cache import append_log, output_store
-from ev3_distill.teachers.cache.output_store import LogitStore, collect
+from ev3_distill.teachers.cache import output_store
+from ev3_distill.teachers.cache.output_store import OutputStore, collect
+from ev3_distill.teachers.cache.shards import HEADER
 
 
-def damaged_in(content, chunk, how):
-    at = chunk * CHUNK
-    return {
-        "magic": content[:at] + b"\0" + content[at + 1 :],
-        "rows": content[: at + 8] + b"\xff" + content[at + 9 :],
-        "length": content[: at + 22] + b"\x01" + content[at + 23 :],
-        "checksum": content[: at + 24] + bytes([content[at + 24] ^ 1]) + content[at + 25 :],
-        "id": content[: at + 40] + bytes([content[at + 40] ^ 1]) + content[at + 41 :],
-        "value": content[: at + CHUNK - 1] + bytes([content[at + CHUNK - 1] ^ 0x80]) + content[at + CHUNK :],
-        "zeros": content[:at] + bytes(CHUNK) + content[at + CHUNK :],
-        "magic within": content[: at + 99] + append_log.MAGIC + content[at + 99 + len(append_log.MAGIC) :],
-        "lost": content[: at + 50] + content[at + CHUNK - 50 :],
-        "doubled": content[: at + 50] + content[at:],
-        "two": content[: at + 50] + b"\xff" * CHUNK + content[at + CHUNK + 50 :],
-    }[how]
+def flipped(content, at):
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
-HOWS = ("magic", "rows", "length", "checksum", "id", "value", "zeros", "magic within", "lost", "doubled", "two")
+DAMAGE = {
+    "magic": lambda content: flipped(content, 0),
+    "count": lambda content: flipped(content, 8),
+    "huge count": lambda content: content[:8] + b"\xff" * 8 + content[16:],
+    "checksum": lambda content: flipped(content, 16),
+    "id": lambda content: flipped(content, HEADER.size),
+    "value": lambda content: flipped(content, len(content) - 1),
+    "zeros": lambda content: bytes(len(content)),
+    "cut": lambda content: content[:-1],
+    "longer": lambda content: content + b"\0",
+    "empty": lambda content: b"",
+    "header only": lambda content: content[: HEADER.size],
+}
+ROWS_BY_SIZE = {"empty": 0, "header only": 0, "cut": 15}  # damaged rows that the size of the file still tells
 
 
-@pytest.mark.parametrize("block", [48, append_log.BLOCK])
-@pytest.mark.parametrize("how", HOWS)
-def test_a_chunk_damaged_in_the_middle_is_rebuilt(how, block, tmp_path, small_chunks, monkeypatch):
-    monkeypatch.setattr(append_log, "BLOCK", block)
-    log = filled(tmp_path)
-    log.write_bytes(damaged_in(log.read_bytes(), 3, how))
-    missing, damaged = read_back(log)
-    expected = {"doubled": [], "two": list(range(48, 80))}.get(how, list(range(48, 64)))
-    assert missing == expected
-    assert damaged == {"lost": 2, "doubled": 0, "magic within": 14}.get(how, len(missing))  # as the bytes tell
-    mend(log, missing)
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("shard", [3, 12])
+def test_rows_of_a_damaged_shard_are_computed_again(damage, shard, tmp_path, small_shards):
+    directory = filled_store(tmp_path)
+    path = shards_in(directory)[shard]
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    missing, damaged = read_back(directory)
+    assert missing == list(range(16 * shard, min(16 * shard + 16, 200)))
+    assert damaged == ROWS_BY_SIZE.get(damage, len(missing)) - (shard == 12 and damage == "cut") * 8
+    assert_repaired(directory, missing)
+    assert not path.exists()
 
 
-def test_mended_damage_is_told_once(tmp_path, small_chunks):
-    """Though other rows are still missing."""
+def test_repaired_damage_is_reported_once(tmp_path, small_shards):
+    """Even if other rows are still missing."""
 
-    def some():
-        with LogitStore(contents(), root=tmp_path) as store:
-            collect(teacher, pixels_of, range(112), store, batch_size=16)
-        return store.directory / "rows.log"
+    def fill_some():
+        with OutputStore(contents(), root=tmp_path) as store:
+            collect(teacher, inputs_of, range(112), store, batch_size=16)
+        return store.directory
 
-    log = some()
-    log.write_bytes(damaged_in(log.read_bytes(), 3, "value"))
-    assert read_back(log) == ([*range(48, 64), *range(112, 200)], 16)
-    some()
-    assert read_back(log) == (list(range(112, 200)), 0)
-
-
-@pytest.mark.parametrize("how", ["magic", "checksum", "value", "zeros"])
-def test_a_last_chunk_damaged(how, tmp_path, small_chunks):
-    log = filled(tmp_path, rows=192)
-    log.write_bytes(damaged_in(log.read_bytes(), 11, how))
-    missing, damaged = read_back(log, 192)
-    assert missing == list(range(176, 192))
-    assert damaged == (16 if how == "value" else 0)  # without a header it looks like a torn tail
-    mend(log, missing, 192)
-    assert log.stat().st_size == 12 * CHUNK
+    directory = fill_some()
+    path = shards_in(directory)[3]
+    path.write_bytes(DAMAGE["value"](path.read_bytes()))
+    assert read_back(directory) == ([*range(48, 64), *range(112, 200)], 16)
+    fill_some()
+    assert read_back(directory) == (list(range(112, 200)), 0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -80,67 +80,67 @@ def test_bit_flips_never_give_wrong_values(seed, flips, tmp_path_factory):
     rng = np.random.default_rng(seed)
     root = tmp_path_factory.mktemp("flips")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output_store, "CHUNK_ROWS", 16)
-        log = filled(root)
-    content = bytearray(log.read_bytes())
+        patch.setattr(output_store, "SHARD_ROWS", 16)
+        directory = filled_store(root)
+    shards = shards_in(directory)
     for _ in range(flips):
+        path = shards[rng.integers(len(shards))]
+        content = bytearray(path.read_bytes())
         content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
-    log.write_bytes(content)
-    missing, _ = read_back(log)
+        path.write_bytes(content)
+    missing, _ = read_back(directory)
     assert 0 <= len(missing) <= 16 * flips
-    mend(log, missing)
+    assert_repaired(directory, missing)
     shutil.rmtree(root)
 
 
-def test_a_tail_cut_anywhere(tmp_path, small_chunks):
-    log = filled(tmp_path)
-    content = log.read_bytes()
-    for size in (*range(3 * CHUNK - 40, 3 * CHUNK + 60), CHUNK - 1, 31, 1, 0):
-        log.write_bytes(content[:size])
-        missing, damaged = read_back(log)
-        assert missing == list(range(size // CHUNK * 16, 200))
-        assert damaged == 0
-        if size % 9 == 0:
-            log.write_bytes(content[:size] + bytes(20 * CHUNK if size % 2 else 0))
-            mend(log, missing)
-            assert log.read_bytes() == content
+def test_lost_and_foreign_shards(tmp_path, small_shards):
+    directory, other = filled_store(tmp_path), filled_store(tmp_path, view="other")
+    shards = shards_in(directory)
+    assert [path.stat().st_size for path in shards[:-1]] == [SHARD_BYTES] * 12
+    shards[2].unlink()
+    shutil.copy(shards_in(other)[2], directory)
+    assert read_back(directory) == (list(range(32, 48)), 16)
+    assert_repaired(directory, list(range(32, 48)))
 
 
-def test_a_log_of_another_store_is_not_trusted(tmp_path):
-    other = filled(tmp_path, view="other")
-    with LogitStore(contents(), root=tmp_path) as store:
-        pass
-    shutil.copy(other, store.directory / "rows.log")
-    assert read_back(store.directory / "rows.log")[0] == list(range(200))
+def test_temporary_files_of_killed_writers_are_deleted(tmp_path):
+    directory = filled_store(tmp_path, rows=200)
+    shards_in(directory)[0].unlink()
+    (directory / ".0123.rows.77.tmp").write_bytes(b"half")
+    assert_repaired(directory, list(range(200)))
+    assert sorted(path.suffix for path in directory.iterdir()) == ["", ".json", ".rows"]
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("teacher", "x"), ("data", "x"), ("view", "x"), ("precision", "float16"), ("rows", 3), ("format", 0)],
 )
-def test_a_foreign_directory_is_refused(name, value, tmp_path):
-    log = filled(tmp_path)
-    path = log.parent / "meta.json"
+def test_a_directory_of_another_store_is_refused(name, value, tmp_path):
+    path = filled_store(tmp_path) / "meta.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    says = f"must hold logits of {name} .*; got {value}: the cache is stale or another's, delete that directory or name"
-    with pytest.raises(InputError, match=says):
-        LogitStore(contents(), root=tmp_path)
+    message = f"must hold outputs with {name} .*; got {value}: the cache is stale or was changed, delete that directory"
+    with pytest.raises(InputError, match=message):
+        OutputStore(contents(), root=tmp_path)
     path.write_text("{")
-    with pytest.raises(InputError, match="the cache is stale or another's"):
-        LogitStore(contents(), root=tmp_path)
+    with pytest.raises(InputError, match="the cache is stale or was changed"):
+        OutputStore(contents(), root=tmp_path)
 
 
-def test_other_fields_and_sources(tmp_path):
-    filled(tmp_path, teacher_source="a", data_source="b")
-    with pytest.raises(InputError, match=r"must hold logits of fields {'logits': \[6\]}; got {'logits': \[5\]}"):
-        LogitStore(contents(fields={"logits": (6,)}), root=tmp_path)
-    with LogitStore(contents(teacher_source="c"), root=tmp_path) as store:  # named otherwise, and the same
+def test_other_fields_are_refused_and_other_sources_accepted(tmp_path):
+    filled_store(tmp_path, teacher_source="a", data_source="b")
+    with pytest.raises(InputError, match=r"must hold outputs with fields {'logits': \[6\]}; got {'logits': \[5\]}"):
+        OutputStore(contents(fields={"logits": (6,)}), root=tmp_path)
+    with OutputStore(contents(teacher_source="c"), root=tmp_path) as store:
         assert not len(store.missing(range(200)))
 
 
-def test_a_cut_while_in_use(tmp_path):
-    log = filled(tmp_path)
-    with LogitStore(contents(), root=tmp_path) as store:
-        os.truncate(log, 1000)
-        with pytest.raises(InputError, match=r"must not be cut while it is in use; .*rows.log was: start again"):
+def test_a_change_while_in_use_is_reported(tmp_path):
+    (path,) = shards_in(filled_store(tmp_path))
+    with OutputStore(contents(), root=tmp_path) as store:
+        os.truncate(path, 1000)
+        with pytest.raises(InputError, match=r"must not change while it is in use; .*\.rows did .*: start again"):
+            store.read(range(200))
+        path.unlink()
+        with pytest.raises(InputError, match="FileNotFoundError"):
             store.read(range(200))

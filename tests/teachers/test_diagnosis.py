@@ -1,4 +1,4 @@
-"""Mistakes in a teacher's inputs are named; a fine teacher, and one that is just weak, raise no alarm."""
+"""Diagnosis names errors in preprocessing and class order; good and weak teachers raise no false alarm."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ from ev3_distill.teachers.diagnosis.repairs import pairs, repairs
 K = 6
 NAMES = tuple(f"class {i}" for i in range(K))
 RNG = np.random.default_rng(3)
-PATTERNS = RNG.random((K, 6, 6, 3)) * np.array([1.0, 0.6, 0.3])  # colours differ, so that their order matters
+PATTERNS = RNG.random((K, 6, 6, 3)) * np.array([1.0, 0.6, 0.3])  # colors differ, so that their order matters
 CENTRE = PATTERNS.mean(axis=0)
 
 
@@ -56,7 +56,7 @@ def teacher(monkeypatch):
     return make
 
 
-def test_a_fine_teacher(teacher):
+def test_a_good_teacher_has_no_remedy(teacher):
     images, labels = data(800)
     found = diagnose(teacher(), images, labels, NAMES)
     assert found.accuracy > 0.95
@@ -64,12 +64,12 @@ def test_a_fine_teacher(teacher):
     assert found.n == 800
     assert found.low < found.accuracy <= found.high
     assert found.lines() == [
-        f"teacher python:in_memory:f: {found.accuracy:.1%} right on 800 labelled examples (95 % interval {found.low:.1%} to "
-        f"{found.high:.1%}; the largest class alone gives {found.chance:.1%})"
+        f"teacher python:in_memory:f: accuracy {found.accuracy:.1%} on 800 labeled examples (95 % interval {found.low:.1%} to "
+        f"{found.high:.1%}; the largest class alone: {found.chance:.1%})"
     ]
 
 
-MISTAKES = {
+ERRORS = {
     "order": ({"order": "BGR"}, {"order": "RGB"}),
     "bytes": ({"scale": 255.0}, {"scale": 1.0}),
     "tiny": ({"scale": 1 / 255}, {"scale": 1.0}),
@@ -81,12 +81,12 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_named_with_what_undoes_it(teacher, name):
-    wrong, right = MISTAKES[name]
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_is_named_with_the_options_that_undo_it(teacher, name):
+    wrong, right = ERRORS[name]
     images, labels = data(1000)
-    mistaken = teacher({**RIGHT, **wrong})
-    found = diagnose(mistaken, images, labels, NAMES)
+    faulty = teacher({**RIGHT, **wrong})
+    found = diagnose(faulty, images, labels, NAMES)
     assert found.remedy is not None
     changes = found.remedy.changes
     assert {key: pytest.approx(value) if key in ("scale", "mean") else value for key, value in right.items()} == dict(
@@ -94,15 +94,15 @@ def test_a_mistake_is_named_with_what_undoes_it(teacher, name):
     )
     assert found.remedy.after > 0.95 > found.accuracy
     assert found.remedy.p_value <= LEVEL
-    mended = mistaken.again(dataclasses.replace(mistaken.preprocessing, **changes))
-    assert diagnose(mended, images, labels, NAMES).remedy is None
+    repaired = faulty.with_preprocessing(dataclasses.replace(faulty.preprocessing, **changes))
+    assert diagnose(repaired, images, labels, NAMES).remedy is None
     assert f"warning: with {found.remedy.name}" in found.lines()[-1]
     assert found.remedy.option in found.lines()[-1]
     for field in right:
         assert f"--teacher-input.{field} " in found.remedy.option
 
 
-def test_near_chance_is_told_loudly(teacher):
+def test_a_teacher_near_chance_is_reported(teacher):
     images, labels = data(600)
     found = diagnose(teacher(function=lambda x: np.tile(np.arange(K), (len(x), 1))), images, labels, NAMES)
     assert found.near_chance
@@ -112,7 +112,7 @@ def test_near_chance_is_told_loudly(teacher):
 
 
 def test_a_constant_teacher_on_unbalanced_data_has_no_remedy(teacher):
-    """Another class order would make it as good as the largest class, which is no remedy."""
+    """Another class order would only reach the accuracy of the largest class."""
     images, labels = data(2000)
     keep = (labels == 0) | (np.arange(2000) % 5 == 0)
     constant = teacher(function=lambda x: np.tile(np.arange(K), (len(x), 1)))
@@ -122,7 +122,7 @@ def test_a_constant_teacher_on_unbalanced_data_has_no_remedy(teacher):
 
 
 def test_weak_teachers_raise_no_alarm(teacher):
-    """Of 60 that know none, a third or 60 % of the answers, each behind every preprocessing, and guess the others anew."""
+    """60 teachers know 0, 30 or 60 % of the answers with any preprocessing, and guess the others anew with each."""
     images, labels = data(400)
     label_of = {row.tobytes(): label for row, label in zip(images, labels, strict=True)}
     plain, alarms = teacher(), 0
@@ -132,7 +132,7 @@ def test_weak_teachers_raise_no_alarm(teacher):
         luck = np.random.default_rng(seed + 1000).random(9973)
 
         def behind(steps, knows=knows, guesses=guesses, luck=luck, plain=plain):
-            """What it does not know it guesses by a hash of the example and of the preprocessing."""
+            """Guesses what the teacher does not know from a hash of the example and the preprocessing."""
 
             def outputs(batch):
                 rows = [zlib.crc32(row.tobytes() + repr(steps).encode()) % 9973 for row in batch]
@@ -140,7 +140,7 @@ def test_weak_teachers_raise_no_alarm(teacher):
                 knows_it = np.array([zlib.crc32(row.tobytes()) % 9973 for row in batch])
                 return {"logits": guesses[rows] + 20 * np.eye(K)[right] * (luck[knows_it] < knows)[:, None]}
 
-            return dataclasses.replace(plain, outputs=outputs, preprocessing=steps, again=behind)
+            return dataclasses.replace(plain, outputs=outputs, preprocessing=steps, with_preprocessing=behind)
 
         found = diagnose(behind(Preprocessing(**RIGHT)), images, labels, NAMES, seed=seed)
         alarms += found.remedy is not None
@@ -148,43 +148,43 @@ def test_weak_teachers_raise_no_alarm(teacher):
     assert alarms == 0
 
 
-def test_the_order_of_many_classes_is_told_without_names(teacher):
+def test_the_order_of_many_classes_is_reported_without_names(teacher):
     images, labels = data(100)
     wrong = teacher({**RIGHT, "classes": NAMES[::-1]})
     few = slice(0, 28)  # too few for a list of names
     found = diagnose(wrong, images[few], labels[few], NAMES)
     assert found.remedy is not None
     assert found.remedy.changes == {}
-    assert found.lines()[-1].endswith("give the names of its outputs, in their order, by --teacher-input.classes")
+    assert found.lines()[-1].endswith("give the names of its outputs, in their order, with --teacher-input.classes")
 
 
-def test_labels_that_are_missing(teacher):
+def test_examples_without_labels_are_left_out(teacher):
     images, labels = data(300)
     some = labels.copy()
     some[:200] = -1
     assert diagnose(teacher(), images, some, NAMES).n == 100
     none = diagnose(teacher(), images, np.full(300, -1), NAMES)
     assert (none.n, none.remedy, none.near_chance) == (0, None, False)
-    assert none.lines() == ["teacher python:in_memory:f: no labelled examples, so its own accuracy is not known"]
+    assert none.lines() == ["teacher python:in_memory:f: no labeled examples, so its accuracy is unknown"]
 
 
 def test_it_uses_a_limited_number_of_examples_read_by_rows(teacher):
     images, labels = data(500)
 
     class Rows:
-        shape, dtype, asked = images.shape, images.dtype, []
+        shape, dtype, reads = images.shape, images.dtype, []
 
         def __getitem__(self, rows):
-            self.asked.append(rows)
+            self.reads.append(rows)
             return images[rows]
 
     rows = Rows()
     assert diagnose(teacher(), rows, labels, NAMES, limit=120).n == 120
-    assert [len(part) for part in rows.asked] == [120]
-    assert (np.diff(rows.asked[0]) > 0).all()
+    assert [len(part) for part in rows.reads] == [120]
+    assert (np.diff(rows.reads[0]) > 0).all()
 
 
-def test_probabilities_are_told(teacher):
+def test_probabilities_are_reported(teacher):
     def softmax(prepared):
         logits = nearest(prepared)
         p = np.exp(logits - logits.max(1, keepdims=True))
@@ -193,7 +193,7 @@ def test_probabilities_are_told(teacher):
     images, labels = data(200)
     found = diagnose(teacher(function=softmax), images, labels, NAMES)
     assert found.probabilities
-    assert "leave out the softmax" in found.lines()[-1]
+    assert "remove the softmax" in found.lines()[-1]
 
 
 def test_a_member_of_an_ensemble_is_diagnosed_alone(teacher):
@@ -202,7 +202,7 @@ def test_a_member_of_an_ensemble_is_diagnosed_alone(teacher):
     both = dataclasses.replace(
         fine,
         outputs=lambda x: {"logits": (fine.outputs(x)["logits"] + wrong.outputs(x)["logits"]) / 2},
-        again=None,
+        with_preprocessing=None,
         members=(fine, wrong),
     )
     found = diagnose(both, images, labels, NAMES)
@@ -211,7 +211,7 @@ def test_a_member_of_an_ensemble_is_diagnosed_alone(teacher):
     assert found.lines()[-1].endswith('in a TOML file beside it, order = "RGB"')
 
 
-def test_a_failing_teacher_is_told(teacher):
+def test_a_failing_teacher_is_an_input_error(teacher):
     def raises(prepared):
         raise KeyError("weights")
 
@@ -232,7 +232,7 @@ def test_vectors_and_sequences_have_fewer_repairs():
         assert dataclasses.replace(steps, **repair.changes) != steps  # all are preprocessing options
 
 
-def test_figures():
+def test_interval_and_p_value_by_hand():
     """Clopper-Pearson 8 of 10: (0.4439, 0.9748); McNemar of 9 wins and 1 loss: 11 / 1024."""
     np.testing.assert_allclose(_interval(8, 10), (0.4439, 0.9748), atol=1e-4)
     assert _interval(0, 10)[0] == 0
@@ -247,11 +247,11 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 @pytest.fixture(scope="module")
 def real(cifar):
-    """The real teacher behind other preprocessing, with what it gave before remembered."""
+    """The real teacher, which remembers its outputs for each preprocessing."""
     images, labels, classes = cifar
     path = SHARED.parent / "teachers" / "cifar10_resnet56.onnx"
     if not path.is_file():
-        pytest.skip(f"the real teacher is not there: {path.name}")
+        pytest.skip(f"the real teacher is missing: {path.name}")
     steps = Preprocessing(**IMAGENET)
     loaded = load_teacher(
         f"onnx:{path}", preprocessing=steps, input_shape=(32, 32, 3), num_classes=10, class_names=classes
@@ -265,12 +265,14 @@ def real(cifar):
                 known[key] = now.outputs(batch)
             return known[key]
 
-        return dataclasses.replace(now, outputs=outputs, again=lambda steps: remembering(now.again(steps)))
+        return dataclasses.replace(
+            now, outputs=outputs, with_preprocessing=lambda steps: remembering(now.with_preprocessing(steps))
+        )
 
     return remembering(loaded), images, labels, classes
 
 
-def test_the_real_teacher_is_fine(real):
+def test_the_real_teacher_has_no_remedy(real):
     teacher, images, labels, classes = real
     found = diagnose(teacher, images, labels, classes)
     assert found.remedy is None
@@ -287,7 +289,7 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_each_mistake_with_the_real_teacher_is_named(real, name):
+def test_each_error_with_the_real_teacher_is_named(real, name):
     teacher, images, labels, classes = real
     wrong, right = REAL[name]
     if wrong is None:
@@ -295,7 +297,7 @@ def test_each_mistake_with_the_real_teacher_is_named(real, name):
         order = list(classes)
         order[cat], order[dog] = order[dog], order[cat]
         wrong, right = {**IMAGENET, "classes": tuple(order)}, {"classes": classes}
-    found = diagnose(teacher.again(Preprocessing(**wrong)), images, labels, classes)
+    found = diagnose(teacher.with_preprocessing(Preprocessing(**wrong)), images, labels, classes)
     assert found.remedy is not None
     assert dict(found.remedy.changes) == right
     assert found.remedy.after > 0.84
@@ -303,4 +305,4 @@ def test_each_mistake_with_the_real_teacher_is_named(real, name):
 
 def test_a_wrong_layout_of_the_real_teacher_is_refused(real):
     with pytest.raises(InputError, match=r"in layout NHWC: give --teacher-input\.layout NCHW"):
-        real[0].again(Preprocessing(**IMAGENET, layout="NHWC"))
+        real[0].with_preprocessing(Preprocessing(**IMAGENET, layout="NHWC"))

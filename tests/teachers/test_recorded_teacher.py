@@ -29,7 +29,7 @@ def test_saved_logits_come_back(tmp_path_factory, n, k, seed):
     np.testing.assert_array_equal(loaded, logits)
 
 
-def test_saving_replaces_whole_and_leaves_nothing_beside(tmp_path):
+def test_saving_is_atomic_and_leaves_no_other_file(tmp_path):
     path = tmp_path / "l.npz"
     save_logits(path, LOGITS, "old")
     save_logits(str(path), LOGITS + 1, "new")
@@ -68,12 +68,12 @@ def test_train_and_test_logits_take_their_rows(save, test_rows):
     np.testing.assert_array_equal(loaded, LOGITS)
 
 
-def test_logits_of_all_rows_serve_split_sources_too(save):
+def test_logits_of_all_rows_work_for_split_sources(save):
     loaded = load_logits(save(logits=LOGITS), rows=10, num_classes=3, test_rows=np.arange(7, 10))
     np.testing.assert_array_equal(loaded, LOGITS)
 
 
-def test_fingerprint_is_compared_where_both_are_there(save):
+def test_fingerprints_are_compared_if_both_exist(save):
     stale = save(logits=LOGITS, fingerprint="a" * 64)
     with pytest.raises(InputError, match=r"fingerprint bbbbbbbbbbbb; got aaaaaaaaaaaa: the logits are stale"):
         load_logits(stale, rows=10, num_classes=3, fingerprint="b" * 64)
@@ -99,7 +99,7 @@ def test_unreadable_file(save, tmp_path):
 
 INFINITE = LOGITS.copy()
 INFINITE[6, 2] = np.inf
-BAD_ARRAYS = {
+FAULTY_ARRAYS = {
     "missing": ({"outputs": LOGITS}, "must hold logits, or train_logits and test_logits; got outputs: rename"),
     "half": ({"train_logits": LOGITS}, "; got train_logits: rename"),
     "objects": ({"logits": np.array([[{}] * 3] * 10)}, "got Python objects in 'logits'"),
@@ -109,13 +109,13 @@ BAD_ARRAYS = {
     "text": ({"logits": LOGITS.astype(str)}, r"must be numbers \[N, K\]; got <U"),
     "infinite": ({"logits": INFINITE}, "logits must be finite; got nan or infinity in row 6"),
     "overflow": ({"logits": LOGITS.astype(float) * 1e300}, "nan or infinity in row 0"),
-    "unsplit": ({"train_logits": LOGITS[:7], "test_logits": LOGITS[7:]}, "without test examples of its own needs"),
+    "unsplit": ({"train_logits": LOGITS[:7], "test_logits": LOGITS[7:]}, "without a test part needs"),
 }
 
 
-@pytest.mark.parametrize("name", BAD_ARRAYS)
-def test_bad_arrays(save, name):
-    arrays, message = BAD_ARRAYS[name]
+@pytest.mark.parametrize("name", FAULTY_ARRAYS)
+def test_faulty_arrays_are_refused(save, name):
+    arrays, message = FAULTY_ARRAYS[name]
     with pytest.raises(InputError, match=message):
         load_logits(save(**arrays), rows=10, num_classes=3)
 
@@ -128,7 +128,7 @@ def test_bad_arrays(save, name):
         (LOGITS[:7], INFINITE[6:9], "test_logits must be finite; got nan or infinity in row 0"),
     ],
 )
-def test_bad_parts(save, train, test, message):
+def test_faulty_parts_are_refused(save, train, test, message):
     path = save(train_logits=train, test_logits=test)
     with pytest.raises(InputError, match=message):
         load_logits(path, rows=10, num_classes=3, test_rows=np.arange(7, 10))

@@ -1,4 +1,4 @@
-"""Teachers in files of ONNX, torch and scikit-learn: their batches, inputs and outputs, and files that are bad."""
+"""Teachers in ONNX, PyTorch and scikit-learn files: batches, inputs, outputs, and faulty files."""
 
 import dataclasses
 import zipfile
@@ -24,7 +24,7 @@ from small_network import (
 
 from ev3_distill.config import Preprocessing
 from ev3_distill.errors import InputError
-from ev3_distill.teachers.teacher import in_chunks
+from ev3_distill.teachers.teacher import in_batches
 
 
 def test_external_weights_are_part_of_the_digest(here):
@@ -52,7 +52,7 @@ def test_a_bounded_batch_is_split(here):
     np.testing.assert_allclose(teacher.outputs(IMAGES)["logits"], expected(), atol=1e-4)
 
 
-def test_chunks():
+def test_in_batches_splits_and_pads():
     seen = []
 
     def run(batch):
@@ -60,7 +60,7 @@ def test_chunks():
         return {"logits": batch * 2}
 
     inputs = np.arange(10.0)[:, None]
-    np.testing.assert_array_equal(in_chunks(run, least=3, most=4)(inputs)["logits"], inputs * 2)
+    np.testing.assert_array_equal(in_batches(run, smallest=3, largest=4)(inputs)["logits"], inputs * 2)
     assert seen == [4, 4, 3]
 
 
@@ -75,30 +75,32 @@ def test_onnx_input_types(here, dtype, steps, tolerance):
     np.testing.assert_allclose(got, right, rtol=tolerance, atol=tolerance)
 
 
-def test_onnx_layout_is_found_in_its_shape(here):
+def test_the_onnx_layout_follows_from_its_shape(here):
     teacher = load(f"onnx:{onnx_file('small.onnx', layout='NHWC', input_shape=(8, 8, 3))}")
     assert teacher.preprocessing.layout == "NHWC"
     np.testing.assert_allclose(teacher.outputs(IMAGES)["logits"], expected(), atol=1e-4)
     free = onnx_file("free.onnx", input_shape=("c", "h", "w"))
-    with pytest.raises(InputError, match=r"takes \[\?, \?, \?\], which says nothing: give --teacher-input.layout NCHW"):
+    with pytest.raises(
+        InputError, match=r"takes \[\?, \?, \?\], which fits both layouts: give --teacher-input.layout NCHW"
+    ):
         load(f"onnx:{free}")
     teacher = load(f"onnx:{free}", steps=dataclasses.replace(STEPS, layout="NCHW"))
     np.testing.assert_allclose(teacher.outputs(IMAGES)["logits"], expected(), atol=1e-4)
 
 
-def test_onnx_of_two_outputs(here):
+def test_an_onnx_file_with_two_outputs(here):
     np.testing.assert_allclose(
         load(f"onnx:{onnx_file('a.onnx', extra=('hidden',))}").outputs(IMAGES)["logits"], expected(), atol=1e-4
     )
     twice = onnx_file("b.onnx", extra=("again",))
-    with pytest.raises(InputError, match=r"has logits \[\?, 5\], again \[\?, 5\]: pick one, as in onnx:b.onnx#logits"):
+    with pytest.raises(InputError, match=r"has logits \[\?, 5\], again \[\?, 5\]: name one, as in onnx:b.onnx#logits"):
         load(f"onnx:{twice}")
     np.testing.assert_allclose(load(f"onnx:{twice}#again").outputs(IMAGES)["logits"], expected(), atol=1e-4)
 
 
 @pytest.mark.parametrize("extra", [(), ("hidden",)])
 def test_onnx_features_by_name(here, extra):
-    """Outputs of the graph, and tensors inside it; channels come last whatever the teacher's layout."""
+    """Outputs of the graph, and tensors inside it; channels come last in any layout of the teacher."""
     teacher = load(f"onnx:{onnx_file('a.onnx', extra=extra)}#logits,hidden,flat")
     outputs = teacher.outputs(IMAGES)
     assert outputs.keys() == {"logits", "hidden", "flat"}
@@ -110,7 +112,7 @@ def test_onnx_features_by_name(here, extra):
         load("onnx:a.onnx#logits,hiden")
 
 
-def test_bad_onnx(here):
+def test_faulty_onnx_files_are_refused(here):
     Path("broken.onnx").write_bytes(b"\0" * 100)
     with pytest.raises(InputError, match=r"needs a model that onnxruntime can load; broken.onnx fails with"):
         load("onnx:broken.onnx")
@@ -122,15 +124,15 @@ def test_bad_onnx(here):
         load(f"onnx:{onnx_file('small.onnx')}", classes=CLASSES[:4])
 
 
-def test_sizes_and_channels_that_differ(here):
+def test_errors_suggest_the_conversion_of_sizes_and_channels(here):
     text = f"onnx:{onnx_file('small.onnx')}"
     plain = Preprocessing()
     for shape, way in {
         (8, 8, 1): "--teacher-input.channels 3$",
         (28, 24, 3): "--teacher-input.resize 8 8$",
         (28, 28, 1): "--teacher-input.channels 3 --teacher-input.resize 8 8$",
-        (8, 8, 4): "take another teacher or other data$",
-        (192,): "take another teacher or other data$",
+        (8, 8, 4): "use another teacher or other data$",
+        (192,): "use another teacher or other data$",
     }.items():
         with pytest.raises(InputError, match=rf"takes \[3, 8, 8\], the examples are .*: .*{way}"):
             load(text, steps=plain, shape=shape)
@@ -149,39 +151,41 @@ def test_torch_outputs_by_name(here):
         feature = outputs[names.split(",")[1]]
         hidden = hidden_of((IMAGES / np.float32(255) - np.array(MEAN)) / np.array(STD))
         np.testing.assert_allclose(feature, hidden, atol=1e-4)
-    with pytest.raises(InputError, match=r"got 7 in torch:small.pt2#7: it has 0, 1"):
+    with pytest.raises(InputError, match=r"got 7 in torch:small.pt2#7: the outputs are 0, 1"):
         load("torch:small.pt2#7")
 
 
-def test_bad_torch_files(here):
+def test_faulty_torch_files_are_refused(here):
     network = torch_network()
     import torch
 
     for name in ("weights.pth", "weights.pt"):
         torch.save(network.state_dict(), name)
         with pytest.raises(
-            InputError, match=r"bare state dict .* got weights.*torch.export.save\(torch.export.export\("
+            InputError, match=r"a state dict has no network .* got weights.*torch.export.save\(torch.export.export\("
         ):
             load(f"torch:{name}")
     torch.save(network.state_dict(), "weights.pt2")
-    with pytest.raises(InputError, match=r"whole archive of torch.export; weights.pt2 is not .*models/model.json"):
+    with pytest.raises(
+        InputError, match=r"complete archive of torch.export; weights.pt2 cannot be read .*models/model.json"
+    ):
         load("torch:weights.pt2")
     Path("cut.pt2").write_bytes(Path(pt2_file("small.pt2")).read_bytes()[:2000])
-    with pytest.raises(InputError, match=r"whole archive of torch.export; cut.pt2 is not"):
+    with pytest.raises(InputError, match=r"complete archive of torch.export; cut.pt2 cannot be read"):
         load("torch:cut.pt2")
     with pytest.raises(InputError, match=r"dropout.default in training mode: call model.eval\(\)"):
         load(f"torch:{pt2_file('train.pt2', train=True)}")
 
 
 class Trap:
-    """Unpickling this makes a file."""
+    """Unpickling this creates a file."""
 
     def __reduce__(self):
         return (open, ("trapped", "w"))
 
 
 def tampered(change):
-    """The small archive with entries changed: a function of name and bytes."""
+    """Changes entries of the small archive by a function of name and content."""
     source = zipfile.ZipFile(pt2_file("small.pt2"))
     with zipfile.ZipFile("bad.pt2", "w") as bad:
         for name in source.namelist():
@@ -204,18 +208,18 @@ def test_pt2_never_unpickles(here):
     assert not Path("trapped").exists()
 
 
-@pytest.mark.parametrize(("old", "new", "told"), [
+@pytest.mark.parametrize(("old", "new", "message"), [
     (b'"torch.ops.aten.relu.default"', b'"torch.hub.load"', "the operator torch.hub.load"),
     (b'"torch.ops.aten.relu.default"', b'"torch.ops.load_library"', "the operator torch.ops.load_library"),
     (b'"torch.ops.aten.relu.default"', b'"torch.ops.aten.__class__"', "the operator torch.ops.aten.__class__"),
     (b'"torch.ops.aten.relu.default"', b'"_operator.attrgetter"', "the operator _operator.attrgetter"),
-    (b'"name": "relu"', b'"name": "relu = open(1)"', "a name that is none"),
-    (b'"name": "relu"', b'"name": "torch.load"', "a name that is none"),
-    (b'"expr_str": "Symbol(', b'"expr_str": "().__class__.mro(', "a size that is no expression"),
-    (b'"expr_str": "Symbol(', b'"expr_str": "open(', "a size that is no expression"),
+    (b'"name": "relu"', b'"name": "relu = open(1)"', "an invalid name"),
+    (b'"name": "relu"', b'"name": "torch.load"', "an invalid name"),
+    (b'"expr_str": "Symbol(', b'"expr_str": "().__class__.mro(', "a size that is not an expression"),
+    (b'"expr_str": "Symbol(', b'"expr_str": "open(', "a size that is not an expression"),
     (b'builtins.tuple', b'os.system', "inputs or outputs in a os.system"),
 ])  # fmt: skip
-def test_pt2_names_no_code(here, old, new, told):
+def test_a_pt2_that_names_code_is_refused(here, old, new, message):
     changed = []
 
     def change(name, data):
@@ -226,7 +230,7 @@ def test_pt2_names_no_code(here, old, new, told):
 
     text = tampered(change)
     assert changed
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         load(text)
 
 
@@ -236,11 +240,11 @@ def estimator(name):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    made = {
+    estimators = {
         "linear": make_pipeline(StandardScaler(), LogisticRegression(max_iter=200)),
         "bayes": GaussianNB(),
     }
-    return made[name]
+    return estimators[name]
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -276,7 +280,7 @@ def test_sklearn_of_labels_without_names(here):
         load("sklearn:model.skops", steps=Preprocessing(), classes=("x", "y", "z"))
 
 
-def test_bad_sklearn_files(here):
+def test_faulty_sklearn_files_are_refused(here):
     skops = pytest.importorskip("skops.io")
     from sklearn.linear_model import LinearRegression
     from sklearn.preprocessing import FunctionTransformer
@@ -288,5 +292,5 @@ def test_bad_sklearn_files(here):
     with pytest.raises(InputError, match=r"that skops.io.dump wrote; broken.skops fails with"):
         load("sklearn:broken.skops")
     skops.dump(LinearRegression().fit(RNG.normal(size=(9, 2)), np.arange(9.0)), "line.skops")
-    with pytest.raises(InputError, match=r"line.skops holds LinearRegression: save another"):
+    with pytest.raises(InputError, match=r"line.skops holds LinearRegression: save a classifier"):
         load("sklearn:line.skops")

@@ -1,4 +1,4 @@
-"""Every kind of teacher: the same network by all paths, and what each refuses."""
+"""Every kind of teacher: the same network gives the same logits, and errors are clear."""
 
 import dataclasses
 import sys
@@ -29,7 +29,7 @@ from ev3_distill.config import Preprocessing
 from ev3_distill.errors import InputError
 from ev3_distill.teachers import KINDS
 from ev3_distill.teachers.kinds.flax import flax_teacher, forward
-from ev3_distill.teachers.teacher import BatchError, picked
+from ev3_distill.teachers.teacher import BatchError, pick_outputs
 from ev3_distill.types import Variables
 
 
@@ -44,18 +44,18 @@ def own(here, monkeypatch):
 
 
 def make(kind):
-    """A teacher of that kind with the weights above."""
+    """A teacher of a kind with the weights above."""
     if kind == "onnx":
         return load(f"onnx:{onnx_file('small.onnx')}")
     if kind == "torch":
         return load(f"torch:{pt2_file('small.pt2')}")
     if kind == "flax":
-        return load("flax:somewhere", networks=lambda place: flax_network())
+        return load("flax:somewhere", load_network=lambda place: flax_network())
     return load("python:own:logits")
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torch", "flax", "python"])
-def test_all_paths_give_the_same_logits(own, kind):
+def test_all_kinds_give_the_same_logits(own, kind):
     teacher = make(kind)
     outputs = teacher.outputs(IMAGES)
     assert outputs.keys() == {"logits"}
@@ -68,20 +68,20 @@ def test_all_paths_give_the_same_logits(own, kind):
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torch", "flax", "python"])
-def test_the_digest_sums_up_what_outputs_depend_on(own, kind, monkeypatch):
+def test_the_digest_covers_what_outputs_depend_on(own, kind, monkeypatch):
     teacher = make(kind)
     assert len(teacher.digest) == 64
     monkeypatch.delitem(sys.modules, "own", raising=False)
     assert make(kind).digest == teacher.digest
-    assert teacher.again(STEPS).digest == teacher.digest
+    assert teacher.with_preprocessing(STEPS).digest == teacher.digest
     for other in (Preprocessing(mean=MEAN), Preprocessing(mean=MEAN, std=STD, order="BGR")):
-        assert teacher.again(other).digest != teacher.digest
+        assert teacher.with_preprocessing(other).digest != teacher.digest
     for alike in (dataclasses.replace(STEPS, order="RGB", scale=1.0), dataclasses.replace(STEPS, classes=CLASSES)):
-        assert teacher.again(alike).digest == teacher.digest
-    assert teacher.again(dataclasses.replace(STEPS, classes=CLASSES[::-1])).digest != teacher.digest
+        assert teacher.with_preprocessing(alike).digest == teacher.digest
+    assert teacher.with_preprocessing(dataclasses.replace(STEPS, classes=CLASSES[::-1])).digest != teacher.digest
 
 
-def test_other_weights_make_another_digest(own):
+def test_other_weights_give_another_digest(own):
     digests = [make(kind).digest for kind in ("onnx", "torch", "python")]
     assert len(set(digests)) == 3
     network, variables = flax_network()
@@ -110,7 +110,7 @@ def test_missing_packages_are_named(own, monkeypatch):
         load(f"onnx:{path}#logits,hidden")
 
 
-def test_flax_runs_inside_the_step_where_it_takes_the_data_as_they_are():
+def test_a_flax_teacher_without_preprocessing_has_a_network():
     network, variables = flax_network()
     plain = flax_teacher(network, variables, "mine")
     assert plain.network is network
@@ -119,16 +119,16 @@ def test_flax_runs_inside_the_step_where_it_takes_the_data_as_they_are():
     inputs = IMAGES / np.float32(255)
     np.testing.assert_array_equal(forward(network, variables, batch_size=4)(inputs).shape, (11, 5))
     assert make("flax").network is None
-    assert plain.again(Preprocessing(classes=CLASSES)).network is network
+    assert plain.with_preprocessing(Preprocessing(classes=CLASSES)).network is network
 
 
-def test_flax_that_does_not_fit():
+def test_a_flax_teacher_that_does_not_fit_is_refused():
     with pytest.raises(
         InputError, match=r"takes \[8, 8, 3\], the examples are \[9, 9, 3\]: give --teacher-input.resize 8 8"
     ):
-        load("flax:x", shape=(9, 9, 3), networks=lambda place: flax_network())
+        load("flax:x", shape=(9, 9, 3), load_network=lambda place: flax_network())
     with pytest.raises(InputError, match="one output per class of the data, 2; flax:x has 5"):
-        load("flax:x", classes=("a", "b"), networks=lambda place: flax_network())
+        load("flax:x", classes=("a", "b"), load_network=lambda place: flax_network())
 
 
 def test_python_features(own):
@@ -140,9 +140,9 @@ def test_python_features(own):
     ("broken", r"fails with OverflowError: out of cheese on a batch \[11, 8, 8, 3\] with values from .* to "),
     ("infinite", "logits must be finite; python:own:infinite gives nan or infinity for example 3 of a batch"),
     ("vector", r"logits must be numbers \[B, K\]; python:own:vector gives float32 \[11\] for 11 examples"),
-    ("nothing", "a dictionary without 'logits': it has hidden"),
+    ("nothing", "the dictionary lacks 'logits'; it has hidden"),
 ])  # fmt: skip
-def test_python_that_fails(own, name, message):
+def test_a_python_teacher_that_fails_is_reported(own, name, message):
     teacher = load(f"python:own:{name}")
     with pytest.raises(BatchError, match=message) as caught:
         teacher.outputs(IMAGES)
@@ -155,12 +155,12 @@ def test_python_that_fails(own, name, message):
     ("own:NUMBER", "MODULE:FUNCTION; got 'own:NUMBER', which is of type int"),
     ("own", "is python:MODULE:FUNCTION; got 'python:own'"),
 ])  # fmt: skip
-def test_python_that_is_none(own, place, message):
+def test_a_python_teacher_that_cannot_be_loaded_is_refused(own, place, message):
     with pytest.raises(InputError, match=message):
         load(f"python:{place}")
 
 
-def test_python_of_other_classes(own):
+def test_a_python_teacher_of_other_classes(own):
     with pytest.raises(BatchError, match="one column per class, 2; python:own:logits gives 5"):
         load("python:own:logits", classes=("a", "b")).outputs(IMAGES)
     teacher = load("python:own:logits", classes=())
@@ -177,7 +177,7 @@ def test_the_number_of_columns_is_constant():
         teacher.outputs(IMAGES[:6])
 
 
-def test_classes_come_in_the_data_order(own):
+def test_logits_are_in_the_class_order_of_the_data(own):
     order = ("dog", "ant", "elk", "cat", "bee")
     teacher = load("python:own:logits", classes=order, steps=dataclasses.replace(STEPS, classes=CLASSES))
     columns = [CLASSES.index(name) for name in order]
@@ -186,17 +186,15 @@ def test_classes_come_in_the_data_order(own):
     fewer = load("python:own:logits", classes=order[:3], steps=dataclasses.replace(STEPS, classes=CLASSES))
     np.testing.assert_allclose(fewer.outputs(IMAGES)["logits"], expected()[:, columns[:3]], atol=1e-4)
     assert fewer.num_classes == 3
-    with pytest.raises(
-        InputError, match=r"knows ant, bee, cat, dog, elk, missing is fox, gnu: give its outputs' names"
-    ):
+    with pytest.raises(InputError, match=r"knows ant, bee, cat, dog, elk and lacks fox, gnu: name its outputs"):
         load("python:own:logits", classes=(*order, "fox", "gnu"), steps=dataclasses.replace(STEPS, classes=CLASSES))
-    unlabelled = load("python:own:logits", classes=(), steps=dataclasses.replace(STEPS, classes=CLASSES))
-    assert (unlabelled.num_classes, unlabelled.class_names) == (5, CLASSES)
+    unlabeled = load("python:own:logits", classes=(), steps=dataclasses.replace(STEPS, classes=CLASSES))
+    assert (unlabeled.num_classes, unlabeled.class_names) == (5, CLASSES)
     with pytest.raises(InputError, match="has 5 outputs and 2 names"):
         load(f"onnx:{onnx_file('a.onnx')}", steps=dataclasses.replace(STEPS, classes=("ant", "bee")))
 
 
-def test_the_file_beside_is_read_and_options_win(own):
+def test_the_toml_file_is_read_and_options_win(own):
     onnx_file("small.onnx")
     Path("small.toml").write_text(f"mean = {list(MEAN)}\nstd = [1, 1, 1]\n")
     got = load("onnx:small.onnx", steps=Preprocessing(std=STD)).outputs(IMAGES)["logits"]
@@ -226,34 +224,34 @@ def test_ensembles(own):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("ensemble:python:own:logits", "two teachers or more"),
-    ("ensemble:python:own:logits,logits:a.npz", "logits:a.npz in .*, which is recorded: average the logits beforehand"),
-    ("ensemble:python:own:logits,ensemble:python:own:logits", "members are single teachers"),
+    ("ensemble:python:own:logits,logits:a.npz", "got recorded logits, logits:a.npz, in .*: average the logits yourself"),
+    ("ensemble:python:own:logits,ensemble:python:own:logits", "members of an ensemble are single teachers"),
     ("onnx:", "a KIND of onnx, torch, flax, python, sklearn, ensemble, ensemble-prob or logits; got 'onnx:'"),
     ("tensorflow:a", "; got 'tensorflow:a': for example"),
     ("resnet", "; got 'resnet'"),
 ])  # fmt: skip
-def test_what_is_no_teacher(own, text, message):
+def test_invalid_teacher_names_are_refused(own, text, message):
     with pytest.raises(InputError, match=message):
         load(text)
 
 
 def test_every_kind_is_documented():
-    assert all(opened.__doc__ for opened in KINDS.values())
+    assert all(load_kind.__doc__ for load_kind in KINDS.values())
 
 
-def test_picked():
-    assert picked({"a": (None, 5), "b": (None, 7)}, (), 5, source="s") == ("a",)
-    assert picked({"a": None}, (), 5, source="s") == ("a",)
-    assert picked({"a": (None, None), "b": (None, 6, 8, 8)}, (), 0, source="s") == ("a",)
+def test_pick_outputs():
+    assert pick_outputs({"a": (None, 5), "b": (None, 7)}, (), 5, source="s") == ("a",)
+    assert pick_outputs({"a": None}, (), 5, source="s") == ("a",)
+    assert pick_outputs({"a": (None, None), "b": (None, 6, 8, 8)}, (), 0, source="s") == ("a",)
     with pytest.raises(InputError, match=r"\[B, 9\] must be one of its outputs; s has a \[\?, 5\], b of unknown shape"):
-        picked({"a": (None, 5), "b": None}, (), 9, source="s")
+        pick_outputs({"a": (None, 5), "b": None}, (), 9, source="s")
 
 
 def test_the_real_teacher(cifar):
     images, labels, classes = cifar
     path = SHARED.parent / "teachers" / "cifar10_resnet56.onnx"
     if not path.is_file():
-        pytest.skip(f"the real teacher is not there: {path.name}")
+        pytest.skip(f"the real teacher is missing: {path.name}")
     steps = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     teacher = load(f"onnx:{path}", steps=steps, shape=images.shape[1:], classes=classes)
     assert teacher.preprocessing.layout == "NCHW"

@@ -1,4 +1,4 @@
-"""One teacher by every path, onnx, torch, flax and python: the same logits, and the same run to within noise."""
+"""One teacher as onnx, torch, flax and python: the same logits, and the same run within noise."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ from ev3_distill.types import Variables
 
 PATHS = ("onnx", "torch", "flax", "python")
 ONNX = SHARED.parent / "teachers" / "cifar10_resnet56.onnx"
-NORMALISED = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+IMAGENET = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 def exported(network, example, path):
@@ -51,7 +51,7 @@ def layers(tmp_path_factory):
 
 
 def source_of(path, run, weights):
-    """Writes the teacher in the way of a path into the working directory; returns its name."""
+    """Writes the teacher in one format into the working directory and returns its name."""
     (first, bias), (second, shift) = weights
     if path == "flax":
         return f"flax:{run}"
@@ -99,7 +99,7 @@ def logits(images):
 
 
 def compressed(cli, source, out, seed=0):
-    """The report of a run under that teacher, and its student's predictions on all digits."""
+    """Runs with a teacher; returns the report and the student's predictions on all digits."""
     options = ("--student", "mlp:hidden=8", "--budget", "1500", "--arms", "kd2", "kd4")
     layout = () if source.startswith("flax") else ("--teacher-input.layout", "NHWC")
     answer = cli("compress", "--teacher", source, *layout, *options, "--seed", seed, "--out", out)
@@ -110,18 +110,18 @@ def compressed(cli, source, out, seed=0):
 
 @pytest.mark.parametrize("path", PATHS[:2] + PATHS[3:])
 def test_runs_by_all_paths_are_the_same(layers, here, monkeypatch, cli, path):
-    """The logits differ in their last bits alone; what that makes of a run is far less than another seed would."""
+    """The logits differ only in their last bits, and the runs differ far less than with another seed."""
     monkeypatch.delitem(sys.modules, "by_hand", raising=False)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    by_flax, flax_says = compressed(cli, source_of("flax", *layers), "flax")
-    by_path, path_says = compressed(cli, source_of(path, *layers), "other")
-    _, seed_says = compressed(cli, source_of("flax", *layers), "seed", seed=1)
+    by_flax, flax_predictions = compressed(cli, source_of("flax", *layers), "flax")
+    by_path, path_predictions = compressed(cli, source_of(path, *layers), "other")
+    _, seed_predictions = compressed(cli, source_of("flax", *layers), "seed", seed=1)
     for report in (by_flax, by_path):
         assert report["student"]["accuracy"] > 0.85
     assert by_path["teacher"]["accuracy"] == pytest.approx(by_flax["teacher"]["accuracy"], abs=0.003)
     assert by_path["student"]["accuracy"] == pytest.approx(by_flax["student"]["accuracy"], abs=0.02)
-    assert (path_says == flax_says).mean() >= 0.97
-    assert (path_says == flax_says).mean() > (seed_says == flax_says).mean()
+    assert (path_predictions == flax_predictions).mean() >= 0.97
+    assert (path_predictions == flax_predictions).mean() > (seed_predictions == flax_predictions).mean()
 
 
 class Padded(nnx.Module):
@@ -155,7 +155,7 @@ def _order(block):
 
 def test_the_real_teacher_by_all_paths(here, monkeypatch, cifar):
     if not ONNX.is_file():
-        pytest.skip(f"the real teacher is not there: {ONNX.name}")
+        pytest.skip(f"the real teacher is missing: {ONNX.name}")
     pytest.importorskip("torch", reason="torch teachers need the extra [torch]")
     onnx = pytest.importorskip("onnx", reason="reads the weights of the real teacher")
     import torch
@@ -167,7 +167,7 @@ def test_the_real_teacher_by_all_paths(here, monkeypatch, cifar):
 
     def load(name, **more):
         return load_teacher(
-            name, preprocessing=NORMALISED, input_shape=(32, 32, 3), num_classes=10, class_names=classes, **more
+            name, preprocessing=IMAGENET, input_shape=(32, 32, 3), num_classes=10, class_names=classes, **more
         )
 
     module = torch_resnet.load_teacher(ONNX)
@@ -192,23 +192,23 @@ def logits(images):
     named = {
         "onnx": load(f"onnx:{ONNX}"),
         "torch": load("torch:real.pt2"),
-        "flax": load("flax:real", networks=lambda place: (network, variables)),
+        "flax": load("flax:real", load_network=lambda place: (network, variables)),
         "python": load("python:served:logits"),
     }
-    found = {path: named[path].outputs(images)["logits"] for path in PATHS}
-    assert (found["onnx"].argmax(axis=1) == labels).mean() >= 0.85
+    logits = {path: named[path].outputs(images)["logits"] for path in PATHS}
+    assert (logits["onnx"].argmax(axis=1) == labels).mean() >= 0.85
     for path in PATHS:
-        np.testing.assert_allclose(found[path], found["onnx"], atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(logits[path], logits["onnx"], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("mix", ["", "cutmix"])
-def test_the_real_teacher_said_it_of_the_very_pixels(tmp_path, cifar, mix):
-    """1,000 random pairs of an example and a view: the teacher afresh on the student's pixels, against the cached logits."""
+def test_cached_logits_belong_to_the_pixels_of_the_batch(tmp_path, cifar, mix):
+    """For 1,000 random pairs of example and view, cached logits equal the teacher's on the pixels of the batch."""
     if not ONNX.is_file():
-        pytest.skip(f"the real teacher is not there: {ONNX.name}")
+        pytest.skip(f"the real teacher is missing: {ONNX.name}")
     images, labels, classes = cifar
     teacher = load_teacher(
-        f"onnx:{ONNX}", preprocessing=NORMALISED, input_shape=(32, 32, 3), num_classes=10, class_names=classes
+        f"onnx:{ONNX}", preprocessing=IMAGENET, input_shape=(32, 32, 3), num_classes=10, class_names=classes
     )
     dataset = Dataset(images, labels.astype(np.int32), 10, classes, None, "made", "f")
     augmentation = Augmentation(flip=True, crop=4, cutout=8, mix=mix)
@@ -220,12 +220,12 @@ def test_the_real_teacher_said_it_of_the_very_pixels(tmp_path, cifar, mix):
     targets.close()
     sample = jax.jit(sampler(batch_size=batch_size, views=count, augmentation=augmentation))
     steps = np.random.default_rng(0).choice(count * len(images) // batch_size, 20, replace=False)
-    asked = set()
+    checked = set()
     for step in steps:
         batch = jax.device_get(sample(pool, jnp.int32(step)))
-        afresh = teacher.outputs(batch.inputs)["logits"]
-        difference = np.abs(afresh - batch.teacher["logits"]).max(axis=1)
-        assert (difference <= 1e-5 * np.abs(afresh).max(axis=1)).all(), difference.max()
-        asked |= {(int(i), int(step) * batch_size // len(images)) for i in batch.index}
+        expected = teacher.outputs(batch.inputs)["logits"]
+        difference = np.abs(expected - batch.teacher["logits"]).max(axis=1)
+        assert (difference <= 1e-5 * np.abs(expected).max(axis=1)).all(), difference.max()
+        checked |= {(int(i), int(step) * batch_size // len(images)) for i in batch.index}
         assert (batch.inputs != images[batch.index]).any(axis=(1, 2, 3)).mean() > 0.9
-    assert len(asked) == 1000
+    assert len(checked) == 1000
