@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from ev3_distill.certify.bounds import clopper_pearson_interval
+
 CONFIDENCE = 0.95
 NO_VERDICT = "no verdict, one value has no interval"
 
@@ -84,9 +86,7 @@ def proportion(count: int, trials: int) -> Interval:
         raise ValueError(
             f"a proportion counts 0 to `trials` of at least one trial; got {count} of {trials}: fix the rows"
         )
-    tail = (1 - CONFIDENCE) / 2
-    low = 0.0 if count == 0 else float(stats.beta.ppf(tail, count, trials - count + 1))
-    high = 1.0 if count == trials else float(stats.beta.ppf(1 - tail, count + 1, trials - count))
+    low, high = clopper_pearson_interval(count, trials, confidence=CONFIDENCE)
     return Interval(count / trials, low, high, trials, CONFIDENCE)
 
 

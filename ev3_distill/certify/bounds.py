@@ -43,6 +43,7 @@ def clopper_pearson_lower(successes: int, n: int, *, confidence: float) -> float
       InputError: n or confidence is out of range.
       ValueError: successes is out of range.
     """
+    _check(n, confidence)
     return binomial_lower(successes, n, 1 - confidence)
 
 
@@ -59,8 +60,10 @@ def clopper_pearson_interval(successes: int, n: int, *, confidence: float) -> tu
 
 
 def binomial_lower(successes: int, n: int, alpha: float) -> float:
-    """`clopper_pearson_lower` at the level alpha: the alpha quantile of Beta(successes, n - successes + 1)."""
-    _check(n, 1 - alpha)
+    """`clopper_pearson_lower` at the level alpha, which may be so small that 1 - alpha rounds to 1.
+
+    It is the alpha quantile of Beta(successes, n - successes + 1).
+    """
     if not 0 <= successes <= n:
         raise ValueError(f"0 <= successes <= n must hold; got {successes} of {n}: count each example once")
     if successes == 0:

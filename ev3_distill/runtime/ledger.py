@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy import special
 
+from ev3_distill.certify.bounds import binomial_lower
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.files import atomic_write
 from ev3_distill.types import VERDICTS, Decision, Goal, Promise
@@ -83,7 +83,7 @@ def _test(test: Any, promise: Promise, goals: Sequence[Goal]) -> dict[str, Any]:
     wins, losses, n, alpha = int(test.wins), int(test.losses), int(test.n), float(test.alpha)
     goal = goals[int(test.goal)] if test.goal >= 0 else None
     binary = promise.binary if goal is None else goal.binary
-    theta = float(special.betaincinv(wins, losses + 1, alpha)) if wins else 0.0
+    theta = binomial_lower(wins, wins + losses, alpha)
     return {
         "objective": PROMISE if goal is None else goal.name,
         "kept": bool(test.blocked),

@@ -11,11 +11,16 @@ from scipy.stats import beta, binom, binomtest
 
 from ev3_distill.certify.bounds import (
     balanced_lower,
+    binomial_lower,
+    clopper_pearson_interval,
     clopper_pearson_lower,
+    clopper_pearson_upper,
+    difference_upper,
     ece,
     ece_upper,
     macro_f1,
     macro_f1_lower,
+    mcnemar_p_value,
     mean_lower,
     mean_upper,
     median_upper,
@@ -49,6 +54,31 @@ def test_hand_computed_edges():
     assert clopper_pearson_lower(1, 1, confidence=0.9) == pytest.approx(0.1, rel=1e-12)
     # 1 of 2: P[X >= 1] = 1 - (1 - p)^2 = 0.19 at p = 0.1
     assert clopper_pearson_lower(1, 2, confidence=0.81) == pytest.approx(0.1, rel=1e-12)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 5), (3, 8), (8, 8), (286, 300)])
+def test_upper_bound_and_interval_agree_with_scipy(successes, n):
+    upper = binomtest(successes, n, alternative="less").proportion_ci(0.9, method="exact").high
+    assert clopper_pearson_upper(successes, n, confidence=0.9) == pytest.approx(upper, rel=1e-6)
+    both = binomtest(successes, n).proportion_ci(0.95, method="exact")
+    assert clopper_pearson_interval(successes, n, confidence=0.95) == pytest.approx((both.low, both.high), rel=1e-6)
+
+
+def test_level_may_be_smaller_than_double_precision_tells_from_zero():
+    assert 0 < binomial_lower(60, 60, 1e-25) == pytest.approx(1e-25 ** (1 / 60), rel=1e-9)
+    assert binomial_lower(0, 0, 0.05) == 0
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (0, 3), (1, 0), (8, 2), (40, 40)])
+def test_mcnemar_is_the_exact_binomial_test(wins, losses):
+    expected = binomtest(wins, wins + losses, alternative="greater").pvalue if wins + losses else 1.0
+    assert mcnemar_p_value(wins, losses) == pytest.approx(expected)
+
+
+def test_difference_is_bounded_by_the_bounds_of_its_parts():
+    upper = binomtest(10, 100, alternative="less").proportion_ci(0.95, method="exact").high
+    lower = binomtest(4, 100, alternative="greater").proportion_ci(0.95, method="exact").low
+    assert difference_upper(10, 4, 100, confidence=0.9) == pytest.approx(upper - lower, rel=1e-6)
 
 
 @given(counts, confidences)
