@@ -15,7 +15,8 @@ from ev3_distill.arms.tuned_arm import TuningConfig, tuned_arm
 from ev3_distill.errors import InputError
 from ev3_distill.evolution import EvolutionConfig
 from ev3_distill.students import feature_shapes
-from ev3_distill.tasks.classification import example_scores, losses, steering
+from ev3_distill.tasks.classification import example_scores, steering
+from ev3_distill.tasks.classification import losses as class_losses
 from ev3_distill.tasks.classification.feature_losses import FEATURE_LOSSES, with_features
 from ev3_distill.tasks.metrics import find_metric
 from ev3_distill.types import Apply, Arm, Loss, Network, Objective
@@ -66,48 +67,48 @@ def _evolving(objective: Callable[[], Objective]) -> Callable[[str, Apply, Mesh 
 
 
 def _with_labels(teacher: Loss) -> Loss:
-    return losses.mix((0.9, teacher), (0.1, losses.cross_entropy()))
+    return class_losses.mix((0.9, teacher), (0.1, class_losses.cross_entropy()))
 
 
 def _by_peer(share: float) -> Callable[[], Loss]:
-    return lambda: losses.taught_by(_with_labels(losses.kd(temperature=4.0)), PEER, share=share)
+    return lambda: class_losses.taught_by(_with_labels(class_losses.kd(temperature=4.0)), PEER, share=share)
 
 
 def _balanced(loss: Callable[[], Loss], power: float = 1.0) -> Callable[[], Loss]:
-    return lambda: losses.balanced(loss(), power=power)
+    return lambda: class_losses.balanced(loss(), power=power)
 
 
 ARMS: dict[str, Make] = {
-    "ce": _adamw(losses.cross_entropy),
-    "ce-challenger": _challenger(_adamw(losses.cross_entropy)),
-    "ce-slow": _adamw(losses.cross_entropy, 1e-3),
-    "kd2": _adamw(lambda: _with_labels(losses.kd(temperature=2.0))),
-    "kd2-challenger": _challenger(_adamw(lambda: _with_labels(losses.kd(temperature=2.0)))),
-    "kd2-slow": _adamw(lambda: _with_labels(losses.kd(temperature=2.0)), 1e-3),
-    "kd4": _adamw(lambda: _with_labels(losses.kd(temperature=4.0))),
-    "kd4-fast": _adamw(lambda: _with_labels(losses.kd(temperature=4.0)), 3e-2),
-    "mse": _adamw(losses.logit_mse),
-    "dkd": _adamw(losses.dkd),
-    "dist": _adamw(losses.dist),
-    "dist-challenger": _challenger(_adamw(losses.dist)),
-    "nkd": _adamw(losses.nkd),
-    "standardized": _adamw(lambda: _with_labels(losses.standardized_kd())),
-    "reverse-kl": _adamw(losses.reverse_kl),
-    "jsd": _adamw(losses.jsd),
-    "ce-muon": _muon(losses.cross_entropy),
-    "ce-muon-challenger": _challenger(_muon(losses.cross_entropy)),
-    "kd2-muon": _muon(lambda: _with_labels(losses.kd(temperature=2.0))),
-    "kd4-muon": _muon(lambda: _with_labels(losses.kd(temperature=4.0))),
-    "dist-muon": _muon(losses.dist),
-    "ce-balanced": _adamw(_balanced(losses.cross_entropy)),
-    "ce-half-balanced": _adamw(_balanced(losses.cross_entropy, 0.5)),
-    "kd2-balanced": _adamw(_balanced(lambda: _with_labels(losses.kd(temperature=2.0)))),
-    "kd4-balanced": _adamw(_balanced(lambda: _with_labels(losses.kd(temperature=4.0)))),
+    "ce": _adamw(class_losses.cross_entropy),
+    "ce-challenger": _challenger(_adamw(class_losses.cross_entropy)),
+    "ce-slow": _adamw(class_losses.cross_entropy, 1e-3),
+    "kd2": _adamw(lambda: _with_labels(class_losses.kd(temperature=2.0))),
+    "kd2-challenger": _challenger(_adamw(lambda: _with_labels(class_losses.kd(temperature=2.0)))),
+    "kd2-slow": _adamw(lambda: _with_labels(class_losses.kd(temperature=2.0)), 1e-3),
+    "kd4": _adamw(lambda: _with_labels(class_losses.kd(temperature=4.0))),
+    "kd4-fast": _adamw(lambda: _with_labels(class_losses.kd(temperature=4.0)), 3e-2),
+    "mse": _adamw(class_losses.logit_mse),
+    "dkd": _adamw(class_losses.dkd),
+    "dist": _adamw(class_losses.dist),
+    "dist-challenger": _challenger(_adamw(class_losses.dist)),
+    "nkd": _adamw(class_losses.nkd),
+    "standardized": _adamw(lambda: _with_labels(class_losses.standardized_kd())),
+    "reverse-kl": _adamw(class_losses.reverse_kl),
+    "jsd": _adamw(class_losses.jsd),
+    "ce-muon": _muon(class_losses.cross_entropy),
+    "ce-muon-challenger": _challenger(_muon(class_losses.cross_entropy)),
+    "kd2-muon": _muon(lambda: _with_labels(class_losses.kd(temperature=2.0))),
+    "kd4-muon": _muon(lambda: _with_labels(class_losses.kd(temperature=4.0))),
+    "dist-muon": _muon(class_losses.dist),
+    "ce-balanced": _adamw(_balanced(class_losses.cross_entropy)),
+    "ce-half-balanced": _adamw(_balanced(class_losses.cross_entropy, 0.5)),
+    "kd2-balanced": _adamw(_balanced(lambda: _with_labels(class_losses.kd(temperature=2.0)))),
+    "kd4-balanced": _adamw(_balanced(lambda: _with_labels(class_losses.kd(temperature=4.0)))),
     "kd4-peer": _challenger(_adamw(_by_peer(1.0))),
     "kd4-ensemble": _challenger(_adamw(_by_peer(0.5))),
     "kd4-muon-peer": _challenger(_muon(_by_peer(1.0))),
     "kd4-muon-ensemble": _challenger(_muon(_by_peer(0.5))),
-    "kd4-muon-balanced": _muon(_balanced(lambda: _with_labels(losses.kd(temperature=4.0)))),
+    "kd4-muon-balanced": _muon(_balanced(lambda: _with_labels(class_losses.kd(temperature=4.0)))),
 }
 EVOLVING: dict[str, Callable[[str, Apply, Mesh | None], Arm]] = {
     "es-accuracy": _evolving(lambda: example_scores.accuracy),
@@ -165,6 +166,7 @@ def arms_named(
     network: Network | None = None,
     teacher_features: Shapes | None = None,
     mesh: Mesh | None = None,
+    losses: Mapping[str, Callable[..., Loss]] | None = None,
 ) -> tuple[Arm, ...]:
     """Arms for a student's forward pass, by name; the default portfolio where none is named.
 
@@ -181,6 +183,7 @@ def arms_named(
         tunes its loss, and for training rounded.
       teacher_features: shapes [...] of what the teacher shows of one example.
       mesh: over whose devices populations are spread, `Devices.step_mesh`.
+      losses: of the run's task, by name; a name that is no arm of the zoo but one of these trains with that loss.
 
     Raises:
       InputError: an unknown name, one given twice, a mix that is none, a feature that is not there or does not fit, or
@@ -199,7 +202,8 @@ def arms_named(
         if name in EVOLVING:
             return EVOLVING[name](name, apply, mesh)
         kind = name.removesuffix(STRAIGHT)
-        make = ARMS[kind] if kind in ARMS else _mixed(kind)
+        of_task = {kind: _adamw(losses[kind])} if losses and kind in losses else {}
+        make = {**of_task, **ARMS}.get(kind) or _mixed(kind)
         return make(name, _pass(name, apply, network))
 
     return tuple(map(named, names))
@@ -282,7 +286,7 @@ def _featured(name: str, network: Network | None, teacher: Shapes) -> Arm:
             f"{_listed(student)}; the teacher has {_listed(teacher)}"
         )
     feature_loss = FEATURE_LOSSES[asked.kind]()
-    logits_loss = _with_labels(losses.kd(temperature=4.0))
+    logits_loss = _with_labels(class_losses.kd(temperature=4.0))
     loss = with_features(logits_loss, feature_loss, student=asked.student, teacher=asked.teacher, weight=asked.weight)
     extra = feature_loss.begin(student[asked.student], teacher[asked.teacher])
     return gradient_arm(name, network.features, LossWithParams(loss, extra), adamw(asked.rate))
@@ -297,13 +301,13 @@ def _mixed(text: str) -> Make:
     formula, _, rate = text.partition("@")
     try:
         terms = [part.split("*") for part in formula.split("+")]
-        weighted = [(float(weight), losses.LOSSES[loss]()) for weight, loss in terms]
-        mixed = losses.mix(*weighted)
+        weighted = [(float(weight), class_losses.LOSSES[loss]()) for weight, loss in terms]
+        mixed = class_losses.mix(*weighted)
         return _adamw(lambda: mixed, _positive(rate or str(RATE)))
     except (KeyError, ValueError):
         known = ", ".join((*ARMS, *EVOLVING))
         raise InputError(
-            f"an arm is one of {known}, or a mix WEIGHT*LOSS+WEIGHT*LOSS@RATE of {', '.join(losses.LOSSES)}, "
+            f"an arm is one of {known}, or a mix WEIGHT*LOSS+WEIGHT*LOSS@RATE of {', '.join(class_losses.LOSSES)}, "
             f"or LOSS:STUDENT_FEATURE=TEACHER_FEATURE of {', '.join(FEATURE_LOSSES)}; got '{text}': for example 0.7*kd+0.3*ce"
         ) from None
 

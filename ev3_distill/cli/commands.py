@@ -21,18 +21,17 @@ from ev3_distill.runtime import distributed
 from ev3_distill.search.search import search
 from ev3_distill.search.sizes import first_network
 from ev3_distill.students import feature_shapes
-from ev3_distill.tasks.classification.task import classification
 from ev3_distill.teachers import Teacher, load_logits, load_teacher, save_logits
 from ev3_distill.teachers.targets import BATCH, BlankTargets, CachedTargets, RecordedTargets, TeacherTargets
 from ev3_distill.training import run_dir, teacher_checks
 from ev3_distill.training.devices import BATCH as BATCH_SPREAD
 from ev3_distill.training.devices import ONE, Devices, devices_of
 from ev3_distill.training.guard_checks import require_labels
+from ev3_distill.training.memory import eval_batch_size, return_freed_memory
 from ev3_distill.training.run_reader import data_of, report_in
-from ev3_distill.training.setup import Task, checked, evaluated_at_once, give_back
+from ev3_distill.training.setup import InStepTeacher, TrainingSetup, classification_setup
 from ev3_distill.training.student_setup import prepare_student, warn_of_duplicates
 from ev3_distill.training.train import train
-from ev3_distill.types import Network, Variables
 
 LOGITS = "logits.npz"  # copy of recorded teacher logits in a run directory
 
@@ -121,11 +120,11 @@ def teach(
     with _session(directory, devices=devices, spread=spread, tensorboard=tensorboard) as (own, placement):
         dataset = _load_data(own, config, resume=resume)
         require_labels(dataset, "teach")
-        task = checked(config, config.network, dataset, dataset.num_classes, placement)
-        warn_of_duplicates(task)
+        setup = classification_setup(config, config.network, dataset, dataset.num_classes, placement)
+        warn_of_duplicates(setup)
         if resume:
-            run_dir.given_to(own, dataset.fingerprint)
-        return RunResult(directory, _teach(own, config, task, resume=resume))
+            run_dir.read_inputs(own, dataset.fingerprint)
+        return RunResult(directory, _teach(own, config, setup, resume=resume))
 
 
 def _configure(
@@ -163,7 +162,7 @@ def _session(
 def _load_data(directory: Path, config: RunConfig, *, resume: bool) -> Dataset:
     if not resume:
         run_dir.refuse_occupied(directory)
-    give_back(config.memory)
+    return_freed_memory(config.memory)
     return data_of(config)
 
 
@@ -176,13 +175,15 @@ def _opened(
         if not resume:
             run_dir.create(directory, config, inputs)
         yield report_in(directory)
+        if (directory / "report.json").exists() and not (directory / "report.html").exists():
+            report.write_html(directory)
 
 
 def _compress(directory: Path, config: Compress, *, resume: bool, devices: Devices) -> dict[str, Any]:
     dataset = _load_data(directory, config, resume=resume)
     inputs: dict[str, Any] = {"fingerprint": dataset.fingerprint, "teacher": None}
     if resume:
-        inputs = run_dir.given_to(directory, dataset.fingerprint)
+        inputs = run_dir.read_inputs(directory, dataset.fingerprint)
     if not config.teacher:
         return _with_new_teacher(directory, config, dataset, inputs, resume=resume, devices=devices)
     if config.teacher.startswith("logits:"):
@@ -192,14 +193,14 @@ def _compress(directory: Path, config: Compress, *, resume: bool, devices: Devic
     outputs = teacher.outputs(dataset.inputs[:1])
     num_classes = dataset.num_classes or teacher.num_classes or outputs["logits"].shape[1]
     shapes = {name: rows.shape[1:] for name, rows in outputs.items() if name != "logits"}
-    task, arms = _student(config, dataset, num_classes, shapes, devices=devices)
+    setup, arms = _student(config, dataset, num_classes, shapes, devices=devices)
     if resume:
         teacher_checks.check_unchanged(teacher, inputs["teacher"]["digest"], directory)
     else:
         inputs["teacher"] = {"digest": teacher.digest, "params": teacher.params}
-        teacher_checks.check_quality(teacher, task, as_is=config.teacher_as_is)
+        teacher_checks.check_quality(teacher, setup, as_is=config.teacher_as_is)
     with _opened(directory, config, inputs, resume=resume) as finished:
-        return finished or _with_running_teacher(directory, config, task, arms, teacher, source=config.teacher)
+        return finished or _with_running_teacher(directory, config, setup, arms, teacher, source=config.teacher)
 
 
 def _with_new_teacher(
@@ -208,18 +209,18 @@ def _with_new_teacher(
     """Trains a teacher first, then the student."""
     teacher_config = config.teacher_config()
     require_labels(dataset, "a teacher that is trained here")
-    teacher_task = checked(teacher_config, teacher_config.network, dataset, dataset.num_classes, devices)
-    task, arms = _student(config, dataset, dataset.num_classes, feature_shapes(teacher_task.network), devices=devices)
+    teacher_setup = classification_setup(teacher_config, teacher_config.network, dataset, dataset.num_classes, devices)
+    setup, arms = _student(config, dataset, dataset.num_classes, feature_shapes(teacher_setup.network), devices=devices)
     with _opened(directory, config, inputs, resume=resume) as finished:
         if finished:
             return finished
         own = directory / "teacher"
-        _teach(own, teacher_config, teacher_task, resume=(own / "config.toml").exists())
-        features = "#" + ",".join(task.teacher_features) if task.teacher_features else ""
+        _teach(own, teacher_config, teacher_setup, resume=(own / "config.toml").exists())
+        features = "#" + ",".join(setup.teacher_features) if setup.teacher_features else ""
         load = functools.partial(students.load, factory=students.import_factory(config.teacher_network))
         teacher = _load_teacher(f"flax:{own}{features}", config, dataset, load_network=load)
         source = f"trained here: {config.teacher_network}"
-        return _with_running_teacher(directory, config, task, arms, teacher, source=source)
+        return _with_running_teacher(directory, config, setup, arms, teacher, source=source)
 
 
 def _with_recorded_teacher(
@@ -235,18 +236,18 @@ def _with_recorded_teacher(
         fingerprint=dataset.fingerprint,
     )
     config = dataclasses.replace(config, augment="none") if config.augment == "auto" else config
-    task, arms = _student(config, dataset, logits.shape[1], {}, devices=devices)
+    setup, arms = _student(config, dataset, logits.shape[1], {}, devices=devices)
     with _opened(directory, config, inputs, resume=resume) as finished:
         if finished:
             return finished
         if not copy.exists():
             save_logits(copy, logits, dataset.fingerprint)
         facts = {"source": config.teacher, "params": None}
-        return _search_or_train(directory, config, task, arms, RecordedTargets({"logits": logits}), teacher=facts)
+        return _search_or_train(directory, config, setup, arms, RecordedTargets({"logits": logits}), teacher=facts)
 
 
 def _with_running_teacher(
-    directory: Path, config: Compress, task: Task, arms: Sequence[str], teacher: Teacher, *, source: str
+    directory: Path, config: Compress, setup: TrainingSetup, arms: Sequence[str], teacher: Teacher, *, source: str
 ) -> dict[str, Any]:
     """Trains the student under a teacher that can run."""
     in_step = None
@@ -256,49 +257,49 @@ def _with_running_teacher(
                 "a teacher inside the training step must be a flax teacher that takes the data without preprocessing; got "
                 f"{teacher.source}: omit --teacher-in-step"
             )
-        in_step = teacher.network, teacher.variables
+        in_step = InStepTeacher(teacher.network, teacher.variables)
     targets = CachedTargets(
         teacher,
-        task.dataset,
-        num_classes=task.network.spec["num_classes"],
-        features=tuple(task.teacher_features),
+        setup.dataset,
+        num_classes=setup.network.spec["num_classes"],
+        features=tuple(setup.teacher_features),
         precision=config.precision,
-        batch_size=evaluated_at_once(task.dataset, task.memory, BATCH),
+        batch_size=eval_batch_size(setup.dataset, setup.memory, BATCH),
         warn=warn,
     )
     with contextlib.closing(targets):
         facts = {"source": source, "params": teacher.params}
-        return _search_or_train(directory, config, task, arms, targets, teacher=facts, in_step=in_step)
+        return _search_or_train(directory, config, setup, arms, targets, teacher=facts, in_step=in_step)
 
 
 def _search_or_train(
     directory: Path,
     config: Compress,
-    task: Task,
+    setup: TrainingSetup,
     arms: Sequence[str],
     targets: TeacherTargets,
     *,
     teacher: dict[str, Any],
-    in_step: tuple[Network, Variables] | None = None,
+    in_step: InStepTeacher | None = None,
 ) -> dict[str, Any]:
     if config.searches:
-        return search(directory, config, task, arms, targets, teacher=teacher)
+        return search(directory, config, setup, arms, targets, teacher=teacher)
     if config.control:
         own = directory / "control"
-        control_task = dataclasses.replace(task, teacher_features={}, guards=())
-        _teach(own, config.control_config(), control_task, resume=(own / "config.toml").exists())
-        task = dataclasses.replace(task, control=own)
-    return train(directory, config, task, arms, targets, teacher=teacher, in_step=in_step)
+        control_setup = dataclasses.replace(setup, teacher_features={}, guards=())
+        _teach(own, config.control_config(), control_setup, resume=(own / "config.toml").exists())
+        setup = dataclasses.replace(setup, control=own)
+    return train(directory, config, setup, arms, targets, teacher=teacher, in_step=in_step)
 
 
-def _teach(directory: Path, config: Teach, task: Task, *, resume: bool) -> dict[str, Any]:
+def _teach(directory: Path, config: Teach, setup: TrainingSetup, *, resume: bool) -> dict[str, Any]:
     """Trains a network on labels alone."""
-    inputs = {"fingerprint": task.dataset.fingerprint, "teacher": None}
+    inputs = {"fingerprint": setup.dataset.fingerprint, "teacher": None}
     with _opened(directory, config, inputs, resume=resume) as finished:
         if finished:
             return finished
-        targets = BlankTargets(len(task.dataset.labels), classification(task.dataset.num_classes).teacher_spec)
-        return train(directory, config, task, [name_for_labels(task.network.spec)], targets, teacher=None)
+        targets = BlankTargets(len(setup.dataset.labels), setup.task.teacher_spec)
+        return train(directory, config, setup, [name_for_labels(setup.network.spec)], targets, teacher=None)
 
 
 def _student(
@@ -308,12 +309,12 @@ def _student(
     feature_shapes: Mapping[str, tuple[int, ...]],
     *,
     devices: Devices,
-) -> tuple[Task, list[str]]:
+) -> tuple[TrainingSetup, list[str]]:
     """The setup of the student, or of the first student of a search, and its arms."""
-    task = checked(config, config.student, dataset, num_classes, devices)
+    setup = classification_setup(config, config.student, dataset, num_classes, devices)
     if config.searches:
-        task = dataclasses.replace(task, network=first_network(config, task.network.spec))
-    return prepare_student(config, task, feature_shapes)
+        setup = dataclasses.replace(setup, network=first_network(config, setup.network.spec))
+    return prepare_student(config, setup, feature_shapes)
 
 
 def _load_teacher(

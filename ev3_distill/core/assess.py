@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ev3_distill.core.algorithm import Objectives
 from ev3_distill.core.explore import on_one_device
-from ev3_distill.types import Apply, Batch, Distribute, Evidence, Proposals, Variables
+from ev3_distill.types import Apply, Batch, Distribute, Evidence, Objectives, Proposals, Variables
 
 
 def outputs_of(apply: Apply, variables: Variables, inputs: jax.Array, *, batch_size: int) -> Any:

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from ev3_distill.core import adapt, prioritise
-from ev3_distill.core.algorithm import Algorithm, Objectives
+from ev3_distill.core.algorithm import Algorithm
 from ev3_distill.core.assess import outputs_of
 from ev3_distill.core.paired_tests import paired, suitable_test
 from ev3_distill.core.plateau import NO_END, stuck
-from ev3_distill.types import Champion, GoalScores, Pools, PromotionTest, PyTree, State, Variables
+from ev3_distill.types import Champion, GoalScores, Objectives, Pools, PromotionTest, PyTree, State, Variables
 
 GOALS_SPACING = 1.1  # factor by which the run's cost must grow between two tests whether all goals are met
 

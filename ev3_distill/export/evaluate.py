@@ -34,8 +34,9 @@ from ev3_distill.training.certify_run import (
     write_certificate,
 )
 from ev3_distill.training.guard_checks import parse_guards, require_labels
+from ev3_distill.training.memory import eval_batch_size, memory_limit
 from ev3_distill.training.run_reader import config_of, data_of, report_in
-from ev3_distill.training.setup import CHUNK, evaluated_at_once, limit_of
+from ev3_distill.training.setup import CHUNK
 from ev3_distill.types import Network, Variables
 
 BATCHES = (1, 64)  # that a file is timed at
@@ -81,7 +82,7 @@ def evaluate(
     sealed = None if source else directory
     request = _Request(metrics, classes, table)
     level = _level(sealed, tree_digest(variables), request, confidence=confidence, reopen=reopen)
-    at_once = evaluated_at_once(dataset, limit_of(chosen.memory), CHUNK)
+    at_once = eval_batch_size(dataset, memory_limit(chosen.memory), CHUNK)
     outputs = _outputs(forward(network, variables), dataset, rows, at_once=at_once)
     certificate = _certificate(outputs, request, measured_bounds(metrics, network, variables, dataset), level)
     if level.reopened:
@@ -144,7 +145,7 @@ def evaluate_file(
         metrics = metrics_to_claim(parsed, labeled=True, teacher=False)
         request = _Request(metrics, about.classes, table)
         outputs = _outputs(
-            file.logits, dataset, rows, at_once=evaluated_at_once(dataset, limit_of(chosen.memory), AT_ONCE)
+            file.logits, dataset, rows, at_once=eval_batch_size(dataset, memory_limit(chosen.memory), AT_ONCE)
         )
         lines = [f"{path}: {about.network}, {about.precision}, {sizes['bytes']:,} bytes, run by {file.runtime}"]
         sealed = None if source else of
@@ -199,7 +200,7 @@ def _rows(
 ) -> np.ndarray:
     """Of the examples to be scored: all of a source that is named, or those of the run's own sealed split."""
     if of is not None and not source:
-        run_dir.given_to(of, dataset.fingerprint)
+        run_dir.read_inputs(of, dataset.fingerprint)
         return split_rows(dataset.labels, dataset.test_rows, seed=chosen.seed, fractions=chosen.splits)["test"]
     if dataset.fingerprint == fingerprint:
         warn(

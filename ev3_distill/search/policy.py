@@ -47,9 +47,11 @@ from ev3_distill.tasks.metrics import steers
 from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.teachers.targets import PeerTargets, TeacherTargets
 from ev3_distill.training.certify_run import metrics_to_claim
+from ev3_distill.training.iterate import UNLIMITED, Limits
+from ev3_distill.training.memory import eval_batch_size
 from ev3_distill.training.run_dir import read_json, write_json
-from ev3_distill.training.setup import CHUNK, Course, Task, course_of, evaluated_at_once
-from ev3_distill.training.train import iterated
+from ev3_distill.training.setup import CHUNK, TrainingRun, TrainingSetup, make_run
+from ev3_distill.training.train import iterate_run
 from ev3_distill.types import Network, Plateau, State, Variables
 
 TRIALS = "trials.json"
@@ -70,7 +72,7 @@ class Climb:
         self,
         directory: Path,
         chosen: Any,
-        task: Task,
+        task: TrainingSetup,
         arm_names: Sequence[str],
         targets: TeacherTargets,
         *,
@@ -86,7 +88,7 @@ class Climb:
         kept = directory / TRIALS
         self.trials: list[dict[str, Any]] = read_json(kept)["trials"] if kept.exists() else []
         self.lost = 0  # steps of trials that led nowhere
-        claims = metrics_to_claim(task.guards, labeled=task.labelled, teacher=True)
+        claims = metrics_to_claim(task.guards, labeled=task.labeled, teacher=True)
         level, goals = (1 - chosen.confidence) / len(claims), max(sum(steers(guard.metric) for guard in task.guards), 1)
         ratio = len(task.rows["decide"]) / len(task.rows["test"])
         self.sure = level_of(level, ratio, LIKELY) / goals  # of each goal, on decide
@@ -217,7 +219,7 @@ class Climb:
     def _narrowed(self, like: Entry, found: Entry) -> Entry | None:
         """One of a smaller size that meets the guards; none where there is none in sight, or too little is left."""
         each = max(self._left() // (2 * DRAWS), STAGE * self.chosen.ev3.length)
-        course: Course | None = None
+        course: TrainingRun | None = None
         while self._left() >= each:
             course = course or self._course_with(like, found)
             for draw in range(DRAWS):
@@ -280,11 +282,11 @@ class Climb:
         sizes = sorted({entry.params for entry in self.entries})
         return [archive.best(one for one in self.entries if one.params == params) for params in sizes]
 
-    def _course_with(self, like: Entry, peer: Entry) -> Course:
+    def _course_with(self, like: Entry, peer: Entry) -> TrainingRun:
         """That of a size, with a student that teaches beside the teacher."""
         network = students.build(like.spec, factory=self.factory)
         teaches = students.load(self._folder(peer.number), factory=self.factory)
-        at_once = evaluated_at_once(self.task.dataset, self.task.memory, CHUNK)
+        at_once = eval_batch_size(self.task.dataset, self.task.memory, CHUNK)
         targets = PeerTargets(self.targets, forward(*teaches), batch_size=at_once)
         names = (*self.arm_names, *names_for_peers(network.spec))
         task = dataclasses.replace(
@@ -300,7 +302,7 @@ class Climb:
         except InputError:
             return None
 
-    def _begun(self, course: Course, like: Entry, how: str, limit: int, *, part: Variables | None = None) -> Entry:
+    def _begun(self, course: TrainingRun, like: Entry, how: str, limit: int, *, part: Variables | None = None) -> Entry:
         """A student of a size that begins in a run that goes on: with a part of another, while that is of use, or afresh."""
         network, before, seed = students.build(like.spec, factory=self.factory), self.last, self._seed()
 
@@ -318,14 +320,14 @@ class Climb:
         """Of the next rung."""
         return int(self.chosen.seed) + len(self.rungs)
 
-    def _fresh(self, course: Course, before: State, seed: int) -> State:
+    def _fresh(self, course: TrainingRun, before: State, seed: int) -> State:
         """A fresh student, the best of several draws."""
         left = self._limit() - int(before.clock.cost)
         return self._goes_on(
             course, before, course.distillation.begin_best(course.pools, seed, budget=left, pipeline=course.pipeline)
         )
 
-    def _goes_on(self, course: Course, before: State, begun: State) -> State:
+    def _goes_on(self, course: TrainingRun, before: State, begun: State) -> State:
         """A student that begins, in a run that goes on: cost, position and error budget are those of before."""
         state = course.distillation.extend(
             course.pools, begun._replace(clock=begun.clock._replace(position=before.clock.position))
@@ -336,16 +338,16 @@ class Climb:
     # Rungs.
 
     def _course(
-        self, network: Network, *, task: Task | None = None, names: Sequence[str] = (), targets: Any = None
-    ) -> Course:
+        self, network: Network, *, task: TrainingSetup | None = None, names: Sequence[str] = (), targets: Any = None
+    ) -> TrainingRun:
         task = dataclasses.replace(task or self.task, network=network)
-        return course_of(self.chosen, task, names or self.arm_names, targets or self.targets, stops=self.stops)
+        return make_run(self.chosen, task, names or self.arm_names, targets or self.targets, stop_share=self.stops)
 
     def _folder(self, number: int) -> Path:
         return self.directory / "sizes" / f"{number:02d}"
 
     def _rung(
-        self, network: Network, course: Course, how: str, start: Callable[[], State], *, shares: bool = False
+        self, network: Network, course: TrainingRun, how: str, start: Callable[[], State], *, shares: bool = False
     ) -> Rung:
         number = len(self.rungs) + 1
         folder = self._folder(number)
@@ -375,18 +377,17 @@ class Climb:
         """Cost that may still be."""
         return self._limit() - self._spent()
 
-    def _trained(self, rung: Rung, *, limit: int | None = None, **options: Any) -> State:
-        budget = self._limit() if limit is None else limit
-        state = iterated(
+    def _trained(self, rung: Rung, *, limit: int | None = None, pause: int = UNLIMITED) -> State:
+        limits = Limits(self._limit() if limit is None else limit, None, pause)
+        state = iterate_run(
             rung.folder,
             self.chosen,
             rung.course,
             self.targets,
             self.progress,
-            budget=budget,
+            limits=limits,
             start=rung.start,
-            about={"size": rung.number},
-            **options,
+            row_facts={"size": rung.number},
         )
         rung.state = state
         return state

@@ -17,9 +17,10 @@ from ev3_distill.search import archive
 from ev3_distill.search.archive import Entry
 from ev3_distill.search.policy import Climb
 from ev3_distill.teachers.targets import TeacherTargets
+from ev3_distill.training.report_content import FinalStudent
 from ev3_distill.training.run_dir import write_lines
-from ev3_distill.training.setup import Task
-from ev3_distill.training.train import Final, concluded
+from ev3_distill.training.setup import TrainingSetup
+from ev3_distill.training.train import conclude
 
 PATIENCE = 6.0  # of a search, where none is named: what growth has added, or another arm, takes its time
 
@@ -27,7 +28,7 @@ PATIENCE = 6.0  # of a search, where none is named: what growth has added, or an
 def search(
     directory: Path,
     chosen: Any,
-    task: Task,
+    task: TrainingSetup,
     arm_names: Sequence[str],
     targets: TeacherTargets,
     *,
@@ -72,7 +73,7 @@ def search(
     }
     candidates = made.candidates()
 
-    def final_of(entry: Entry) -> Final:
+    def final_of(entry: Entry) -> FinalStudent:
         rung = made.rung_of(entry)
         told = {
             "sizes": [{**dataclasses.asdict(one), "on_front": one in best} for one in made.archive.entries],
@@ -80,7 +81,7 @@ def search(
             "candidates": [one.number for one in candidates],
             "delivered": entry.number,
         }
-        return Final(
+        return FinalStudent(
             rung.network,
             students.load(rung.folder, factory=made.factory)[1],
             f"sizes/{entry.number:02d}",
@@ -92,7 +93,7 @@ def search(
         )
 
     final, *surer = map(final_of, candidates)
-    return concluded(directory, chosen, task, final, targets, teacher=teacher, surer=surer[0] if surer else None)
+    return conclude(directory, chosen, task, final, targets, teacher=teacher, fallback=surer[0] if surer else None)
 
 
 def _arms_in(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

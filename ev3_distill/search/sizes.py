@@ -10,7 +10,7 @@ from ev3_distill.config import Compress
 from ev3_distill.errors import InputError, warn
 from ev3_distill.students import count_params
 from ev3_distill.students.growth import moves
-from ev3_distill.training.setup import Task
+from ev3_distill.training.setup import TrainingSetup
 from ev3_distill.types import Network
 
 
@@ -48,7 +48,7 @@ class Sizes:
       ladder: the specs that the user named, smallest first; empty where sizes follow from growth.
     """
 
-    def __init__(self, chosen: Any, task: Task, *, factory: Callable[..., Any] | None):
+    def __init__(self, chosen: Any, task: TrainingSetup, *, factory: Callable[..., Any] | None):
         """Takes config.Compress with a start or sizes, what is trained, and the factory of a family of the user's own."""
         spec = task.network.spec
         named = [students.from_name(text, spec["input_shape"], spec["num_classes"]) for text in chosen.sizes]

@@ -16,7 +16,7 @@ from scipy import special
 
 from ev3_distill.core import plateau, prioritise
 from ev3_distill.core.paired_tests import paired
-from ev3_distill.training.setup import Course
+from ev3_distill.training.setup import TrainingRun
 from ev3_distill.types import Evidence, Network, Plateau, State
 
 TAKEOVER = 1.0  # standard errors on assess
@@ -30,7 +30,7 @@ class Rung:
     number: int
     folder: Path
     network: Network
-    course: Course
+    course: TrainingRun
     how: str
     start: Callable[[], State]
     state: State | None = None  # the last that is known
@@ -94,7 +94,7 @@ def falls_behind(told: Sequence[dict[str, Any]], position: int, steps: int, *, u
     return bool(risk + max(risk - before, 0.0) * doublings < -BEHIND)
 
 
-def leads(one: Evidence, other: Evidence, course: Course) -> bool:
+def leads(one: Evidence, other: Evidence, course: TrainingRun) -> bool:
     """Whether one student leads another on assess, in the goal that the other is the furthest below, or in the promise."""
     thresholds = course.distillation.evaluator.objectives.thresholds
     ruling = prioritise.ruling_of(prioritise.risks_of(other, thresholds))

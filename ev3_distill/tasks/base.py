@@ -17,9 +17,8 @@ import jax
 import numpy as np
 
 from ev3_distill.certify.certificate import Table
-from ev3_distill.core import Objectives
 from ev3_distill.tasks.metrics import Metric
-from ev3_distill.types import Goal, Loss, Objective, Promise, PyTree
+from ev3_distill.types import Goal, Loss, Objective, Objectives, Promise, PyTree
 
 __all__ = ["Metric", "Tables", "Task", "has_target", "no_tables"]
 

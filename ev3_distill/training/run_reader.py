@@ -1,42 +1,37 @@
-"""A finished run: what it reported, how it was configured, and the data it was about."""
+"""Reads runs: their report, their configuration and their data."""
 
 from pathlib import Path
 from typing import Any
 
-from ev3_distill import config
+from ev3_distill import config as configs
 from ev3_distill.config_file import read_config
 from ev3_distill.data.sources import Dataset, load_data
 from ev3_distill.errors import warn
-from ev3_distill.monitor import report
 from ev3_distill.runtime.progress import CountProgress
+from ev3_distill.training.memory import dataset_limit, memory_limit
 from ev3_distill.training.run_dir import read_json
-from ev3_distill.training.setup import limit_of, share_of
 
 
 def report_in(directory: Path) -> dict[str, Any] | None:
-    """The report of a run that has one; its page is rendered where a kill came between the two."""
-    if not (directory / "report.json").exists():
-        return None
-    finished = read_json(directory / "report.json")
-    if not (directory / "report.html").exists():
-        report.write_html(directory)
-    return finished
+    """The report of a run, or None if the run is unfinished."""
+    path = directory / "report.json"
+    return read_json(path) if path.exists() else None
 
 
-def config_of(directory: Path, finished: dict[str, Any]) -> config.Compress | config.Teach:
-    """How a run that reported this was configured."""
-    is_teacher = finished["teacher"]["source"] == "labels"
-    kind: type[config.Compress | config.Teach] = config.Teach if is_teacher else config.Compress
+def config_of(directory: Path, report: dict[str, Any]) -> configs.Compress | configs.Teach:
+    """The configuration of the run with this report."""
+    is_teacher = report["teacher"]["source"] == "labels"
+    kind: type[configs.Compress | configs.Teach] = configs.Teach if is_teacher else configs.Compress
     return read_config(kind, directory / "config.toml")
 
 
-def data_of(chosen: config.RunConfig, source: str = "") -> Dataset:
-    """The data of a run, or another source as that run would read it."""
+def data_of(config: configs.RunConfig, source: str = "") -> Dataset:
+    """The data of a run, or another source read with the options of that run."""
     with CountProgress("images", things="images") as progress:
         return load_data(
-            source or chosen.data,
-            memory=share_of(limit_of(chosen.memory)),
-            skip_corrupt=chosen.skip_corrupt,
+            source or config.data,
+            memory=dataset_limit(memory_limit(config.memory)),
+            skip_corrupt=config.skip_corrupt,
             warn=warn,
             progress=progress.update,
         )

@@ -1,19 +1,16 @@
-"""A course: all that training a network takes, checked and on the device. A task says what is trained on what."""
+"""Setup of a run: what is trained on what, checked, and built on the device."""
 
-import contextlib
-import ctypes
 import dataclasses
 import math
-import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ev3_distill import config, students
+from ev3_distill import students
 from ev3_distill.arms import arms_named
+from ev3_distill.config import Budget, Compress, RunConfig
 from ev3_distill.data import augment
 from ev3_distill.data.batches import held_out, sampler
 from ev3_distill.data.pipeline import ResidentPipeline, Views, WindowPipeline
@@ -21,75 +18,105 @@ from ev3_distill.data.sources import Dataset
 from ev3_distill.data.splits import split_rows
 from ev3_distill.errors import InputError
 from ev3_distill.guards import Guard
-from ev3_distill.tasks.classification.steering import goal
+from ev3_distill.tasks.base import Task, has_target
 from ev3_distill.tasks.classification.task import classification
-from ev3_distill.tasks.metrics import steers
+from ev3_distill.tasks.metrics import MetricQuery, find_metric, resolve
 from ev3_distill.teachers.targets import BlankTargets, TeacherTargets, chunked
 from ev3_distill.training.devices import ONE, Devices
 from ev3_distill.training.iterate import UNLIMITED, Pipeline
+from ev3_distill.training.memory import eval_batch_size, fits, input_bytes, memory_limit, window_steps
 from ev3_distill.training.trainer import Distillation
-from ev3_distill.types import Batch, Network, Pools, Variables
+from ev3_distill.types import Batch, Goal, Network, Pools, PyTree, Sample, Variables
 
-WINDOW_SHARE = 128  # of the memory limit; three windows are in memory at once: trained on, made, and read ahead
-WINDOW_STEPS = 256  # at most
-M_MMAP_THRESHOLD, GIVEN_BACK = -3, 4 * 2**20  # of malloc.h; bytes
-EVALUATED_SHARE = 512  # of the memory limit; a network's activations in one forward pass are many times its inputs
-CHUNK = 2048  # test examples on the device at once, at most
+CHUNK = 2048  # largest number of test examples on the device at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Task:
-    """What is trained on what, all of it checked."""
+class TrainingSetup:
+    """What is trained on what, all of it checked.
 
+    Attributes:
+      task: what the network's outputs mean.
+      dataset: examples on the host.
+      network: to train.
+      rows: positions in the data set by split.
+      augmentation: of training images; None for none.
+      steps: the budget, unless it is a wall time.
+      memory: limit, bytes.
+      teacher_features: shapes of the teacher's features in use, by name, for one example.
+      guards: requirements on the student.
+      control: directory of the run that trained the same student on labels alone.
+      costs: [K, K] of predictions, if a guard needs them.
+      devices: of the run.
+    """
+
+    task: Task
     dataset: Dataset
     network: Network
-    rows: dict[str, np.ndarray]  # positions by split
+    rows: dict[str, np.ndarray]
     augmentation: augment.Augmentation | None
-    steps: int | None  # of the budget, unless it is a wall time
-    memory: int  # bytes
-    teacher_features: Mapping[str, tuple[int, ...]] = dataclasses.field(
-        default_factory=dict
-    )  # those in use, of one example
+    steps: int | None
+    memory: int
+    teacher_features: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     guards: Sequence[Guard] = ()
-    control: Path | None = None  # the run that trained the same student by labels alone
-    costs: np.ndarray | None = None  # [K, K], where a guard asks for them
-    devices: Devices = ONE  # that share the work
+    control: Path | None = None
+    costs: np.ndarray | None = None
+    devices: Devices = ONE
 
     @property
-    def labelled(self) -> bool:
-        """Whether any example has a label."""
-        return bool((self.dataset.labels >= 0).any())
+    def targets(self) -> PyTree:
+        """Targets of all examples, leaves [N, ...]."""
+        return self.dataset.labels
+
+    @property
+    def labeled(self) -> bool:
+        """Whether any example has a target."""
+        return bool(has_target(self.targets).any())
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the network's classes, or their numbers; empty for a task without classes."""
+        number = self.network.spec.get("num_classes", self.dataset.num_classes)
+        return list(self.dataset.class_names or map(str, range(number)))
 
 
-def limit_of(memory: str) -> int:
-    """The memory limit in bytes: the one named, or half of this machine's."""
-    named = config.parse_bytes(memory)
-    return named or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+def make_setup(
+    config: RunConfig, network: Network, dataset: Dataset, task: Task, devices: Devices = ONE
+) -> TrainingSetup:
+    """The setup of a run that trains a network, once everything that depends on the data is checked.
 
-
-def give_back(memory: str) -> None:
-    """Where a limit is named, freed memory goes back to the system at once; glibc would keep all blocks under 32 MB."""
-    if memory and sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):  # another libc
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, GIVEN_BACK)
-
-
-def checked(
-    chosen: config.Compress | config.Teach, name: str, dataset: Dataset, num_classes: int, devices: Devices = ONE
-) -> Task:
-    """The task of training the network of that name, once all that the data decide was checked."""
-    network = students.from_name(name, dataset.inputs.shape[1:], num_classes)
-    rows = split_rows(dataset.labels, dataset.test_rows, seed=chosen.seed, fractions=chosen.splits)
-    steps = config.Budget.parse(chosen.budget).in_steps(len(rows["explore"]), chosen.ev3.batch_size)
+    Raises:
+      InputError: the splits, the budget or the augmentation do not fit the data.
+    """
+    strata = task.strata(dataset.labels)
+    rows = split_rows(strata, dataset.test_rows, seed=config.seed, fractions=config.splits)
+    steps = Budget.parse(config.budget).in_steps(len(rows["explore"]), config.ev3.batch_size)
     if steps is not None and steps >= UNLIMITED:
-        raise InputError(f"a budget is below {UNLIMITED} steps; got '{chosen.budget}', {steps} steps: give less")
-    augmentation = augment.parse(chosen.augment, dataset.inputs.shape[1:])
-    return Task(dataset, network, rows, augmentation, steps, limit_of(chosen.memory), devices=devices)
+        raise InputError(f"a budget must be below {UNLIMITED} steps; got '{config.budget}', {steps} steps: give less")
+    augmentation = augment.parse(config.augment, dataset.inputs.shape[1:])
+    return TrainingSetup(
+        task, dataset, network, rows, augmentation, steps, memory_limit(config.memory), devices=devices
+    )
+
+
+def classification_setup(
+    config: RunConfig, name: str, dataset: Dataset, num_classes: int, devices: Devices = ONE
+) -> TrainingSetup:
+    """The setup of a run that trains the student of that name to classify."""
+    network = students.from_name(name, dataset.inputs.shape[1:], num_classes)
+    return make_setup(config, network, dataset, classification(num_classes), devices)
+
+
+class InStepTeacher(NamedTuple):
+    """A JAX teacher that runs inside the training step."""
+
+    network: Network
+    variables: Variables
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Course:
-    """A task in the making: the network with its arms, and the data where training finds them."""
+class TrainingRun:
+    """A setup that is built: the network with its arms, and the data where training reads them."""
 
     distillation: Distillation
     pools: Pools
@@ -97,135 +124,128 @@ class Course:
     pipeline: Pipeline | None  # streams the explore split, if it is not in the pools
 
 
-def course_of(
-    chosen: Any,
-    task: Task,
+def make_run(
+    config: RunConfig,
+    setup: TrainingSetup,
     arm_names: Sequence[str],
     targets: TeacherTargets,
     *,
-    in_step: tuple[Network, Variables] | None = None,
-    stops: float = 0.0,
-) -> Course:
-    """The course of a task under a teacher.
+    in_step: InStepTeacher | None = None,
+    stop_share: float = 0.0,
+) -> TrainingRun:
+    """Builds the run of a setup.
 
     Args:
-      chosen: config.Compress or config.Teach.
-      task: what is trained on what.
-      arm_names: of the arms.
+      config: of the run.
+      setup: what is trained on what.
+      arm_names: names of the arms.
       targets: of the teacher.
       in_step: a JAX teacher that runs inside the training step.
-      stops: share of the certificate's level at which decide must prove every goal for the run to end early; 0: never.
+      stop_share: fraction of the certificate's level at which decide must prove every goal for the run to end early; 0: never.
     """
-    assess, decide = (_held(task, task.rows[name], targets, name) for name in ("assess", "decide"))
+    assess, decide = (_split(setup, setup.rows[name], targets, name) for name in ("assess", "decide"))
     seen = None
-    if chosen.ev3.patience:
-        among = np.random.default_rng(chosen.seed).permutation(task.rows["explore"])
-        seen = _held(task, np.sort(among[: len(task.rows["assess"])]), targets, "explore")
-    sample, supply, pools = _supplied(chosen, task, targets, Pools((), assess, decide, seen), in_step)
-    names = task.dataset.class_names
-    goals = [
-        goal(guard.metric, guard.threshold, costs=task.costs, class_names=names)
-        for guard in task.guards
-        if steers(guard.metric)
-    ]
-    at_once = evaluated_at_once(task.dataset, task.memory, chosen.ev3.eval_batch_size)
-    network = task.devices.network(task.network)
+    if config.ev3.patience:
+        among = np.random.default_rng(config.seed).permutation(setup.rows["explore"])
+        seen = _split(setup, np.sort(among[: len(setup.rows["assess"])]), targets, "explore")
+    sample, pipeline = _make_pipeline(config, setup, targets, in_step)
+    explore: Any = ()
+    stream: Pipeline | None = pipeline
+    if isinstance(pipeline, ResidentPipeline) and setup.augmentation is None:
+        explore, stream = pipeline.whole(), None
+    pools = Pools(explore, assess, decide, seen)
+    goals, network = _goals(setup), setup.devices.network(setup.network)
+    arms = arms_named(
+        network.apply,
+        arm_names,
+        network=network,
+        teacher_features=setup.teacher_features,
+        mesh=setup.devices.step_mesh,
+        losses=setup.task.losses,
+    )
+    batch_size = eval_batch_size(setup.dataset, setup.memory, config.ev3.eval_batch_size)
     distillation = Distillation(
         network,
-        arms_named(
-            network.apply,
-            arm_names,
-            network=network,
-            teacher_features=task.teacher_features,
-            mesh=task.devices.step_mesh,
-        ),
-        config=dataclasses.replace(chosen.ev3, eval_batch_size=at_once),
+        arms,
+        config=dataclasses.replace(config.ev3, eval_batch_size=batch_size),
         sample=sample,
-        objectives=classification().objectives(goals),
-        stop_level=stops * (1 - chosen.confidence) / len(goals) if stops and goals else None,
-        devices=task.devices,
+        objectives=setup.task.objectives(goals),
+        stop_level=stop_share * (1 - config.confidence) / len(goals) if stop_share and goals else None,
+        devices=setup.devices,
     )
-    return Course(distillation, task.devices.place(pools), tuple(arm_names), supply)
+    return TrainingRun(distillation, setup.devices.place(pools), tuple(arm_names), stream)
 
 
-def _supplied(
-    chosen: Any, task: Task, targets: TeacherTargets, pools: Pools, in_step: tuple[Network, Variables] | None
-) -> tuple[Any, Pipeline | None, Pools]:
-    """How batches are made, who brings the explore split, and the pools: with it where it is on the device as a whole."""
-    dataset, size, index = task.dataset, chosen.ev3.batch_size, task.rows["explore"]
-    views = Views(dataset.inputs, dataset.labels, index, task.augmentation)
-    asked = not isinstance(targets, BlankTargets)  # what nobody is asked of needs no end of views
-    count = 1 if task.augmentation is None else chosen.views if asked else UNLIMITED
-    facts = {"batch_size": size, "seed": chosen.seed}
-    apply = None if in_step is None else task.devices.network(in_step[0]).apply
-    sample = sampler(batch_size=size, views=count, augmentation=task.augmentation, teacher=apply)
-    teacher_of = targets.for_views(views, count)
-    learnt = 4 * count * len(index) * sum(math.prod(shape) for shape in task.teacher_features.values())
-    if in_step is not None and task.teacher_features:
-        raise InputError(
-            f"a teacher inside the step gives logits alone; got arms that ask for {', '.join(task.teacher_features)}: leave "
-            "out --teacher-in-step, or those arms"
-        )
-    if not fits(dataset, task.memory, learnt):
-        if in_step is not None:
-            raise InputError(
-                f"a teacher inside the step needs data that fit; {dataset.source} has {bytes_in(dataset)} bytes for a "
-                f"memory limit of {task.memory}: raise --memory, or leave out --teacher-in-step"
-            )
-        steps = min(max(task.memory // WINDOW_SHARE // (size * bytes_of_example(dataset)), 1), WINDOW_STEPS)
-        return sample, WindowPipeline(views, teacher_of, count=count, steps=steps, **facts), pools
-    variables = () if in_step is None else in_step[1]
-    supply = ResidentPipeline(views, teacher_of, count=count if asked else 1, teacher=variables, **facts)
-    if task.augmentation is None:
-        return sample, None, pools._replace(explore=supply.whole())
-    return sample, supply, pools
+def _goals(setup: TrainingSetup) -> list[Goal]:
+    """The goals of the guards that training can steer toward."""
+    goals = []
+    for guard in setup.guards:
+        query = find_metric(guard.metric, setup.task.metrics)
+        if query is not None and query.row.steering is not None:
+            make_goal = resolve(query.row.steering)
+            query = MetricQuery(query.row, query.name, query.argument, setup.costs, setup.dataset.class_names)
+            goals.append(make_goal(query, guard.threshold))
+    return goals
 
 
-def bytes_of_example(dataset: Dataset) -> int:
-    """Of one input."""
-    return math.prod(dataset.inputs.shape[1:]) * dataset.inputs.dtype.itemsize
+def _make_pipeline(
+    config: RunConfig, setup: TrainingSetup, targets: TeacherTargets, in_step: InStepTeacher | None
+) -> tuple[Sample, ResidentPipeline | WindowPipeline]:
+    """The function that makes batches, and the pipeline that brings the explore split.
 
-
-def bytes_in(dataset: Dataset) -> int:
-    """Of all its inputs."""
-    return len(dataset.labels) * bytes_of_example(dataset)
-
-
-def fits(dataset: Dataset, memory: int, learnt: int = 0) -> bool:
-    """Whether a data set may be whole on the host and on the device, and leaves half of the limit to all else.
-
-    Args:
-      dataset: in memory or on disk.
-      memory: the limit, bytes.
-      learnt: bytes of the teacher's features on it.
+    Raises:
+      InputError: a teacher inside the training step cannot serve these arms or data.
     """
-    return isinstance(dataset.inputs, np.ndarray) and bytes_in(dataset) + learnt <= share_of(memory)
+    dataset, size, index = setup.dataset, config.ev3.batch_size, setup.rows["explore"]
+    views = Views(dataset.inputs, setup.targets, index, setup.augmentation)
+    count = _count_views(config, setup, targets)
+    teacher_bytes = 4 * count * len(index) * sum(math.prod(shape) for shape in setup.teacher_features.values())
+    if in_step is not None and setup.teacher_features:
+        raise InputError(
+            "a teacher inside the training step gives logits alone; got arms that need "
+            f"{', '.join(setup.teacher_features)}: omit --teacher-in-step, or those arms"
+        )
+    resident = fits(dataset, setup.memory, teacher_bytes)
+    if in_step is not None and not resident:
+        raise InputError(
+            f"a teacher inside the training step needs data that fit in memory; {dataset.source} has "
+            f"{input_bytes(dataset)} bytes for a memory limit of {setup.memory}: raise --memory, or omit --teacher-in-step"
+        )
+    apply = None if in_step is None else setup.devices.network(in_step.network).apply
+    sample = sampler(batch_size=size, views=count, augmentation=setup.augmentation, teacher=apply)
+    teacher_of, facts = targets.for_views(views, count), {"batch_size": size, "seed": config.seed}
+    if not resident:
+        steps = window_steps(dataset, setup.memory, size)
+        return sample, WindowPipeline(views, teacher_of, count=count, steps=steps, **facts)
+    cached = 1 if isinstance(targets, BlankTargets) else count
+    variables = () if in_step is None else in_step.variables
+    return sample, ResidentPipeline(views, teacher_of, count=cached, teacher=variables, **facts)
 
 
-def evaluated_at_once(dataset: Dataset, memory: int, most: int) -> int:
-    """Examples of one forward pass in evaluation: `most`, or as many as the memory limit leaves room for, 8 at least."""
-    return min(most, max(8, memory // EVALUATED_SHARE // (4 * math.prod(dataset.inputs.shape[1:]))))
+def _count_views(config: RunConfig, setup: TrainingSetup, targets: TeacherTargets) -> int:
+    """The number of augmented views; without a teacher that would have to run on them, new ones without end."""
+    if setup.augmentation is None:
+        return 1
+    if isinstance(targets, BlankTargets) or not isinstance(config, Compress):
+        return UNLIMITED
+    return config.views
 
 
-def share_of(memory: int) -> int:
-    """Bytes that a data set's inputs may have to be kept in memory."""
-    return memory // 4
+def _split(setup: TrainingSetup, rows: np.ndarray, targets: TeacherTargets, name: str) -> Batch:
+    """A whole split, or a part of one."""
+    return _batch(setup, rows, targets.unchanged(rows, f"teacher, {name} split"))
 
 
-def _held(task: Task, rows: np.ndarray, targets: TeacherTargets, name: str) -> Batch:
-    """Examples of a split, whole; without labels the teacher's choice stands in for them, and accuracy is agreement."""
-    return _batch(task, rows, targets.unchanged(rows, f"teacher, {name} split"))
-
-
-def test_of(task: Task, targets: TeacherTargets) -> Iterator[Batch]:
-    """The sealed split, opened part by part."""
-    rows = task.rows["test"]
+def sealed_batches(setup: TrainingSetup, targets: TeacherTargets) -> Iterator[Batch]:
+    """The sealed test split in parts."""
+    rows = setup.rows["test"]
     targets.unchanged(rows, "teacher, test split")
-    for part in chunked(rows, evaluated_at_once(task.dataset, task.memory, CHUNK)):
-        yield _batch(task, part, targets.unchanged(part))
+    for part in chunked(rows, eval_batch_size(setup.dataset, setup.memory, CHUNK)):
+        yield _batch(setup, part, targets.unchanged(part))
 
 
-def _batch(task: Task, rows: np.ndarray, teacher: Mapping[str, np.ndarray]) -> Batch:
-    labels = task.dataset.labels[rows] if task.labelled else teacher["logits"].argmax(axis=1)
-    groups = None if task.dataset.groups is None else task.dataset.groups[rows]
-    return held_out(task.dataset.inputs[rows], labels, rows, teacher, groups)
+def _batch(setup: TrainingSetup, rows: np.ndarray, teacher: Mapping[str, np.ndarray]) -> Batch:
+    """Examples as a batch; in data without targets, the teacher's answers stand in for them."""
+    own: Any = setup.dataset.labels[rows] if setup.labeled else setup.task.targets_from_teacher(teacher)
+    groups = None if setup.dataset.groups is None else setup.dataset.groups[rows]
+    return held_out(setup.dataset.inputs[rows], own, rows, teacher, groups)

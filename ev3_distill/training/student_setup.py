@@ -14,17 +14,17 @@ from ev3_distill.errors import InputError, warn
 from ev3_distill.tasks.classification.user_metrics import read_costs
 from ev3_distill.training.certify_run import sizes_of
 from ev3_distill.training.guard_checks import parse_guards, require_labels
-from ev3_distill.training.setup import Task
+from ev3_distill.training.setup import TrainingSetup
 
 
 def prepare_student(
-    config: Compress, task: Task, feature_shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[Task, list[str]]:
+    config: Compress, setup: TrainingSetup, feature_shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[TrainingSetup, list[str]]:
     """Adds deployment, guards and teacher features to a student's setup, and selects its arms.
 
     Args:
       config: of the run.
-      task: data, splits and network.
+      setup: data, splits and network.
       feature_shapes: of the features that the teacher offers, by name, for one example.
 
     Returns:
@@ -33,34 +33,34 @@ def prepare_student(
     Raises:
       InputError: a guard is out of reach or cannot be scored on these data, or an arm does not fit.
     """
-    num_classes = task.network.spec["num_classes"]
-    task = dataclasses.replace(task, network=students.with_precision(task.network, config.deploy))
-    warn_of_duplicates(task)
+    num_classes = setup.network.spec["num_classes"]
+    setup = dataclasses.replace(setup, network=students.with_precision(setup.network, config.deploy))
+    warn_of_duplicates(setup)
     costs = read_costs(config.costs, num_classes) if config.costs else None
-    sizes = sizes_of(jax.eval_shape(task.network.init, jax.random.key(0)))
-    guards = parse_guards(config.guards, task.dataset, num_classes=num_classes, sizes=sizes, costs=costs)
+    sizes = sizes_of(jax.eval_shape(setup.network.init, jax.random.key(0)))
+    guards = parse_guards(config.guards, setup.dataset, num_classes=num_classes, sizes=sizes, costs=costs)
     if config.control:
-        require_labels(task.dataset, "a control that learns from labels alone")
+        require_labels(setup.dataset, "a control that learns from labels alone")
     metrics = [guard.metric for guard in guards]
-    names = config.arms or default_names(task.network.spec, labels=task.labelled, goals=metrics)
+    names = config.arms or default_names(setup.network.spec, labels=setup.labeled, goals=metrics)
     if by_peers := [name for name in names if name in BY_PEERS]:
         raise InputError(f"only a search has peers to learn from; got the arm '{by_peers[0]}': omit it")
     if config.tune:
-        require_labels(task.dataset, "an arm that tunes its loss")
+        require_labels(setup.dataset, "an arm that tunes its loss")
         names = (*names, f"tuned-{'-'.join(config.tune)}")
-    arms = arms_named(task.network.apply, names, network=task.network, teacher_features=feature_shapes)
+    arms = arms_named(setup.network.apply, names, network=setup.network, teacher_features=feature_shapes)
     features = {name: feature_shapes[name] for name in features_asked(names)}
-    task = dataclasses.replace(task, teacher_features=features, guards=guards, costs=costs)
-    return task, [arm.name for arm in arms]
+    setup = dataclasses.replace(setup, teacher_features=features, guards=guards, costs=costs)
+    return setup, [arm.name for arm in arms]
 
 
-def warn_of_duplicates(task: Task) -> None:
+def warn_of_duplicates(setup: TrainingSetup) -> None:
     """Warns if examples of one split occur in another one too. Data that stay on disk are not compared."""
-    if not isinstance(task.dataset.inputs, np.ndarray):
+    if not isinstance(setup.dataset.inputs, np.ndarray):
         return
-    for (later, earlier), count in count_shared(task.dataset.inputs, task.rows).items():
+    for (later, earlier), count in count_shared(setup.dataset.inputs, setup.rows).items():
         effect = "the certificate may promise too much" if later == "test" else "its decisions may be optimistic"
         warn(
-            f"{count} of the {len(task.rows[later])} examples of {later} have the same inputs as one in {earlier}: "
+            f"{count} of the {len(setup.rows[later])} examples of {later} have the same inputs as one in {earlier}: "
             f"{effect}; remove duplicates from the data"
         )

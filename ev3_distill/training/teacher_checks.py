@@ -10,9 +10,10 @@ from ev3_distill.data.splits import split_rows
 from ev3_distill.errors import InputError, warn
 from ev3_distill.teachers import Teacher
 from ev3_distill.teachers.diagnosis import diagnose
+from ev3_distill.training.memory import example_bytes
 from ev3_distill.training.run_dir import read_json
 from ev3_distill.training.run_reader import config_of
-from ev3_distill.training.setup import Task, bytes_of_example
+from ev3_distill.training.setup import TrainingSetup
 
 SAMPLE = 4096  # maximum number of held-out examples for the diagnosis ...
 SAMPLE_SHARE = 32  # ... and the fraction of the memory limit that they may take, as 1 / SAMPLE_SHARE
@@ -27,22 +28,22 @@ def check_unchanged(teacher: Teacher, digest: str, directory: Path) -> None:
         )
 
 
-def check_quality(teacher: Teacher, task: Task, *, as_is: bool) -> None:
+def check_quality(teacher: Teacher, setup: TrainingSetup, *, as_is: bool) -> None:
     """Reports the teacher's accuracy on assess and decide, and refuses a teacher that a clear mistake spoils.
 
     Args:
       teacher: the teacher.
-      task: whose splits and memory limit are used.
+      setup: whose splits and memory limit are used.
       as_is: report a mistake, but go on.
 
     Raises:
       InputError: other preprocessing or another class order would clearly improve the teacher.
     """
-    rows = np.concatenate([task.rows[name] for name in ("assess", "decide")])
-    most = min(SAMPLE, max(task.memory // SAMPLE_SHARE // bytes_of_example(task.dataset), 1))
+    rows = np.concatenate([setup.rows[name] for name in ("assess", "decide")])
+    most = min(SAMPLE, max(setup.memory // SAMPLE_SHARE // example_bytes(setup.dataset), 1))
     sample = np.sort(np.random.default_rng(0).permutation(rows)[:most])
     diagnosis = diagnose(
-        teacher, np.asarray(task.dataset.inputs[sample]), task.dataset.labels[sample], task.dataset.class_names
+        teacher, np.asarray(setup.dataset.inputs[sample]), setup.dataset.labels[sample], setup.dataset.class_names
     )
     for line in diagnosis.lines():
         before, _, warning = line.partition("warning: ")

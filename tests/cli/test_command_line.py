@@ -119,12 +119,12 @@ def test_flax_teacher_end_to_end(cli, here):
 
 
 def test_a_teacher_that_may_have_seen_the_test_split(finished, cli, here, monkeypatch):
-    from ev3_distill.training.train import run_dir
+    from ev3_distill.training.train import run_loop
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_dir, "iterate", stop)
+    monkeypatch.setattr(run_loop, "iterate", stop)
     labels = load_data("digits").labels
     sealed = split_rows(labels, None, seed=0)["test"]
     unsealed = np.setdiff1d(split_rows(labels, None, seed=1)["test"], sealed)

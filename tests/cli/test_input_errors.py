@@ -40,7 +40,7 @@ def test_resume_without_a_value(cli, here):
         ("--budget", "-3", "got '-3': try 2000"),
         ("--budget", "nan", "got 'nan': try 2000"),
         ("--budget", "1.5", r"got '1\.5': try 2000"),
-        ("--budget", "900000000e", r"a budget is below 1073741824 steps; got '900000000e', \d+ steps: give less"),
+        ("--budget", "900000000e", r"a budget must be below 1073741824 steps; got '900000000e', \d+ steps: give less"),
         ("--teacher-budget", "0", "got '0': try 2000"),
         ("--seed", "-1", r"seed must be 0 to 2\^31 - 1; got -1: try 0"),
         ("--confidence", "95", "confidence must be at least 0.5 and below 1; got 95.0: try 0.95"),

@@ -20,7 +20,7 @@ def test_occupied_directory(cli, here):
     (here / "file").write_text("mine")
     for name in ("run", "file"):
         for command in ("compress", "teach"):
-            says = f"does not exist or is empty; {name} is neither: choose another --out, or go on with it by --resume"
+            says = f"does not exist or is empty; {name} is neither: choose another --out, or continue the run with --resume"
             refused(cli, here, command, "--out", name, says=says)
 
 
@@ -31,12 +31,12 @@ def test_directory_that_cannot_be_made(cli, here, random_logits):
         cli,
         here,
         *argv,
-        says=r"a directory that it can make and write; got file/run \(Not a directory\): choose another",
+        says=r"a directory that can be created and written; got file/run \(Not a directory\): choose another",
     )
 
 
 def test_empty_directory_and_a_killed_beginning_are_new(here, finished):
-    from ev3_distill.training.train import run_dir
+    from ev3_distill.training import run_dir
 
     (here / "run").mkdir()
     run_dir.refuse_occupied(here / "run")
@@ -80,14 +80,14 @@ def test_resume_by_the_other_command(cli, here, finished):
 
 
 def test_two_processes_in_one_run(cli, here, finished):
-    from ev3_distill.training.train import run_dir
+    from ev3_distill.training import run_dir
 
     holder = "import sys; from pathlib import Path; from ev3_distill.training import run_dir\n"
     holder += "with run_dir.held(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()\n"
     command = [sys.executable, "-c", holder, str(finished)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        says = f"one process at a time may work in a run; another works in {finished}: wait for it"
+        says = f"only one process at a time may work in a run; another one works in {finished}: wait for it"
         refused(cli, here, "compress", "--resume", finished, says=says)
         process.kill()  # the lock goes with its holder
     with run_dir.held(finished):
@@ -96,19 +96,21 @@ def test_two_processes_in_one_run(cli, here, finished):
 
 def test_data_that_changed_since_the_start(cli, here, monkeypatch, random_logits):
     """Whether the teacher was not yet trained, or its logits were already kept."""
-    from ev3_distill.training.train import run_dir
+    from ev3_distill.training.train import run_loop
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
     np.savez(here / "logits.npz", logits=np.random.default_rng(0).normal(size=(60, 3)))
     with monkeypatch.context() as patch:
-        patch.setattr(run_dir, "iterate", stop)
+        patch.setattr(run_loop, "iterate", stop)
         for name, options in (("own", ()), ("file", ("--teacher", "logits:logits.npz"))):
             save_npz(here / "data.npz")
             assert cli("compress", "--data", "npz:data.npz", *options, "--out", name).code == 130
             save_npz(here / "data.npz", labels=np.arange(60)[::-1] % 3)
-            says = r"needs the data that it began with, fingerprint \w{12}; got \w{12}: put the old data back, or start anew"
+            says = (
+                r"needs the data that it started with, fingerprint \w{12}; got \w{12}: restore the old data, or start"
+            )
             refused(cli, here, "compress", "--resume", name, says=says)
 
 
@@ -117,7 +119,7 @@ def test_data_that_changed_since_the_end(cli, here, finished):
     config = (here / "run" / "config.toml").read_text()
     save_npz(here / "data.npz", rows=90, inputs=np.ones((90, 8, 8)), labels=np.arange(90) % 10)
     (here / "run" / "config.toml").write_text(config.replace('data = "digits"', 'data = "npz:data.npz"'))
-    refused(cli, here, "evaluate", "run", says="needs the data that it began with")
+    refused(cli, here, "evaluate", "run", says="needs the data that it started with")
 
 
 # Checkpoints.
@@ -189,8 +191,8 @@ def assert_told_of_a_full_disk(process, run):
     assert process.returncode == 2, process.stderr
     assert "Traceback" not in process.stderr
     assert process.stderr.splitlines()[-1] == (
-        f"ev3-distill: error: a run needs room on its disk; {run} is on one that is full: free some, then go on with "
-        f"--resume {run} (all up to the last checkpoint is kept)"
+        f"ev3-distill: error: a run needs free space on its disk; {run} is on a full one: free some, then "
+        f"--resume {run} (nothing up to the last checkpoint is lost)"
     )
 
 
@@ -229,10 +231,10 @@ def test_evaluate_and_report_need_a_finished_run(cli, here, interrupted):
         interrupted,
         says=r"evaluate needs a finished run; .*run has no report.json: finish it by",
     )
-    refused(cli, here, "report", interrupted, says=r"a run has a report.json that can be read; .*: name another run")
+    refused(cli, here, "report", interrupted, says=r"a run needs a readable report.json; .*: name another run")
     (interrupted / "report.json").write_text("{")
-    refused(cli, here, "evaluate", interrupted, says=r"a run has a report.json that can be read; .*: name another run")
-    refused(cli, here, "report", interrupted, says=r"a run has a report.json that can be read; .*: name another run")
+    refused(cli, here, "evaluate", interrupted, says=r"a run needs a readable report.json; .*: name another run")
+    refused(cli, here, "report", interrupted, says=r"a run needs a readable report.json; .*: name another run")
 
 
 def test_evaluate_on_other_shapes(cli, here, finished):

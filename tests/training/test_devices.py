@@ -162,7 +162,7 @@ def test_a_population_in_parts_is_the_same(runs):
     [
         ({"count": 9}, "between 1 and 1 devices, the number available; got 9"),
         ({"count": 0}, "between 1 and 1 devices, the number available; got 0"),
-        ({"spread": "both"}, "is batch or arms; got 'both'"),
+        ({"spread": "both"}, "must be batch or arms; got 'both'"),
     ],
 )
 def test_devices_that_are_not_there_are_told(asked, told):

@@ -9,8 +9,8 @@ import pytest
 from conftest import assert_same_run, rows_without_times, variables_of
 
 from ev3_distill.data.sources import Dataset
-from ev3_distill.training import run_dir
-from ev3_distill.training.setup import evaluated_at_once
+from ev3_distill.training import run_loop
+from ev3_distill.training.memory import eval_batch_size
 
 N, SIDE, CLASSES = 1200, 12, 4
 QUICK = (
@@ -71,16 +71,16 @@ def test_streamed_or_resident_is_the_same_run(images, cli, here, augment):
 
 def test_evaluation_takes_what_the_memory_limit_has_room_for():
     data = Dataset(np.zeros((100, 128, 128, 3), np.uint8), np.zeros(100, np.int32), 2, ("a", "b"), None, "x", "x")
-    assert evaluated_at_once(data, 2**40, 1024) == 1024
-    assert evaluated_at_once(data, 2**30, 1024) == 2**30 // 512 // (4 * 128 * 128 * 3) == 10
-    assert evaluated_at_once(data, 2**20, 1024) == 8
-    assert evaluated_at_once(data, 2**20, 3) == 3
+    assert eval_batch_size(data, 2**40, 1024) == 1024
+    assert eval_batch_size(data, 2**30, 1024) == 2**30 // 512 // (4 * 128 * 128 * 3) == 10
+    assert eval_batch_size(data, 2**20, 1024) == 8
+    assert eval_batch_size(data, 2**20, 3) == 3
 
 
 def test_an_interrupted_augmented_run_goes_on_bit_by_bit(images, cli, here, monkeypatch):
     options = (*QUICK, "--data", "npz:images.npz", "--teacher", images["right"], "--augment", "flip,crop=2,cutmix")
     assert cli("compress", *options, "--out", "whole").code == 0
-    row_of = run_dir.row_of
+    row_of = run_loop.row_of
 
     def interrupted(decision, *facts, **rest):
         if int(decision.iteration) == 4:
@@ -88,7 +88,7 @@ def test_an_interrupted_augmented_run_goes_on_bit_by_bit(images, cli, here, monk
         return row_of(decision, *facts, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_dir, "row_of", interrupted)
+        patch.setattr(run_loop, "row_of", interrupted)
         assert cli("compress", *options, "--out", "cut").code == 130
     monkeypatch.setenv("EV3_DISTILL_CACHE", str(here / "another"))  # what the teacher said is gone
     assert cli("compress", "--resume", "cut").code == 0
@@ -127,13 +127,13 @@ def test_a_resumed_run_needs_its_teacher(images, cli, here, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_dir, "iterate", stop)
+        patch.setattr(run_loop, "iterate", stop)
         assert cli(*options).code == 130
     module = here / f"{images['right'].split(':')[1]}.py"
     module.write_text(module.read_text() + "\n# changed\n")
     answer = cli("compress", "--resume", "run")
     assert answer.code == 2
-    assert "a resumed run needs the teacher that it began with, digest" in answer.err
+    assert "a resumed run needs the teacher that it started with, digest" in answer.err
 
 
 def test_features_and_a_teacher_inside_the_step(images, cli, here):
@@ -152,4 +152,4 @@ def test_features_and_a_teacher_inside_the_step(images, cli, here):
     assert answer.code == 0, answer.err
     answer = cli(*options, "--teacher", images["right"], "--arms", "kd4", "--teacher-in-step", "--out", "no")
     assert answer.code == 2
-    assert "a teacher inside the step is a flax: one" in answer.err
+    assert "a teacher inside the training step must be a flax teacher" in answer.err

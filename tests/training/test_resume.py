@@ -113,12 +113,12 @@ def test_interrupt_tells_how_to_resume(stage, finished, tmp_path):
 
 def test_interrupt_saves_what_the_ledger_has(monkeypatch, cli, here, random_logits):
     """Ctrl-C between an iteration and its row, with no checkpoint due: ledger and checkpoint agree, nothing is lost."""
-    from ev3_distill.training.train import run_dir, train
+    from ev3_distill.training import run_loop, train
 
     options = ("--student", "mlp:hidden=8", "--arms", "ce", "--budget", "8000", "--teacher", f"logits:{random_logits}")
     options += ("--max-length", "50")  # more iterations than one dispatch holds
     assert cli("compress", *options, "--out", "whole").code == 0
-    row_of = run_dir.row_of
+    row_of = run_loop.row_of
 
     def interrupted(decision, *facts, **rest):
         if int(decision.iteration) == 3:
@@ -126,7 +126,7 @@ def test_interrupt_saves_what_the_ledger_has(monkeypatch, cli, here, random_logi
         return row_of(decision, *facts, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_dir, "row_of", interrupted)
+        patch.setattr(run_loop, "row_of", interrupted)
         answer = cli("compress", *options, "--out", "run")
     assert answer.code == 130
     assert "resume with: ev3-distill compress --resume run" in answer.err
@@ -148,7 +148,7 @@ def newest(run):
 
 
 def test_interrupt_before_anything_is_written(monkeypatch, cli, here):
-    from ev3_distill.training.train import run_reader as room
+    from ev3_distill.training import run_reader as room
 
     def load(source, **options):
         raise KeyboardInterrupt
@@ -178,9 +178,9 @@ def test_resume_of_a_finished_run_changes_nothing(cli, here, finished):
 def test_a_finished_teacher_is_not_trained_again(monkeypatch, cli, here, random_logits):
     """Nor are its logits computed again."""
     from ev3_distill.teachers import targets
-    from ev3_distill.training.train import run_dir
+    from ev3_distill.training.train import run_loop
 
-    iterate, trained = run_dir.iterate, []
+    iterate, trained = run_loop.iterate, []
 
     def stop(directory, *args, **kwargs):
         trained.append(directory.name)
@@ -189,7 +189,7 @@ def test_a_finished_teacher_is_not_trained_again(monkeypatch, cli, here, random_
         return iterate(directory, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_dir, "iterate", stop)
+        patch.setattr(run_loop, "iterate", stop)
         assert cli("compress", *SMALL, "--out", "run").code == 130
         patch.setattr(targets, "collect", None)
         assert cli("compress", "--resume", "run").code == 130

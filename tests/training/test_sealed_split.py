@@ -191,13 +191,13 @@ from ev3_distill.cli.main import main
 def killed(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
-module = train.run_dir if sys.argv[1] == "report_of" else certify_run
+module = train if sys.argv[1] == "report_content" else certify_run
 setattr(module, sys.argv[1], killed)
 main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("moment", ["outputs_on", "write_certificate", "report_of"])
+@pytest.mark.parametrize("moment", ["outputs_on", "write_certificate", "report_content"])
 def test_a_killed_opening_is_finished_by_a_resume(run, finished, here, moment):
     """The run as it was before its report, resumed and killed after the split was opened, then resumed again."""
     for name in ("report.json", "report.html", "certificate.json"):
@@ -233,7 +233,7 @@ def test_a_damaged_record_is_told(run, cli):
     (run / "opened.json").write_text("{")
     answer = cli("evaluate", run)
     assert answer.code == 2
-    assert "has a opened.json that can be read" in answer.err
+    assert "a run needs a readable opened.json" in answer.err
 
 
 def test_guards_join_the_first_opening(cli, here):

@@ -1,0 +1,148 @@
+"""The content of report.json: plain data about a finished run. The room `monitor` renders it."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ev3_distill.config import EV3, Compress, RunConfig, Teach
+from ev3_distill.data.splits import SPLITS
+from ev3_distill.runtime.ledger import read_rows
+from ev3_distill.students import count_params
+from ev3_distill.training.certify_run import Certification
+from ev3_distill.training.setup import TrainingSetup
+from ev3_distill.types import Network, State, Variables
+
+PACKAGES = ("ev3-distill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FinalStudent:
+    """The student that a run delivers, and the run that trained it.
+
+    Attributes:
+      network: of the student.
+      variables: of the student.
+      origin: which of the run's students it is: champion, current, ...
+      state: the last state of the run.
+      arms: names of the run's arms.
+      compile_s: seconds spent compiling.
+      name: of the network, if it is not the configured one.
+      facts: entries of the report that replace or extend the usual ones.
+    """
+
+    network: Network
+    variables: Variables
+    origin: str
+    state: State
+    arms: Sequence[str]
+    compile_s: float
+    name: str = ""
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def report_content(
+    directory: Path,
+    config: RunConfig,
+    setup: TrainingSetup,
+    final: FinalStudent,
+    certification: Certification,
+    *,
+    teacher: Mapping[str, Any] | None,
+    control: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    """Collects report.json.
+
+    Args:
+      directory: of the run, with its ledger.
+      config: of the run.
+      setup: what was trained on what.
+      final: the delivered student.
+      certification: of that student.
+      teacher: facts about the teacher; None if the run trained on the data's own targets alone.
+      control: the gain over a student that was trained on labels alone.
+    """
+    dataset = setup.dataset
+    unknown = {"source": "labels", "params": None, "accuracy": None}
+    return {
+        **_run_facts(directory, final, config.ev3),
+        "teacher": unknown if teacher is None else {**teacher, "accuracy": certification.teacher_score},
+        "student": _student_facts(config, setup, final, certification),
+        "certificate": certification.certificate.as_dict(),
+        "control": control,
+        "guards": certification.guards,
+        "devices": str(setup.devices),
+        "seed": config.seed,
+        "budget": config.budget,
+        "splits": {name: len(setup.rows[name]) for name in SPLITS},
+        "data": {
+            "source": dataset.source,
+            "fingerprint": dataset.fingerprint,
+            "classes": setup.class_names,
+            "input_shape": list(dataset.inputs.shape[1:]),
+            "dtype": dataset.inputs.dtype.name,
+            "augmentation": "none" if setup.augmentation is None else setup.augmentation.describe(),
+        },
+        "command": f"ev3-distill {'teach' if teacher is None else 'compress'} --config config.toml",
+        **final.facts,
+    }
+
+
+def _student_facts(
+    config: RunConfig, setup: TrainingSetup, final: FinalStudent, certification: Certification
+) -> dict[str, Any]:
+    points = {claim.metric: claim.point for claim in certification.certificate.claims}
+    configured = config.student if isinstance(config, Compress) else config.network if isinstance(config, Teach) else ""
+    promise = setup.task.promise.name
+    return {
+        "network": final.name or configured,
+        "params": count_params(final.variables),
+        "deploy": final.network.spec.get("deploy", "float32"),
+        promise: points.get(promise),
+        "agreement": points.get("agreement"),
+        "delivered": final.origin,
+    }
+
+
+def _run_facts(directory: Path, final: FinalStudent, config: EV3) -> dict[str, Any]:
+    """What the state and the ledger of a run show.
+
+    Times (wall_s, compile_s) are the only entries in which two runs of one configuration on one machine differ.
+    """
+    state, history = final.state, list(read_rows(directory / "ledger.jsonl"))
+    cost, arms = int(state.clock.cost), state.arms
+    return {
+        "cost": {
+            "wall_s": round(history[-1]["wall_s"] + final.compile_s, 3),
+            "compile_s": round(final.compile_s, 3),
+            "steps": cost,
+            "drawing": cost - int(arms.cost.sum()),
+            "examples": cost * config.batch_size,
+        },
+        "iterations": int(state.clock.iteration),
+        "promotions": sum(row["verdict"] == "promote" for row in history),
+        "rollbacks": sum(row["verdict"] == "roll back" for row in history),
+        "objectives": collections.Counter(row["objective"] for row in history),
+        "met": bool(state.met),
+        "arms": [
+            {
+                "name": name,
+                "share": int(arms.cost[i]) / max(cost, 1),
+                "steps": int(arms.cost[i]),
+                "wins": int(arms.wins[i]),
+                "promotions": int(arms.promotions[i]),
+            }
+            for i, name in enumerate(final.arms)
+        ],
+        "error_budget": {
+            "delta": config.delta,
+            "left": float(state.budget.left),
+            "tests": int(state.budget.tests),
+        },
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
+    }
