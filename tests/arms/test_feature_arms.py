@@ -271,5 +271,5 @@ def test_features_that_nobody_shows():
     with pytest.raises(InputError, match="two images"):
         named("at:pooled=embedding")
     loss = with_features(losses.kd(), FEATURE_LOSSES["sp"](), student="stage", teacher="block")
-    with pytest.raises(InputError, match="the teacher has no feature 'block'; got logits"):
+    with pytest.raises(InputError, match="the teacher must have the feature 'block'; got logits"):
         loss((EXPLORE.teacher["logits"], {"stage": EXPLORE.inputs}), HELD[0])

@@ -1,11 +1,11 @@
-"""Distillation losses on features: what a layer of the student learns from a layer of the teacher, one formula each.
+"""Distillation losses on features: a layer of the student learns from a layer of the teacher, one formula each.
 
-Features are float32, of the same B examples: vectors [B, D], images [B, H, W, C]. A formula compares the student's s with the
-teacher's t, `(s, t, weight [B], extra) -> scalar`; over examples, pairs or triplets it is the mean weighted by the product of
-their weights, 0 where those sum to 0. An example of weight 0 is no part of it. No formula has a unit, but fitnet (squared
-units of t). Where two examples coincide or a feature is zero, its direction is 0 and no gradient flows through it.
+Features are float32 for the same B examples: vectors [B, D] or images [B, H, W, C]. A formula compares the student's s with
+the teacher's t, `(s, t, weight [B], extra) -> scalar`. Over examples, pairs or triplets it is the mean weighted by the product
+of their weights, and 0 where those sum to 0. An example of weight 0 does not count. Formulas have no unit, except fitnet
+(squared units of t). Where two examples coincide or a feature is zero, its direction is 0 and no gradient flows through it.
 
-The usual weights, on CIFAR, are those of the code of Tian et al., Contrastive representation distillation, 2020, and of Zhao
+The default weights, for CIFAR, come from the code of Tian et al., Contrastive representation distillation, 2020, and of Zhao
 et al., Decoupled knowledge distillation, 2022.
 """
 
@@ -33,24 +33,22 @@ __all__ = [
 Shape = Sequence[int]  # of one example's feature, without the batch axis
 Outputs = tuple[jax.Array, Mapping[str, jax.Array]]  # of `Network.features`
 
-_TINY = 1e-6  # what is less in magnitude counts as this where something is divided by it
-_COINCIDENT = 1e-5  # squared distance over squared norms: float32 cannot tell what is nearer apart
-_TRIPLETS = 1 << 20  # at once
-_EXACT = jax.lax.Precision.HIGHEST  # differences of products need all of float32
+_TINY = 1e-6  # smallest divisor
+_COINCIDENT = 1e-5  # squared distance over squared norms below which float32 cannot tell two examples apart
+_TRIPLETS = 1 << 20  # triplets per block, which bounds memory
+_EXACT = jax.lax.Precision.HIGHEST  # differences of products need full float32
 
 
 class FeatureLoss(NamedTuple):
-    """A formula and what goes with it."""
+    """A formula, its trainable part and its default weight."""
 
     compare: Callable[[jax.Array, jax.Array, jax.Array, PyTree], jax.Array]  # (s, t, weight [B], extra) -> scalar
-    begin: Callable[
-        [Shape, Shape], PyTree
-    ]  # shapes of s and t -> start of `extra`, which is trained beside the student
-    weight: float  # the usual one beside a loss on logits
+    begin: Callable[[Shape, Shape], PyTree]  # shapes of s and t -> initial `extra`, which is trained with the student
+    weight: float  # default weight beside a loss on logits
 
 
 def fitnet() -> FeatureLoss:
-    """Hints: mean_j (r(s)_j - t_j)^2 over positions and channels, r an affine map of channels that is learnt too.
+    """Hints: mean_j (r(s)_j - t_j)^2 over positions and channels, r a learned affine map of channels.
 
     r is a 1x1 convolution; for vectors, a linear layer. Per axis, the larger image is averaged to the size of the smaller.
     Romero et al. take half the sum over j.
@@ -80,9 +78,9 @@ def fitnet() -> FeatureLoss:
 def attention_transfer() -> FeatureLoss:
     """Attention: mean_x (a(s)_x - a(t)_x)^2 over positions x, where a(f)_x = m_x / |m|_2 and m_x = mean_c f_xc^2.
 
-    Per axis, the larger image is averaged to the size of the smaller. Indifferent to each example's scale, and to channels.
-    Zagoruyko & Komodakis write beta / 2 times the sum's root, beta 1000 over the number of positions; their code is 1000 times
-    this.
+    Per axis, the larger image is averaged to the size of the smaller. The loss is invariant to each example's scale and to
+    the number of channels. Zagoruyko & Komodakis write beta / 2 times the root of the sum, with beta = 1000 over the number of
+    positions; their code computes 1000 times this.
 
     Returns:
       The loss; its `compare` and `begin` raise InputError unless both features are images.
@@ -107,8 +105,8 @@ def rkd(*, distance: float = 25.0, angle: float = 50.0) -> FeatureLoss:
     """Relations: distance * mean_ij h(d(s)_ij - d(t)_ij) + angle * mean_ijk h(c(s)_ijk - c(t)_ijk).
 
     d(f)_ij = |f_i - f_j| / mean_kl |f_k - f_l|; c(f)_ijk is the cosine of the angle at f_i between f_j and f_k; h is Huber's
-    loss, x^2 / 2 within 1 and |x| - 1/2 beyond. Means are over pairs and triplets of distinct examples. Indifferent to shifts,
-    rotations and the scale of all; features may differ in shape, and are flattened.
+    loss, x^2 / 2 up to 1 and |x| - 1/2 beyond. Means are over pairs and triplets of distinct examples. The loss is invariant to
+    shifts, rotations and the common scale. Features may differ in shape, and are flattened.
 
     Args:
       distance: weight of the first term, at least 0.
@@ -125,7 +123,7 @@ def rkd(*, distance: float = 25.0, angle: float = 50.0) -> FeatureLoss:
             raise InputError(f"{name} must be finite and at least 0; got {factor}: 0 turns the term off")
 
     def compare(student: jax.Array, teacher: jax.Array, weight: jax.Array, extra: PyTree) -> jax.Array:
-        s, t = (_relations(_centred(x, weight), weight) for x in (student, teacher))
+        s, t = (_relations(_centered(x, weight), weight) for x in (student, teacher))
         total = jnp.float32(0)
         if distance:
             total += distance * _mean(_huber(s.distance / s.mean - t.distance / t.mean), _pairs(weight))
@@ -139,8 +137,8 @@ def rkd(*, distance: float = 25.0, angle: float = 50.0) -> FeatureLoss:
 def similarity_preserving() -> FeatureLoss:
     """Similarities: (1 / b^2) sum_ij (g(s)_ij - g(t)_ij)^2, g(f) the matrix f f^T with each row divided by its l2 norm.
 
-    b counts the examples of weight above 0. Indifferent to rotations and the scale of all; features may differ in shape, and
-    are flattened.
+    b is the number of examples with a weight above 0. The loss is invariant to rotations and the common scale. Features may
+    differ in shape, and are flattened.
 
     Returns:
       The loss.
@@ -150,7 +148,7 @@ def similarity_preserving() -> FeatureLoss:
     """
 
     def compare(student: jax.Array, teacher: jax.Array, weight: jax.Array, extra: PyTree) -> jax.Array:
-        share = weight * (weight > 0).sum() / _or_one(weight.sum())  # mean 1 over the examples that count
+        share = weight * (weight > 0).sum() / _or_one(weight.sum())  # mean 1 over examples with weight
         s, t = (_normed(_products(_scaled(x, weight)), share) for x in (student, teacher))
         return _mean(jnp.square(s - t), weight[:, None] * weight)
 
@@ -174,34 +172,36 @@ def with_features(
       loss: on logits.
       feature_loss: one of this module.
       student: name of the student's feature.
-      teacher: name of the teacher's, in `batch.teacher`.
-      weight: of the feature loss; its usual one where None.
+      teacher: name of the teacher's feature in `batch.teacher`.
+      weight: of the feature loss; None for its default.
 
     Returns:
-      (outputs, batch, extra) -> scalar; without extra where the feature loss has none. It raises InputError where a feature is
-      not there.
+      (outputs, batch, extra) -> scalar; `extra` may be omitted where the feature loss has none. It raises InputError where a
+      feature is missing.
     """
     factor = feature_loss.weight if weight is None else weight
 
     def total(outputs: Outputs, batch: Batch, extra: PyTree = ()) -> jax.Array:
-        logits, found = outputs
-        s, t = _named(found, student, "student"), _named(batch.teacher, teacher, "teacher")
+        logits, features = outputs
+        s, t = _named(features, student, "student"), _named(batch.teacher, teacher, "teacher")
         return loss(logits, batch) + factor * feature_loss.compare(s, t, batch.weight, extra)
 
     return total
 
 
-def _named(found: Mapping[str, jax.Array], name: str, whose: str) -> jax.Array:
-    if name not in found:
-        raise InputError(f"the {whose} has no feature '{name}'; got {', '.join(found) or 'none'}: name one of its own")
-    return found[name]
+def _named(features: Mapping[str, jax.Array], name: str, owner: str) -> jax.Array:
+    if name not in features:
+        raise InputError(
+            f"the {owner} must have the feature '{name}'; got {', '.join(features) or 'none'}: name one that it has"
+        )
+    return features[name]
 
 
 def _check_alike(student: Shape, teacher: Shape) -> None:
     if len(student) != len(teacher) or len(student) not in (1, 3):
         raise InputError(
-            f"a hint needs two vectors [D] or two images [H, W, C]; got {list(student)} and {list(teacher)}: name two that "
-            "are alike, or take rkd or sp"
+            f"a hint needs two vectors [D] or two images [H, W, C]; got {list(student)} and {list(teacher)}: name two of the "
+            "same kind, or use rkd or sp"
         )
 
 
@@ -209,12 +209,12 @@ def _check_images(student: Shape, teacher: Shape) -> None:
     if len(student) != 3 or len(teacher) != 3:
         raise InputError(
             f"attention needs two images [H, W, C]; got {list(student)} and {list(teacher)}: name features before the "
-            "pooling, or take rkd or sp"
+            "pooling, or use rkd or sp"
         )
 
 
 def _or_one(value: jax.Array) -> jax.Array:
-    """What is divided by: a sum or mean of what is not negative, 1 where it is 0."""
+    """A divisor: a sum or mean of non-negative values, replaced by 1 where it is 0."""
     return jnp.where(value > 0, value, 1.0)
 
 
@@ -234,7 +234,7 @@ def _huber(error: jax.Array) -> jax.Array:
 
 
 def _same_size(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both, averaged to the lesser height and the lesser width; vectors as they are."""
+    """Averages both images to the smaller height and the smaller width; vectors stay as they are."""
     if student.ndim == 2:
         return student, teacher
     height, width = (min(student.shape[axis], teacher.shape[axis]) for axis in (1, 2))
@@ -242,7 +242,7 @@ def _same_size(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def _averaged(images: jax.Array, height: int, width: int) -> jax.Array:
-    """Adaptive average pooling of [B, H, W, C], as PyTorch's."""
+    """Adaptive average pooling of [B, H, W, C], as in PyTorch."""
     if images.shape[1] != height:
         images = jnp.einsum("bhwc,ih->biwc", images, _bins(images.shape[1], height), precision=_EXACT)
     if images.shape[2] != width:
@@ -251,7 +251,7 @@ def _averaged(images: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def _bins(size: int, bins: int) -> np.ndarray:
-    """The matrix [bins, size] that averages the positions of each bin; bins overlap where sizes do not divide."""
+    """The matrix [bins, size] that averages the positions of each bin; bins overlap unless `bins` divides `size`."""
     matrix = np.zeros((bins, size), np.float32)
     for i in range(bins):
         first, last = i * size // bins, -(-(i + 1) * size // bins)
@@ -262,19 +262,21 @@ def _bins(size: int, bins: int) -> np.ndarray:
 def _attention(images: jax.Array) -> jax.Array:
     """The maps [B, H W] of images [B, H, W, C], of unit norm; zeros where the image is zero."""
     largest = jnp.abs(images).max((1, 2, 3), keepdims=True)
-    images = images / jax.lax.stop_gradient(jnp.maximum(largest, _TINY))  # no scale is seen, so none may overflow
+    images = images / jax.lax.stop_gradient(
+        jnp.maximum(largest, _TINY)
+    )  # the result has no scale; this prevents overflow
     maps = jnp.square(images).mean(-1).reshape(len(images), -1)
     return maps / jnp.maximum(_root(jnp.square(maps).sum(-1, keepdims=True)), _TINY)
 
 
 def _scaled(features: jax.Array, weight: jax.Array) -> jax.Array:
-    """Rows [B, D] of magnitude 1 at most, for what sees no common scale; zeros for examples of weight 0."""
+    """Rows [B, D] with magnitudes of at most 1, for losses without a scale; zeros for examples of weight 0."""
     rows = jnp.where(weight[:, None] > 0, features.reshape(len(weight), -1), 0.0)
     return rows / jax.lax.stop_gradient(jnp.maximum(jnp.abs(rows).max(), _TINY))
 
 
-def _centred(features: jax.Array, weight: jax.Array) -> jax.Array:
-    """The same, about their mean, which leaves differences as they are and makes them more exact."""
+def _centered(features: jax.Array, weight: jax.Array) -> jax.Array:
+    """`_scaled` rows minus their mean: differences stay the same and are more accurate."""
     rows = _scaled(features, weight)
     mean = (weight[:, None] * rows).sum(0) / _or_one(weight.sum())
     return rows - jax.lax.stop_gradient(mean)
@@ -285,7 +287,7 @@ def _products(rows: jax.Array) -> jax.Array:
 
 
 def _normed(matrix: jax.Array, share: jax.Array) -> jax.Array:
-    """Rows of unit norm, columns counted by their share."""
+    """Rows of unit norm; `share` [B] weights the columns."""
     norm = _root((share * jnp.square(matrix)).sum(-1, keepdims=True))
     return matrix / jnp.maximum(norm, _TINY)
 
@@ -296,12 +298,12 @@ def _pairs(weight: jax.Array) -> jax.Array:
 
 
 class _Relations(NamedTuple):
-    """Of B examples to each other."""
+    """Products and distances between B examples."""
 
     product: jax.Array  # [B, B] inner products
-    distance: jax.Array  # [B, B], 0 where two coincide
-    inverse: jax.Array  # [B, B] 1 / distance, 0 where two coincide
-    mean: jax.Array  # the mean distance, 1 where all coincide
+    distance: jax.Array  # [B, B], 0 where two examples coincide
+    inverse: jax.Array  # [B, B] 1 / distance, 0 where two examples coincide
+    mean: jax.Array  # mean distance, 1 where all coincide
 
 
 def _relations(rows: jax.Array, weight: jax.Array) -> _Relations:
@@ -315,7 +317,7 @@ def _relations(rows: jax.Array, weight: jax.Array) -> _Relations:
 
 
 def _angle_loss(student: _Relations, teacher: _Relations, weight: jax.Array) -> jax.Array:
-    """The mean over triplets of distinct examples; in blocks, made again on the way back."""
+    """The mean over triplets of distinct examples, in blocks that the backward pass recomputes."""
     size, pairs = len(weight), _pairs(weight)
 
     @jax.checkpoint
@@ -328,7 +330,8 @@ def _angle_loss(student: _Relations, teacher: _Relations, weight: jax.Array) -> 
     return sums.sum() / _or_one(totals.sum())
 
 
-def _cosines(of: _Relations, i: jax.Array) -> jax.Array:
-    """Of the angles [B, B] at example i."""
-    inner = of.product - of.product[i][:, None] - of.product[i] + of.product[i, i]
-    return inner * of.inverse[i][:, None] * of.inverse[i]
+def _cosines(relations: _Relations, i: jax.Array) -> jax.Array:
+    """Cosines of the angles [B, B] at example i."""
+    product, inverse = relations.product, relations.inverse
+    inner = product - product[i][:, None] - product[i] + product[i, i]
+    return inner * inverse[i][:, None] * inverse[i]
