@@ -252,10 +252,10 @@ def test_wrong_folders_and_options_are_refused(toy, tmp_path, cli, monkeypatch):
         (["--compare", one, tmp_path / "none"], "results are a folder written by bench --out"),
         (["--compare", one, tmp_path / "empty"], "has none: measure with bench SUITE --out"),
         (["--compare", one, toil], "within one suite; got toy and toil: name two folders of the same suite"),
-        (["toy", "--compare", one, one], "--compare takes --out alone"),
+        (["toy", "--compare", one, one], "--compare takes only --out besides"),
         (["--render", one, "--seeds", "3"], "--render nothing"),
-        (["--compare", one, one, "--render", one], "--compare takes --out alone"),
-        ([], "bench measures a suite, or takes --compare or --render"),
+        (["--compare", one, one, "--render", one], "--compare takes only --out besides"),
+        ([], "bench needs a suite, --compare or --render"),
     ):
         answer = cli("bench", *argv)
         assert answer.code == 2 and error in answer.err and "Traceback" not in answer.err

@@ -103,6 +103,7 @@ def test_render_gives_what_is_in_the_repository(tmp_path, cli):
     assert "<svg" in (tmp_path / "growth" / "plot.svg").read_text()
     assert (tmp_path / "growth" / "report.html").read_text() == of("growth")
     assert {path.name for path in (tmp_path / "growth").iterdir()} == {
+        "about.md",
         "rows.jsonl",
         "table.md",
         "plot.svg",
