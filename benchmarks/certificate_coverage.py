@@ -114,7 +114,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     Args:
       seeds: from 0; each is 50 runs of its own.
       size: full, or smoke: three short runs on digits per seed.
-      done: keys of rows to leave out.
+      done: keys of rows to skip.
 
     Raises:
       InputError: full, and MNIST is not there.

@@ -1,22 +1,23 @@
-"""Is the default as good as what a search by hand would find, and cheaper?
+"""Is the default as good as the result of a grid search, and cheaper?
 
-For each data set and seed one student learns from one teacher in every way of:
+For each data set and seed, one student learns from one teacher in each of these ways:
 
-- `labels alone`, and each other loss of `losses.LOSSES` by itself, as a bare trajectory: so many steps, an average of its
-  iterates;
+- `labels alone`, and each other loss in `losses.LOSSES` by itself, as a bare trajectory: a fixed number of steps, and the
+  average of the iterates;
 - `grid`: the bare trajectory of alpha * KD at a temperature T + (1 - alpha) * cross entropy, at nine points. Held-out examples
-  say which of them is the best, and it costs all nine;
-- `KD, T = 4`: of these points the common one, alpha = 0.9;
-- `EV3`: the default portfolio, in 1.5 times the steps of one trajectory, those of all arms counted;
-- `EV3, tuning`: the same, and beside it an arm whose temperature and mix follow the loss on assess;
-- `EV3, synergy`: EV3 twice, in all twice as dear; the second student learns from the mean of the teacher and the first one, and
-  decide says which of both is delivered.
+  select the best point, and the cost is that of all nine;
+- `KD, T = 4`: the usual point of the grid, with alpha = 0.9;
+- `EV3`: the default portfolio, with 1.5 times the steps of one trajectory, all arms counted;
+- `EV3, tuning`: the same, with an additional arm whose temperature and mix follow the loss on assess;
+- `EV3, synergy`: EV3 twice, at twice the cost. The second student learns from the mean of the teacher and the first student,
+  and decide selects which of the two is delivered.
 
-All train on the same explore split, with the optimizer of the portfolio, from the same initial parameters. Accuracy is of test
-examples that chose nothing; the bound is what a certificate of accuracy alone would say at 95 %.
+All of them train on the same explore split, with the portfolio's optimizer, from the same initial parameters. Accuracy is on
+test examples that were used for no choice. The bound is that of a certificate of accuracy alone, at 95 %.
 """
 
 import functools
+import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -38,22 +39,22 @@ from ev3_distill.types import Batch, Pools, Variables
 
 KEY = ("data", "seed", "contender")  # identifies a row
 INTERVALS = "Intervals are Student's t, 95 %, over seeds; comparisons are paired by seed."
-FIRST_SEED = 5000  # nothing was chosen on these
+FIRST_SEED = 5000  # no default was chosen on these seeds
 TEMPERATURES, ALPHAS = (1.0, 4.0, 16.0), (0.1, 0.5, 0.9)
-COMMON = (4.0, 0.9)  # of the grid
+COMMON = (4.0, 0.9)  # the usual point of the grid
 ALONE = ("ce", *(name for name in losses.LOSSES if name not in ("kd", "ce")))
-MORE = 1.5  # times the steps of one trajectory, of EV3
+MORE = 1.5  # steps of EV3, in trajectories
 GRID, PLAIN, OURS = "best of the grid", "KD, T = 4", "EV3"
-THIRD = 1 / 3  # of the grid's cost may ours be
+THIRD = 1 / 3  # largest allowed cost of EV3, relative to the grid
 
 
 class Subject(NamedTuple):
-    """What learns what."""
+    """A student, its training, and its teacher."""
 
     student: str
     steps: int  # of one trajectory
-    teacher_cost: int  # see growth_from_tiny.Subject
-    most: int = 1000  # seeds
+    teacher_cost: int  # training steps of a teacher that learns from labels alone; 0: the pretrained one
+    most: int = 1000  # limit on the number of seeds
 
 
 SUBJECTS = {
@@ -67,16 +68,16 @@ SUBJECTS = {
 
 
 def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
-    """One row per data set, seed and contender, each point of the grid one of its own.
+    """One row per data set, seed and contender; each point of the grid is a contender.
 
     Args:
-      seeds: counted from FIRST_SEED, each with splits, initial parameters and, but for the pretrained one, a teacher of its
-        own; of a subject that is dear `most` at most.
-      size: full, or smoke: digits alone, few steps.
-      done: keys of rows to leave out.
+      seeds: number of seeds from FIRST_SEED, each with its own splits, initial parameters and, unless it is pretrained, its own
+        teacher. A subject's `most` limits the number.
+      size: full, or smoke: digits only, few steps.
+      done: keys of rows to skip.
 
     Raises:
-      InputError: the data are not there.
+      InputError: the data are missing.
     """
     for name, subject in SUBJECTS[size].items():
         missing = {
@@ -127,7 +128,7 @@ class _Bench:
         self.on_grid = on_grid
 
     def rows(self, dataset: Dataset, logits: np.ndarray, seed: int, contenders: set[str]) -> Iterator[dict[str, Any]]:
-        """Those of one seed."""
+        """The rows of one seed."""
         pools, test = batches.split(dataset, logits, seed=seed, fractions=problems.FRACTIONS)
         row = functools.partial(self._row, pools=pools, test=test)
         for name, train in self.alone.items():
@@ -169,13 +170,13 @@ class _Bench:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """For each data set every contender's accuracy, bound and cost, and EV3 against the grid and against KD."""
+    """Per data set: accuracy, bound and cost of each contender, and EV3 against the grid and against KD."""
     names = dict.fromkeys(row["data"] for row in rows)
     return "\n\n".join(_table_of(name, [row for row in rows if row["data"] == name]) for name in names)
 
 
-def _told(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
-    """Rows by contender and seed, as they are compared: of the grid the best by held-out examples, and the common point."""
+def _compared_rows(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Rows by contender and seed. Of the grid, these are the best point by held-out accuracy and the usual point."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(row["contender"], {})[row["seed"]] = row
@@ -189,17 +190,17 @@ def _told(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]
 
 
 def _table_of(name: str, rows: Sequence[dict[str, Any]]) -> str:
-    told = {contender: of for contender, of in _told(rows).items() if of}
+    compared = {contender: of for contender, of in _compared_rows(rows).items() if of}
     shown = {"ce": "labels alone"}
     body = [
         [shown.get(contender, contender), statistics.plus_minus(_mean(of, "accuracy"), 2),
          statistics.number(_mean(of, "bound").center, 2), statistics.number(_mean(of, "cost", 1).center, 0)]
-        for contender, of in told.items()
+        for contender, of in compared.items()
     ]  # fmt: skip
-    lines = [_against(told, GRID, most=THIRD, strictly=False), _against(told, PLAIN, most=MORE, strictly=True)]
-    lines += [_difference(told, f"{OURS}, {more}") for more in ("tuning", "synergy")]
+    lines = [_against(compared, GRID, most=THIRD, strictly=False), _against(compared, PLAIN, most=MORE, strictly=True)]
+    lines += [_difference(compared, f"{OURS}, {more}") for more in ("tuning", "synergy")]
     head = statistics.markdown(["contender", "test accuracy, %", "at least, %", "steps"], body)
-    return f"**{name}**, {len(told.get(OURS, {}))} seeds, 95 % t intervals\n\n{head}\n\n" + " ".join(
+    return f"**{name}**, {len(compared.get(OURS, {}))} seeds, 95 % t intervals\n\n{head}\n\n" + " ".join(
         filter(None, lines)
     )
 
@@ -208,32 +209,32 @@ def _mean(of: dict[int, dict[str, Any]], field: str, scale: float = 100) -> stat
     return statistics.mean([scale * row[field] for row in of.values()])
 
 
-def _paired(told: dict[str, dict[int, dict[str, Any]]], one: str, other: str) -> statistics.Interval | None:
-    seeds = sorted(told.get(one, {}).keys() & told.get(other, {}).keys())
+def _paired(compared: dict[str, dict[int, dict[str, Any]]], one: str, other: str) -> statistics.Interval | None:
+    seeds = sorted(compared.get(one, {}).keys() & compared.get(other, {}).keys())
     if not seeds:
         return None
-    return statistics.paired(*[[100 * told[name][seed]["accuracy"] for seed in seeds] for name in (one, other)])
+    return statistics.paired(*[[100 * compared[name][seed]["accuracy"] for seed in seeds] for name in (one, other)])
 
 
-def _against(told: dict[str, dict[int, dict[str, Any]]], other: str, *, most: float, strictly: bool) -> str:
-    """EV3 minus another, at which share of its cost, and what that says of the target."""
-    margin = _paired(told, OURS, other)
+def _against(compared: dict[str, dict[int, dict[str, Any]]], other: str, *, most: float, strictly: bool) -> str:
+    """EV3 minus another contender, the ratio of their costs, and whether the target holds."""
+    margin = _paired(compared, OURS, other)
     if margin is None:
         return ""
-    cost = _mean(told[OURS], "cost").center / _mean(told[other], "cost").center
+    cost = _mean(compared[OURS], "cost").center / _mean(compared[other], "cost").center
     if cost > most + 1e-9:
-        found = "missed, by its cost"
-    elif strictly:
-        found = statistics.verdict(margin, 0.0)
+        verdict = "missed, by its cost"
+    elif strictly or math.isnan(margin.low):
+        verdict = statistics.verdict(margin, 0.0)
     else:
-        found = "held" if margin.high >= 0 or margin.center >= 0 else "missed"
+        verdict = "held" if margin.high >= 0 or margin.center >= 0 else "missed"
     target = "> 0" if strictly else "an interval that includes or exceeds 0"
     return (
         f"{OURS} minus {other}, paired: {statistics.spread(margin, 2)} points at {cost:.2f} times the cost; target {target} "
-        f"at no more than {most:.2g}: {found}."
+        f"at no more than {most:.2g}: {verdict}."
     )
 
 
-def _difference(told: dict[str, dict[int, dict[str, Any]]], one: str) -> str:
-    margin = _paired(told, one, OURS)
+def _difference(compared: dict[str, dict[int, dict[str, Any]]], one: str) -> str:
+    margin = _paired(compared, one, OURS)
     return "" if margin is None else f"{one} minus {OURS}: {statistics.spread(margin, 2)} points."

@@ -43,7 +43,7 @@ FIRST_SEED = 6100  # nothing was chosen on these
 
 
 class Subject(NamedTuple):
-    """What learns what."""
+    """A student, its training, and its teacher."""
 
     data: str
     student: str
@@ -84,7 +84,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     Args:
       seeds: from FIRST_SEED, each with splits, a teacher, mistakes and initial parameters of its own.
       size: full, or smoke: digits, few steps.
-      done: keys of rows to leave out.
+      done: keys of rows to skip.
     """
     if all((wrong, name, seed) in done for wrong, of in CONTENDERS.items() for name in of for seed in range(seeds)):
         return

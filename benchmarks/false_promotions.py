@@ -79,7 +79,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     Args:
       seeds: from 0; each is 400 runs and 4,000 trials of its own.
       size: full, or smoke: a few short runs.
-      done: keys of rows to leave out.
+      done: keys of rows to skip.
     """
     for seed in range(seeds):
         for candidates, rule in itertools.product(*SIMULATED[size]):

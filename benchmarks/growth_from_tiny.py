@@ -1,17 +1,18 @@
-"""Does growing from tiny lead as far as training the final size from scratch, and what does it yield on the way?
+"""Does growing from a tiny size lead as far as training the final size from scratch, and what does it yield on the way?
 
-MLPs on MNIST, with a teacher by labels alone; and narrow ResNet-8 on CIFAR-10 JPEGs, from the pretrained ResNet-56 where it is
-at hand. Within a family the multiplications of a step are as its parameters, nearly, so costs are in steps of the final size.
-For each seed:
+MLPs on MNIST, with a teacher that learns from labels alone; and narrow ResNet-8s on CIFAR-10 JPEGs, from the pretrained
+ResNet-56 if it is available. Within a family, the multiplications of a step are nearly proportional to the number of
+parameters, so costs are in steps of the final size. For each seed:
 
-- `grown`: from the smallest, each size until it is stuck or for a quarter of the cost of a run from scratch, the last until the
-  total is 1.2 times that;
-- `from scratch`: every size by a run of its own, as many steps of that size as its subject's `cost`;
-- `separately`: every size by a run of its own, all as many steps, together as dear as `grown`;
-- `synergy`: as `separately`, taught by the mean of the teacher and the grown student of the final size, so after as much again;
-- `plain KD`: every size by the bare trajectory of the commonest loss, as many steps as `from scratch`.
+- `grown`: from the smallest size up. Each size trains until it is stuck or has used a quarter of the cost of a run from
+  scratch, the last one until the total is 1.2 times that cost;
+- `from scratch`: every size by a run of its own, with the subject's `cost` in steps of that size;
+- `separately`: every size by a run of its own, all with the same number of steps, together at the cost of `grown`;
+- `synergy`: like `separately`, taught by the mean of the teacher and the grown student of the final size, which costs as much
+  again;
+- `plain KD`: every size by the bare trajectory of plain KD, with as many steps as `from scratch`.
 
-Accuracy is of what each delivers, on test images that chose nothing.
+Accuracy is that of the delivered student, on test images that were used for no choice.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -37,20 +38,19 @@ if TYPE_CHECKING:
 
 KEY = ("data", "seed", "contender", "width")  # identifies a row
 INTERVALS = "Intervals are Student's t, 95 %, over seeds; comparisons are paired by seed."
-FIRST_SEED = (
-    3200  # how a student grows was chosen on seeds below 3000, and mended twice for what 3000 to 3108 had shown
-)
+# Growth was designed on seeds below 3000, and changed twice after results on seeds 3000 to 3108.
+FIRST_SEED = 3200
 
 
 class Subject(NamedTuple):
-    """What is grown on what."""
+    """A family of students, its data and its teacher."""
 
-    student: str  # its name at a width
+    student: str  # name with a placeholder for the width
     ladder: tuple[int, ...]  # widths
     cost: int  # steps of a run from scratch
-    teacher_cost: int  # steps, of one trained by labels alone; 0: the pretrained one
-    plain: str  # the arm of the commonest loss
-    most: int = 1000  # seeds with all contenders; further ones have the two that are compared, at the final size
+    teacher_cost: int  # training steps of a teacher that learns from labels alone; 0: the pretrained one
+    plain: str  # the arm of plain KD
+    most: int = 1000  # seeds with all contenders; further seeds have only the two that are compared, at the final size
 
 
 SUBJECTS = {
@@ -60,8 +60,8 @@ SUBJECTS = {
     },
     "smoke": {"digits": Subject("mlp:hidden={}", (2, 4), 300, 200, "kd4")},
 }
-QUARTER = 4  # of a run from scratch is the most that a size on the way may take
-MORE = 1.2  # times as much may growth cost in all as the final size from scratch
+QUARTER = 4  # an intermediate size takes at most this part of a run from scratch
+MORE = 1.2  # largest allowed cost of growth, relative to the final size from scratch
 WITHIN = 0.5  # points
 PATIENCE = 2.0
 CONTENDERS = ("plain KD", "from scratch", "separately", "grown", "synergy")
@@ -71,13 +71,13 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     """One row per seed, contender and size.
 
     Args:
-      seeds: counted from FIRST_SEED, each with splits, initial parameters and, but for the pretrained one, a teacher of its
-        own.
-      size: full, or smoke: digits alone, two sizes, short runs.
-      done: keys of rows to leave out; a seed of which any is missing is run again as a whole.
+      seeds: number of seeds from FIRST_SEED, each with its own splits, initial parameters and, unless it is pretrained, its
+        own teacher.
+      size: full, or smoke: digits only, two sizes, short runs.
+      done: keys of rows to skip; a seed with a missing row is measured again as a whole.
 
     Raises:
-      InputError: the data are not there.
+      InputError: the data are missing.
     """
     for name, subject in SUBJECTS[size].items():
         keys = {
@@ -106,7 +106,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
 
 
 def _seen(dataset: Any, logits: np.ndarray, seed: int) -> Batch:
-    """As many examples of explore as assess has, as they are."""
+    """As many examples of explore as assess has, without augmentation."""
     rows = batches.split_rows(dataset.labels, dataset.test_rows, seed=seed, fractions=problems.FRACTIONS)
     among = np.random.default_rng(seed).permutation(rows["explore"])[: len(rows["assess"])]
     return batches.held_out(np.asarray(dataset.inputs)[among], dataset.labels[among], among, {"logits": logits[among]})
@@ -135,13 +135,13 @@ class _Bench:
             for w, network in self.networks.items()
         }
         self.final = self.params[self.ladder[-1]]
-        self.total = MORE * self.cost * self.final  # multiplications that growth may cost
-        self.share = round(self.total / sum(self.params.values()))  # steps of each size, where all have as many
+        self.total = MORE * self.cost * self.final  # allowed multiplications of growth
+        self.share = round(self.total / sum(self.params.values()))  # steps of each size if all have the same number
 
     def rows(
         self, dataset: Any, logits: np.ndarray, pools: Pools, test: Batch, seed: int, *, whole: bool
     ) -> Iterator[dict[str, Any]]:
-        """Those of one seed: of all contenders, or of those that are compared."""
+        """The rows of one seed: of all contenders, or only of those that are compared."""
 
         def row(contender: str, width: int, variables: Variables, steps: int, cost: float) -> dict[str, Any]:
             right = self.once[width].evaluator.evaluate(variables, test).promise
@@ -150,7 +150,7 @@ class _Bench:
                 "width": width,
                 "params": self.params[width],
                 "steps": steps,
-                "cost": round(cost / self.final),  # in steps of the final size, up to this student
+                "cost": round(cost / self.final),  # cumulative, in steps of the final size
                 "accuracy": float(right.mean()),
             }
 
@@ -180,7 +180,7 @@ class _Bench:
         return distillation.evaluator.select(pools, distillation.complete(pools, seed, budget=steps))[1]
 
     def _grown(self, pools: Pools, seed: int) -> Iterator[tuple[int, Variables, int]]:
-        """Each size with what it delivers and its steps."""
+        """Each size with its delivered student and its steps."""
         left, state, before = self.total, None, self.ladder[0]
         for width in self.ladder:
             distillation = self.patient[width]
@@ -201,7 +201,7 @@ class _Bench:
 
 
 def _to_the_end(distillation: Distillation, pools: Pools, state: State, limit: int, *, again: bool) -> State:
-    """Until stuck or the limit; the final size goes on when it is stuck."""
+    """Trains until stuck or until the limit; the final size continues when it is stuck."""
     while True:
         for packed, _ in distillation.loop(pools, state, budget=limit):
             state = distillation.loop.unflatten(packed)
@@ -211,7 +211,7 @@ def _to_the_end(distillation: Distillation, pools: Pools, state: State, limit: i
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """For each data set accuracy of each size by contender, and grown against from scratch at the final size."""
+    """Per data set: accuracy of each size by contender, and grown against from scratch at the final size."""
     names = dict.fromkeys(row["data"] for row in rows)
     return "\n\n".join(_table_of(name, [row for row in rows if row["data"] == name]) for name in names)
 
@@ -240,13 +240,13 @@ def _table_of(name: str, rows: Sequence[dict[str, Any]]) -> str:
         f"**{name}**\n\n{statistics.markdown(heads, lines)}"
         f"\n\nTest accuracy in percent, means over {len(seeds)} seeds with 95 % t intervals; cost in steps of the final "
         f"size. Grown minus from scratch at width {final}, paired: {statistics.spread(margin, 2)} points at {ratio:.2f} times "
-        f"the cost, which has all sizes in it; target ≥ -{WITHIN} at no more than {MORE}: {held}. Synergy minus "
+        f"the cost, all sizes included; target ≥ -{WITHIN} at no more than {MORE}: {held}. Synergy minus "
         f"separately, paired: {_synergy(rows, sizes)} points."
     )
 
 
 def _synergy(rows: Sequence[dict[str, Any]], sizes: Sequence[int]) -> str:
-    """What the grown student adds to the teacher of each size, at equal steps."""
+    """The gain from adding the grown student to the teacher, by size, at equal steps."""
     told = []
     for width in sizes:
         by_seed = [
@@ -260,7 +260,7 @@ def _synergy(rows: Sequence[dict[str, Any]], sizes: Sequence[int]) -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]]) -> "Figure":
-    """Accuracy against size, as in the EV3 paper's figure on distillation; one panel for each data set."""
+    """Accuracy against size, as in the EV3 paper's figure on distillation; one panel per data set."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["data"] for row in rows))

@@ -1,21 +1,21 @@
-"""Do guards that steer a run keep what plain distillation breaks? Three that conflict, on MNIST made imbalanced.
+"""Do guards that steer a run keep what plain distillation breaks? Three conflicting guards on an imbalanced MNIST.
 
-Of one digit as many images are kept as the rarest in MNIST has, of the next 10^(-1 / 9) as many, and so on down to a
-tenth; the order of the digits, and which images, is drawn by the seed. A student of 16 hidden units learns from a teacher
-trained by labels alone, and must have an accuracy, an accuracy in its worst class, and an expected calibration error (GUARDS;
-chosen on seeds below 2000, which no row has). What serves the first neglects rare digits; what serves the second costs the
-first, and bends the probabilities.
+One digit keeps as many images as the rarest digit of MNIST has, the next one 10^(-1 / 9) of that, and so on down to a tenth.
+The order of the digits and the images are drawn by the seed. A student of 16 hidden units learns from a teacher that was
+trained by labels alone. The guards are on its accuracy, its worst-class accuracy and its expected calibration error (GUARDS;
+chosen on seeds below 2000, which no row has). What helps the first guard neglects rare digits. What helps the second costs
+accuracy and distorts the probabilities.
 
-Contenders, at equal cost, every arm's steps counted:
+Contenders, at equal cost, with every arm's steps counted:
 
-- `plain KD`: the bare trajectory of the loss that is commonest, T = 4 and a tenth of cross entropy, without EV3;
-- `plain KD, balanced`: the same with every class weighed alike;
-- `EV3`: the arms of the guarded run, but no goals: promotions and selection go by accuracy alone;
-- `EV3 with guards`: the same arms, and the guards as goals.
+- `plain KD`: the bare trajectory of the usual loss, T = 4 and a tenth of cross entropy, without EV3;
+- `plain KD, balanced`: the same with equal weight for every class;
+- `EV3`: the arms of the guarded run, but without goals: promotion and selection use accuracy alone;
+- `EV3 with guards`: the same arms, with the guards as goals.
 
-A figure of a row is that of the population: accuracy in each class on all of MNIST's images that the run did not see (the
-sealed split, and what the imbalance left out), and these weighed by the classes' shares. A guard is met where the figure is on
-its side; that is the truth, not the certificate's bound on it.
+Figures are those of the population: accuracy in each class on all MNIST images that the run did not see (the sealed split,
+and the images that the imbalance left out), weighted by the class frequencies. A guard is met if the figure itself meets it,
+not the certificate's bound on it.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ FIRST_SEED = 2000  # rules and thresholds were chosen on seeds below 2000
 GUARDS = ("accuracy >= 0.92", "worst_class_accuracy >= 0.75", "ece <= 0.03")
 COST = {"full": 8000, "smoke": 400}
 TEACHER_COST = {"full": 3000, "smoke": 300}
-FEWEST = 1 / 10  # of the rarest digit, to the commonest
+RAREST = 1 / 10  # size of the rarest class relative to the most frequent one
 FRACTIONS = Fractions(most=10**9)
 STUDENT, TEACHER = "mlp:hidden=16", "mlp:hidden=256-256"
 CONTENDERS = ("plain KD", "plain KD, balanced", "EV3", "EV3 with guards")
@@ -55,9 +55,9 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     """One row per seed and contender.
 
     Args:
-      seeds: counted from FIRST_SEED, each with a rarity, splits, a teacher and initial parameters of its own.
-      size: full, or smoke: digits in the place of MNIST, and a twentieth of the cost.
-      done: keys of rows to leave out.
+      seeds: number of seeds from FIRST_SEED, each with its own imbalance, splits, teacher and initial parameters.
+      size: full, or smoke: digits instead of MNIST, at a twentieth of the cost.
+      done: keys of rows to skip.
     """
     source = datasets.required_source("digits" if size == "smoke" else "mnist")
     yield from rows_of(load_data(source), [FIRST_SEED + seed for seed in range(seeds)], size, done)
@@ -66,7 +66,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
 def rows_of(
     dataset: Dataset, seeds: Sequence[int], size: str, done: Collection[tuple[Any, ...]] = ()
 ) -> Iterator[dict[str, Any]]:
-    """Rows of these very seeds."""
+    """The rows of given seeds."""
     guards = [parse(text) for text in GUARDS]
     student, teacher = (
         students.from_name(name, dataset.inputs.shape[1:], dataset.num_classes) for name in (STUDENT, TEACHER)
@@ -77,20 +77,20 @@ def rows_of(
     runs = {"EV3": Distillation(student, arms), "EV3 with guards": Distillation(student, arms, objectives=guarded)}
     plain = dict(zip(CONTENDERS[:2], arms_named(student.apply, ("kd4", "kd4-balanced")), strict=True))
     bare = {name: trajectories.bare_trajectory(student, arm) for name, arm in plain.items()}
-    teaches = Distillation(teacher, arms_named(teacher.apply, ("ce-slow",)))
+    trainer = Distillation(teacher, arms_named(teacher.apply, ("ce-slow",)))
     for seed in seeds:
         if all((seed, contender) in done for contender in CONTENDERS):
             continue
-        kept, left = imbalanced(dataset, seed)
-        blank = np.zeros((len(kept.labels), dataset.num_classes), np.float32)
-        pools, _ = batches.split(kept, blank, seed=seed, fractions=FRACTIONS)
-        taught = teaches.complete(pools, seed, budget=TEACHER_COST[size]).current.variables
-        logits = forward(teacher, taught)(np.asarray(kept.inputs))
-        pools, test = batches.split(kept, logits, seed=seed, fractions=FRACTIONS)
-        share = np.bincount(kept.labels, minlength=dataset.num_classes) / len(kept.labels)
+        used, unused = imbalanced(dataset, seed)
+        blank = np.zeros((len(used.labels), dataset.num_classes), np.float32)
+        pools, _ = batches.split(used, blank, seed=seed, fractions=FRACTIONS)
+        teacher_variables = trainer.complete(pools, seed, budget=TEACHER_COST[size]).current.variables
+        logits = forward(teacher, teacher_variables)(np.asarray(used.inputs))
+        pools, test = batches.split(used, logits, seed=seed, fractions=FRACTIONS)
+        share = np.bincount(used.labels, minlength=dataset.num_classes) / len(used.labels)
         unseen = (
-            np.concatenate([np.asarray(test.inputs), left.inputs]),
-            np.concatenate([np.asarray(test.targets), left.labels]),
+            np.concatenate([np.asarray(test.inputs), unused.inputs]),
+            np.concatenate([np.asarray(test.targets), unused.labels]),
         )
         for contender in CONTENDERS:
             if (seed, contender) in done:
@@ -113,13 +113,13 @@ def rows_of(
 
 
 def imbalanced(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
-    """What is kept of a data set, and what is left out of it, each without test rows of its own."""
+    """Divides a data set into an imbalanced part and the remainder, both without test rows."""
     rng = np.random.default_rng(seed)
     rarity = rng.permutation(dataset.num_classes) / (dataset.num_classes - 1)
     most = np.bincount(dataset.labels).min()
     kept = np.zeros(len(dataset.labels), bool)
     for k, rare in enumerate(rarity):
-        kept[rng.permutation(np.flatnonzero(dataset.labels == k))[: int(most * FEWEST**rare)]] = True
+        kept[rng.permutation(np.flatnonzero(dataset.labels == k))[: int(most * RAREST**rare)]] = True
     both = []
     for rows in (np.flatnonzero(kept), np.flatnonzero(~kept)):
         inputs, labels = np.asarray(dataset.inputs)[rows], dataset.labels[rows]
@@ -128,11 +128,11 @@ def imbalanced(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
 
 
 def measured(logits: np.ndarray, labels: np.ndarray, share: np.ndarray) -> dict[str, float]:
-    """The metrics of the guards in a population with these shares of classes.
+    """The guards' metrics in a population with given class frequencies.
 
     Args:
       logits: [N, K].
-      labels: [N], of which each class has some.
+      labels: [N], with every class present.
       share: [K].
     """
     q = np.exp(logits - logits.max(axis=1, keepdims=True))

@@ -50,7 +50,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     Args:
       seeds: blocks of trials; students; turns of timing.
       size: full, or smoke: small images, few copies.
-      done: keys of rows to leave out.
+      done: keys of rows to skip.
     """
     yield from hypergradient_one_dimension.collect(seeds=seeds, size=size, done=done)
     yield from _cosines(seeds=seeds, size=size, done=done)

@@ -69,7 +69,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     Args:
       seeds: of splits, initial parameters and batches, from FIRST_SEED.
       size: full, or smoke: a fiftieth of an epoch, which proves nothing.
-      done: keys of rows to leave out; a seed of which any is missing is run again as a whole.
+      done: keys of rows to skip; a seed with a missing row is measured again as a whole.
     """
     archive, onnx = datasets.cifar10_files()
     dataset = load_data(f"folder:{archive}")

@@ -71,7 +71,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     Args:
       seeds: turns, each with a seed of its own.
       size: full or smoke.
-      done: keys of rows to leave out.
+      done: keys of rows to skip.
     """
     if size == "full" and seeds < LEAST_TURNS:
         raise InputError(

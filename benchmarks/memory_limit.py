@@ -1,9 +1,10 @@
-"""Does a run stay under its memory limit where the data are four times larger than that?
+"""Does a run stay under its memory limit if the data are four times as large?
 
-One process per row makes images on disk and a teacher, then another one runs `compress --memory LIMIT` on them, cache and
-training together. What is measured is that process's greatest resident set, all libraries included. The student sees each
-image once; the teacher is a linear function of a few pixels, because only memory counts here. Batches have 32 examples: the
-activations of a training step are the student's own, some 4 MB per example here, and no limit makes them smaller.
+For each row, one process writes images and a teacher to disk, and a second one runs `compress --memory LIMIT` on them,
+including the teacher cache and the training. The figure is the peak resident set of that second process, with all libraries.
+The student sees each image once. The teacher is a linear function of a few pixels, because only memory matters here. The
+batch size is 32: the activations of a training step depend on the student, some 4 MB per example here, and no limit makes
+them smaller.
 """
 
 import json
@@ -25,7 +26,7 @@ TIMED = ("seconds",)  # depend on the machine
 REPETITION = "run"
 INTERVALS = "The peak of each run is measured, not estimated; a further run may have another peak."
 LIMIT = {"full": 2**30, "smoke": 2**30}  # bytes
-TIMES = {"full": 4.0, "smoke": 0.3}  # data over limit
+TIMES = {"full": 4.0, "smoke": 0.3}  # size of the data relative to the limit
 SIDE = 128  # pixels
 CLASSES = 4
 TEACHER = """
@@ -43,9 +44,9 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     """One row per run.
 
     Args:
-      seeds: runs.
-      size: full, or smoke: data smaller than the limit, which prove nothing.
-      done: keys of rows to leave out.
+      seeds: number of runs.
+      size: full, or smoke: data smaller than the limit, whose figures mean nothing.
+      done: keys of rows to skip.
     """
     for seed in range(seeds):
         if (seed,) in done:
@@ -70,12 +71,12 @@ def _run(directory: Path, seed: int, limit: int, total: int) -> dict[str, Any]:
         "print(json.dumps([done, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))"
     )
     environment = {**os.environ, "EV3_DISTILL_CACHE": str(directory / "cache")}
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code, *command], cwd=directory, env=environment, check=True, stdout=subprocess.PIPE
     )
-    returned, peak = json.loads(told.stdout)
+    returned, peak = json.loads(done.stdout)
     if returned:
-        raise RuntimeError(f"compress ended with {returned}: see above")
+        raise RuntimeError(f"compress ended with exit code {returned}: see above")
     report = json.loads((directory / "run" / "report.json").read_text())
     unit = 1024 if sys.platform != "darwin" else 1  # of ru_maxrss
     return {
@@ -88,7 +89,7 @@ def _run(directory: Path, seed: int, limit: int, total: int) -> dict[str, Any]:
 
 
 def _write(path: Path, count: int, seed: int) -> None:
-    """Images of noise, with a label that a part of them tells, written piece by piece."""
+    """Writes images of noise whose upper half encodes the label, in blocks."""
     import zipfile
 
     rng = np.random.default_rng(seed)
@@ -107,7 +108,7 @@ def _write(path: Path, count: int, seed: int) -> None:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Peak beside limit and data, the greatest over the runs."""
+    """Peak, limit and data of each run, and the largest peak."""
     worst = max(rows, key=lambda row: row["peak"])
     unit = 2**30
     body = [
@@ -118,5 +119,5 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     held = "held" if worst["peak"] <= worst["limit"] else "missed"
     return (
         statistics.markdown(["run", "data, GiB", "limit, GiB", "peak resident set, GiB", "steps", "seconds"], body)
-        + f"\n\nThe greatest peak is {worst['peak'] / worst['limit']:.2f} of the limit: {held}."
+        + f"\n\nThe largest peak is {worst['peak'] / worst['limit']:.2f} of the limit: {held}."
     )

@@ -1,9 +1,9 @@
-"""Does a portfolio of arms cost more than its best member? Equal total cost, every arm's steps counted.
+"""Does a portfolio of arms cost more than its best member would?
 
-For each data set and seed: the default portfolio, and the loss of every arm of it alone, each within the same EV3 run at the
-same cost; and every arm's bare trajectory (its average iterate after all the steps, no EV3 at all). A run's figure is the
-accuracy of what it delivers, on test examples that chose nothing. The best single arm is the one that hindsight picks, by mean
-test accuracy over the seeds, which favours it.
+All contenders have the same total cost, with every arm's steps counted. For each data set and seed these are the default
+portfolio, each of its arms alone within an EV3 run, and each arm's bare trajectory: its average iterate after all the steps,
+without EV3. The figure is the accuracy of the delivered student on test examples that were used for no choice. The best single
+arm is picked by hindsight, by mean test accuracy over the seeds, which favors it.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -18,13 +18,15 @@ from ev3_distill.data import batches
 from ev3_distill.data.sources import load_data
 from ev3_distill.training.trainer import Distillation
 
-COST = {"digits": 4000, "mnist": 8000}  # steps in all
+COST = {"digits": 4000, "mnist": 8000}  # steps in total
 STUDENT = {"digits": "mlp:hidden=16", "mnist": "mlp:hidden=16"}
 TEACHER_COST = {"digits": 1500, "mnist": 3000}
-FIRST_SEED = 1000  # defaults were chosen on seeds below 100: other splits of digits, the same test examples of MNIST
+FIRST_SEED = (
+    1000  # defaults were chosen on seeds below 100, with other splits of digits and the same MNIST test examples
+)
 KEY = ("data", "seed", "contender")  # identifies a row
 INTERVALS = "Intervals are Student's t, 95 %, over seeds; the comparison is paired by seed."
-SINGLES = ("ce", "kd2", "kd4", "dist")  # what the default arms are when each is alone
+SINGLES = ("ce", "kd2", "kd4", "dist")  # the default arms at the time of the measurement
 TARGET = -0.3  # points that the portfolio may lose to the best single arm
 
 
@@ -32,9 +34,9 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     """One row per data set, seed and contender.
 
     Args:
-      seeds: counted from FIRST_SEED, each with splits, a teacher and initial parameters of its own.
-      size: full, or smoke: digits alone, and a twentieth of the cost.
-      done: keys of rows to leave out.
+      seeds: number of seeds from FIRST_SEED, each with its own splits, teacher and initial parameters.
+      size: full, or smoke: digits only, at a twentieth of the cost.
+      done: keys of rows to skip.
     """
     for name in ("digits",) if size == "smoke" else tuple(COST):
         source = datasets.source_of(name)
@@ -85,7 +87,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Per data set: accuracy of each contender, mean over seeds with a t interval, and the line of record."""
+    """Per data set: mean accuracy of each contender with a t interval, and the comparison with the best single arm."""
     return "\n\n".join(_table_of(name, rows) for name in dict.fromkeys(row["data"] for row in rows))
 
 

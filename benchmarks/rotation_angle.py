@@ -133,7 +133,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     Args:
       seeds: each with initial parameters, an order of the images and noise of its own.
       size: full, or smoke: one epoch of two batches.
-      done: keys of rows to leave out.
+      done: keys of rows to skip.
     """
     source = datasets.source_of("mnist")
     if source is None:

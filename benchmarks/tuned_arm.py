@@ -27,7 +27,7 @@ FIRST_SEED = 3000  # how hyperparameters are tuned was chosen on others
 
 
 class Subject(NamedTuple):
-    """What learns what."""
+    """A student, its training, and its teacher."""
 
     student: str
     steps: int
@@ -53,10 +53,10 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
       seeds: from FIRST_SEED, each with splits, initial parameters and, but for the pretrained one, a teacher of its own; of a
         subject that is dear `most` at most.
       size: full, or smoke: digits, short runs, a small grid.
-      done: keys of rows to leave out; a seed of which any is missing is run again as a whole.
+      done: keys of rows to skip; a seed with a missing row is measured again as a whole.
 
     Raises:
-      InputError: the data are not there.
+      InputError: the data are missing.
     """
     for name, subject in SUBJECTS[size].items():
         contenders = [*map(_cell, cells(size)), LONGER, *(of(start) for start in STARTS for of in (_from, _frozen))]

@@ -68,7 +68,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     Args:
       seeds: counted from FIRST_SEED.
       size: full, or smoke: digits in the place of MNIST, and a twentieth of the cost.
-      done: keys of rows to leave out.
+      done: keys of rows to skip.
     """
     source = datasets.required_source("digits" if size == "smoke" else "mnist")
     yield from rows_of(load_data(source), [FIRST_SEED + seed for seed in range(seeds)], size, done)

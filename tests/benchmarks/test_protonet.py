@@ -18,7 +18,7 @@ def test_split_is_that_of_vinyals():
     if not all((SHARED / name).is_file() for name in omniglot.ARCHIVES):
         pytest.skip("Omniglot's archives are not there")
     numbers, alphabets = _character_names(SHARED)
-    train, validation, test = omniglot.parted(numbers, alphabets)
+    train, validation, test = omniglot.split_characters(numbers, alphabets)
     assert (len(train), len(validation), len(test)) == (1028, 172, 423)
     assert list(alphabets[test][:5]) == ["Gurmukhi"] * 4 + ["Kannada"]
     assert set(alphabets[validation]) == set(omniglot.VALIDATION)
