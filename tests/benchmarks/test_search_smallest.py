@@ -27,6 +27,6 @@ def test_table_compares_each_search_with_the_single_runs_of_its_seed():
     assert "| d | 0.7 | 20, 10 | 20, 20 | 10, 20 | 0 | 1 | 1 | 0 | 100 | 300 |" in text
     assert "| d | 0.85 | 40, 40 | 40, 40 | 40, none, 80.0% | 1 | 0 | 0 | 1 | 100 | 300 |" in text
     assert "| d | 0.99 | none, none | none, none | none, 90.0%, none, 91.0% | 2 | 0 | 0 | 0 | 100 | 300 |" in text
-    assert "none where none does: 4 of 6 searches; as any that would again: 5 of 6." in text
+    assert "none where none does: 4 of 6 searches. As small as any that would certify again: 5 of 6." in text
     assert search_smallest.again(alone(0, 10, 0.7), 0.7) == pytest.approx(0.5)
     assert search_smallest.again(alone(0, 10, 0.7 + 0.01 * 2**0.5 * 1.2816), 0.7) == pytest.approx(0.9, abs=1e-4)
