@@ -1,4 +1,4 @@
-"""One small network by all paths: in plain NumPy, as a user's own module, as ONNX, torch and flax."""
+"""One small network in every form that a teacher can have: NumPy, a Python module, ONNX, torch and flax."""
 
 import warnings
 from pathlib import Path
@@ -23,7 +23,7 @@ IMAGES = RNG.integers(0, 256, size=(11, *SHAPE), dtype=np.uint8)
 
 
 def hidden_of(inputs):
-    """The feature of the small network [B, H, W, 6], in plain NumPy."""
+    """The feature `hidden` of the small network [B, H, W, 6], in NumPy."""
     padded = np.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))  # [B, H, W, C, 3, 3]
     return np.maximum(np.einsum("bhwcij,ijco->bhwo", windows, KERNEL) + BIAS, 0)
@@ -44,7 +44,7 @@ def load(text, *, steps=STEPS, shape=SHAPE, classes=CLASSES, **more):
 
 
 def module():
-    """A module of a user's own, as a file in the working directory."""
+    """Writes a user's module to the working directory, own.py."""
     names = ("KERNEL", "BIAS", "HEAD")
     np.savez("weights.npz", **{name: globals()[name] for name in names})
     Path("own.py").write_text("""
@@ -73,7 +73,7 @@ NUMBER = 3
 
 
 def onnx_file(path, *, batch="n", extra=(), dtype="FLOAT", input_shape=(3, 8, 8), layout="NCHW", inputs=1):
-    """The small network as ONNX."""
+    """Writes the small network as an ONNX file."""
     onnx = pytest.importorskip("onnx", reason="makes the ONNX file of this test")
     helper, kind = onnx.helper, getattr(onnx.TensorProto, dtype)
     real = kind if dtype == "FLOAT16" else onnx.TensorProto.FLOAT

@@ -1,4 +1,4 @@
-"""The zoo: one tiny network of each family and a user's own, and what growth makes of each by every move."""
+"""One tiny network of each student family and of a user, and each of them after every growth move."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ CLASSES, STEPS = 3, 10
 
 
 class Own(nnx.Module):
-    """A user's own student, with all that a layer may hold and a shape of its own."""
+    """A user's student, with BatchNorm, a bare parameter and its own input shape."""
 
     def __init__(self, width, rngs):
         self.first = nnx.Linear(7, width, rngs=rngs)
@@ -67,7 +67,7 @@ MOVES = {  # by name, or the options that change
     "transformer": ("wider", "deeper", "heads", {"width": 24, "depth": 2, "heads": 3}),
     "own": ("wider",),
 }
-DRAWN = ("mlp",)  # families whose added units are drawn
+DRAWN = ("mlp",)  # families whose new units are drawn
 CASES = [(name, json.dumps(move)) for name, of_name in MOVES.items() for move in of_name]
 every_case = pytest.mark.parametrize(("name", "move"), CASES, ids=[" ".join(case) for case in CASES])
 every_member = pytest.mark.parametrize("name", MEMBERS)
@@ -79,7 +79,7 @@ def factory_of(name):
 
 class Member(NamedTuple):
     network: Network
-    variables: Variables  # as training leaves them: nothing is 0 or 1 any more
+    variables: Variables  # as after training: no entry is 0 or 1
     inputs: jax.Array
     eval_logits: jax.Array
     train_logits: jax.Array
@@ -89,13 +89,13 @@ class Member(NamedTuple):
 def member(name):
     text, shape = MEMBERS[name]
     network = students.from_name(text, shape, CLASSES)
-    variables = lived(jax.eval_shape(network.init, jax.random.key(0)))
-    count = 512 if name in DRAWN else 24  # a unit that is drawn may be shut for few
+    variables = as_after_training(jax.eval_shape(network.init, jax.random.key(0)))
+    count = 512 if name in DRAWN else 24  # a drawn unit may be zero for a few examples
     inputs = jnp.asarray(np.random.default_rng(1).normal(size=(count, *shape)), jnp.float32)
     return Member(network, variables, inputs, *quick(functools.partial(both, network))(variables, inputs))
 
 
-def lived(shapes):
+def as_after_training(shapes):
     rng = np.random.default_rng(0)
 
     def param(leaf):
@@ -108,7 +108,7 @@ def lived(shapes):
 
 
 def quick(function):
-    """Compiled without optimisation: the networks are tiny, and compiling is what takes the time."""
+    """Compiles without optimization: the networks are tiny, and compilation takes most of the time."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -118,7 +118,7 @@ def both(network, variables, inputs):
 
 
 def trained(network, variables, inputs):
-    """After some steps of Adam, which moves what has a gradient and nothing else; logits and gradient of the first."""
+    """Takes some steps of Adam, which moves whatever has a gradient; returns the first step's logits and gradient too."""
     optimizer, labels = optax.flatten(optax.adam(1e-2)), jnp.arange(len(inputs)) % CLASSES
 
     def step(carry, _):
@@ -153,14 +153,14 @@ def case(name, move):
     map_ = growth_map(jax.random.key(3), one.network.spec, target, factory=factory_of(name))
     variables = map_.variables(one.variables)
 
-    def all_of_it(variables, inputs):
+    def evaluate_and_train(variables, inputs):
         return map_.network.apply(variables, inputs, train=False)[0], *trained(map_.network, variables, inputs)
 
-    return Case(one, map_, variables, *quick(all_of_it)(variables, one.inputs))
+    return Case(one, map_, variables, *quick(evaluate_and_train)(variables, one.inputs))
 
 
-def away(one, other):
-    """The greatest difference, relative to the scale of the logits."""
+def relative_difference(one, other):
+    """The largest difference, relative to the largest entry."""
     one, other = np.asarray(one), np.asarray(other)
     return np.abs(one - other).max() / np.abs(other).max()
 

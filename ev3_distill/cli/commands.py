@@ -342,25 +342,24 @@ def print_result(result: RunResult) -> None:
 
 def evaluate(options: EvaluateCommand) -> list[dict[str, Any]]:
     """Scores a finished run or an exported file and prints the outcome; returns the outcome of each guard."""
-    from ev3_distill.export import evaluate as evaluation
-    from ev3_distill.export.formats.runtime import find_model_file
+    from ev3_distill.export import EvaluationConfig, evaluate_file, evaluate_run, find_model_file
 
-    common: dict[str, Any] = {
-        "student": options.student,
-        "guards": options.guard,
-        "costs": options.costs,
-        "reopen": options.reopen,
-    }
+    settings = EvaluationConfig(
+        data=options.data,
+        confidence=options.confidence,
+        student=options.student,
+        guards=options.guard,
+        costs=options.costs,
+        reopen=options.reopen,
+    )
     if path := find_model_file(options.run):
-        of_file = evaluation.evaluate_file(
-            path, options.data, of=options.of, threads=options.threads, confidence=options.confidence, **common
-        )
-        certificate, guards = of_file.certificate, of_file.guards
-        print("\n".join(of_file.lines))
+        result = evaluate_file(path, settings, run=options.of, threads=options.threads)
+        certificate, guards = result.certificate, result.guards
+        print("\n".join(result.lines))
     elif options.of or options.threads:
         raise InputError(f"--of and --threads are about an exported file; got {options.run}: omit them")
     else:
-        certificate, guards = evaluation.evaluate(options.run, options.data, options.confidence, **common)
+        certificate, guards = evaluate_run(options.run, settings)
     content = certificate.as_dict()
     for claim in content["claims"]:
         print(report.claim_line(claim, content["confidence"]))

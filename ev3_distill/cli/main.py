@@ -151,19 +151,19 @@ def _report(command: ReportCommand) -> None:
 
 
 def _export(command: ExportCommand) -> None:
-    from ev3_distill.export.export import Wanted, export
+    from ev3_distill.export import ExportConfig, export_run
 
-    wanted = Wanted(
+    export_config = ExportConfig(
         command.format,
         pick=command.pick,
         layout=command.layout,
         softmax=command.softmax,
         int8=command.int8,
-        licence=command.teacher_licence,
+        license=command.teacher_licence,
         student=command.student,
         latency=command.latency,
     )
-    for line in export(command.run, command.out, wanted):
+    for line in export_run(command.run, command.out, export_config):
         print(line)
 
 

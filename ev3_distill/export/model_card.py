@@ -1,4 +1,4 @@
-"""The model card of an exported student: MODEL_CARD.md, in the usual form with YAML front matter.
+"""The model card of an exported student: MODEL_CARD.md, with YAML front matter.
 
 References:
   Mitchell et al., Model cards for model reporting, 2019; arXiv:1810.03993.
@@ -7,27 +7,29 @@ References:
 import html
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ev3_distill.certify.certificate import COVERED, NOT_COVERED
+from ev3_distill.export.export_config import ExportConfig
 from ev3_distill.monitor import report
-
-if TYPE_CHECKING:
-    from ev3_distill.export.export import Wanted
+from ev3_distill.tasks.base import Task
 
 NAME = "MODEL_CARD.md"
 LIBRARIES = {"onnx": "onnx", "stablehlo": "jax", "flax": "flax"}
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
 
 
-def render(finished: dict[str, Any], evidence: dict[str, Any], wanted: "Wanted", *, network: str) -> str:
-    """The card's text; names of the user's are shown as they are, and never read as Markdown, HTML or YAML.
+def render(
+    run_report: dict[str, Any], evidence: dict[str, Any], config: ExportConfig, *, task: Task, network: str
+) -> str:
+    """Renders the card. Names that the user chose appear verbatim; Markdown, HTML and YAML in them have no effect.
 
     Args:
-      finished: content of report.json.
+      run_report: content of report.json.
       evidence: content of evidence.json.
-      wanted: how the student was exported.
-      network: what the student is called.
+      config: of the export.
+      task: names the pipeline tag and the metric.
+      network: name of the student's network.
     """
     import jinja2
 
@@ -37,39 +39,41 @@ def render(finished: dict[str, Any], evidence: dict[str, Any], wanted: "Wanted",
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown is no HTML: every text of the user's goes through `plain` or `yaml`
+        autoescape=False,  # Markdown is not HTML: all text of the user goes through `plain` or `yaml`
     )
-    shown = (report.percent, report.floor_percent, report.exact_percent, report.count)
-    environment.filters.update({"plain": plain, "yaml": yaml, **{one.__name__: one for one in shown}})
-    of_student = evidence.get("float32", evidence)
-    certificate = of_student.get("certificate")
-    shape = finished["data"]["input_shape"]
+    filters = (report.percent, report.floor_percent, report.exact_percent, report.count)
+    environment.filters.update({"plain": plain, "yaml": yaml, **{one.__name__: one for one in filters}})
+    float32_evidence = evidence.get("float32", evidence)
+    certificate = float32_evidence.get("certificate")
+    shape, metric = run_report["data"]["input_shape"], task.promise.name
     return environment.get_template("model_card.md.j2").render(
-        run=finished,
+        run=run_report,
         network=network,
-        wanted=wanted,
-        library=LIBRARIES[wanted.format],
-        task="image-classification" if len(shape) == 3 else "tabular-classification" if len(shape) == 1 else "other",
+        config=config,
+        library=LIBRARIES[config.format],
+        task=task.card_task(tuple(shape)),
+        metric=metric,
+        metric_value=run_report["student"].get(metric),
         certificate=certificate,
-        promise=report.promise(finished) if certificate else "",
+        promise=report.promise(run_report) if certificate else "",
         claims=[report.claim_line(claim, certificate["confidence"]) for claim in (certificate or {}).get("claims", [])],
         tables=(certificate or {}).get("tables", []),
-        guards=[report.verdict(guard) for guard in of_student.get("guards", [])],
-        decide=of_student.get("decide"),
+        guards=[report.verdict(guard) for guard in float32_evidence.get("guards", [])],
+        decide=float32_evidence.get("decide"),
         checked=evidence.get("export"),
         latency=evidence.get("latency"),
-        shape=shape if wanted.layout == "nhwc" else [shape[-1], *shape[:-1]],
-        dtype=finished["data"].get("dtype", "float32"),
+        shape=shape if config.layout == "nhwc" else [shape[-1], *shape[:-1]],
+        dtype=run_report["data"].get("dtype", "float32"),
         covered=COVERED,
         not_covered=NOT_COVERED,
     )
 
 
 def plain(text: object) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Escapes text so that Markdown shows it verbatim, on one line."""
     return _SPECIAL.sub(r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
 
 
 def yaml(value: object) -> str:
-    """A value as YAML; JSON is such."""
+    """Formats a value as YAML, of which JSON is a subset."""
     return json.dumps(value)

@@ -1,4 +1,4 @@
-"""What is certified is what leaves: exported folders, the files in them run as others would, and the same judged again."""
+"""Exported folders: their files run in other programs, carry their evidence, and can be evaluated again."""
 
 import dataclasses
 import json
@@ -18,8 +18,7 @@ from safetensors import safe_open
 from ev3_distill import students
 from ev3_distill.cli.main import main
 from ev3_distill.data.sources import load_data
-from ev3_distill.export import export as room
-from ev3_distill.export import teacher_latency
+from ev3_distill.export import model_file, teacher_latency
 from ev3_distill.export.formats.onnx import serialize
 from ev3_distill.export.formats.runtime import open_exported
 from ev3_distill.search.archive import Entry
@@ -38,7 +37,7 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def of_images(finished, tmp_path_factory):
-    """A run made by hand of a network and 200 coloured images as bytes, and its student exported in every way."""
+    """A synthetic run of a network and 200 color images as bytes, and its student exported in every way."""
 
     def make(place):
         run = place / "run"
@@ -79,12 +78,12 @@ def of_images(finished, tmp_path_factory):
 
 @pytest.fixture
 def images(of_images):
-    """100 of them, and what the student says."""
+    """100 images and the student's logits."""
     inputs = load_data(f"npz:{of_images / 'data.npz'}").inputs[:100]
     return inputs, forward(*students.load(of_images / "run"))(inputs)
 
 
-def test_folders(of_images):
+def test_folders_hold_the_documented_files(of_images):
     names = {name: sorted(path.name for path in (of_images / name).iterdir()) for name in WAYS}
     assert names["onnx"] == names["int8"] == ["MODEL_CARD.md", "evidence.json", "model.json", "model.onnx"]
     assert names["stablehlo"] == ["MODEL_CARD.md", "evidence.json", "model.json", "model.stablehlo"]
@@ -97,20 +96,20 @@ def test_folders(of_images):
 
 
 @pytest.mark.parametrize("name", ["onnx", "onnx-nchw", "stablehlo", "flax"])
-def test_files_take_the_bytes_of_the_data(name, of_images, images):
+def test_files_take_the_inputs_of_the_data_set(name, of_images, images):
     inputs, logits = images
     assert len(np.unique(logits.argmax(axis=1))) == 3
     with open_exported(next((of_images / name).glob("model.[os]*")), threads=1) as file:
-        said, passes = file.outputs(inputs), file.passes_ms(inputs[:1], 5)
+        outputs, passes = file.outputs(inputs), file.passes_ms(inputs[:1], 5)
     assert passes.shape == (5,)
     assert (passes > 0).all()
     expected = jax.nn.softmax(logits) if name == "onnx-nchw" else logits
-    np.testing.assert_allclose(said, expected, atol=1e-4)
+    np.testing.assert_allclose(outputs, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_the_card_shows_how_to_run_it(name, of_images):
-    """Its own lines do, where nothing but their libraries is imported."""
+def test_the_code_in_the_card_runs(name, of_images):
+    """It runs without this package."""
     (block,) = re.findall(r"^```python\n(.*?)^```", (of_images / name / "MODEL_CARD.md").read_text(), re.S | re.M)
     assert len(block.splitlines()) == 5
     done = subprocess.run(
@@ -124,22 +123,22 @@ def test_the_card_shows_how_to_run_it(name, of_images):
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_cards_escape_what_users_wrote(name, of_images):
+def test_cards_escape_names_that_users_chose(name, of_images):
     text = (of_images / name / "MODEL_CARD.md").read_text()
     _, front, body = text.split("---\n", 2)
-    told = yaml.safe_load(front)
-    assert told["license"] == (WAYS[name][-1] if name == "onnx-nchw" else "unknown")
-    assert told["datasets"] == [f"npz:{of_images / 'data.npz'}"]
-    assert ("model-index" in told) == (name != "int8")
+    front_matter = yaml.safe_load(front)
+    assert front_matter["license"] == (WAYS[name][-1] if name == "onnx-nchw" else "unknown")
+    assert front_matter["datasets"] == [f"npz:{of_images / 'data.npz'}"]
+    assert ("model-index" in front_matter) == (name != "int8")
     assert "<script>" not in body
     assert "<b>" not in body
     rows = [line for line in body.splitlines() if re.match(r"\| (&lt;script|a\\\|b)", line)]
     assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [5, 5]
     assert "This student has at least" in body
-    assert ("No certificate is about them" in body) == (name == "int8")
+    assert ("No certificate covers them" in body) == (name == "int8")
 
 
-def test_evidence_and_metadata(of_images, finished):
+def test_files_and_folders_carry_the_evidence(of_images, finished):
     evidence = json.loads((of_images / "onnx/evidence.json").read_text())
     assert (
         evidence["certificate"]["claims"] == json.loads((finished / "report.json").read_text())["certificate"]["claims"]
@@ -168,58 +167,55 @@ def test_evidence_and_metadata(of_images, finished):
     assert json.loads(header["statistics"])[0] == "norms.0.mean"
 
 
-def test_latency_is_in_the_card_where_it_is_asked_for(of_images):
-    """Of the file and of the teacher; this one, of 8x8 digits, cannot take the run's images, and the card says so."""
-    found = json.loads((of_images / "flax/evidence.json").read_text())["latency"]
-    assert {size: told["passes"] for size, told in found["file"].items()} == {"1": 301, "64": 100}
-    assert 0 < found["file"]["1"]["p50"] <= found["file"]["1"]["p99"]
+def test_latency_is_in_the_card_if_requested(of_images):
+    """The teacher here takes 8x8 digits and not the run's images; the card gives that as the reason."""
+    content = json.loads((of_images / "flax/evidence.json").read_text())["latency"]
+    assert {size: row["passes"] for size, row in content["file"].items()} == {"1": 301, "64": 100}
+    assert 0 < content["file"]["1"]["p50"] <= content["file"]["1"]["p99"]
     card = (of_images / "flax/MODEL_CARD.md").read_text()
     assert re.search(r"^\| this file \| 64 \| [\d.]+ \| [\d.]+ \| 100 \|$", card, re.M)
-    assert f"Milliseconds on {found['threads']} thread" in card
-    assert "Of the teacher: " in card
+    assert f"Milliseconds on {content['threads']} thread" in card
+    assert "Not measured for the teacher: " in card
     assert "Latency" not in (of_images / "onnx/MODEL_CARD.md").read_text()
 
 
-def test_int8_is_smaller_inside_and_says_what_it_costs(of_images, images, cli):
+def test_int8_files_hold_int8_weights_and_their_cost(of_images, images, cli):
     model = onnx.load(of_images / "int8/model.onnx")
     scales = [onnx.numpy_helper.to_array(part) for part in model.graph.initializer if part.name.endswith("_scale")]
     kernels = [onnx.numpy_helper.to_array(part) for part in model.graph.initializer if len(part.dims) == 4]
     assert [(kernel.dtype, kernel.shape[0]) for kernel in kernels] == [("int8", 4)] * 4
     assert np.abs(np.concatenate([kernel.ravel() for kernel in kernels]).astype(int)).max() <= 64  # 7 bits
     assert sum(scale.shape == (4,) for scale in scales) >= 4  # one for each channel
-    found = json.loads((of_images / "int8/evidence.json").read_text())["export"]
-    assert found["precision"] == "int8"
-    assert found["data"] == "decide"
-    assert 0 < found["difference"] < 0.2
-    assert found["agreement"] > 0.9
-    assert {"accuracy", "accuracy_float32", "bytes", "bytes_float32"} <= found.keys()
+    content = json.loads((of_images / "int8/evidence.json").read_text())["export"]
+    assert content["precision"] == "int8"
+    assert content["data"] == "decide"
+    assert 0 < content["difference"] < 0.2
+    assert content["agreement"] > 0.9
+    assert {"accuracy", "accuracy_float32", "bytes", "bytes_float32"} <= content.keys()
     props = {prop.key: prop.value for prop in model.metadata_props}
-    assert (
-        props["promise"]
-        == "No certificate is about these int8 weights, only about the float32 student that they come from"
-    )
+    assert props["promise"] == "No certificate covers these int8 weights, only the float32 student that they come from"
     assert json.loads(props["certificate"]) == {}
     refused = cli("evaluate", of_images / "int8", "--of", of_images / "run")
     assert refused.code == 2
     assert "a sealed split certifies one student, and files that compute the same; " in refused.err
-    assert "is of int8 weights and gives the same class on" in refused.err
+    assert "has int8 weights and gives the same answer on" in refused.err
 
 
-def test_a_file_that_says_something_else_is_deleted(finished, cli, here, monkeypatch):
+def test_a_file_with_other_outputs_is_deleted(finished, cli, here, monkeypatch):
     def other(function, example, **facts):
         return serialize(lambda x: function(x) + 1e-2, example, **facts)
 
-    monkeypatch.setattr(room.onnx, "serialize", other)
+    monkeypatch.setattr(model_file.onnx, "serialize", other)
     answer = cli("export", finished, "--format", "onnx", "--out", "out")
     assert answer.code == 2
     assert re.search(
-        r"this onnx file differs by [\d.e-]+ of the greatest logit on 898 examples, 0.0001 is allowed", answer.err
+        r"this onnx file differs by [\d.e-]+ of the largest output on 898 examples, 0.0001 is allowed", answer.err
     )
     assert "it was deleted" in answer.err
     assert list(here.iterdir()) == []
 
 
-def test_without_the_data_random_inputs_stand_in(of_images, cli, here):
+def test_without_the_data_the_file_is_checked_on_random_inputs(of_images, cli, here):
     run = here / "run"
     shutil.copytree(of_images / "run", run)
     config = (run / "config.toml").read_text()
@@ -227,20 +223,20 @@ def test_without_the_data_random_inputs_stand_in(of_images, cli, here):
     assert cli("export", run, "--format", "onnx", "--out", "out").code == 0
     checked = json.loads((here / "out/evidence.json").read_text())["export"]
     assert (checked["data"], checked["examples"]) == ("random", 1000)
-    assert "1,000 examples drawn at random" in (here / "out/MODEL_CARD.md").read_text()
+    assert "1,000 random inputs" in (here / "out/MODEL_CARD.md").read_text()
     answer = cli("export", run, "--format", "onnx", "--int8", "--out", "int8")
     assert answer.code == 2
-    assert "--int8 is fitted to examples of the explore split; the data" in answer.err
+    assert "--int8 needs examples of the explore split to calibrate on; the data" in answer.err
     report = json.loads((run / "report.json").read_text())
     del report["data"]["dtype"]
     (run / "report.json").write_text(json.dumps(report))
     answer = cli("export", run, "--format", "stablehlo", "--out", "old")
-    assert "this run is from before reports told it" in answer.err
+    assert "this run is older than its record in report.json" in answer.err
     assert sorted(path.name for path in here.iterdir()) == ["out", "run"]
 
 
-def test_evaluate_runs_the_file_itself(finished, cli, here):
-    """On the sealed split of its run the certificate comes again, and guards are judged of the file."""
+def test_evaluate_repeats_the_certificate_for_the_file(finished, cli, here):
+    """On the sealed split of its run the claims are those of the certificate; guards are about the file."""
     assert cli("export", finished, "--format", "onnx", "--out", "out").code == 0
     of_run = cli("evaluate", finished, "--guard", "accuracy >= 0.5")
     answer = cli(
@@ -251,7 +247,7 @@ def test_evaluate_runs_the_file_itself(finished, cli, here):
     lines = answer.out.splitlines()
     assert re.fullmatch(r"out/model.onnx: mlp:hidden=8, float32, [\d,]+ bytes, run by onnxruntime [\d.]+", lines[0])
     assert re.fullmatch(
-        rf"the student of {finished}: the same class on 359 of 359 examples, logits differ by .*", lines[1]
+        rf"the student of {finished}: the same answer on 359 of 359 examples, logits differ by at most .*", lines[1]
     )
     timed = [("", 1), ("", 64), (" of the teacher", 1), (" of the teacher", 64)]
     for line, (whose, size) in zip(lines[2:6], timed, strict=True):
@@ -268,19 +264,19 @@ def test_evaluate_runs_the_file_itself(finished, cli, here):
 
 
 @pytest.mark.parametrize("name", ["stablehlo", "flax"])
-def test_evaluate_runs_jax(name, of_images, cli):
+def test_evaluate_runs_stablehlo_and_flax_files(name, of_images, cli):
     answer = cli("evaluate", of_images / name, "--data", f"npz:{of_images / 'data.npz'}", "--of", of_images / "run")
     assert answer.code == 0, answer.err
-    assert "are the data of the run, and trained the student" in answer.err
-    assert "the same class on 200 of 200 examples" in answer.out
+    assert "contains the examples that the student was trained on" in answer.err
+    assert "the same answer on 200 of 200 examples" in answer.out
     assert "float32, " in answer.out
     assert "run by jax " in answer.out
     assert "latency of the teacher: " in answer.out
 
 
 @pytest.mark.parametrize("kind", ["python", "onnx", "logits", "gone"])
-def test_teachers_are_timed_where_they_can_run(kind, finished, of_images, here):
-    """In a process of their own, which sees as many processors as it is told."""
+def test_teachers_are_timed_if_they_can_run(kind, finished, of_images, here):
+    """In a subprocess with the requested number of cores."""
     shutil.copytree(finished, here / "run", ignore=shutil.ignore_patterns("checkpoints"))
     (here / "of_mine.py").write_text(
         "import os\nimport numpy as np\n\n\ndef logits(x):\n    print('chatter')\n"
@@ -291,9 +287,9 @@ def test_teachers_are_timed_where_they_can_run(kind, finished, of_images, here):
     config = (here / "run/config.toml").read_text()
     (here / "run/config.toml").write_text(config.replace('teacher = ""', f'teacher = "{teacher}"', 1))
     dataset = load_data(f"npz:{of_images / 'data.npz'}")
-    times = teacher_latency.teacher_times(here / "run", dataset, dataset.inputs[:5], sizes=(1, 8), threads=1)
+    times = teacher_latency.measure_teacher(here / "run", dataset, dataset.inputs[:5], batch_sizes=(1, 8), threads=1)
     if kind == "logits":
-        assert times == "there is none to time, its logits were recorded (logits:gone.logits)"
+        assert times == "it cannot be timed, its logits were recorded (logits:gone.logits)"
     elif kind == "gone":
         assert "gone.gone" in times
     else:
@@ -302,56 +298,60 @@ def test_teachers_are_timed_where_they_can_run(kind, finished, of_images, here):
         assert all(3 <= len(of) <= 301 and (of > 0).all() for of in times.values())
 
 
-def told(answer):
+def error_of(answer):
     assert answer.code == 2, answer
     return answer.err
 
 
-def test_files_that_are_none(of_images, cli, here):
+def test_damaged_and_foreign_files_are_refused(of_images, cli, here):
     data = ("--data", f"npz:{of_images / 'data.npz'}")
     content = bytearray((of_images / "onnx/model.onnx").read_bytes())
     (here / "cut.onnx").write_bytes(content[:700])
-    assert "cut.onnx fails with " in told(cli("evaluate", "cut.onnx", *data))
+    assert "cut.onnx fails with " in error_of(cli("evaluate", "cut.onnx", *data))
     (here / "noise.stablehlo").write_bytes(b"\0" * 100)
-    assert "noise.stablehlo fails with " in told(cli("evaluate", "noise.stablehlo", *data))
-    assert "gone.onnx, which is missing or not a file" in told(cli("evaluate", "gone.onnx", *data))
+    assert "noise.stablehlo fails with " in error_of(cli("evaluate", "noise.stablehlo", *data))
+    assert "gone.onnx, which is missing or not a file" in error_of(cli("evaluate", "gone.onnx", *data))
     model = onnx.load(of_images / "onnx/model.onnx")
     del model.metadata_props[:]
     onnx.save(model, here / "foreign.onnx")
-    assert "needs its metadata; foreign.onnx lacks format, precision" in told(cli("evaluate", "foreign.onnx", *data))
+    assert "needs its metadata; foreign.onnx lacks format, precision" in error_of(
+        cli("evaluate", "foreign.onnx", *data)
+    )
     variables = (of_images / "flax/model.safetensors").read_bytes()
     (here / "cut.safetensors").write_bytes(variables[:700])
-    assert "exported variables need their program beside them; apply.stablehlo is missing" in told(
+    assert "exported variables need their program beside them; apply.stablehlo is missing" in error_of(
         cli("evaluate", "cut.safetensors", *data)
     )
     shutil.copy(of_images / "flax/apply.stablehlo", here)
-    assert "cut.safetensors fails with SafetensorError" in told(cli("evaluate", "cut.safetensors", *data))
+    assert "cut.safetensors fails with SafetensorError" in error_of(cli("evaluate", "cut.safetensors", *data))
     shutil.copytree(of_images / "flax", here / "variables")
     with (here / "variables/apply.stablehlo").open("ab") as file:
         file.write(b"x")
-    assert "apply.stablehlo was changed or damaged" in told(cli("evaluate", "variables/apply.stablehlo", *data))
+    assert "apply.stablehlo was changed or damaged" in error_of(cli("evaluate", "variables/apply.stablehlo", *data))
     shutil.copytree(of_images / "onnx", here / "flipped")
     content[content.index(b"inputs") + 600] ^= 1
     (here / "flipped/model.onnx").write_bytes(content)
-    assert "was changed or damaged" in told(cli("evaluate", "flipped", *data))
+    assert "was changed or damaged" in error_of(cli("evaluate", "flipped", *data))
 
 
-def test_evaluations_that_cannot_be(of_images, finished, cli, here):
+def test_impossible_evaluations_are_refused(of_images, finished, cli, here):
     file, data = of_images / "onnx", ("--data", f"npz:{of_images / 'data.npz'}")
-    assert "name them by --data, or the run that it is of by --of RUN" in told(cli("evaluate", file))
-    assert "a guard on agreement needs the teacher" in told(cli("evaluate", file, *data, "--guard", "agreement >= 0.5"))
-    assert "a guard on worst_group_accuracy needs groups" in told(
+    assert "name data with --data, or the run of the file with --of RUN" in error_of(cli("evaluate", file))
+    assert "a guard on agreement needs the teacher" in error_of(
+        cli("evaluate", file, *data, "--guard", "agreement >= 0.5")
+    )
+    assert "a guard on worst_group_accuracy needs groups" in error_of(
         cli("evaluate", file, *data, "--guard", "worst_group_accuracy >= 0.5")
     )
-    assert "has no student" in told(cli("evaluate", file, *data, "--of", finished))
-    assert "the student takes inputs of shape [16, 16, 2]" in told(cli("evaluate", file, "--data", "digits"))
-    assert "--of and --threads are about an exported file" in told(cli("evaluate", finished, "--threads", 1))
+    assert "has no student" in error_of(cli("evaluate", file, *data, "--of", finished))
+    assert "the student takes inputs of shape [16, 16, 2]" in error_of(cli("evaluate", file, "--data", "digits"))
+    assert "--of and --threads are about an exported file" in error_of(cli("evaluate", finished, "--threads", 1))
     (here / "old").mkdir()
     (here / "old/evidence.json").write_text("{}")
-    assert "is one exported without a file, by an older version" in told(cli("evaluate", "old", *data))
-    assert "try 0.95" in told(cli("evaluate", file, *data, "--confidence", 2))
+    assert "is an export of an older version, without a file" in error_of(cli("evaluate", "old", *data))
+    assert "try 0.95" in error_of(cli("evaluate", file, *data, "--confidence", 2))
     np.savez(here / "real.npz", inputs=np.zeros((9, 16, 16, 2), np.float32), labels=np.arange(9) % 3)
-    assert "inputs of the type that its run had, uint8" in told(cli("evaluate", file, "--data", "npz:real.npz"))
+    assert "inputs of the dtype of its run's data, uint8" in error_of(cli("evaluate", file, "--data", "npz:real.npz"))
 
 
 @pytest.mark.parametrize(
@@ -361,24 +361,24 @@ def test_evaluations_that_cannot_be(of_images, finished, cli, here):
         (("--format", "onnx", "--layout", "hwc"), "an export's layout is nhwc or nchw; got 'hwc'"),
         (("--softmax",), "add --format onnx or stablehlo"),
         (("--format", "stablehlo", "--int8"), "--int8 writes an ONNX file; got --format stablehlo"),
-        (("--format", "onnx", "--pick", "params<=3"), "a pick is among the students of a search"),
+        (("--format", "onnx", "--pick", "params<=3"), "--pick needs a run of a search"),
     ],
 )
-def test_exports_that_cannot_be(options, says, finished, cli, here):
-    assert says in told(cli("export", finished, *options, "--out", "x"))
+def test_invalid_export_options_are_refused(options, says, finished, cli, here):
+    assert says in error_of(cli("export", finished, *options, "--out", "x"))
     assert list(here.iterdir()) == []
 
 
-def test_unfinished_runs_and_folders_that_are_there(finished, cli, here):
+def test_unfinished_runs_and_existing_folders_are_refused(finished, cli, here):
     (here / "there").mkdir()
-    assert "export writes a new folder; there is there" in told(
+    assert "export writes a new folder; there exists" in error_of(
         cli("export", finished, "--format", "onnx", "--out", "there")
     )
-    assert "export needs a finished run" in told(cli("export", here, "--format", "onnx", "--out", "x"))
+    assert "export needs a finished run" in error_of(cli("export", here, "--format", "onnx", "--out", "x"))
 
 
-def test_a_network_of_ones_own_needs_its_factory(finished, cli, here):
-    """And one with an operation that ONNX has not here is named, with what can hold it."""
+def test_exporting_a_users_network_needs_its_factory(finished, cli, here):
+    """An operation that the ONNX export lacks is named, with formats that can hold it."""
     (here / "mine.py").write_text(
         "import jax.numpy as jnp\nfrom flax import nnx\n\n\nclass Sums(nnx.Module):\n"
         "    def __init__(self, shape, classes, rngs):\n        self.head = nnx.Linear(64, classes, rngs=rngs)\n\n"
@@ -393,15 +393,15 @@ def test_a_network_of_ones_own_needs_its_factory(finished, cli, here):
     report["student"]["network"] = "mine:make"
     (here / "run/report.json").write_text(json.dumps(report))
     assert factory is not None
-    assert "pass the callable as factory=" in told(cli("export", "run", "--format", "onnx", "--out", "x"))
+    assert "pass the callable as factory=" in error_of(cli("export", "run", "--format", "onnx", "--out", "x"))
     answer = cli("export", "run", "--format", "onnx", "--student", "mine:make", "--out", "x")
-    assert "the network mine:make uses the primitive cumsum: " in told(answer)
+    assert "the network mine:make uses the primitive cumsum: " in error_of(answer)
     assert "use --format stablehlo or flax instead" in answer.err
     assert cli("export", "run", "--format", "stablehlo", "--student", "mine:make", "--out", "x").code == 0
 
 
-def test_a_picked_student_has_no_certificate(of_images, cli, here):
-    """Neither its file nor its card shows the one of the student that its search delivered."""
+def test_a_picked_student_is_exported_without_certificate(of_images, cli, here):
+    """Neither its file nor its card repeats the certificate of the delivered student."""
     run, network = here / "run", students.from_name("mlp:hidden=2", (16, 16, 2), 3)
     shutil.copytree(of_images / "run", run)
     variables = jax.jit(network.init)(jax.random.key(0))
@@ -416,23 +416,23 @@ def test_a_picked_student_has_no_certificate(of_images, cli, here):
     evidence = json.loads((here / "out/evidence.json").read_text())
     assert list(evidence) == ["decide", "export"]
     card = (here / "out/MODEL_CARD.md").read_text()
-    assert "No certificate is about this student" in card
-    assert "On decide: 50.0 % of 50 examples right" in card
+    assert "No certificate covers this student" in card
+    assert "On decide: 50.0 % of 50 examples correct" in card
     assert "Parameters: 1,035\n" in card
     assert "at least" not in card
     assert "model-index" not in card
     with open_exported(here / "out/model.onnx") as file:
         assert (file.metadata.params, file.metadata.certificate) == (1035, {})
-        assert file.metadata.promise == "No certificate is about this student"
+        assert file.metadata.promise == "No certificate covers this student"
     scored = cli("evaluate", "out", "--of", run, "--data", f"npz:{of_images / 'data.npz'}")
     assert scored.code == 0, scored.err
-    assert f"the student of {run}: the same class on 200 of 200 examples" in scored.out
+    assert f"the student of {run}: the same answer on 200 of 200 examples" in scored.out
     refused = cli("evaluate", "out", "--of", run)
-    assert "a sealed split certifies those that it was opened for" in told(refused)
+    assert "a sealed split certifies only the students that it was opened for" in error_of(refused)
 
 
-def test_a_taught_network_leaves_too(finished, cli, here):
+def test_a_taught_network_can_be_exported(finished, cli, here):
     assert cli("export", finished / "teacher", "--format", "stablehlo", "--out", "out").code == 0
     card = (here / "out/MODEL_CARD.md").read_text()
-    assert "its teacher is labels" in card
+    assert "Teacher: labels" in card
     assert "library_name: jax" in card

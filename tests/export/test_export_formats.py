@@ -1,4 +1,4 @@
-"""Exported files say what the student says, in programs that know nothing of us: onnxruntime and NumPy, or JAX alone."""
+"""Exported files compute what the student computes, in programs without this package: onnxruntime, or JAX alone."""
 
 import functools
 import json
@@ -19,9 +19,10 @@ from scipy.special import softmax
 
 from ev3_distill import students
 from ev3_distill.errors import InputError
-from ev3_distill.export.export import Wanted, _says
+from ev3_distill.export import ExportConfig
 from ev3_distill.export.formats import onnx as onnx_format
 from ev3_distill.export.formats import safetensors_file, stablehlo
+from ev3_distill.export.model_file import exported_forward
 from ev3_distill.students import from_nnx
 from ev3_distill.students.layers import standard_convolutions
 from ev3_distill.teachers.kinds.flax import forward
@@ -46,27 +47,27 @@ inside = Path(sys.argv[1])
 for path in sorted(inside.glob("*.{suffix}")):
     {opened}
     inputs = np.load(inside / (path.stem + ".npy"))
-    said = {{}}
+    outputs = {{}}
     for size in {batches}:
         starts = [min(i, len(inputs) - size) for i in range(0, len(inputs), size)]
-        found = np.empty((len(inputs), {classes}), np.float32)
+        of_size = np.empty((len(inputs), {classes}), np.float32)
         for i in starts:
-            found[i : i + size] = run(inputs[i : i + size])
-        said[str(size)] = found
-    np.savez(inside / (path.name + ".npz"), **said)
+            of_size[i : i + size] = run(inputs[i : i + size])
+        outputs[str(size)] = of_size
+    np.savez(inside / (path.name + ".npz"), **outputs)
 assert not {{"ev3_distill", "students", "teachers", *{forbidden}}} & set(sys.modules)
 """
 
 
 def examples(shape):
-    """Each of a colour of its own, with noise."""
+    """Images, each of one color with noise."""
     rng = np.random.default_rng(3)
-    colours = rng.integers(0, 256, (COUNT, *[1] * (len(shape) - 1), shape[-1]))
-    return np.clip(colours + rng.integers(-60, 60, (COUNT, *shape)), 0, 255).astype(np.uint8)
+    colors = rng.integers(0, 256, (COUNT, *[1] * (len(shape) - 1), shape[-1]))
+    return np.clip(colors + rng.integers(-60, 60, (COUNT, *shape)), 0, 255).astype(np.uint8)
 
 
 def student(text, shape, classes=5):
-    """A student as training might leave it, drawn without compiling anything."""
+    """A student with random variables, as after training; drawn without compilation."""
     network, rng = students.from_name(text, shape, classes), np.random.default_rng(2)
 
     def draw(path, leaf):
@@ -87,18 +88,21 @@ def exported(tmp_path_factory):
             network, variables = student(text, shape)
             inputs = examples(shape)
             logits = jax.jit(lambda variables, x, apply=network.apply: apply(variables, x, train=False)[0])
-            middle = np.asarray(logits(variables, inputs)).mean(axis=0)  # so that each class is said of some
+            middle = np.asarray(logits(variables, inputs)).mean(axis=0)  # so that each class is predicted for some
             variables = jax.tree.map(lambda leaf, by=middle: leaf - by if leaf.shape == (5,) else leaf, variables)
-            applied, example = _says(network, Wanted("onnx")), jax.ShapeDtypeStruct(shape, np.uint8)
-            says = functools.partial(applied, variables)
-            model = onnx_format.serialize(says, example, name=text, output="logits", metadata={"classes": "5"})
+            forward_pass, example = (
+                exported_forward(network, ExportConfig("onnx")),
+                jax.ShapeDtypeStruct(shape, np.uint8),
+            )
+            closed = functools.partial(forward_pass, variables)
+            model = onnx_format.serialize(closed, example, name=text, output="logits", metadata={"classes": "5"})
             (place / f"{name}.onnx").write_bytes(model)
-            (place / f"{name}.stablehlo").write_bytes(stablehlo.serialize(says, example, name=text))
+            (place / f"{name}.stablehlo").write_bytes(stablehlo.serialize(closed, example, name=text))
             (place / f"{name}.safetensors").write_bytes(
                 safetensors_file.serialize_variables(variables, {"classes": "5"})
             )
             (place / f"{name}.apply").write_bytes(
-                safetensors_file.serialize_apply(applied, variables, example, name=text)
+                safetensors_file.serialize_apply(forward_pass, variables, example, name=text)
             )
             np.save(place / f"{name}.npy", inputs)
             np.save(place / f"{name}.expected", logits(variables, inputs))
@@ -150,14 +154,14 @@ def by_flax(exported, tmp_path_factory):
     return exported
 
 
-def assert_same(said, expected):
-    """To 1e-4, and of the same class wherever two logits are no tie."""
-    assert said.shape == expected.shape == (COUNT, 5)
-    assert np.abs(said - expected).max() < 1e-4
+def assert_same(outputs, expected):
+    """Equal to 1e-4, and the same class unless two logits are tied."""
+    assert outputs.shape == expected.shape == (COUNT, 5)
+    assert np.abs(outputs - expected).max() < 1e-4
     second, first = np.sort(expected, axis=1)[:, -2:].T
     clear = first - second > 2e-5
     assert clear.mean() > 0.98
-    assert (said.argmax(axis=1) == expected.argmax(axis=1))[clear].all()
+    assert (outputs.argmax(axis=1) == expected.argmax(axis=1))[clear].all()
     assert len(np.unique(expected.argmax(axis=1))) > 2
 
 
@@ -166,32 +170,32 @@ def test_every_family_is_exported():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_onnx_says_what_the_student_says(family, by_onnxruntime):
+def test_onnx_files_compute_what_the_student_computes(family, by_onnxruntime):
     expected = np.load(by_onnxruntime / f"{family}.expected.npy")
-    with np.load(by_onnxruntime / f"{family}.onnx.npz") as said:
+    with np.load(by_onnxruntime / f"{family}.onnx.npz") as outputs:
         for size in BATCHES:
-            assert_same(said[str(size)], expected)
+            assert_same(outputs[str(size)], expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stablehlo_says_what_the_student_says(family, by_jax):
+def test_stablehlo_files_compute_what_the_student_computes(family, by_jax):
     expected = np.load(by_jax / f"{family}.expected.npy")
-    with np.load(by_jax / f"{family}.stablehlo.npz") as said:
+    with np.load(by_jax / f"{family}.stablehlo.npz") as outputs:
         for size in BATCHES:
-            assert_same(said[str(size)], expected)
+            assert_same(outputs[str(size)], expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flax_says_what_the_student_says(family, by_flax):
+def test_flax_files_compute_what_the_student_computes(family, by_flax):
     expected = np.load(by_flax / f"{family}.expected.npy")
-    with np.load(by_flax / f"{family}.safetensors.npz") as said:
+    with np.load(by_flax / f"{family}.safetensors.npz") as outputs:
         for size in BATCHES:
-            assert_same(said[str(size)], expected)
+            assert_same(outputs[str(size)], expected)
 
 
 @pytest.mark.parametrize("family", ["resnet", "conv4"])
-def test_what_strides_leave_out_is_sliced(family, exported):
-    """Indexing where the batch is free would be a gather, which takes longer."""
+def test_strides_are_slices_in_exported_programs(family, exported):
+    """Indexing with a free batch axis would be a gather, which is slower."""
     from jax import export
 
     text = export.deserialize(bytearray((exported / f"{family}.stablehlo").read_bytes())).mlir_module()
@@ -200,8 +204,8 @@ def test_what_strides_leave_out_is_sliced(family, exported):
 
 
 @pytest.mark.parametrize("family", ["resnet", "mobilenet", "conv4", "convnet1d"])
-def test_convolutions_are_onnx_convolutions_with_their_norms_inside(family, exported):
-    """No BatchNorm is left, no axis is moved in the middle, and nothing has the form that is fast on this machine alone."""
+def test_onnx_convolutions_contain_their_batch_norms(family, exported):
+    """No BatchNorm, no transposition inside the network, and no machine-specific form of a convolution remains."""
     operators = [node.op_type for node in onnx.load(exported / f"{family}.onnx").graph.node]
     network, _ = student(*FAMILIES[family])
     norms = sum("scale" in str(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes(network).params))
@@ -215,7 +219,7 @@ def shapes(network):
     return jax.eval_shape(network.init, jax.random.key(0))
 
 
-def test_the_standard_form_ends_with_its_block():
+def test_standard_convolutions_apply_only_inside_their_context():
     network, variables = student(*FAMILIES["resnet"])
 
     def names():
@@ -230,10 +234,10 @@ def test_the_standard_form_ends_with_its_block():
 
 def run_onnx(function, inputs):
     model = onnx_format.serialize(
-        function, jax.ShapeDtypeStruct(inputs.shape[1:], inputs.dtype), name="it", output="found", metadata={}
+        function, jax.ShapeDtypeStruct(inputs.shape[1:], inputs.dtype), name="it", output="result", metadata={}
     )
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    return session.run(["found"], {"inputs": inputs})[0]
+    return session.run(["result"], {"inputs": inputs})[0]
 
 
 def convolved(x, **how):
@@ -285,17 +289,17 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_programs(name):
+def test_onnx_programs_compute_what_jax_computes(name):
     inputs = np.random.default_rng(0).normal(size=(5, 5, 6, 4)).astype(np.float32)
     expected = np.asarray(jax.jit(PROGRAMS[name])(inputs))
-    said = run_onnx(PROGRAMS[name], inputs)
-    assert said.dtype == expected.dtype
-    np.testing.assert_allclose(said, expected, rtol=1e-4, atol=1e-4)
+    outputs = run_onnx(PROGRAMS[name], inputs)
+    assert outputs.dtype == expected.dtype
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_norms_move_into_their_convolutions():
+def test_scales_and_shifts_are_folded_into_convolutions():
     model = onnx_format.serialize(
-        PROGRAMS["with a norm"], jax.ShapeDtypeStruct((5, 6, 4), np.float32), name="it", output="found", metadata={}
+        PROGRAMS["with a norm"], jax.ShapeDtypeStruct((5, 6, 4), np.float32), name="it", output="result", metadata={}
     )
     assert [node.op_type for node in onnx.load_from_string(model).graph.node if node.op_type != "Identity"] == [
         "Transpose",
@@ -313,18 +317,18 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("told", REFUSED)
-def test_programs_that_onnx_cannot_hold_here(told):
+@pytest.mark.parametrize("operation", REFUSED)
+def test_unsupported_programs_are_refused_with_alternatives(operation):
     with pytest.raises(InputError) as refused:
-        run_onnx(REFUSED[told], np.zeros((5, 5, 6, 4), np.float32))
+        run_onnx(REFUSED[operation], np.zeros((5, 5, 6, 4), np.float32))
     message = str(refused.value)
-    assert told in message
+    assert operation in message
     assert "the network it uses" in message
     assert "use --format stablehlo or flax instead" in message
 
 
 class Own(nnx.Module):
-    """A network as users write them, of Flax's own layers."""
+    """A user's network, of Flax layers."""
 
     def __init__(self, rngs):
         self.conv = nnx.Conv(2, 6, (3, 3), rngs=rngs)
@@ -337,15 +341,17 @@ class Own(nnx.Module):
         return self.head(self.dropout(x).mean((1, 2)))
 
 
-def test_a_network_of_ones_own():
+def test_a_users_network_exports_with_softmax_and_nchw():
     network = from_nnx(Own)
     variables = jax.jit(network.init)(jax.random.key(0))
     inputs = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 2), dtype=np.uint8)
-    said = run_onnx(functools.partial(_says(network, Wanted("onnx", softmax=True)), variables), inputs)
+    outputs = run_onnx(
+        functools.partial(exported_forward(network, ExportConfig("onnx", softmax=True)), variables), inputs
+    )
     expected = softmax(forward(network, variables)(inputs), axis=1)
-    np.testing.assert_allclose(said, expected, atol=1e-6)
+    np.testing.assert_allclose(outputs, expected, atol=1e-6)
     turned = run_onnx(
-        functools.partial(_says(network, Wanted("onnx", layout="nchw", softmax=True)), variables),
+        functools.partial(exported_forward(network, ExportConfig("onnx", layout="nchw", softmax=True)), variables),
         np.ascontiguousarray(np.moveaxis(inputs, -1, 1)),
     )
     np.testing.assert_allclose(turned, expected, atol=1e-6)
@@ -361,19 +367,19 @@ def test_stablehlo_is_for_all_platforms_and_any_batch(exported):
         stablehlo.serialize(np.asarray, jax.ShapeDtypeStruct((3,), np.float32), name="odd")
 
 
-def test_a_network_that_asks_for_its_batch_is_mapped_over_it():
+def test_a_network_that_needs_its_batch_size_is_mapped_over_the_batch():
     from jax import export
 
     program = stablehlo.serialize(
         lambda x: x.reshape(len(x), -1) * 2, jax.ShapeDtypeStruct((2, 3), np.float32), name="it"
     )
     inputs = np.arange(30, dtype=np.float32).reshape(5, 2, 3)
-    said = export.deserialize(bytearray(program)).call(inputs)
-    np.testing.assert_array_equal(said, 2 * inputs.reshape(5, 6))
+    outputs = export.deserialize(bytearray(program)).call(inputs)
+    np.testing.assert_array_equal(outputs, 2 * inputs.reshape(5, 6))
 
 
-def test_variables_go_into_a_module_of_ones_own(tmp_path):
-    """By their names; and the program can be trained further, as far as evaluation mode goes."""
+def test_exported_variables_load_into_a_users_module(tmp_path):
+    """Names are module paths, and the exported program is differentiable."""
     from flax import traverse_util
     from jax import export
     from safetensors import safe_open
@@ -392,7 +398,7 @@ def test_variables_go_into_a_module_of_ones_own(tmp_path):
     expected = network.apply(variables, inputs, train=False)[0]
     np.testing.assert_allclose(module(inputs), expected, atol=1e-6)
     made = safetensors_file.serialize_apply(
-        _says(network, Wanted()), variables, jax.ShapeDtypeStruct((8, 8, 2), np.float32), name="Own"
+        exported_forward(network, ExportConfig()), variables, jax.ShapeDtypeStruct((8, 8, 2), np.float32), name="Own"
     )
     apply = export.deserialize(bytearray(made)).call
     np.testing.assert_allclose(apply(loaded, inputs), expected, atol=1e-5)
@@ -401,7 +407,7 @@ def test_variables_go_into_a_module_of_ones_own(tmp_path):
     assert np.abs(slopes["conv.kernel"]).max() > 0
 
 
-def test_metadata_are_in_the_file(exported):
+def test_onnx_files_contain_their_metadata(exported):
     session = onnxruntime.InferenceSession(exported / "mlp.onnx", providers=["CPUExecutionProvider"])
     assert session.get_modelmeta().custom_metadata_map == {"classes": "5"}
     assert session.get_inputs()[0].shape == ["batch", 6, 6, 1]
@@ -409,7 +415,7 @@ def test_metadata_are_in_the_file(exported):
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == 5
 
 
-def test_without_the_package_onnx(monkeypatch):
+def test_a_missing_onnx_package_is_reported_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(InputError, match=r"needs the package onnx, .*pip install 'ev3-distill\[onnx\]'"):
         run_onnx(lambda x: x, np.zeros((1, 2), np.float32))

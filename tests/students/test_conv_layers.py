@@ -1,4 +1,4 @@
-"""Convolution and BatchNorm against XLA's and Flax's own, gradients and transformations included; by XLA and by oneDNN."""
+"""Convolution and BatchNorm equal XLA's and Flax's, with gradients and transformations, computed by XLA and by oneDNN."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ev3_distill.students.layers import onednn
 from ev3_distill.students.layers.conv import BatchNorm, Conv, convolve
 
-# x, kernel, strides, groups: batches below, at and off the chunk; even, odd and flat images; kernels of all sorts
+# x, kernel, strides, groups: batches below, at and beside the chunk size; even, odd and flat images; kernels of all sorts
 CASES = {
     "plain": ((16, 8, 8, 3), (3, 3, 3, 4), (1, 1), 1),
     "strided": ((5, 8, 8, 4), (3, 3, 4, 6), (2, 2), 1),
@@ -37,7 +37,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=["XLA", "oneDNN"], autouse=True)
 def library(request):
-    """Tests share a compilation cache, so oneDNN's call is not used in the others."""
+    """Runs the tests with XLA and with oneDNN, which needs the compilation cache of the suite to be off."""
     if request.param == "XLA":
         assert not onednn.available()
         yield
@@ -46,7 +46,7 @@ def library(request):
     try:
         fresh(None)
         if not onednn.available():
-            pytest.skip("this jaxlib or this processor is none that oneDNN's convolution was tried on")
+            pytest.skip("oneDNN's convolution was not tested with this jaxlib or this processor")
         yield
     finally:
         fresh(folder)
@@ -84,7 +84,7 @@ def assert_close(one, other, tolerance=1e-5):
         np.testing.assert_allclose(np.asarray(a) / scale, np.asarray(b) / scale, rtol=0, atol=tolerance)
 
 
-def test_values_and_both_derivatives(case):
+def test_values_and_derivatives_equal_those_of_xla(case):
     ours, theirs, args, tangents = case
 
     def everything(f):
@@ -97,7 +97,7 @@ def test_values_and_both_derivatives(case):
     assert_close(everything(ours), everything(theirs))
 
 
-def test_oneDNN_is_called_where_it_is_usable():
+def test_oneDNN_is_called_if_available_and_for_float32_only():
     text = (
         jax.jit(jax.grad(lambda w: convolve(jnp.ones((2, 4, 4, 8)), w).sum())).lower(jnp.ones((3, 3, 8, 8))).as_text()
     )
@@ -108,12 +108,12 @@ def test_oneDNN_is_called_where_it_is_usable():
     )
 
 
-def test_oneDNN_refuses_what_would_end_the_process():
+def test_oneDNN_refuses_negative_paddings():
     with pytest.raises(ValueError, match="paddings of at least 0"):
         onednn.convolution(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2)), [(1, 1), (0, -1)])
 
 
-def test_by_hand():
+def test_a_shifting_kernel_by_hand():
     """A kernel that shifts left by one, and its gradients, are known."""
     x = jnp.arange(1.0, 7.0).reshape(1, 2, 3, 1)
     kernel = jnp.zeros((3, 3, 1, 1)).at[1, 2].set(2.0)
@@ -125,7 +125,7 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("axes", [(3, None), (None, 0), (0, 2)])
-def test_vmap(axes):
+def test_vmap_equals_that_of_xla(axes):
     shapes = [(3, 5, 4, 2), (3, 3, 2, 4)]
     args = []
     for shape, axis in zip(shapes, axes, strict=True):
@@ -143,7 +143,7 @@ def test_vmap(axes):
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_second_derivatives(groups):
+def test_second_derivatives_equal_those_of_xla(groups):
     x, kernel = normal((3, 4, 4, 4)), normal((3, 3, 4 // groups, 4))
 
     def product(f):
@@ -157,7 +157,7 @@ def test_second_derivatives(groups):
     assert_close(jax.jit(product, static_argnums=0)(convolve), jax.jit(product, static_argnums=0)(reference))
 
 
-def test_conv_is_a_module():
+def test_conv_module_has_he_normal_kernel():
     conv = Conv(4, 6, (1, 3), strides=(1, 2), groups=2, rngs=nnx.Rngs(0))
     assert conv.kernel.shape == (1, 3, 2, 6)
     assert conv(jnp.ones((2, 1, 9, 4))).shape == (2, 1, 5, 6)
@@ -165,7 +165,7 @@ def test_conv_is_a_module():
     np.testing.assert_allclose(wide.std(), (2 / (9 * 64)) ** 0.5, rtol=0.02)  # He, fan out
 
 
-def test_elsewhere_the_plain_convolution_is_taken(monkeypatch):
+def test_other_backends_use_the_standard_convolution(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     x, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 1, 2))
     assert "conv_general_dilated" in str(jax.make_jaxpr(lambda *a: convolve(*a, (1, 1), 2))(x, kernel))
@@ -173,7 +173,7 @@ def test_elsewhere_the_plain_convolution_is_taken(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(37, 5, 7, 6), (12, 6), (8, 3, 6)])
-def test_batch_norm_is_that_of_flax(shape):
+def test_batch_norm_equals_that_of_flax(shape):
     x, g = 0.5 + 2 * normal(shape), normal(shape, seed=1)
     pair = BatchNorm(6, rngs=nnx.Rngs(0)), nnx.BatchNorm(6, momentum=0.9, epsilon=1e-5, rngs=nnx.Rngs(0))
     results = []

@@ -1,4 +1,4 @@
-"""The contract of growth, over the whole zoo and a user's own student: the function is kept, and all that is new learns."""
+"""Growth keeps the function of every family and of a user's student, and everything new learns."""
 
 import functools
 import json
@@ -15,7 +15,6 @@ from student_zoo import (
     MOVES,
     Own,
     at,
-    away,
     bits,
     both,
     case,
@@ -25,6 +24,7 @@ from student_zoo import (
     member,
     own_grows,
     quick,
+    relative_difference,
     shapes,
     trained,
 )
@@ -47,17 +47,17 @@ def test_every_family_grows():
 
 
 @every_case
-def test_the_function_is_kept(name, move):
+def test_growth_keeps_the_function(name, move):
     one = case(name, move)
     assert shapes(one.variables) == shapes(jax.eval_shape(one.growth.network.init, jax.random.key(0)))
-    assert away(one.eval_logits, one.member.eval_logits) < 1e-5
-    assert away(one.train_logits, one.member.train_logits) < 1e-4
+    assert relative_difference(one.eval_logits, one.member.eval_logits) < 1e-5
+    assert relative_difference(one.train_logits, one.member.train_logits) < 1e-4
     assert json.loads(json.dumps(one.growth.network.spec)) == one.growth.network.spec
 
 
 @every_case
-def test_all_that_is_there_learns(name, move):
-    """Every entry of every parameter moves, and copies are no longer alike."""
+def test_every_parameter_learns_and_copies_diverge(name, move):
+    """After some training, every entry has moved and no two copies are equal."""
     one = case(name, move)
     for path, leaf in one.growth.params.items():
         after, before = (np.asarray(at(variables.params, path)) for variables in (one.trained, one.variables))
@@ -71,7 +71,7 @@ def test_all_that_is_there_learns(name, move):
 
 @every_case
 def test_moments_grow_with_the_parameters(name, move):
-    """A direction promises what it did, and a step m / sqrt(v) grows as parameters do."""
+    """Growth keeps the inner product of gradient and direction, and a step m / sqrt(v) grows as parameters do."""
     one, rng = case(name, move), np.random.default_rng(1)
     params = one.member.variables.params
     g, d, v = (jax.tree.map(lambda leaf: rng.uniform(0.5, 2, leaf.shape).astype(np.float32), params) for _ in range(3))
@@ -95,19 +95,19 @@ def test_moments_grow_with_the_parameters(name, move):
 
 
 @pytest.mark.parametrize(("name", "move"), [("mlp", '"wider"'), ("mlp", '"deeper"'), ("own", '"wider"')])
-def test_gradients_are_about_what_is_said_of_them(name, move):
-    """Among copies they are the mean, and in all else exact; of what is drawn nothing is said."""
+def test_grown_gradients_are_the_means_over_copies(name, move):
+    """Over copies, a grown gradient is the mean of the true ones; elsewhere it is exact; for drawn units it is zero."""
     one = case(name, move)
     old = quick(functools.partial(trained, one.member.network))(one.member.variables, one.member.inputs)[2]
-    said = one.growth.like_gradient(old)
+    grown = one.growth.like_gradient(old)
     for path, leaf in one.growth.params.items():
-        truth, mean = (np.asarray(at(tree, path)) for tree in (one.gradient, said))
+        truth, mean = (np.asarray(at(tree, path)) for tree in (one.gradient, grown))
         if leaf.new is not None:
             continue
         if name in DRAWN and leaf.copies:
-            said_of = np.broadcast_to(leaf.gradient == 1, truth.shape)
-            assert not mean[~said_of].any()
-            truth, mean = truth[said_of], mean[said_of]
+            copied = np.broadcast_to(leaf.gradient == 1, truth.shape)
+            assert not mean[~copied].any()
+            truth, mean = truth[copied], mean[copied]
         for dimension, index in leaf.copies if name not in DRAWN else ():
             if (np.asarray(leaf.gradient) < 1).any():  # sums over copies, then
                 order = np.argsort(index, kind="stable")
@@ -119,7 +119,7 @@ def test_gradients_are_about_what_is_said_of_them(name, move):
 
 
 @every_case
-def test_a_checkpoint_holds_it(name, move, tmp_path):
+def test_a_grown_network_can_be_saved_and_loaded(name, move, tmp_path):
     one = case(name, move)
     students.save(tmp_path / "student", one.growth.network, one.variables)
     network, variables = students.load(tmp_path, factory=factory_of(name))
@@ -128,35 +128,37 @@ def test_a_checkpoint_holds_it(name, move, tmp_path):
 
 
 @every_member
-def test_growth_of_growth(name):
-    """By the last move that has a name, then by the first that it has then."""
+def test_a_grown_network_can_grow_again(name):
+    """First by the last named move, then by the first."""
     one, named = member(name), [move for move in MOVES[name] if isinstance(move, str)]
     first = case(name, json.dumps(named[-1]))
     network, variables = grow(
         jax.random.key(4), first.growth.network.spec, first.variables, named[0], factory=factory_of(name)
     )
     logits = quick(lambda variables, inputs: network.apply(variables, inputs, train=False)[0])(variables, one.inputs)
-    assert away(logits, one.eval_logits) < 1e-5
+    assert relative_difference(logits, one.eval_logits) < 1e-5
     assert sum(leaf.size for leaf in jax.tree.leaves(variables)) > sum(
         leaf.size for leaf in jax.tree.leaves(first.variables)
     )
 
 
 @pytest.mark.parametrize(("name", "move"), [("mlp", "wider"), ("mlp", "deeper"), ("transformer", "deeper")])
-def test_the_key_decides(name, move):
+def test_growth_is_determined_by_its_key(name, move):
     one = member(name)
     of = [grow(jax.random.key(key), one.network.spec, one.variables, move)[1] for key in (3, 3, 4)]
     assert bits(of[0]) == bits(of[1])
-    assert (bits(of[0]) != bits(of[2])) == ((name, move) != ("mlp", "deeper"))  # there nothing is random
+    assert (bits(of[0]) != bits(of[2])) == (
+        (name, move) != ("mlp", "deeper")
+    )  # an inserted identity has no random part
     assert jax.tree.structure(of[0]) == jax.tree.structure(of[2])
 
 
-# The memory of arms.
+# Optimizer states and arms.
 
 
 @pytest.mark.parametrize("optimizer", [adamw(1e-2), muon(1e-2)], ids=["adamw", "muon"])
 @every_case
-def test_an_optimizers_memory_fits(name, move, optimizer):
+def test_a_grown_optimizer_state_fits_the_larger_network(name, move, optimizer):
     one = case(name, move)
     arms = [gradient_arm("a", network.apply, None, optimizer) for network in (one.member.network, one.growth.network)]
     assert arms[0].grow is not None
@@ -187,8 +189,8 @@ def arm_of(name, network, inputs) -> tuple[Callable, Callable, Callable]:
     ("arm", "name", "move"),
     [("kd4", "mlp", "wider"), ("kd4", "mlp", {"hidden": [6, 9, 13]}), ("kd4-muon", "convnet1d", "wider")],
 )
-def test_an_arm_goes_on(arm, name, move):
-    """From its average, which computes what it did; its memory fits, and its next step does about what it would have done."""
+def test_an_arm_continues_after_growth(arm, name, move):
+    """The average computes the same, the state fits, and the next step changes the logits about as it would have before."""
     one = case(name, json.dumps(move))
     network, inputs = one.member.network, one.member.inputs
     init, run, grow_arm = arm_of(arm, network, inputs)
@@ -199,7 +201,7 @@ def test_an_arm_goes_on(arm, name, move):
     assert shapes(grown) == shapes(jax.eval_shape(new_init, one.variables))
 
     logits = [quick(functools.partial(both, each)) for each in (network, one.growth.network)]
-    assert away(logits[1](grown.average, inputs)[0], logits[0](average, inputs)[0]) < 1e-5
+    assert relative_difference(logits[1](grown.average, inputs)[0], logits[0](average, inputs)[0]) < 1e-5
     before = logits[0](state.iterate, inputs)[1]
     after = logits[0](run(state, jnp.int32(1))[0].iterate, inputs)[1]
     grown_after = logits[1](new_run(grown, jnp.int32(1))[0].iterate, inputs)[1]
@@ -211,7 +213,7 @@ def test_an_arm_goes_on(arm, name, move):
     assert 0.5 < ratio < 2
 
 
-# What cannot be.
+# Refusals.
 
 SHAPES = {"input_shape": [8, 8, 2], "num_classes": CLASSES}
 SPECS = {
@@ -264,7 +266,7 @@ SPECS = {
         ("convnet1d", {"filters": [4, 6, 6]}, "layers that start as the identity; got layer3.conv, which cannot"),
     ],
 )
-def test_what_cannot_be(name, move, says):
+def test_impossible_moves_are_refused(name, move, says):
     spec = SPECS[name]
     if not isinstance(move, str):
         move = {name: value for name, value in (spec | move).items() if value is not None}
@@ -272,14 +274,14 @@ def test_what_cannot_be(name, move, says):
         growth_map(jax.random.key(0), spec, move)
 
 
-def test_a_linear_classifier_does_not_grow():
+def test_a_linear_classifier_cannot_grow():
     with pytest.raises(InputError, match="are none; got 'wider'"):
         growth_map(jax.random.key(0), SPECS["mlp"] | {"hidden": []}, "wider")
     with pytest.raises(InputError, match="got hidden1, which cannot"):
         growth_map(jax.random.key(0), SPECS["mlp"] | {"hidden": []}, SPECS["mlp"])
 
 
-def test_variables_of_another_network():
+def test_variables_of_another_network_are_refused():
     one, map_ = member("mlp"), case("mlp", '"wider"').growth
     kernel = one.variables.params["layers"][0] | {"kernel": jnp.zeros((7, 9))}
     wrong = {"layers": one.variables.params["layers"] | {0: kernel}}
@@ -289,7 +291,7 @@ def test_variables_of_another_network():
         case("resnet", '"wider"').growth.like_params({"conv": {"kernel": jnp.zeros((3, 3, 2, 3))}})
 
 
-def test_a_factory_that_does_not_grow():
+def test_a_factory_without_a_valid_grow_is_refused():
     spec = {"factory": f"{__name__}:make", "input_shape": [7], "num_classes": CLASSES}
 
     def other(input_shape, num_classes, rngs, width=5):
@@ -313,7 +315,7 @@ def test_a_factory_that_does_not_grow():
     with pytest.raises(InputError, match=r"have the sizes of the arrays' axes; got 3 for units, axis 0 of .*'bias'"):
         grows(spaces={"units": Space(3)})
     other.grow = lambda **options: None
-    with pytest.raises(InputError, match=r"returns a students.growth.GrowthSpec; got NoneType of .*:make"):
+    with pytest.raises(InputError, match=r"returns a students.growth.GrowthSpec; got NoneType from .*:make"):
         moves(spec, factory=other)
     other.grow = lambda input_shape: None
     with pytest.raises(InputError, match=r"`grow` takes the factory's options; that of .* fails with TypeError"):

@@ -1,4 +1,4 @@
-"""Growth by hand: what is copied, what is drawn, and the sizes of moves."""
+"""Growth on hand-computed examples: copied and drawn features, shares, and the sizes of moves."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from ev3_distill.students.growth.net2net import copy_spaces
 
 
 class Two(nnx.Module):
-    """Two layers, of a user who has nothing drawn."""
+    """A user's network of two layers, whose units are copied, not drawn."""
 
     def __init__(self, width, rngs):
         self.layers = nnx.List([nnx.Linear(1, width, rngs=rngs), nnx.Linear(width, 1, rngs=rngs)])
@@ -37,8 +37,8 @@ def two_grows(input_shape, num_classes, width=2):
 make_two.grow = two_grows
 
 
-def test_drawn_by_hand():
-    """What writes the new unit is as a new network has it, what reads it zero, and the rest as it was."""
+def test_drawn_units_by_hand():
+    """The weights that write the new unit are those of a new network, those that read it are zero, the rest is unchanged."""
     spec = {"family": "mlp", "hidden": [2], "input_shape": [1], "num_classes": 1}
     map_ = growth_map(jax.random.key(0), spec, spec | {"hidden": [3]})
     tree = {
@@ -58,11 +58,11 @@ def test_drawn_by_hand():
     np.testing.assert_array_equal(gradient[1]["kernel"], [[5], [6], [0]])
     like = int(map_.params["layers", 0, "bias"].copies[0][1][2])
     second_moment = map_.like_second_moment(tree)["layers"]
-    np.testing.assert_array_equal(second_moment[0]["bias"], [3, 4, 3 + like])  # of the unit whose place it would take
+    np.testing.assert_array_equal(second_moment[0]["bias"], [3, 4, 3 + like])  # that of the unit it would have copied
     np.testing.assert_array_equal(second_moment[1]["kernel"], [[5], [6], [5 + like]])
 
 
-def test_wider_by_hand():
+def test_copied_units_by_hand():
     spec = {"factory": f"{__name__}:make_two", "width": 2, "input_shape": [1], "num_classes": 1}
     map_ = growth_map(jax.random.key(0), spec, spec | {"width": 3}, factory=make_two)
     tree = {
@@ -94,7 +94,7 @@ def test_wider_by_hand():
     np.testing.assert_allclose(second_moment[1]["kernel"][2, 0], (5 + twice) / shares[2] ** 2, rtol=1e-5)
 
 
-def test_deeper_by_hand():
+def test_an_inserted_identity_by_hand():
     spec = {"family": "mlp", "hidden": [2], "input_shape": [1], "num_classes": 1}
     map_ = growth_map(jax.random.key(0), spec, "deeper")
     tree = {
@@ -113,7 +113,7 @@ def test_deeper_by_hand():
 
 @pytest.mark.parametrize(("width", "wider"), [(3, 4), (2, 3), (1, 5), (4, 8)])
 def test_a_padded_shortcut_keeps_its_place(width, wider):
-    """What stage 1 pads into stage 2 is, there, what its own copies are."""
+    """The channels that stage 1 adds to stage 2 are copied there as in stage 1."""
     old, new = (
         students.growth_spec({"family": "resnet", "depth": 8, "width": w, "input_shape": [8, 8, 1], "num_classes": 2})
         for w in (width, wider)
@@ -127,12 +127,24 @@ def test_a_padded_shortcut_keeps_its_place(width, wider):
         assert set(copies[after].indices) == set(range(2 * size))
 
 
-def test_copies_are_as_even_as_they_can_be():
+def test_features_are_copied_as_evenly_as_possible():
     spec = {"family": "mlp", "hidden": [3], "input_shape": [2], "num_classes": 2}
     for size, counts in ((3, [1, 1, 1]), (4, [1, 1, 2]), (6, [2, 2, 2]), (8, [2, 3, 3])):
         map_ = growth_map(jax.random.key(1), spec, spec | {"hidden": [size]})
         copies = dict(map_.params["layers", 0, "kernel"].copies)
         assert sorted(np.bincount(copies.get(1, np.arange(3)))) == counts
+
+
+def test_shares_and_noise_of_two_copies():
+    """Shares are uniform on 0.6 to 1.4 before they are scaled to sum to 1; the noise is 0.2 / sqrt(inputs)."""
+    spec = {"factory": f"{__name__}:make_two", "width": 2000, "input_shape": [1], "num_classes": 1}
+    growth = growth_map(jax.random.key(0), spec, spec | {"width": 4000}, factory=make_two)
+    read = growth.params["layers", 1, "kernel"]
+    shares = read.value[:, 0]
+    assert 0.3 <= shares.min() < 0.31 and 0.69 < shares.max() <= 0.7
+    np.testing.assert_allclose(shares[:2000].mean(), 0.5, atol=0.01)
+    noise = 0.2 / np.sqrt(2000) * np.sqrt(0.5)  # the mean of two numbers is subtracted
+    np.testing.assert_allclose(read.offset.std(), noise, rtol=0.1)
 
 
 def test_sizes_of_moves():

@@ -1,4 +1,4 @@
-"""int8: what is rounded and how, gradients that pass, and a file that computes what was scored."""
+"""int8: rounding of weights and activations, straight-through gradients, and files that compute what was scored."""
 
 import base64
 import json
@@ -27,8 +27,8 @@ FAMILIES = {
 }
 
 
-def test_weights_are_rounded_by_channel():
-    """Two outputs whose greatest are 6.4 and 0.64: steps of 0.1 and 0.01."""
+def test_weights_are_rounded_with_one_scale_per_channel():
+    """Two output channels with maxima 6.4 and 0.64 have steps of 0.1 and 0.01."""
     weights = jnp.array([[6.4, 0.123], [-3.14, -0.64], [0.0, 0.006]])
     wanted = [[6.4, 0.12], [-3.1, -0.64], [0.0, 0.01]]
     np.testing.assert_allclose(round_weights(weights, (1,)), wanted, atol=1e-6)
@@ -40,7 +40,7 @@ def test_weights_are_rounded_by_channel():
 
 
 def test_a_linear_classifier_by_hand():
-    """One product: inputs in steps of range / 255 with a zero among them, weights in steps of 1 / 64, logits as they come."""
+    """Inputs are rounded to range / 255 with zero as a level, weights to 1 / 64 of the maximum, logits not at all."""
     network = students.with_precision(students.from_name("mlp:hidden=2", (2,), 2), "int8")
     linear = students.build({"family": "mlp", "hidden": [], "input_shape": [2], "num_classes": 2, "deploy": "int8"})
     assert network.spec["deploy"] == linear.spec["deploy"] == "int8"
@@ -58,16 +58,16 @@ def test_a_linear_classifier_by_hand():
 
 
 def trained(network, inputs, steps=6):
-    """After some training passes, without a step of any optimizer, and fitted: statistics and ranges have moved."""
+    """Variables after some training passes without an optimizer, and `fit`: statistics and ranges have moved."""
     variables = network.init(jax.random.key(1))
-    watch = jax.jit(lambda variables, inputs, key: network.apply(variables, inputs, train=True, key=key)[1])
+    update = jax.jit(lambda variables, inputs, key: network.apply(variables, inputs, train=True, key=key)[1])
     for i in range(steps):
-        variables = watch(variables, inputs[32 * i : 32 * (i + 1)], jax.random.key(i))
+        variables = update(variables, inputs[32 * i : 32 * (i + 1)], jax.random.key(i))
     return jax.jit(network.fit)(variables, inputs)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_file_computes_what_was_scored(name):
+def test_the_onnx_file_computes_what_was_scored(name):
     ort = pytest.importorskip("onnxruntime")
     onnx = pytest.importorskip("onnx")
     network = students.with_precision(students.from_name(name, FAMILIES[name], 5), "int8")
@@ -81,12 +81,12 @@ def test_the_file_computes_what_was_scored(name):
 
     example = jax.ShapeDtypeStruct(FAMILIES[name], np.float32)
     made = onnx_format.serialize(says, example, name=name, output="logits", metadata={})
-    (said,) = ort.InferenceSession(made).run(None, {"inputs": inputs})
-    near = np.sort(logits, axis=1)
-    clear = near[:, -1] - near[:, -2] > 0.02 * np.abs(logits).max()
+    (outputs,) = ort.InferenceSession(made).run(None, {"inputs": inputs})
+    ordered = np.sort(logits, axis=1)
+    clear = ordered[:, -1] - ordered[:, -2] > 0.02 * np.abs(logits).max()
     assert clear.mean() > 0.5
-    assert (said.argmax(axis=1) == logits.argmax(axis=1))[clear].all()
-    assert np.median(np.abs(said - logits)) < 0.01 * np.abs(logits).max()  # where no sum fell to another whole number
+    assert (outputs.argmax(axis=1) == logits.argmax(axis=1))[clear].all()
+    assert np.median(np.abs(outputs - logits)) < 0.01 * np.abs(logits).max()  # where no sum rounded to another integer
     stored = {onnx.TensorProto.DataType.Name(one.data_type) for one in onnx.load_from_string(made).graph.initializer}
     large = [one for one in onnx.load_from_string(made).graph.initializer if len(one.dims) > 1]
     products = [n for n in onnx.load_from_string(made).graph.node if n.op_type in ("Conv", "MatMul")]
@@ -94,15 +94,15 @@ def test_the_file_computes_what_was_scored(name):
     left = {one.name for one in large if one.data_type == onnx.TensorProto.FLOAT}
     assert not [
         n.name for n in products if left.intersection(n.input)
-    ]  # onnxruntime would round these anew, and coarsely
+    ]  # onnxruntime would quantize these again, with one coarse scale
     assert sum(one.data_type == onnx.TensorProto.INT8 for one in large) == sum(
         any(source.op_type == "DequantizeLinear" and source.output[0] == n.input[1] for source in
             onnx.load_from_string(made).graph.node) for n in products
     )  # fmt: skip
 
 
-def test_gradients_pass_through_the_rounding():
-    """They are those at the rounded weights, and none is lost; `apply` has those at the weights as they are."""
+def test_gradients_pass_straight_through_the_rounding():
+    """`straight` has the gradients at the rounded weights, `apply` those at the float32 weights."""
     base = students.from_name("mlp:hidden=4", (6,), 3)
     network = students.with_precision(base, "int8")
     variables = network.init(jax.random.key(0))
@@ -117,15 +117,15 @@ def test_gradients_pass_through_the_rounding():
         wanted = gradient(base.apply, params, variables.stats[NETWORK_STATS])
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, wanted)
         after = apply(variables, inputs, train=True)[1]
-        jax.tree.map(
-            np.testing.assert_array_equal, after.params, variables.params
-        )  # the weights stay as fine as they are
+        jax.tree.map(np.testing.assert_array_equal, after.params, variables.params)  # the float32 weights are kept
 
 
-def test_ranges_are_those_of_the_inputs_and_of_what_is_made_of_them():
+def test_fit_sets_the_ranges_of_inputs_and_activations():
     network = students.with_precision(students.from_name("mlp:hidden=4", (6,), 3), "int8")
     variables = network.init(jax.random.key(0))
-    np.testing.assert_array_equal(variables.stats[RANGES]["high"], [0, 0])  # the inputs, and what the ReLU makes
+    np.testing.assert_array_equal(
+        variables.stats[RANGES]["high"], [0, 0]
+    )  # ranges of the inputs and of the ReLU's output
     inputs = jax.random.normal(jax.random.key(1), (16, 6))
     ranges = network.fit(variables, inputs).stats[RANGES]
     layer = variables.params["layers"][0]
@@ -133,12 +133,12 @@ def test_ranges_are_those_of_the_inputs_and_of_what_is_made_of_them():
     np.testing.assert_allclose(ranges["low"], [inputs.min(), made.min()], rtol=1e-6)
     np.testing.assert_allclose(ranges["high"], [inputs.max(), made.max()], rtol=1e-6)
     trained_on = network.apply(variables, inputs, train=True)[1]
-    np.testing.assert_array_equal(trained_on.stats[RANGES]["high"], [0, 0])  # training asks for none
+    np.testing.assert_array_equal(trained_on.stats[RANGES]["high"], [0, 0])  # training leaves ranges unchanged
     assert not has_batch_stats(variables)
 
 
-def test_what_an_arm_proposes_is_fitted_to_its_stretch():
-    """Batches 10, 12, 15 and 17 of steps 10 to 19; an arm that rests leaves ranges as they are."""
+def test_proposals_are_fitted_to_batches_of_their_trajectory():
+    """For steps 10 to 19 these are batches 10, 12, 15 and 17; an arm without steps leaves the ranges unchanged."""
     network = students.with_precision(students.from_name("mlp:hidden=4", (6,), 3), "int8")
     variables = network.init(jax.random.key(0))
     inputs = jax.random.normal(jax.random.key(1), (20, 16, 6))
@@ -157,8 +157,8 @@ def test_what_an_arm_proposes_is_fitted_to_its_stretch():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), student, wanted)
 
 
-def test_arms_train_rounded_what_is_deployed_rounded():
-    """In the last quarter of the budget, or all along if named so; of a student in float32 there is no such arm."""
+def test_arms_round_weights_at_the_end_of_the_budget():
+    """In the last quarter of the budget, or always with the suffix -straight, which a float32 student does not have."""
     base = students.from_name("mlp:hidden=4", (6,), 3)
     network = students.with_precision(base, "int8")
     variables = network.init(jax.random.key(0))
@@ -185,8 +185,7 @@ def test_arms_train_rounded_what_is_deployed_rounded():
         arms_named(base.apply, ("kd4-straight",), network=base)
 
 
-def test_a_run_in_int8(tmp_path, monkeypatch, capsys):
-    """Trained, certified, exported and judged as the file that it becomes."""
+def test_an_int8_run_is_certified_exported_and_evaluated(tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnx")
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
@@ -208,17 +207,17 @@ def test_a_run_in_int8(tmp_path, monkeypatch, capsys):
     )
     assert 0.95 < (rounds.argmax(axis=1) == not_rounded).mean() < 1
     main(["export", "run", "--format", "onnx", "--out", "file"])
-    told = json.loads((tmp_path / "file/model.json").read_text())
-    assert told["precision"] == "int8" and told["certificate"]["claims"]
+    content = json.loads((tmp_path / "file/model.json").read_text())
+    assert content["precision"] == "int8" and content["certificate"]["claims"]
     main(
         ["evaluate", "file", "--of", "run", "--guard", "accuracy >= 0.8"]
-    )  # on the sealed split: it is the same student
+    )  # allowed on the sealed split, because it is the same student
     shown = capsys.readouterr().out
     assert "int8" in shown and "certified" in shown
     with pytest.raises(SystemExit) as ended:
         main(["export", "run", "--format", "onnx", "--int8", "--out", "other"])
     assert ended.value.code == 2 and not (tmp_path / "other").exists()
-    assert "in int8, as it trained" in capsys.readouterr().err
+    assert "trained for int8 already" in capsys.readouterr().err
 
 
 def test_the_suite_tells_what_int8_costs():
@@ -248,21 +247,21 @@ def test_the_suite_tells_what_int8_costs():
             "right": packed,
         } | facts
 
-    told = int8_accuracy.table([row(seed, contender) for seed in (0, 1) for contender in right])
-    assert "| float32 | 93.75 ± 0.00 | 1,234 | 0.50 | 7.0 | 1.25 | 1 of 2 |" in told
-    assert "| after training | 87.50 ± 0.00 | 1,234 | 0.50 | 7.0 | 1.25 |  |" in told
-    assert "after training less float32, points, image by image: seed 0 -6.25 (-19.57 to 7.07), seed 1 -6.25" in told
-    assert "in the loop less float32, points, image by image: seed 0 -6.25 (-29.83 to 17.33), seed 1 0.00" in told
-    assert "over seeds -3.12 (-42.83 to 36.58), target ≥ -0.5" in told
+    table = int8_accuracy.table([row(seed, contender) for seed in (0, 1) for contender in right])
+    assert "| float32 | 93.75 ± 0.00 | 1,234 | 0.50 | 7.0 | 1.25 | 1 of 2 |" in table
+    assert "| after training | 87.50 ± 0.00 | 1,234 | 0.50 | 7.0 | 1.25 |  |" in table
+    assert "after training less float32, points, image by image: seed 0 -6.25 (-19.57 to 7.07), seed 1 -6.25" in table
+    assert "in the loop less float32, points, image by image: seed 0 -6.25 (-29.83 to 17.33), seed 1 0.00" in table
+    assert "over seeds -3.12 (-42.83 to 36.58), target ≥ -0.5" in table
     assert (
         "in the loop less itself in float32, points, image by image: seed 0 -12.50 (-30.70 to 5.70), seed 1 -6.25"
-        in told
+        in table
     )
-    assert told.endswith("Guard: accuracy >= 0.5.")
+    assert table.endswith("Guard: accuracy >= 0.5.")
 
 
 @pytest.mark.parametrize("options", [("--start", "tiny"), ("--control",), ("--deploy", "int4")])
-def test_what_int8_does_not_go_with(options, tmp_path, monkeypatch, capsys):
+def test_int8_is_refused_with_other_options(options, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main(["compress", "--deploy", "int8", *options, "--out", "run"])

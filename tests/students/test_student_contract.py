@@ -1,4 +1,4 @@
-"""The contract that every student keeps, the zoo's and the user's own."""
+"""The contract of every student, of each family and of a user: shapes, determinism, training, saving, names."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ SHAPE, CLASSES = (8, 8, 1), 10
 
 
 class Own(nnx.Module):
-    """A user's own student, with all that makes training differ from evaluation."""
+    """A user's student, with BatchNorm and dropout."""
 
     def __init__(self, width, classes, rngs):
         self.first = nnx.Linear(64, width, rngs=rngs)
@@ -60,7 +60,7 @@ MEMBERS = {  # one small network of each family, and the shape of its inputs
 
 
 class Member(NamedTuple):
-    """A network and what is compiled once for all tests of it."""
+    """A network, and its forward pass, compiled once for all tests."""
 
     network: Network
     shape: tuple[int, ...]
@@ -87,7 +87,7 @@ def test_every_family_is_a_member():
 
 
 @every_member
-def test_shapes_and_types(name):
+def test_logits_have_the_declared_shape_and_type(name):
     network, _, variables, apply = one = member(name)
     for n, train in ((1, False), (7, False), (7, True)):
         logits, after = apply(variables, one.inputs(n), train=train, key=jax.random.key(1))
@@ -105,8 +105,8 @@ def bits(tree):
 
 
 @every_member
-def test_an_example_is_judged_alone(name):
-    """In evaluation, what else is in the batch does not matter, and nothing is random."""
+def test_evaluation_treats_examples_independently(name):
+    """In evaluation, logits do not depend on the rest of the batch or on the key."""
     _, _, variables, apply = one = member(name)
     inputs, key = one.inputs(7), jax.random.key(1)
     together, after = apply(variables, inputs, train=False, key=key)
@@ -114,11 +114,11 @@ def test_an_example_is_judged_alone(name):
     np.testing.assert_allclose(alone, together, rtol=1e-5, atol=1e-5)
     assert bits(after) == bits(variables)
     np.testing.assert_array_equal(apply(variables, inputs, train=False, key=jax.random.key(9))[0], together)
-    assert jnp.abs(together - together[0]).max() > 1e-4  # and it does matter what the example is
+    assert jnp.abs(together - together[0]).max() > 1e-4  # but they depend on the example
 
 
 @every_member
-def test_key_decides_all(name):
+def test_init_and_training_are_determined_by_their_keys(name):
     network, _, variables, apply = one = member(name)
     init = jax.jit(network.init)
     assert bits(init(jax.random.key(0))) == bits(variables)
@@ -132,8 +132,7 @@ def test_key_decides_all(name):
 
 
 @every_member
-def test_bytes_are_pixels(name):
-    """Inputs uint8 mean x / 255."""
+def test_uint8_inputs_are_divided_by_255(name):
     _, shape, variables, apply = member(name)
     pixels = np.random.default_rng(0).integers(0, 256, (7, *shape), np.uint8)
     key = jax.random.key(1)
@@ -143,8 +142,8 @@ def test_bytes_are_pixels(name):
 
 
 @every_member
-def test_training(name):
-    """Within a loop as without; the gradient reaches every parameter, and a few steps lower the loss."""
+def test_training_reaches_every_parameter(name):
+    """Every parameter gets a gradient, a few steps lower the loss, and a loop computes what single steps do."""
     network, _, variables, _ = one = member(name)
     inputs, labels, optimizer = one.inputs(7), jnp.arange(7) % CLASSES, optax.adam(1e-2)
 
@@ -173,7 +172,7 @@ def test_training(name):
     assert min(jax.tree.leaves(moved)) > 0
 
 
-FEATURES = {  # names and shapes of what an example's logits are made of
+FEATURES = {  # names and shapes of the features of one example
     "convnet1d": {"layer1": (12, 8), "layer2": (12, 8), "pooled": (8,)},
     "conv4": {
         "block1": (8, 8, 8),
@@ -190,18 +189,18 @@ FEATURES = {  # names and shapes of what an example's logits are made of
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_features(name):
+def test_names_and_shapes_of_features(name):
     network, _, variables, _ = one = member(name)
     assert network.features is not None
     show = functools.partial(network.features, train=False, key=jax.random.key(1))
-    (logits, found), _ = jax.eval_shape(show, variables, one.inputs(7))
+    (logits, by_name), _ = jax.eval_shape(show, variables, one.inputs(7))
     assert logits.shape == (7, CLASSES)
-    assert {name: array.shape for name, array in found.items()} == {n: (7, *s) for n, s in FEATURES[name].items()}
-    assert all(array.dtype == jnp.float32 for array in found.values())
+    assert {name: array.shape for name, array in by_name.items()} == {n: (7, *s) for n, s in FEATURES[name].items()}
+    assert all(array.dtype == jnp.float32 for array in by_name.values())
 
 
 @pytest.mark.parametrize(("side", "left"), [(8, 4), (16, 4), (28, 7), (32, 4), (64, 4), (96, 6), (224, 7)])
-def test_how_often_a_mobilenet_halves(side, left):
+def test_a_mobilenet_halves_images_down_to_about_4x4(side, left):
     def stages():
         return MobileNet((side, side, 3), 10, 10, (1,) * 7, rngs=nnx.Rngs(0)).features(jnp.zeros((2, side, side, 3)))[1]
 
@@ -210,7 +209,7 @@ def test_how_often_a_mobilenet_halves(side, left):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Every student, saved; its logits here and as another process reads them, by name."""
+    """Every student, saved; its logits in this process and in one that loaded it, by name."""
     folder, here = tmp_path_factory.mktemp("saved"), {}
     for name in MEMBERS:
         network, _, variables, apply = one = member(name)
@@ -235,12 +234,12 @@ def saved(tmp_path_factory):
 
 
 @every_member
-def test_another_process_reads_what_was_saved(saved, name):
+def test_another_process_loads_the_same_student(saved, name):
     _, here, there = saved
     np.testing.assert_array_equal(here[name], there[name])
 
 
-def test_saved_twice_is_saved_once(tmp_path):
+def test_saving_again_replaces_the_student(tmp_path):
     network = students.from_name("mlp:hidden=3", SHAPE, CLASSES)
     one, other = network.init(jax.random.key(0)), network.init(jax.random.key(1))
     (tmp_path / ".student.1.tmp").mkdir()  # as a killed process leaves it
@@ -250,7 +249,7 @@ def test_saved_twice_is_saved_once(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
-def test_code_is_not_imported_because_a_file_names_it(saved):
+def test_loading_never_imports_code_that_a_file_names(saved):
     folder = saved[0] / "own"
     with pytest.raises(
         InputError, match=r"created by .*:make, and code is never imported .*: pass the callable as factory="
@@ -258,7 +257,7 @@ def test_code_is_not_imported_because_a_file_names_it(saved):
         students.load(folder)
 
 
-def test_what_cannot_be_loaded(tmp_path):
+def test_damaged_or_missing_students_are_refused(tmp_path):
     network = students.from_name("mlp:hidden=3", SHAPE, CLASSES)
     students.save(tmp_path / "student", network, network.init(jax.random.key(0)))
     spec = tmp_path / "student" / "spec.json"
@@ -278,7 +277,7 @@ def test_what_cannot_be_loaded(tmp_path):
         students.load(tmp_path / "nothing")
 
 
-def test_mlp_by_hand():
+def test_parameters_of_an_mlp_by_hand():
     network = students.from_name("mlp:hidden=3-2", (4,), 5)
     assert network.spec == {"family": "mlp", "hidden": [3, 2], "input_shape": [4], "num_classes": 5}
     assert count_params(network.init(jax.random.key(0))) == 4 * 3 + 3 + 3 * 2 + 2 + 2 * 5 + 5
@@ -300,7 +299,7 @@ def test_mlp_by_hand():
         ("vit:patch=8", (32, 32, 3), "vit", {"patch": 8}),
     ],
 )
-def test_named(monkeypatch, text, shape, family, options):
+def test_names_become_families_and_options(monkeypatch, text, shape, family, options):
     monkeypatch.setattr("ev3_distill.students.naming.build", lambda spec: spec)
     wanted = {"family": family, **options, "input_shape": list(shape), "num_classes": CLASSES}
     assert students.from_name(text, shape, CLASSES) == wanted
@@ -315,7 +314,7 @@ def test_named(monkeypatch, text, shape, family, options):
     ],
     ids=["conv4", "mobilenet", "resnet20"],
 )
-def test_parameters_of_the_papers(make, params):
+def test_parameter_counts_are_those_of_the_papers(make, params):
     state = jax.eval_shape(lambda: nnx.state(make(nnx.Rngs(0)), nnx.Param))
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == params
 
@@ -345,7 +344,7 @@ def test_parameters_of_the_papers(make, params):
         ("convnet1d", (9, 9, 1), "a sequence"),
     ],
 )
-def test_what_cannot_be_named(text, shape, says):
+def test_invalid_names_are_refused(text, shape, says):
     with pytest.raises(InputError, match=says):
         students.from_name(text, shape, CLASSES)
 
@@ -357,20 +356,20 @@ def test_max_pool_by_hand():
     np.testing.assert_array_equal(gradient[0, ..., 0], [[0, 2, 0, 0, 0], [0, 0, 0, 3, 0], [0, 0, 0, 0, 0]])
 
 
-def test_a_vit_sees_patches():
-    """But for the positions, the order of patches does not matter; that of pixels within one does."""
+def test_a_vit_ignores_the_order_of_patches_without_positions():
+    """Without position embeddings, the order of patches has no effect; that of pixels within a patch does."""
     _, _, variables, apply = one = member("vit")
     x, key = one.inputs(7), jax.random.key(1)
     turned, within = jnp.roll(x, (4, 8), (1, 2)), jnp.roll(x, 1, 2)
     encoder = variables.params["encoder"] | {"positions": 0 * variables.params["encoder"]["positions"]}
     nowhere = variables._replace(params=variables.params | {"encoder": encoder})
-    away = [[jnp.abs(apply(v, y, train=False, key=key)[0] - apply(v, x, train=False, key=key)[0]).max()
+    changes = [[jnp.abs(apply(v, y, train=False, key=key)[0] - apply(v, x, train=False, key=key)[0]).max()
              for y in (turned, within)] for v in (variables, nowhere)]  # fmt: skip
-    assert away[1][0] < 1e-5
-    assert min(away[0][0], away[0][1], away[1][1]) > 1e-4
+    assert changes[1][0] < 1e-5
+    assert min(changes[0][0], changes[0][1], changes[1][1]) > 1e-4
 
 
-def test_public_names():
+def test_public_names_of_the_package_resolve():
     assert ev3_distill.load_student is students.load
     for name in ev3_distill.__all__:
         assert getattr(ev3_distill, name) is not None
@@ -392,8 +391,8 @@ def make(input_shape, num_classes, rngs):
 """
 
 
-def test_own_student_end_to_end(cli, here):
-    """The user's own network is student and teacher of one run."""
+def test_a_users_student_trains_saves_and_evaluates(cli, here):
+    """A user's network is both student and teacher of one run."""
     (here / "own_student.py").write_text(CODE)
     answer = cli(
         *("compress", "--student", "own_student:make", "--teacher-network", "own_student:make", "--out", "run"),

@@ -9,6 +9,7 @@ import numpy as np
 
 from ev3_distill.tasks.base import Task
 from ev3_distill.tasks.classification import example_scores, losses
+from ev3_distill.tasks.classification.example_metrics import predicted_class
 from ev3_distill.tasks.classification.tables import accuracy_tables
 from ev3_distill.tasks.metrics import METRICS
 from ev3_distill.types import Promise
@@ -49,7 +50,7 @@ def _teacher_classes(teacher: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def _same_class(one: Any, other: Any) -> np.ndarray:
     """Whether both name the same class, [N]; works on logits and on probabilities."""
-    return np.asarray(np.asarray(one).argmax(axis=1) == np.asarray(other).argmax(axis=1))
+    return np.asarray(predicted_class(np.asarray(one)) == predicted_class(np.asarray(other)))
 
 
 def _card_task(input_shape: tuple[int, ...]) -> str:
