@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from scipy import stats
 
 from ev3_distill.benchmarks import datasets, statistics
-from ev3_distill.search.policy import LIKELY
+from ev3_distill.search.stage import SEALED_PROBABILITY
 
 KEY = ("data", "seed", "run")  # identifies a row
 INTERVALS = "The table counts searches; counts have no interval."
@@ -173,10 +173,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return (
         statistics.markdown(heads, lines)
         + "\n\nNumbers of parameters, by seed: of the smallest student whose certificate proves the accuracy in a run alone; "
-        f"of the smallest that would also do so on another sealed split, with a probability of at least {LIKELY:g}; and of the "
-        "student that the search certifies. For a search that ended with exit code 3, the best bound. As small as any that "
-        f"certifies alone, or none where none does: {good} of {len(found)} searches. As small as any that would certify again: "
-        f"{surely} of {len(found)}."
+        "of the smallest that would also do so on another sealed split, with a probability of at least "
+        f"{SEALED_PROBABILITY:g}; and of the student that the search certifies. For a search that ended with exit code 3, "
+        f"the best bound. As small as any that certifies alone, or none where none does: {good} of {len(found)} searches. As "
+        f"small as any that would certify again: {surely} of {len(found)}."
     )
 
 
@@ -192,7 +192,7 @@ class _Outcome(NamedTuple):
 
 def _outcome(row: dict[str, Any], alone: Sequence[dict[str, Any]], aim: float) -> _Outcome:
     could = min((one["params"] for one in alone if one["bound"] >= aim), default=None)
-    would = min((one["params"] for one in alone if again(one, aim) >= LIKELY), default=None)
+    would = min((one["params"] for one in alone if again(one, aim) >= SEALED_PROBABILITY), default=None)
     certified = row["params"] if row["exit"] == 0 else None
     if certified is None:
         how = OUTCOMES[0] if could is None else OUTCOMES[3]

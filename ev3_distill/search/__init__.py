@@ -1,1 +1,1 @@
-"""Size search: the smallest student that meets its guards."""
+"""Search for the smallest student that meets its guards."""

@@ -1,7 +1,7 @@
-"""The archive of a search: the students it made, each with the evidence under which it entered, and what they are good for.
+"""The archive of a search: all students that it trained, each with the evidence under which it was added.
 
-A student enters by `Archive.enter` alone, which measures it then and there and names it by a digest of its parameters: no entry
-holds a score that another student earned.
+`Archive.add` alone adds a student. It measures the student at once and stores a digest of its parameters, so no entry can hold
+the score of another student.
 """
 
 import dataclasses
@@ -20,139 +20,159 @@ from ev3_distill.training.run_dir import read_json, write_json
 from ev3_distill.types import Variables
 
 FILE = "archive.json"
-RIGHT = 0.5  # a score above this
-PICKED_BY = ("params", "accuracy", "bound")  # what a pick may ask of an entry
+CORRECT = 0.5  # scores above this count as correct
+PICK_FIELDS = ("params", "accuracy", "bound")  # fields that conditions of --pick may name
 
 
-class Measured(NamedTuple):
-    """What decide says of one student."""
+class Measurement(NamedTuple):
+    """Scores of one student on decide."""
 
-    right: np.ndarray  # [N] promise scores, 0 or 1
+    correct: np.ndarray  # [N] promise scores, 0 or 1
     goals_met: int
-    least_risk: float  # see `Distillation.rank`
-    p_value: float  # see `Distillation.p_value`
+    least_risk: float  # standard errors above the nearest goal
+    p_value: float  # the greatest of all goals
 
     @property
     def rank(self) -> tuple[int, float, float]:
-        """Which of two is better, whatever their sizes."""
-        return self.goals_met, self.least_risk, float((self.right > RIGHT).mean())
+        """Sort key: the better of two students, whatever their sizes, has the greater rank."""
+        return self.goals_met, self.least_risk, float((self.correct > CORRECT).mean())
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One student."""
 
-    number: int  # of its rung: the folder sizes/NN
+    number: int  # of its stage: the folder sizes/NN
     network: str  # as --student names it
     spec: dict[str, Any]
     params: int
     digest: str  # of its parameters and statistics
-    how: str  # it came about
-    cost: int  # steps of the whole run when it entered
+    origin: str  # how this student was created
+    cost: int  # steps of the whole search when it was added
     examples: int  # of decide
     accuracy: float  # on decide
-    bound: float  # on that, from below, one-sided and for this entry alone: it chooses, the certificate promises
+    bound: float  # lower bound of the accuracy on decide, for this entry alone: for selection, not a promise
     goals_met: int
     least_risk: float
-    met: bool  # whether decide proved all goals of it
-    p_value: float = 1.0  # of these, the greatest; archives of older versions do not tell
+    met: bool  # whether decide proved all its goals
+    p_value: float = 1.0  # the greatest of all goals; missing in archives of older versions
 
     @property
     def rank(self) -> tuple[int, float, float]:
-        """Which of two is better, whatever their sizes."""
+        """Sort key: the better of two students, whatever their sizes, has the greater rank."""
         return self.goals_met, self.least_risk, self.accuracy
+
+    def as_dict(self) -> dict[str, Any]:
+        """The entry as it is stored and reported, where `origin` is called `how`."""
+        return {"how" if name == "origin" else name: value for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Entry":
+        """The inverse of `as_dict`."""
+        return cls(**{"origin" if name == "how" else name: value for name, value in content.items()})
 
 
 class Archive:
-    """The entries of a run, kept in its folder."""
+    """The entries of a run, stored in its directory."""
 
     def __init__(self, directory: Path, *, confidence: float):
-        """Reads what is there.
+        """Reads the stored entries.
 
         Args:
           directory: of the run.
-          confidence: of bounds.
+          confidence: of the bounds.
         """
         self._path, self._confidence = directory / FILE, confidence
-        found = read_json(self._path)["entries"] if self._path.exists() else []
-        self.entries: list[Entry] = [Entry(**entry) for entry in found]
+        content = read_json(self._path)["entries"] if self._path.exists() else []
+        self.entries: list[Entry] = [Entry.from_dict(entry) for entry in content]
 
-    def enter(
+    def add(
         self,
         variables: Variables,
-        measure: Callable[[Variables], Measured],
+        measure: Callable[[Variables], Measurement],
         *,
         number: int,
         network: str,
         spec: dict[str, Any],
-        how: str,
+        origin: str,
         cost: int,
-        meets: Callable[[Measured], bool],
+        meets: Callable[[Measurement], bool],
     ) -> Entry:
-        """Measures a student and keeps what that gave, and whether it met all goals; a rung that has an entry keeps it."""
-        if kept := [entry for entry in self.entries if entry.number == number]:
-            return kept[0]
-        measured = measure(variables)
-        n, right = len(measured.right), int((measured.right > RIGHT).sum())
+        """Measures a student and stores the result. If its stage has an entry already, returns that.
+
+        Args:
+          variables: of the student.
+          measure: scores it on decide.
+          number: of its stage.
+          network: as --student names it.
+          spec: of the network.
+          origin: how the student was created.
+          cost: steps of the whole search so far.
+          meets: whether a measurement proves all goals.
+        """
+        if stored := [entry for entry in self.entries if entry.number == number]:
+            return stored[0]
+        measurement = measure(variables)
+        n, correct = len(measurement.correct), int((measurement.correct > CORRECT).sum())
         entry = Entry(
             number=number,
             network=network,
             spec=spec,
             params=count_params(variables),
             digest=tree_digest(variables),
-            how=how,
+            origin=origin,
             cost=cost,
             examples=n,
-            accuracy=right / n,
-            bound=clopper_pearson_lower(right, n, confidence=self._confidence),
-            goals_met=measured.goals_met,
-            least_risk=measured.least_risk,
-            p_value=measured.p_value,
-            met=meets(measured),
+            accuracy=correct / n,
+            bound=clopper_pearson_lower(correct, n, confidence=self._confidence),
+            goals_met=measurement.goals_met,
+            least_risk=measurement.least_risk,
+            p_value=measurement.p_value,
+            met=meets(measurement),
         )
         self.entries.append(entry)
-        write_json(self._path, {"entries": [dataclasses.asdict(entry) for entry in self.entries]})
+        write_json(self._path, {"entries": [entry.as_dict() for entry in self.entries]})
         return entry
 
 
-def chosen(entries: Sequence[Entry]) -> Entry:
-    """The smallest that met all goals; where none did, the best."""
+def select(entries: Sequence[Entry]) -> Entry:
+    """The smallest entry that met all goals, or the best if none did."""
     met = [entry for entry in entries if entry.met]
     return min(met, key=lambda entry: (entry.params, -entry.bound)) if met else best(entries)
 
 
 def best(entries: Iterable[Entry]) -> Entry:
-    """The best of some; of equal ones the smallest."""
+    """The entry of highest rank; among equals the smallest."""
     return max(entries, key=lambda entry: (entry.rank, -entry.params))
 
 
-def front(entries: Sequence[Entry]) -> list[Entry]:
-    """The Pareto front, smallest first: entries than which no smaller or equal one has as high a bound."""
-    kept: list[Entry] = []
+def pareto_front(entries: Sequence[Entry]) -> list[Entry]:
+    """Entries for which no other of at most their size has as high a bound, smallest first."""
+    front: list[Entry] = []
     for entry in sorted(entries, key=lambda entry: (entry.params, -entry.bound)):
-        if not kept or entry.bound > kept[-1].bound:
-            kept.append(entry)
-    return kept
+        if not front or entry.bound > front[-1].bound:
+            front.append(entry)
+    return front
 
 
 def pick(entries: Sequence[Entry], conditions: str) -> Entry:
-    """The entry with the highest bound among those that meet conditions such as `params<=20000` or `accuracy>=0.9,params<=500`.
+    """The entry with the highest bound that meets conditions such as `params<=20000` or `accuracy>=0.9,params<=500`.
 
     Raises:
-      InputError: no such condition, or no entry meets them all.
+      InputError: a malformed condition, or no entry meets them all.
     """
     left = list(entries)
     for condition in conditions.split(","):
-        found = re.fullmatch(rf"\s*({'|'.join(PICKED_BY)})\s*(<=|>=)\s*([\d.eE+]+)\s*", condition)
-        if found is None:
+        match = re.fullmatch(rf"\s*({'|'.join(PICK_FIELDS)})\s*(<=|>=)\s*([\d.eE+]+)\s*", condition)
+        if match is None:
             raise InputError(
-                f"a pick is conditions on {', '.join(PICKED_BY)}, joined by commas; got '{condition}': try 'params<=20000'"
+                f"a pick is conditions on {', '.join(PICK_FIELDS)}, joined by commas; got '{condition}': try 'params<=20000'"
             )
-        name, side, number = found[1], found[2], float(found[3])
+        name, side, number = match[1], match[2], float(match[3])
         left = [e for e in left if (getattr(e, name) <= number if side == "<=" else getattr(e, name) >= number)]
     if not left:
         raise InputError(
             f"a pick needs a student that meets it; got '{conditions}', and students of "
-            f"{', '.join(f'{e.params:,} parameters with {e.accuracy:.1%}' for e in front(entries))}: ask for less"
+            f"{', '.join(f'{e.params:,} parameters with {e.accuracy:.1%}' for e in pareto_front(entries))}: ask for less"
         )
     return max(left, key=lambda entry: (entry.bound, -entry.params))

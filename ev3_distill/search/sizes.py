@@ -1,4 +1,4 @@
-"""Sizes: what a student of a search may become next, within the limits that the user set."""
+"""Candidate sizes of a search: what a student may become next, within the limits of the user."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -42,28 +42,34 @@ def first_network(config: Compress, spec: Mapping[str, Any]) -> Network:
 
 
 class Sizes:
-    """The sizes of a search.
+    """The candidate sizes of a search.
 
     Attributes:
-      ladder: the specs that the user named, smallest first; empty where sizes follow from growth.
+      ladder: specs that the user listed, smallest first; empty if sizes follow from growth.
     """
 
-    def __init__(self, chosen: Any, task: TrainingSetup, *, factory: Callable[..., Any] | None):
-        """Takes config.Compress with a start or sizes, what is trained, and the factory of a family of the user's own."""
-        spec = task.network.spec
-        named = [students.from_name(text, spec["input_shape"], spec["num_classes"]) for text in chosen.sizes]
+    def __init__(self, config: Compress, setup: TrainingSetup, *, factory: Callable[..., Any] | None):
+        """Derives the limits.
+
+        Args:
+          config: of a run that searches.
+          setup: with the first network and the guards.
+          factory: of a family of the user's own.
+        """
+        spec = setup.network.spec
+        named = [students.from_name(text, spec["input_shape"], spec["num_classes"]) for text in config.sizes]
         self.ladder = [dict(network.spec) for network in named]
-        self._moves, self._factory = chosen.moves, factory
-        limits = [(guard.metric, guard.threshold) for guard in task.guards if guard.row.source == "size"]
-        self._limits = limits + ([("params", chosen.max_params)] if chosen.max_params else [])
-        self._asked: dict[str, dict[str, dict[str, Any]]] = {}  # what networks may become, by name
+        self._moves, self._factory = config.moves, factory
+        limits = [(guard.metric, guard.threshold) for guard in setup.guards if guard.row.source == "size"]
+        self._limits = limits + ([("params", config.max_params)] if config.max_params else [])
+        self._larger: dict[str, dict[str, dict[str, Any]]] = {}  # by network
 
     def larger(self, spec: Any) -> dict[str, dict[str, Any]]:
-        """The specs that a network may become next within the limits, by the name of the move."""
+        """The specs that a network may become next within the limits, by move."""
         text = students.name_of(spec)
-        if text not in self._asked:
-            self._asked[text] = {name: one for name, one in self._next(spec).items() if self._fits(one)}
-        return self._asked[text]
+        if text not in self._larger:
+            self._larger[text] = {name: one for name, one in self._next(spec).items() if self._fits(one)}
+        return self._larger[text]
 
     def _next(self, spec: Any) -> dict[str, dict[str, Any]]:
         if self.ladder:
@@ -77,7 +83,7 @@ class Sizes:
             return {}
 
     def _fits(self, spec: Any) -> bool:
-        """Whether the limits on size leave room for a network."""
+        """Whether a network is within the limits on size."""
         shapes = jax.eval_shape(students.build(spec, factory=self._factory).init, jax.random.key(0))
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
         sizes = {"params": count_params(shapes), "bytes": size}

@@ -1,4 +1,4 @@
-"""The archive of a search: no entry holds a score that another student earned, whatever happened in between."""
+"""The archive of a search: every entry holds the scores of its own student; selection, Pareto front and picks."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.digest import tree_digest
-from ev3_distill.search.archive import Archive, Entry, Measured, best, chosen, front, pick
+from ev3_distill.search.archive import Archive, Entry, Measurement, best, pareto_front, pick, select
 from ev3_distill.types import Variables
 
 TRUTH = np.random.default_rng(0).random(40)
@@ -23,9 +23,9 @@ def student(size, value):
 
 
 def measure(variables):
-    """Scores that follow from the student alone."""
+    """Scores that depend on the student alone."""
     share = float(jnp.tanh(variables.params["w"].sum()) ** 2)
-    return Measured((share > TRUTH).astype(np.float32), int(share > 0.5), share, 1 - share)
+    return Measurement((share > TRUTH).astype(np.float32), int(share > 0.5), share, 1 - share)
 
 
 def entry(number, params, accuracy, bound, met=False, goals_met=0):
@@ -34,7 +34,7 @@ def entry(number, params, accuracy, bound, met=False, goals_met=0):
 
 events = st.lists(
     st.tuples(
-        st.sampled_from(["train", "grow", "roll back", "enter", "reload"]),
+        st.sampled_from(["train", "grow", "roll back", "add", "reload"]),
         st.floats(-1, 1, width=32),
         st.integers(1, 4),
     ),
@@ -44,12 +44,12 @@ events = st.lists(
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(events)
-def test_every_entry_has_its_own_score(tmp_path, made):
-    """The student goes on, grows, rolls back: what entered is what was measured of it."""
+def test_every_entry_has_the_scores_of_its_own_student(tmp_path, history):
+    """Even if the current student trains, grows or rolls back in between."""
     (tmp_path / "archive.json").unlink(missing_ok=True)
-    archive, entered = Archive(tmp_path, confidence=0.95), {}
+    archive, added = Archive(tmp_path, confidence=0.95), {}
     current = before = student(1, 0.5)
-    for number, (event, value, size) in enumerate(made):
+    for number, (event, value, size) in enumerate(history):
         if event == "train":
             before, current = current, student(current.params["w"].size, value)
         elif event == "grow":
@@ -59,28 +59,28 @@ def test_every_entry_has_its_own_score(tmp_path, made):
         elif event == "reload":
             archive = Archive(tmp_path, confidence=0.95)
         else:
-            archive.enter(
+            archive.add(
                 current,
                 measure,
                 number=number,
                 network="net",
                 spec={},
-                how="trained",
+                origin="trained",
                 cost=number,
                 meets=lambda _: False,
             )
-            entered[number] = current
+            added[number] = current
     again = Archive(tmp_path, confidence=0.95)
     assert again.entries == archive.entries
-    assert [one.number for one in again.entries] == list(entered)
+    assert [one.number for one in again.entries] == list(added)
     for one in again.entries:
-        variables = entered[one.number]
+        variables = added[one.number]
         scores = measure(variables)
         assert one.digest == tree_digest(variables)
         assert one.params == variables.params["w"].size
-        assert one.accuracy == scores.right.mean()
+        assert one.accuracy == scores.correct.mean()
         low = (
-            binomtest(int(scores.right.sum()), len(TRUTH), alternative="greater")
+            binomtest(int(scores.correct.sum()), len(TRUTH), alternative="greater")
             .proportion_ci(0.95, method="exact")
             .low
         )
@@ -88,14 +88,15 @@ def test_every_entry_has_its_own_score(tmp_path, made):
         assert (one.goals_met, one.least_risk, one.p_value) == scores[1:]
 
 
-def test_a_rung_that_was_entered_stays_as_it_was(tmp_path):
-    """A resume enters it again."""
-    facts = {"number": 3, "network": "net", "spec": {}, "how": "begun", "meets": lambda _: False}
-    first = Archive(tmp_path, confidence=0.9).enter(student(2, 0.5), measure, cost=10, **facts)
+def test_adding_a_stage_again_keeps_its_entry(tmp_path):
+    """A resumed search adds its stages again."""
+    facts = {"number": 3, "network": "net", "spec": {}, "origin": "begun", "meets": lambda _: False}
+    first = Archive(tmp_path, confidence=0.9).add(student(2, 0.5), measure, cost=10, **facts)
     archive = Archive(tmp_path, confidence=0.9)
-    assert archive.enter(student(2, 0.7), measure, cost=20, **facts) == first
+    assert archive.add(student(2, 0.7), measure, cost=20, **facts) == first
     assert archive.entries == [first]
-    assert json.loads((tmp_path / "archive.json").read_text())["entries"] == [dataclasses.asdict(first)]
+    assert json.loads((tmp_path / "archive.json").read_text())["entries"] == [first.as_dict()]
+    assert first.as_dict()["how"] == "begun"  # its name in files
 
 
 ENTRIES = [
@@ -107,15 +108,15 @@ ENTRIES = [
 ]
 
 
-def test_front():
-    assert [one.number for one in front(ENTRIES)] == [1, 2]
-    assert front([]) == []
+def test_pareto_front():
+    assert [one.number for one in pareto_front(ENTRIES)] == [1, 2]
+    assert pareto_front([]) == []
 
 
-def test_the_smallest_that_met_its_goals_is_chosen():
-    assert chosen(ENTRIES).number == 2
-    assert chosen([dataclasses.replace(one, met=False) for one in ENTRIES]).number == best(ENTRIES).number == 2
-    assert chosen([entry(1, 100, 0.7, 0.6), entry(2, 90, 0.7, 0.6)]).number == 2
+def test_the_smallest_that_met_its_goals_is_selected():
+    assert select(ENTRIES).number == 2
+    assert select([dataclasses.replace(one, met=False) for one in ENTRIES]).number == best(ENTRIES).number == 2
+    assert select([entry(1, 100, 0.7, 0.6), entry(2, 90, 0.7, 0.6)]).number == 2
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_the_smallest_that_met_its_goals_is_chosen():
         ("params<=2e2", 2),
     ],
 )
-def test_pick(conditions, number):
+def test_pick_takes_the_highest_bound_that_meets_the_conditions(conditions, number):
     assert pick(ENTRIES, conditions).number == number
 
 
@@ -141,7 +142,7 @@ def test_pick(conditions, number):
         ("params<=99", "got 'params<=99', and students of 100 parameters with 70.0%, 200 parameters with 90.0%: ask"),
     ],
 )
-def test_picks_that_are_none(conditions, says):
-    with pytest.raises(InputError) as refused:
+def test_bad_picks_are_refused(conditions, says):
+    with pytest.raises(InputError) as error:
         pick(ENTRIES, conditions)
-    assert says in str(refused.value)
+    assert says in str(error.value)

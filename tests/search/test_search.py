@@ -1,4 +1,4 @@
-"""A search for a size: it finds the smallest that meets its guards, and a kill anywhere changes nothing."""
+"""A search finds the smallest student that meets its guards, and a kill at any point changes nothing."""
 
 import json
 import os
@@ -16,7 +16,6 @@ from scipy import stats
 from ev3_distill import students
 from ev3_distill.cli.main import main
 from ev3_distill.runtime.digest import tree_digest
-from ev3_distill.search.stage import falls_behind, level_of
 from ev3_distill.training.trainer import Distillation
 
 SEARCH = (
@@ -38,7 +37,7 @@ def write_data(seed=0, n=3000):
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
-    """A search that nobody disturbed, in a folder with its data."""
+    """An uninterrupted search, in a folder with its data."""
 
     def make(place):
         before = os.getcwd()
@@ -83,18 +82,18 @@ def test_the_smallest_that_meets_the_guard_is_delivered(searched):
     assert delivered["network"] in page
 
 
-def test_it_went_up_by_growth_down_by_parts_and_again(searched):
+def test_it_grows_then_shrinks_then_repeats(searched):
     how = [one["how"] for one in report_of(searched / "run")["search"]["sizes"]]
     assert how[0] == "begun"
     assert any(one.startswith("wider, from ") for one in how)
     assert any(one.startswith("pass 2, taught by ") for one in how)
     assert any(one.startswith("narrower, from ") for one in how)
     before = max(i for i, one in enumerate(how) if not one.startswith("pass 2, "))
-    assert how[before].startswith("longer, from ")  # what was found goes on with what is left
+    assert how[before].startswith("longer, from ")  # the selected student gets the remaining budget
 
 
-def test_a_size_has_several_draws_and_the_best_of_them_goes_on(cli, here, monkeypatch):
-    """Two begin with a part of the larger student; decide is then not sure of the best, but the sealed split proves it."""
+def test_a_size_gets_three_attempts_and_the_best_of_them_continues(cli, here, monkeypatch):
+    """Two start from a part of the larger student. Decide is not sure of the best, but the sealed split proves it."""
     given, begin = [], Distillation.begin
 
     def begun(self, *args, variables=None, **options):
@@ -127,9 +126,11 @@ def test_a_size_has_several_draws_and_the_best_of_them_goes_on(cli, here, monkey
     assert f"opened for no. {wanted['number']} and no. {surer['number']}, to take the second if" in page
 
 
-def test_the_surer_candidate_is_delivered_where_the_wanted_one_fails(cli, here, monkeypatch):
-    """The sealed split is opened for both; each has half of the risk of error, and has it when it is asked again."""
-    monkeypatch.setattr("ev3_distill.search.policy.EVEN", 1e-9)  # wants what is hardly to be had
+def test_the_surer_candidate_is_delivered_if_the_preferred_one_fails(cli, here, monkeypatch):
+    """The sealed split is opened for both. Each has half of the error probability, also when evaluated again."""
+    monkeypatch.setattr(
+        "ev3_distill.search.stage.CANDIDATE_PROBABILITY", 1e-9
+    )  # prefers a student that is hardly ever proved
     write_data()
     assert cli("compress", *LADDER, "--guard", "accuracy >= 0.95", "--out", "run")[0] == 0
     report = report_of(here / "run")
@@ -158,10 +159,10 @@ def test_the_surer_candidate_is_delivered_where_the_wanted_one_fails(cli, here, 
     assert len(json.loads((here / "run" / "opened.json").read_text())["openings"]) == 1
 
 
-def test_a_size_goes_on_from_its_ancestor_where_that_is_better(cli, here, monkeypatch):
-    """The student of the way up had spent its share and was not stuck; the one draw of its size came out worse."""
-    monkeypatch.setattr("ev3_distill.search.policy.SHARE", 6)
-    monkeypatch.setattr("ev3_distill.search.policy.DRAWS", 1)
+def test_a_size_continues_from_its_ancestor_if_that_is_better(cli, here, monkeypatch):
+    """The student from growing had spent its part of the budget without being stuck; the one attempt turned out worse."""
+    monkeypatch.setattr("ev3_distill.search.stage.STAGE_SHARE", 6)
+    monkeypatch.setattr("ev3_distill.search.policy.ATTEMPTS", 1)
     write_data()
     assert cli("compress", *SEARCH, "--start", "mlp:hidden=5", "--guard", "accuracy >= 0.97", "--out", "run")[0] == 0
     ancestor, larger, draw, again, *_ = report_of(here / "run")["search"]["sizes"]
@@ -172,7 +173,7 @@ def test_a_size_goes_on_from_its_ancestor_where_that_is_better(cli, here, monkey
 
 
 def state_of(run):
-    """All that a run leaves but times."""
+    """Everything that a run leaves, except times."""
     kept = {}
     for folder in sorted((run / "sizes").iterdir()):
         if (folder / "student").exists():
@@ -185,7 +186,7 @@ def state_of(run):
 
 
 def test_kills_change_nothing(searched, tmp_path):
-    """Before, during and after growth, descent and passes: wherever they fall."""
+    """Wherever they occur: before, during and after growing, shrinking and passes."""
     rng = random.Random(0)
     run = tmp_path / "run"
     kills = 0
@@ -196,7 +197,7 @@ def test_kills_change_nothing(searched, tmp_path):
         process = subprocess.Popen(command, cwd=searched, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         folders = len(list((run / "sizes").glob("*"))) if begun else 0
         while kills < KILLS and process.poll() is None:
-            if len(list((run / "sizes").glob("*/ledger.jsonl"))) > folders:  # a rung has begun
+            if len(list((run / "sizes").glob("*/ledger.jsonl"))) > folders:  # a stage has started
                 time.sleep(rng.uniform(0, 0.4))
                 process.kill()
                 kills += 1
@@ -208,7 +209,7 @@ def test_kills_change_nothing(searched, tmp_path):
     assert state_of(run) == state_of(searched / "run")
 
 
-def test_export_picks_among_its_students(searched, cli, here):
+def test_export_picks_a_student_of_the_search(searched, cli, here):
     run = searched / "run"
     sizes = report_of(run)["search"]["sizes"]
     smallest = min(sizes, key=lambda one: one["params"])
@@ -231,14 +232,14 @@ def test_export_picks_among_its_students(searched, cli, here):
     assert sorted(path.name for path in here.iterdir()) == ["delivered", "small"]
 
 
-def test_a_pick_needs_a_search(finished, cli, here):
+def test_pick_needs_a_search(finished, cli, here):
     answer = cli("export", finished, "--pick", "params<=3", "--out", "x")
     assert answer.code == 2
     assert "a pick is among the students of a search" in answer.err
 
 
-def test_a_guard_out_of_reach(cli, here):
-    """Exit code 3, with the best bound reached; the largest size allowed was tried."""
+def test_a_guard_out_of_reach_ends_with_code_3(cli, here):
+    """The largest allowed size was tried, and the best bound is reported."""
     write_data()
     options = [word if word != "accuracy >= 0.8" else "accuracy >= 0.999" for word in SEARCH]
     answer = cli("compress", *options, "--max-params", "30", "--out", "run")
@@ -249,8 +250,8 @@ def test_a_guard_out_of_reach(cli, here):
     assert [one["params"] for one in sizes if one["how"][:6] != "longer"] == [21, 27]  # three units, four
 
 
-def test_a_ladder(cli, here):
-    """Sizes of one's own, one of them of another shape, that no growth reaches."""
+def test_listed_sizes_are_tried_in_order(cli, here):
+    """Even one that growth cannot reach."""
     write_data()
     ladder = ("mlp:hidden=2", "mlp:hidden=3", "mlp:hidden=2-3")
     options = [*SEARCH[:4], *SEARCH[8:14], *SEARCH[16:]]
@@ -261,8 +262,8 @@ def test_a_ladder(cli, here):
     assert [one["how"] for one in sizes] == ["begun", "the next size, from 1", "the next size, from 2"]
 
 
-def test_a_size_that_nothing_narrows_to_starts_afresh(cli, here):
-    """On the way back from a network whose first layer is smaller; the report does not say otherwise."""
+def test_a_size_without_a_fitting_part_starts_from_scratch(cli, here):
+    """The larger network has a smaller first layer; the report names the origin correctly."""
     write_data()
     ladder = ("mlp:hidden=4", "mlp:hidden=3-16")
     options = [*SEARCH[:4], *SEARCH[8:14], *SEARCH[16:]]
@@ -289,54 +290,8 @@ def test_a_size_that_nothing_narrows_to_starts_afresh(cli, here):
         (("--start", "tiny", "--passes", "0"), "passes must be at least 1"),
     ],
 )
-def test_bad_searches(cli, here, argv, says):
+def test_bad_search_options_are_refused(cli, here, argv, says):
     answer = cli("compress", *argv, "--out", "run")
     assert answer.code == 2
     assert says in " ".join(answer.err.split())
     assert not list(here.iterdir())
-
-
-def told(*risks, every=250):
-    """Ledger rows of a size that began at global step 1000 and cost 1200, with what it lay above its goals."""
-    return [
-        {"position": 1000 + every * i, "cost": 1200 + every * i, "risks": {"accuracy": risk, "worst": 9.0}}
-        for i, risk in enumerate(risks, 1)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("risks", "steps", "until", "behind"),
-    [
-        ((-12.0, -8.0), 500, 1200 + 500 * 4, False),  # 4 more with each of two doublings: level
-        ((-12.0, -8.0), 500, 1200 + 500 * 2, True),  # with one: 4 below
-        ((-12.0, -8.0), 500, 1200 + 1420, False),  # with one and a half: 2 below, which may be chance
-        ((-3.0, -3.5), 500, 10**6, True),  # it does not rise
-        ((-1.0, -1.5), 500, 10**6, False),  # but is near
-        ((-12.0,), 500, 1300, False),  # too early to tell
-        ((-12.0, -8.0, -1.0, 3.0), 500, 1200 + 500 * 2, True),  # what came later does not count
-        ((-12.0, -8.0, -7.0, -6.0), 1000, 1200 + 1000 * 3, True),
-        ((None, -8.0), 500, 1300, False),
-    ],
-)
-def test_a_size_that_will_miss_its_guards_is_left(risks, steps, until, behind):
-    assert falls_behind(told(*risks), 1000, steps, until=until) is behind
-
-
-def test_decide_promises_what_the_sealed_split_will_prove():
-    """Over many pairs of splits: of students that stand just where decide proves the guard, as many are certified as asked."""
-    rng, n, more, least = np.random.default_rng(0), 400, 900, 0.8
-    level = level_of(0.025, n / more, 0.9)
-    margin = stats.norm.isf(level) * (least * (1 - least) / n) ** 0.5
-    true = least + margin + rng.normal(size=20000) * (least * (1 - least) / n) ** 0.5  # as decide leaves it open
-    right = rng.binomial(more, true)
-    proven = right / more - stats.norm.isf(0.025) * (least * (1 - least) / more) ** 0.5 >= least
-    assert proven.mean() == pytest.approx(0.9, abs=0.02)
-
-
-def test_a_size_that_had_no_step_is_not_left():
-    assert not falls_behind(told(-12.0, every=0), 1000, 0, until=10**6)
-
-
-def test_without_goals_no_size_is_left():
-    rows = [{**row, "risks": {}} for row in told(-9.0, -9.0)]
-    assert not falls_behind(rows, 1000, 500, until=1300)
