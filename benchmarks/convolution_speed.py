@@ -39,6 +39,7 @@ from ev3_distill.data.pipeline import ResidentPipeline, Views
 from ev3_distill.data.sources import Dataset
 from ev3_distill.runtime.compile import jit
 from ev3_distill.tasks.classification import losses
+from ev3_distill.tasks.classification.task import classification
 from ev3_distill.teachers import load_teacher
 from ev3_distill.teachers.targets import CachedTargets
 from ev3_distill.training.trainer import Distillation
@@ -245,7 +246,7 @@ class _Epoch:
 
     def _run(self, root: Path) -> None:
         views = Views(self._data.inputs, self._data.labels, self._explore, self._augmentation)
-        targets = CachedTargets(self._teacher, self._data, num_classes=10, root=root, warn=print)
+        targets = CachedTargets(self._teacher, self._data, task=classification(10), root=root, warn=print)
         with contextlib.closing(targets):
             assess, decide = (
                 held_out(self._data.inputs[rows], self._data.labels[rows], rows, targets.unchanged(rows))

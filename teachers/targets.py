@@ -16,6 +16,7 @@ from ev3_distill.arms import PEER
 from ev3_distill.data.pipeline import TeacherOf, Views
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.progress import CountProgress
+from ev3_distill.tasks.base import Task
 from ev3_distill.teachers import Teacher
 from ev3_distill.teachers.cache.output_store import Contents, OutputStore, collect, spot_check
 
@@ -51,7 +52,7 @@ class CachedTargets:
         teacher: Teacher,
         dataset: Any,
         *,
-        num_classes: int,
+        task: Task,
         features: Sequence[str] = (),
         precision: str = "float32",
         root: Path | None = None,
@@ -61,16 +62,16 @@ class CachedTargets:
         """Prepares the cache; the teacher does not run yet.
 
         Args:
-          teacher: gives logits [B, K] and features.
+          teacher: gives the task's outputs and features.
           dataset: that the teacher runs on.
-          num_classes: K.
-          features: names of the teacher's features to cache beside its logits.
+          task: says which outputs a teacher gives, and how they are stored.
+          features: names of the teacher's features to cache besides the task's outputs.
           precision: of cached outputs.
           root: folder of the stores; by default the cache of the user.
           batch_size: largest number of examples in one forward pass.
           warn: gets a line if cached rows are damaged.
         """
-        self._batch_size, self._num_classes = batch_size, num_classes
+        self._batch_size, self._task = batch_size, task
         self._teacher, self._dataset, self._features = teacher, dataset, tuple(features)
         self._precision, self._root, self._warn = precision, root, warn
         self.pause_display: PauseDisplay = contextlib.nullcontext
@@ -90,7 +91,7 @@ class CachedTargets:
     def unchanged(self, positions: np.ndarray, title: str = "teacher") -> Mapping[str, np.ndarray]:
         """See `TeacherTargets.unchanged`; without the features."""
         outputs = self._cached("clean", title, positions, lambda rows: self._dataset.inputs[rows])
-        return {"logits": outputs["logits"]}
+        return {name: outputs[name] for name in self._task.teacher_spec}
 
     def close(self) -> None:
         """Syncs and closes the cache."""
@@ -127,24 +128,27 @@ class CachedTargets:
             fields=fields,
             view=view,
             precision=self._precision,
+            codec=self._task.teacher_codec,
             teacher_source=self._teacher.source,
             data_source=self._dataset.source,
         )
         return OutputStore(contents, root=self._root, warn=self._warn)
 
     def _outputs(self, inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs the teacher; keeps the logits and the features in use."""
+        """Runs the teacher; keeps the task's outputs and the features in use."""
         outputs = self._teacher.outputs(inputs)
-        return {name: outputs[name] for name in ("logits", *self._features)}
+        return {name: outputs[name] for name in (*self._task.teacher_spec, *self._features)}
 
     def _fields(self, example: np.ndarray) -> dict[str, tuple[int, ...]]:
-        """Shapes of the outputs for one example, once the number of logits is checked."""
+        """Shapes of the outputs for one example, once those of the task are checked."""
         fields = {name: array.shape[1:] for name, array in self._outputs(example).items()}
-        if fields["logits"] != (self._num_classes,):
-            raise InputError(
-                f"a teacher must give one logit per class, {self._num_classes}; {self._teacher.source} gives "
-                f"{fields['logits'][0]}: use a teacher of these classes, or name them by --teacher-input.classes"
-            )
+        for name, leaf in self._task.teacher_spec.items():
+            if fields[name] != leaf.shape:
+                raise InputError(
+                    f"a teacher's {name} must have the shape {list(leaf.shape)} for one example; {self._teacher.source} gives "
+                    f"{list(fields[name])}: use a teacher of this task and these classes, or name its outputs with "
+                    "--teacher-input.classes"
+                )
         return fields
 
 

@@ -261,7 +261,7 @@ def _with_running_teacher(
     targets = CachedTargets(
         teacher,
         setup.dataset,
-        num_classes=setup.network.spec["num_classes"],
+        task=setup.task,
         features=tuple(setup.teacher_features),
         precision=config.precision,
         batch_size=eval_batch_size(setup.dataset, setup.memory, BATCH),

@@ -9,7 +9,7 @@ from ev3_distill.data.sources import Dataset
 from ev3_distill.data.splits import split_rows
 from ev3_distill.errors import InputError, warn
 from ev3_distill.teachers import Teacher
-from ev3_distill.teachers.diagnosis import diagnose
+from ev3_distill.teachers.diagnosis import CHECKS
 from ev3_distill.training.memory import example_bytes
 from ev3_distill.training.run_dir import read_json
 from ev3_distill.training.run_reader import config_of
@@ -29,20 +29,22 @@ def check_unchanged(teacher: Teacher, digest: str, directory: Path) -> None:
 
 
 def check_quality(teacher: Teacher, setup: TrainingSetup, *, as_is: bool) -> None:
-    """Reports the teacher's accuracy on assess and decide, and refuses a teacher that a clear mistake spoils.
+    """Reports the teacher's accuracy on assess and decide, and rejects a teacher that a clear error spoils.
 
     Args:
       teacher: the teacher.
-      setup: whose splits and memory limit are used.
-      as_is: report a mistake, but go on.
+      setup: supplies the task, the splits and the memory limit.
+      as_is: report an error, but continue.
 
     Raises:
       InputError: other preprocessing or another class order would clearly improve the teacher.
     """
+    if setup.task.diagnosis is None:
+        return
     rows = np.concatenate([setup.rows[name] for name in ("assess", "decide")])
     most = min(SAMPLE, max(setup.memory // SAMPLE_SHARE // example_bytes(setup.dataset), 1))
     sample = np.sort(np.random.default_rng(0).permutation(rows)[:most])
-    diagnosis = diagnose(
+    diagnosis = CHECKS[setup.task.diagnosis](
         teacher, np.asarray(setup.dataset.inputs[sample]), setup.dataset.labels[sample], setup.dataset.class_names
     )
     for line in diagnosis.lines():
@@ -54,8 +56,8 @@ def check_quality(teacher: Teacher, setup: TrainingSetup, *, as_is: bool) -> Non
     if diagnosis.remedy is not None and not as_is:
         remedy = diagnosis.remedy
         raise InputError(
-            f"a teacher must get the inputs that it was trained on; {teacher.source} is {remedy.before:.1%} right as it is "
-            f"and {remedy.after:.1%} with {remedy.name}: give {remedy.option}, or --teacher-as-is to go on"
+            f"a teacher must get the inputs that it was trained on; {teacher.source} has accuracy {remedy.before:.1%} as it "
+            f"is and {remedy.after:.1%} with {remedy.name}: give {remedy.option}, or --teacher-as-is to continue"
         )
 
 

@@ -23,39 +23,35 @@ TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "top": 2e-3}  # of a decoded row,
 
 
 class Codec:
-    """Converts outputs to records of a fixed size, and back."""
+    """Converts named outputs to records of a fixed size, and back."""
 
     def __init__(self, precision: str, fields: Mapping[str, tuple[int, ...]]):
-        """An codec.
+        """Initializes a codec.
 
         Args:
-          precision: `float32`, `float16` or `top<k>`, such as `top8`.
-          fields: shape of one example's output by name; `logits` is (K,), any other is a feature.
+          precision: `float32` or `float16`.
+          fields: shape of one example's output by name.
 
         Raises:
-          InputError: the precision is unknown, k is not below K, or there are no logits.
+          InputError: the precision is unknown, or does not fit the fields.
         """
         self.fields = {name: tuple(int(n) for n in shape) for name, shape in fields.items()}
-        if len(self.fields.get("logits", ())) != 1:
-            raise InputError(
-                f"a teacher's outputs have logits of shape (K,); got {self.fields}: name one output logits"
-            )
-        self.classes = self.fields["logits"][0]
-        self.kind, self.top = _kind_of(precision, self.classes)
-        self.dtype = np.dtype([*self._logits_layout(), *self._features_layout()])
+        self.kind = self._kind_of(precision)
+        self.dtype = np.dtype([part for name in self.fields for part in self._layout(name)])
         """Type of a record; packed."""
 
-    def _logits_layout(self) -> list[tuple]:
-        if self.kind == "float32":
-            return [("logits", "<f4", (self.classes,))]
-        if self.kind == "float16":
-            return [("largest", "<f4"), ("logits", "<f2", (self.classes,))]
-        index = np.min_scalar_type(self.classes - 1).newbyteorder("<")
-        return [("largest", "<f4"), ("odds", "<f4"), ("logits", "<f2", (self.top,)), ("index", index, (self.top,))]
+    def _kind_of(self, precision: str) -> str:
+        if precision not in ("float32", "float16"):
+            raise InputError(f"outputs are cached as float32 or float16; got {precision!r}: use one of these")
+        return precision
 
-    def _features_layout(self) -> list[tuple]:
-        kind = "<f4" if self.kind == "float32" else "<f2"
-        return [(f"feature {name}", kind, shape) for name, shape in self.fields.items() if name != "logits"]
+    def _layout(self, name: str) -> list[tuple]:
+        """Fields of the record that hold one output."""
+        return [(f"feature {name}", "<f4" if self.kind == "float32" else "<f2", self.fields[name])]
+
+    def _has_range(self, name: str) -> bool:
+        """Whether an output must lie within the range of float16."""
+        return self.kind != "float32"
 
     @property
     def tolerance(self) -> float:
@@ -90,7 +86,7 @@ class Codec:
             bad = ~np.isfinite(flat).all(axis=1)
             if bad.any():
                 faults.append((int(bad.argmax()), f"{name} must be finite; got nan or infinity"))
-            if self.kind != "float32" and name != "logits":
+            if self._has_range(name):
                 with np.errstate(invalid="ignore"):
                     bad = (np.abs(flat) > HALF_MAX).any(axis=1)
                 if bad.any():
@@ -101,32 +97,104 @@ class Codec:
 
     def encode(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """Converts outputs [n, ...] without fault to records [n]."""
-        logits = arrays["logits"]
-        records = np.empty(len(logits), self.dtype)
+        records = np.empty(len(next(iter(arrays.values()))), self.dtype)
         for name, array in arrays.items():
-            if name != "logits":
-                records[f"feature {name}"] = array
-        if self.kind == "float32":
-            records["logits"] = logits
-            return records
-        records["largest"] = logits.max(axis=1)
-        with np.errstate(over="ignore"):
-            distance = np.maximum(logits - records["largest"][:, None], -HALF_MAX)
-        if self.kind == "float16":
-            records["logits"] = distance
-            return records
-        index = np.argpartition(logits, self.classes - self.top, axis=1)[:, self.classes - self.top :]
-        records["index"] = index
-        records["logits"] = np.take_along_axis(distance, index, axis=1)
-        records["odds"] = _log_odds(logits, index)
+            self._encode(records, name, array)
         return records
+
+    def _encode(self, records: np.ndarray, name: str, array: np.ndarray) -> None:
+        records[f"feature {name}"] = array
 
     def decode(self, records: np.ndarray) -> dict[str, np.ndarray]:
         """Converts records [n] to outputs [n, ...] float32."""
-        features = {name: records[f"feature {name}"].astype(np.float32) for name in self.fields if name != "logits"}
-        return {"logits": self._logits(records), **features}
+        return {name: self._decode(records, name) for name in self.fields}
 
-    def _logits(self, records: np.ndarray) -> np.ndarray:
+    def _decode(self, records: np.ndarray, name: str) -> np.ndarray:
+        return records[f"feature {name}"].astype(np.float32)
+
+    def difference(self, records: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Largest difference between records [n] and outputs, per row [n], relative to the row's largest magnitude."""
+        return self._difference(self.decode(records), arrays)
+
+    def _difference(self, stored: Mapping[str, np.ndarray], fresh: Mapping[str, np.ndarray]) -> np.ndarray:
+        least = 1e-6 if self.kind == "float32" else 1e-3  # float16 is coarse near 0
+        worst = np.zeros(len(next(iter(fresh.values()))))
+        for name, array in fresh.items():
+            one, other = stored[name].reshape(len(array), -1), array.reshape(len(array), -1)
+            scale = np.maximum(np.abs(other).max(axis=1, initial=0), least)
+            with np.errstate(invalid="ignore", over="ignore"):
+                difference = np.abs(one - other).max(axis=1, initial=0) / scale
+            worst = np.fmax(worst, np.where(np.isfinite(difference), difference, np.inf))
+        return worst
+
+
+class LogitsCodec(Codec):
+    """The codec of classification: `logits` [K] in any precision, also as their top k, and features."""
+
+    def __init__(self, precision: str, fields: Mapping[str, tuple[int, ...]]):
+        """Initializes a codec.
+
+        Args:
+          precision: `float32`, `float16` or `top<k>`, such as `top8`.
+          fields: shape of one example's output by name; `logits` is (K,), any other is a feature.
+
+        Raises:
+          InputError: the precision is unknown, k is not below K, or there are no logits.
+        """
+        if len(fields.get("logits", ())) != 1:
+            raise InputError(
+                f"a teacher's outputs have logits of shape (K,); got {dict(fields)}: name one output logits"
+            )
+        self.classes, self.top = int(fields["logits"][0]), 0
+        super().__init__(precision, {"logits": fields["logits"], **fields})
+
+    def _kind_of(self, precision: str) -> str:
+        if precision in ("float32", "float16"):
+            return precision
+        if not (match := re.fullmatch(r"top([1-9]\d*)", precision)):
+            raise InputError(
+                f"logits are cached as float32, float16 or top<k>; got {precision!r}: use one of these, such as top8"
+            )
+        self.top = int(match[1])
+        if self.top >= self.classes:
+            raise InputError(
+                f"top<k> needs k below the number of classes, {self.classes}; got {precision}: use float16"
+            )
+        return "top"
+
+    def _layout(self, name: str) -> list[tuple]:
+        if name != "logits":
+            return super()._layout(name)
+        if self.kind == "float32":
+            return [("logits", "<f4", (self.classes,))]
+        if self.kind == "float16":
+            return [("largest", "<f4"), ("logits", "<f2", (self.classes,))]
+        index = np.min_scalar_type(self.classes - 1).newbyteorder("<")
+        return [("largest", "<f4"), ("odds", "<f4"), ("logits", "<f2", (self.top,)), ("index", index, (self.top,))]
+
+    def _has_range(self, name: str) -> bool:
+        return name != "logits" and super()._has_range(name)
+
+    def _encode(self, records: np.ndarray, name: str, array: np.ndarray) -> None:
+        if name != "logits":
+            super()._encode(records, name, array)
+        elif self.kind == "float32":
+            records["logits"] = array
+        else:
+            records["largest"] = array.max(axis=1)
+            with np.errstate(over="ignore"):
+                distance = np.maximum(array - records["largest"][:, None], -HALF_MAX)
+            if self.kind == "float16":
+                records["logits"] = distance
+            else:
+                index = np.argpartition(array, self.classes - self.top, axis=1)[:, self.classes - self.top :]
+                records["index"] = index
+                records["logits"] = np.take_along_axis(distance, index, axis=1)
+                records["odds"] = _log_odds(array, index)
+
+    def _decode(self, records: np.ndarray, name: str) -> np.ndarray:
+        if name != "logits":
+            return super()._decode(records, name)
         if self.kind == "float32":
             return records["logits"].astype(np.float32)
         largest, distance = records["largest"][:, None], records["logits"].astype(np.float32)
@@ -140,40 +208,23 @@ class Codec:
         return logits
 
     def difference(self, records: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Largest difference between records [n] and outputs, per row [n], relative to the row's largest magnitude.
+        """As `Codec.difference`.
 
         With top<k>, it compares the logits of the recorded classes and the residual mass: a near tie may change the classes.
         """
         stored, fresh = self.decode(records), dict(arrays)
-        worst, least = np.zeros(len(records)), 1e-6 if self.kind == "float32" else 1e-3  # float16 is coarse near 0
         if self.kind != "float32":
             with np.errstate(over="ignore"):
                 fresh["logits"] = np.maximum(fresh["logits"], fresh["logits"].max(axis=1, keepdims=True) - HALF_MAX)
-        if self.kind == "top":
-            index = records["index"].astype(np.int64)
-            worst = np.abs(_mass(records["odds"]) - _mass(_log_odds(arrays["logits"], index)))
-            stored["logits"], fresh["logits"] = (
-                np.take_along_axis(x["logits"], index, axis=1) for x in (stored, fresh)
-            )
-        for name, array in fresh.items():
-            one, other = stored[name].reshape(len(array), -1), array.reshape(len(array), -1)
-            scale = np.maximum(np.abs(other).max(axis=1, initial=0), least)
-            with np.errstate(invalid="ignore", over="ignore"):
-                difference = np.abs(one - other).max(axis=1, initial=0) / scale
-            worst = np.fmax(worst, np.where(np.isfinite(difference), difference, np.inf))
-        return worst
+        if self.kind != "top":
+            return self._difference(stored, fresh)
+        index = records["index"].astype(np.int64)
+        mass = np.abs(_mass(records["odds"]) - _mass(_log_odds(arrays["logits"], index)))
+        stored["logits"], fresh["logits"] = (np.take_along_axis(x["logits"], index, axis=1) for x in (stored, fresh))
+        return np.fmax(mass, self._difference(stored, fresh))
 
 
-def _kind_of(precision: str, classes: int) -> tuple[str, int]:
-    if precision in ("float32", "float16"):
-        return precision, 0
-    if not (match := re.fullmatch(r"top([1-9]\d*)", precision)):
-        raise InputError(
-            f"logits are cached as float32, float16 or top<k>; got {precision!r}: use one of these, such as top8"
-        )
-    if int(match[1]) >= classes:
-        raise InputError(f"top<k> needs k below the number of classes, {classes}; got {precision}: use float16")
-    return "top", int(match[1])
+CODECS: dict[str, type[Codec]] = {"arrays": Codec, "logits": LogitsCodec}  # by `Task.teacher_codec`
 
 
 def _log_odds(logits: np.ndarray, index: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ import numpy as np
 
 from ev3_distill.errors import InputError, summary
 from ev3_distill.runtime.files import atomic_write, cache_root
-from ev3_distill.teachers.cache.codec import Codec
+from ev3_distill.teachers.cache.codec import CODECS
 from ev3_distill.teachers.cache.shards import FULL_DISK, ShardDirectory
 
 FORMAT = 2  # part of the key: outputs in another format are computed again
@@ -47,9 +47,10 @@ class Contents:
       teacher: digest of everything the teacher's outputs depend on.
       data: fingerprint of the data set.
       rows: examples in the data set.
-      fields: shape of one example's output by name: `logits` is (K,), any other is a feature.
+      fields: shape of one example's output by name.
       view: plain data that identify the inputs, such as {"augment": "flip,crop=4", "seed": 0, "view": 3}.
-      precision: float32, float16 or top<k>.
+      precision: of the stored outputs, as the codec defines it.
+      codec: name of a codec in `codec.py`.
       teacher_source: the teacher as the user named it; for information, not part of the key.
       data_source: the data set as the user named it; likewise.
     """
@@ -60,12 +61,13 @@ class Contents:
     fields: Mapping[str, tuple[int, ...]]
     view: Any = "clean"
     precision: str = "float32"
+    codec: str = "logits"
     teacher_source: str = ""
     data_source: str = ""
 
     def key(self) -> str:
-        """SHA-256 of teacher, data, view, precision and format, in hexadecimal."""
-        parts = {"teacher": self.teacher, "data": self.data, "view": self.view, "precision": self.precision}
+        """SHA-256 of teacher, data, view, precision, codec and format, in hexadecimal."""
+        parts = {name: getattr(self, name) for name in ("teacher", "data", "view", "precision", "codec")}
         text = json.dumps({**parts, "format": FORMAT}, sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -73,7 +75,7 @@ class Contents:
         """All attributes as plain data."""
         fields = {name: list(shape) for name, shape in self.fields.items()}
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        plain = {**values, "fields": fields, "num_classes": fields["logits"][0], "format": FORMAT}
+        plain = {**values, "fields": fields, "format": FORMAT}
         return dict(json.loads(json.dumps(plain)))
 
 
@@ -92,7 +94,7 @@ class OutputStore:
           InputError: the directory belongs to another store, or cannot be created or read.
           OSError: the disk is full.
         """
-        self.contents, self.codec = contents, Codec(contents.precision, contents.fields)
+        self.contents, self.codec = contents, CODECS[contents.codec](contents.precision, contents.fields)
         self.directory = (root or cache_root() / "logits") / contents.key()
         self._warn, self._reported_damage = warn, 0
         try:

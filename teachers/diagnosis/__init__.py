@@ -2,4 +2,6 @@
 
 from ev3_distill.teachers.diagnosis.diagnose import Diagnosis, Remedy, diagnose
 
-__all__ = ["Diagnosis", "Remedy", "diagnose"]
+CHECKS = {"classification": diagnose}  # by `Task.diagnosis`
+
+__all__ = ["CHECKS", "Diagnosis", "Remedy", "diagnose"]

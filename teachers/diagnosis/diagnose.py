@@ -15,9 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from scipy import special
 
-from ev3_distill.certify.bounds import clopper_pearson_lower
+from ev3_distill.certify.bounds import clopper_pearson_lower, mcnemar_p_value
 from ev3_distill.errors import InputError
 from ev3_distill.teachers.diagnosis.repairs import Changes, Repair, pairs, repairs
 from ev3_distill.teachers.preprocessing import OPTION, canonical, command_line_options
@@ -332,7 +331,7 @@ def _is_better(before: np.ndarray, after: np.ndarray, chance: float) -> bool:
 def _p_value(before: np.ndarray, after: np.ndarray) -> float:
     """Exact one-sided McNemar test of "`after` has no more hits than `before`", both [n] on the same examples."""
     wins, losses = int((after & ~before).sum()), int((before & ~after).sum())
-    return float(special.betainc(wins, losses + 1, 0.5)) if wins else 1.0
+    return mcnemar_p_value(wins, losses)
 
 
 def _classes(now: _Trial, names: tuple[str, ...], chance: float) -> tuple[Repair, _Trial] | None:

@@ -70,7 +70,7 @@ def test_meta_json_describes_the_store(tmp_path):
         assert store.directory.name == described.key()
     assert json.loads((store.directory / "meta.json").read_text()) == {
         **{"teacher": "t" * 64, "data": "d" * 64, "teacher_source": "onnx:a.onnx", "data_source": "digits"},
-        **{"rows": 200, "fields": {"logits": [K]}, "num_classes": K, "view": view, "precision": "top2", "format": 2},
+        **{"rows": 200, "fields": {"logits": [K]}, "codec": "logits", "view": view, "precision": "top2", "format": 2},
     }
 
 
@@ -258,3 +258,57 @@ def test_a_near_tie_does_not_make_a_cache_stale(tmp_path):
     with OutputStore(contents(precision="top2"), root=tmp_path) as store:
         collect(outputs(1e-6), inputs_of, range(9), store, batch_size=4)
         spot_check(outputs(-1e-6), inputs_of, store, range(9))
+
+
+@pytest.mark.parametrize(
+    ("precision", "accepted", "refused"),
+    [("float32", 7e-5, 1.4e-4), ("float16", 1.5e-3, 2.8e-3), ("top2", 1.5e-3, 2.8e-3)],
+)
+def test_the_tolerance_of_a_spot_check(precision, accepted, refused, tmp_path):
+    """It is 1e-4 in float32 and 2e-3 elsewhere, relative to the largest magnitude of a row."""
+
+    def outputs(drift):
+        return lambda x: {"logits": np.tile(np.float32([4, 2, 0, 1, 3]) * np.float32(1 + drift), (len(x), 1))}
+
+    with OutputStore(contents(precision=precision), root=tmp_path) as store:
+        collect(outputs(0.0), inputs_of, range(9), store, batch_size=4)
+        spot_check(outputs(accepted), inputs_of, store, range(9))
+        with pytest.raises(InputError, match="the cache is stale"):
+            spot_check(outputs(refused), inputs_of, store, range(9))
+
+
+def test_a_spot_check_runs_the_teacher_on_sixteen_rows(tmp_path):
+    with OutputStore(contents(), root=tmp_path) as store:
+        collect(teacher, inputs_of, range(200), store, batch_size=100)
+        counting = CountingTeacher()
+        spot_check(counting, inputs_of, store, range(200))
+    assert len(set(counting.rows)) == 16
+
+
+def test_rows_are_stored_at_the_latest_after_five_seconds(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(output_store.time, "monotonic", lambda: now[0])
+    with OutputStore(contents(), root=tmp_path) as store, OutputStore(contents(), root=tmp_path) as other:
+        stored = []
+
+        def progress(done, total):
+            now[0] += 2.0
+            stored.append(200 - len(other.missing(range(200))))
+
+        collect(teacher, inputs_of, range(40), store, batch_size=8, on_progress=progress)
+    assert stored == [0, 0, 0, 0, 32, 32]
+
+
+def test_a_shard_has_at_most_2048_rows_and_8_mib(tmp_path):
+    wide = {"logits": (K,), "feature": (4096,)}  # 16 kB a row
+
+    def outputs(inputs):
+        return {**teacher(inputs), "feature": np.zeros((len(inputs), 4096), np.float32)}
+
+    for described, run, largest in ((contents(5000), teacher, 2048), (contents(700, fields=wide), outputs, 511)):
+        with OutputStore(described, root=tmp_path / str(largest)) as store:
+            collect(run, inputs_of, range(described.rows), store, batch_size=1)
+            row_bytes = 8 + store.codec.dtype.itemsize
+        sizes = [(path.stat().st_size - shards.HEADER.size) // row_bytes for path in store.directory.glob("*.rows")]
+        assert max(sizes) == largest
+        assert sum(sizes) == described.rows

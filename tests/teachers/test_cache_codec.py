@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ev3_distill.errors import InputError
-from ev3_distill.teachers.cache.codec import Codec
+from ev3_distill.teachers.cache.codec import CODECS, Codec, LogitsCodec
 
 K = 5
 PRECISIONS = ("float32", "float16", "top2")
@@ -21,7 +21,7 @@ def softmax(x):
 def through(precision, array, **features):
     """Encodes and decodes an array."""
     array = np.asarray(array, np.float32)
-    codec = Codec(precision, {"logits": array.shape[1:], **{n: f.shape[1:] for n, f in features.items()}})
+    codec = LogitsCodec(precision, {"logits": array.shape[1:], **{n: f.shape[1:] for n, f in features.items()}})
     outputs = codec.arrays({"logits": array, **features}, len(array))
     assert codec.fault(outputs) is None
     records = codec.encode(outputs)
@@ -44,7 +44,7 @@ def test_top2_by_hand():
 
 @pytest.mark.parametrize(("classes", "size"), [(256, 1), (257, 2), (65536, 2), (65537, 4)])
 def test_the_smallest_index_that_holds_the_classes(classes, size):
-    assert Codec("top3", {"logits": (classes,)}).dtype.itemsize == 4 + 4 + 3 * (2 + size)
+    assert LogitsCodec("top3", {"logits": (classes,)}).dtype.itemsize == 4 + 4 + 3 * (2 + size)
     array = np.zeros((1, classes))
     array[0, -3:] = [1, 3, 2]
     np.testing.assert_allclose(through("top3", array)["logits"][0, -3:], [1, 3, 2], rtol=1e-3)
@@ -119,8 +119,8 @@ def test_features(precision):
 def test_features_beyond_float16():
     outputs = {"logits": np.zeros((3, K), np.float32), "wide": np.float32([[1], [7e4], [1e5]])}
     fields = {"logits": (K,), "wide": (1,)}
-    assert Codec("float32", fields).fault(outputs) is None
-    assert Codec("top2", fields).fault(outputs) == (
+    assert LogitsCodec("float32", fields).fault(outputs) is None
+    assert LogitsCodec("top2", fields).fault(outputs) == (
         1,
         "wide must be within 65,504 to be cached in float16; got 1e+05",
     )
@@ -138,4 +138,22 @@ def test_features_beyond_float16():
 )
 def test_an_unknown_precision_is_refused(precision, fields, message):
     with pytest.raises(InputError, match=message):
-        Codec(precision, fields)
+        LogitsCodec(precision, fields)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_outputs_without_logits_are_stored_by_name(precision):
+    """As a task with real targets needs it."""
+    outputs = {"mean": np.float32([[1.5], [-3e4]]), "spread": np.float32([[[0.1, 2], [3, 4]]] * 2)}
+    codec = CODECS["arrays"](precision, {name: array.shape[1:] for name, array in outputs.items()})
+    assert codec.fault(outputs) is None
+    records = codec.encode(outputs)
+    assert records.dtype.itemsize == 5 * (4 if precision == "float32" else 2)
+    for name, array in codec.decode(records).items():
+        np.testing.assert_allclose(array, outputs[name], rtol=0 if precision == "float32" else 2.0**-11)
+    assert (codec.difference(records, outputs) <= codec.tolerance).all()
+    assert codec.difference(records, {**outputs, "mean": outputs["mean"] * 1.01}) == pytest.approx(
+        [0.01, 0.01], rel=0.1
+    )
+    with pytest.raises(InputError, match="cached as float32 or float16; got 'top8'"):
+        Codec("top8", codec.fields)

@@ -14,7 +14,15 @@ from conftest import SHARED
 from ev3_distill.config import Preprocessing
 from ev3_distill.errors import InputError
 from ev3_distill.teachers import load_teacher
-from ev3_distill.teachers.diagnosis.diagnose import LEVEL, _interval, _p_value, diagnose
+from ev3_distill.teachers.diagnosis.diagnose import (
+    LEVEL,
+    Diagnosis,
+    _interval,
+    _is_better,
+    _p_value,
+    _screens,
+    diagnose,
+)
 from ev3_distill.teachers.diagnosis.repairs import pairs, repairs
 
 K = 6
@@ -240,6 +248,62 @@ def test_interval_and_p_value_by_hand():
     before, after = np.array([False] * 9 + [True] * 5), np.array([True] * 9 + [False] + [True] * 4)
     assert _p_value(before, after) == pytest.approx(11 / 1024)
     assert _p_value(before, before) == 1
+
+
+def outcomes(wins, losses, both, neither):
+    before = np.repeat([False, True, True, False], [wins, losses, both, neither])
+    return before, np.repeat([True, False, True, False], [wins, losses, both, neither])
+
+
+def test_what_confirms_a_repair():
+    """A gain of 0.03, p <= 0.001 and a skill of 0.1: each of them decides alone."""
+    assert _is_better(*outcomes(40, 0, 500, 460), chance=0.1)  # a gain of 0.04
+    assert not _is_better(*outcomes(20, 0, 500, 480), chance=0.1)  # a gain of 0.02, p = 1e-6
+    assert _is_better(*outcomes(11, 0, 20, 20), chance=0.1)  # p = 0.0005
+    assert not _is_better(*outcomes(9, 0, 20, 20), chance=0.1)  # p = 0.002
+    assert _is_better(*outcomes(100, 0, 50, 850), chance=0.01)  # a skill of 0.14
+    assert not _is_better(*outcomes(60, 0, 10, 930), chance=0.01)  # a skill of 0.06
+
+
+def test_a_teacher_near_chance_has_a_skill_below_a_tenth():
+    kept = {"source": "s", "low": 0.9, "high": 1.0, "chance": 0.2, "n": 10_000}
+    assert Diagnosis(accuracy=0.27, **kept | {"low": 0.26}).near_chance  # 0.0875
+    assert not Diagnosis(accuracy=0.33, **kept | {"low": 0.32}).near_chance  # 0.1625
+
+
+def test_a_candidate_runs_on_more_examples_as_long_as_it_looks_better(teacher):
+    """On 16 where it is hopeless, on 64 where it is no better, on 256 where the gain is small; else on the test examples."""
+    images, labels = data(1000)
+    label_of = {row.tobytes(): label for row, label in zip(images, labels, strict=True)}
+
+    def run(accuracy, gain):
+        """The number of examples on which candidates ran, for candidates of a gain."""
+        counts = []
+
+        def behind(steps, hit_rate, counted):
+            seen = [0]
+            if counted:
+                counts.append(seen)
+
+            def outputs(batch):
+                seen[0] += len(batch)
+                truth = np.array([label_of[row.tobytes()] for row in batch])
+                luck = np.array([zlib.crc32(row.tobytes()) % 997 / 997 for row in batch])
+                return {"logits": np.eye(K)[np.where(luck < hit_rate, truth, (truth + luck * 1e4).astype(int) % K)]}
+
+            def repaired(steps):
+                return behind(steps, accuracy + gain, True)
+
+            return dataclasses.replace(teacher(), outputs=outputs, preprocessing=steps, with_preprocessing=repaired)
+
+        diagnose(behind(Preprocessing(**RIGHT), accuracy, False), images, labels, NAMES)
+        return {count for (count,) in counts if count}
+
+    assert run(0.9, -0.8) == {16}
+    assert run(0.8, -0.1) == {64}
+    assert run(0.5, 0.4) >= {1000}
+    assert _screens(1000) == (16, 64, 256)
+    assert _screens(40) == (10, 10, 20)
 
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -19,6 +19,7 @@ from ev3_distill.data.batches import sampler
 from ev3_distill.data.pipeline import ResidentPipeline, Views
 from ev3_distill.data.sources import Dataset
 from ev3_distill.students import from_nnx
+from ev3_distill.tasks.classification.task import classification
 from ev3_distill.teachers import load_teacher
 from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.teachers.targets import CachedTargets
@@ -213,7 +214,7 @@ def test_cached_logits_belong_to_the_pixels_of_the_batch(tmp_path, cifar, mix):
     dataset = Dataset(images, labels.astype(np.int32), 10, classes, None, "made", "f")
     augmentation = Augmentation(flip=True, crop=4, cutout=8, mix=mix)
     views = Views(images, dataset.labels, np.arange(len(images)), augmentation)
-    targets = CachedTargets(teacher, dataset, num_classes=10, root=tmp_path, warn=pytest.fail)
+    targets = CachedTargets(teacher, dataset, task=classification(10), root=tmp_path, warn=pytest.fail)
     batch_size, count = 50, 4
     supply = ResidentPipeline(views, targets.for_views(views, count), count=count, batch_size=batch_size, seed=0)
     pool = supply.whole()
