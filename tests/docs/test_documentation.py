@@ -1,5 +1,6 @@
 """README.md and docs/: short enough, without dead links, and complete: what must be documented is computed from the code."""
 
+import configparser
 import dataclasses
 import importlib.util
 import inspect
@@ -103,6 +104,12 @@ def test_every_page_is_in_the_table_of_contents():
             assert name in index
 
 
+def test_first_page_lists_every_extra():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert [extra for extra in setup["options.extras_require"] if f"`.[{extra}]`" not in page("index.md")] == []
+
+
 def test_api_page_documents_every_public_name(generate):
     text = generate.api()
     assert [name for name in ev3_distill.__all__ if f"### {name}\n" not in text] == []
@@ -166,7 +173,7 @@ def test_metrics_pages_have_every_metric():
 
 def test_data_page_has_every_array_of_an_npz_file():
     inputs = {name for pair in npz._PAIRS for name in pair}
-    names = {"class_names", "groups", *inputs, *(part + name for part in npz._PARTS for name in (*inputs, "groups"))}
+    names = {"class_names", "groups", *inputs, *(part + name for part in npz._PREFIXES for name in (*inputs, "groups"))}
     names |= {"logits", "train_logits", "test_logits", "fingerprint"}
     assert missing(names, page("reference/data.md")) == []
 
