@@ -35,7 +35,7 @@ from ev3_distill.arms.optimizers import adamw
 from ev3_distill.benchmarks import statistics
 from ev3_distill.config import EV3
 from ev3_distill.data.batches import Resident, sampler
-from ev3_distill.data.shuffle import order, rows
+from ev3_distill.data.shuffle import batch_rows, make_order
 from ev3_distill.data.sources import load_data
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.ledger import Ledger, row_of
@@ -134,7 +134,7 @@ def problem(seed: int) -> Pools:
     explore, assess, decide = np.split(chosen, [EXPLORE, EXPLORE + ASSESS])
     examples = split(explore)
     views = examples._replace(teacher={"logits": examples.teacher["logits"][None]})
-    return Pools(Resident(views, order(EXPLORE, seed)), split(assess), split(decide))
+    return Pools(Resident(views, make_order(EXPLORE, seed)), split(assess), split(decide))
 
 
 def contenders(steps: int, reference_steps: int, *, ledger: Path) -> dict[str, tuple[Contender, int]]:
@@ -220,7 +220,7 @@ def _reference(network: Network, start: Callable[[Pools, int], Variables], steps
 
     def contender(pools: Pools, seed: int) -> Work:
         variables = start(pools, seed)
-        visit = jax.jit(functools.partial(rows, batch_size=CONFIG.batch_size))
+        visit = jax.jit(functools.partial(batch_rows, batch_size=CONFIG.batch_size))
         chosen = [np.asarray(visit(pools.explore.order, np.int32(step))) for step in range(steps)]
         examples = pools.explore.examples
         explore = jax.tree.map(np.asarray, examples._replace(teacher={"logits": examples.teacher["logits"][0]}))

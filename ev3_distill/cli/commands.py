@@ -18,8 +18,7 @@ from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.monitor import report
 from ev3_distill.runtime import distributed
-from ev3_distill.search.search import search
-from ev3_distill.search.sizes import first_network
+from ev3_distill.search import first_network, run_search
 from ev3_distill.students import feature_shapes
 from ev3_distill.teachers import Teacher, load_logits, load_teacher, save_logits
 from ev3_distill.teachers.targets import BATCH, BlankTargets, CachedTargets, RecordedTargets, TeacherTargets
@@ -283,7 +282,7 @@ def _search_or_train(
     in_step: InStepTeacher | None = None,
 ) -> dict[str, Any]:
     if config.searches:
-        return search(directory, config, setup, arms, targets, teacher=teacher)
+        return run_search(directory, config, setup, arms, targets, teacher=teacher)
     if config.control:
         own = directory / "control"
         control_setup = dataclasses.replace(setup, teacher_features={}, guards=())

@@ -1,1 +1,24 @@
 """Data: sources, splits, shuffling, augmentation, batches and the input pipeline."""
+
+from ev3_distill.data.augment import Augmentation
+from ev3_distill.data.batches import Resident, Window, held_out, resident, sampler
+from ev3_distill.data.pipeline import ResidentPipeline, Views, WindowPipeline
+from ev3_distill.data.sources import Dataset, load_data
+from ev3_distill.data.splits import SPLITS, count_shared, split_rows
+
+__all__ = [
+    "SPLITS",
+    "Augmentation",
+    "Dataset",
+    "Resident",
+    "ResidentPipeline",
+    "Views",
+    "Window",
+    "WindowPipeline",
+    "count_shared",
+    "held_out",
+    "load_data",
+    "resident",
+    "sampler",
+    "split_rows",
+]

@@ -1,11 +1,10 @@
-"""Augmentation on the device, replayed bit by bit: a view is (index of an example, number of the view, seed).
+"""Augmentation on the device that can be replayed bit by bit: a view is (index of an example, number of the view, seed).
 
-A view's random words are functions of these three numbers alone: Threefry-2x32 by name, words by counter, so neither the
-batch, its order and size, jit, the device, nor JAX's PRNG settings matter. All else is selection of values, integers, and
-float products that are exact, which leaves nothing for a compiler to round its own way. What a teacher said of a view is
-therefore true of every replay of it.
+The random words of a view depend on these three numbers alone: they come from Threefry-2x32 by counter, so neither the batch
+(its order and size), nor jit, the device or the PRNG settings of JAX matter. Everything else is selection, integer arithmetic
+and exact float products, so compilers cannot round differently. Teacher outputs for a view therefore hold for every replay.
 
-Pixels: uint8, or float32 in [0, 1]. Sizes and shifts are in pixels, 0 turns a thing off.
+Pixels are uint8, or float32 in [0, 1]. Sizes and shifts are in pixels; 0 disables an operation.
 
 References:
   Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011 (Threefry).
@@ -13,7 +12,7 @@ References:
   Zhang et al., mixup: beyond empirical risk minimization, 2018.
   Yun et al., CutMix: regularization strategy to train strong classifiers with localizable features, 2019.
   Beyer et al., Knowledge distillation: a good teacher is patient and consistent, 2022 (function matching: the teacher
-    sees the student's very pixels, mixed at a uniform ratio, and no label is asked for).
+    sees the same pixels as the student, mixed at a uniform ratio, without labels).
 """
 
 import dataclasses
@@ -28,66 +27,66 @@ from ev3_distill.errors import check
 
 __all__ = ["Augmentation", "parse", "partner_of", "view_of"]
 
-VERSION = 1  # of the views: raise it where the same (index, view, seed) gives other pixels; it is part of cache keys
+VERSION = 1  # of the views; part of cache keys. Increase it when the same (index, view, seed) gives other pixels
 MIXES = ("mixup", "cutmix")
 
 _SIZES = ("crop", "translate", "cutout")
 _NUMBERS = (*_SIZES, "seed", "version")
 _WAY_OUT = "try none, auto, or some of flip,crop=4,translate=2,cutout=8,mixup,cutmix,seed=0"
-_LEAST_AUTO = 16  # pixels
-_LEVELS = 256  # a mixing ratio is in 1/256ths: products with a byte and its complement's sum fit 16 bits
-_SLOTS = 8  # words that an example's own view takes; its partner's, and the choice of the partner, come after
+_MIN_AUTO_SIDE = 16  # pixels
+_LEVELS = 256  # mixing ratios are multiples of 1/256, so that a weighted sum of two bytes fits 16 bits
+_SLOTS = 8  # words for the example's own view; then come those for the partner's view and for the choice of the partner
 _PARTNER, _CHOICE, _WORDS = _SLOTS, _SLOTS + 4, _SLOTS + 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What may happen to an example; hashable, so static under jit."""
+    """Operations on an example; hashable, so it can be static under jit."""
 
     flip: bool = False  # left to right, in half of the views
-    crop: int = 0  # pads by so many zeros and crops at random: a shift by -crop..crop down and across
-    translate: int = 0  # the same shift under the name it has for glyphs
-    cutout: int = 0  # side of a square of zeros, centred anywhere, clipped at the borders
-    mix: str = ""  # "", "mixup" or "cutmix": with a partner, at a ratio uniform on [0, 1]
+    crop: int = 0  # pads with zeros and crops at random: shifts by -crop..crop in both directions
+    translate: int = 0  # the same shift; the usual name for glyphs
+    cutout: int = 0  # side of a square of zeros with a random center, clipped at the borders
+    mix: str = ""  # "", "mixup" or "cutmix" with a partner, at a ratio that is uniform on [0, 1]
     seed: int = 0
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in _SIZES}
-        check(min(sizes.values()) >= 0, "sizes and shifts are at least 0", sizes, "0 turns one off")
-        check(not (self.crop and self.translate), "crop and translate are one and the same shift", sizes, "drop one")
-        check(self.mix in ("", *MIXES), f"a mix is {' or '.join(MIXES)}", f"'{self.mix}'", "name one, or none")
-        check(0 <= self.seed < 2**31, "a seed is a whole number from 0 to 2^31 - 1", self.seed, "try 0")
+        check(min(sizes.values()) >= 0, "sizes and shifts must be at least 0", sizes, "give 0 to disable one")
+        check(not (self.crop and self.translate), "crop and translate are the same shift", sizes, "omit one")
+        check(self.mix in ("", *MIXES), f"mix must be {' or '.join(MIXES)}", f"'{self.mix}'", "name one, or none")
+        check(0 <= self.seed < 2**31, "seed must be an integer from 0 to 2^31 - 1", self.seed, "try 0")
 
     def describe(self) -> str:
-        """Canonical text, which `parse` reads back; equal texts make equal views, so it may be part of a cache's key."""
+        """Canonical text, which `parse` reads. Equal texts give equal views, so it can be part of a cache key."""
         sizes = [f"{name}={getattr(self, name)}" for name in _SIZES if getattr(self, name)]
         words = ["flip"] * self.flip + sizes + [self.mix] * bool(self.mix)
         return ",".join([*words, f"seed={self.seed}", f"version={VERSION}"])
 
 
 def parse(text: str, input_shape: Sequence[int]) -> Augmentation | None:
-    """Reads what a user asks for.
+    """Parses the value of --augment.
 
-    `auto` flips and crops (by an eighth of the shorter side) colour images of at least 16x16, and does nothing to all
-    else: a mirrored or shifted photograph is of the same thing, but greyscale images are mostly glyphs, scans or spectra,
-    where a mirrored one is another thing or none.
+    `auto` flips and crops (by an eighth of the shorter side) color images of at least 16x16, and leaves all other examples
+    unchanged: a mirrored photograph shows the same object, but grayscale images are mostly glyphs, scans or spectra, which
+    mirroring changes or destroys.
 
     Args:
-      text: `none`, `auto`, or words joined by commas, of flip, crop=N, translate=N, cutout=N, mixup, cutmix, seed=N.
-      input_shape: of one example. Only mixup is for all shapes; the others are for images [H, W, C].
+      text: `none`, `auto`, or a comma-separated list of flip, crop=N, translate=N, cutout=N, mixup, cutmix, seed=N.
+      input_shape: of one example. mixup works for all shapes, the others for images [H, W, C].
 
     Returns:
-      The augmentation; None where there is none.
+      The augmentation, or None.
 
     Raises:
-      InputError: words that are unknown, do not go together or do not fit the shape.
+      InputError: unknown words, or words that do not go together or do not fit the shape.
     """
     if text == "none":
         return None
     if text == "auto":
         height, width, channels = input_shape if len(input_shape) == 3 else (0, 0, 0)
         short = min(height, width)
-        return Augmentation(flip=True, crop=short // 8) if channels == 3 and short >= _LEAST_AUTO else None
+        return Augmentation(flip=True, crop=short // 8) if channels == 3 and short >= _MIN_AUTO_SIDE else None
     augmentation = _augmentation(text)
     _check_fits(augmentation, input_shape)
     return augmentation
@@ -98,31 +97,36 @@ def _augmentation(text: str) -> Augmentation:
     numbers = {name: _number(text, value) for name, equals, value in words if equals and name in _NUMBERS}
     flags = [name for name, equals, _ in words if not equals and name in ("flip", *MIXES)]
     mixes = [name for name in flags if name in MIXES]
-    check(len(numbers) + len(set(flags)) == len(words), "an augmentation names what it knows, each once, with a number "
-           "where one is due", f"'{text}'", _WAY_OUT)  # fmt: skip
-    check(len(mixes) < 2, "an augmentation mixes in one way", f"'{text}'", "drop mixup or cutmix")
+    check(len(numbers) + len(set(flags)) == len(words), "an augmentation must list known operations, each once, with a number "
+          "where one is needed", f"'{text}'", _WAY_OUT)  # fmt: skip
+    check(len(mixes) < 2, "an augmentation must mix in one way", f"'{text}'", "omit mixup or cutmix")
     version = numbers.pop("version", VERSION)
-    check(version == VERSION, f"views are of version {VERSION} here", f"version={version}", "drop it for new views")
-    made = Augmentation(flip="flip" in flags, mix="".join(mixes), **numbers)
-    check(made != Augmentation(seed=made.seed), "an augmentation changes something", f"'{text}'", _WAY_OUT)
-    return made
+    check(version == VERSION, f"views must be of version {VERSION}", f"version={version}", "omit it for new views")
+    augmentation = Augmentation(flip="flip" in flags, mix="".join(mixes), **numbers)
+    check(
+        augmentation != Augmentation(seed=augmentation.seed),
+        "an augmentation must change something",
+        f"'{text}'",
+        _WAY_OUT,
+    )
+    return augmentation
 
 
 def _number(text: str, value: str) -> int:
     plain = value.isascii() and value.isdigit()
-    check(plain and len(value) <= 10, "an augmentation's numbers are whole, from 0 on", f"'{text}'", _WAY_OUT)
+    check(plain and len(value) <= 10, "the numbers of an augmentation must be integers from 0", f"'{text}'", _WAY_OUT)
     return int(value)
 
 
 def _check_fits(augmentation: Augmentation, input_shape: Sequence[int]) -> None:
-    asked, shape = augmentation.describe(), list(input_shape)
+    described, shape = augmentation.describe(), list(input_shape)
     if augmentation == Augmentation(mix="mixup", seed=augmentation.seed):
         return
-    check(len(shape) == 3, "only mixup is for examples that are no images [H, W, C]", f"'{asked}' for shape {shape}",
-           "take mixup or none")  # fmt: skip
+    check(len(shape) == 3, "only mixup is for examples that are not images [H, W, C]", f"'{described}' for shape {shape}",
+          "use mixup or none")  # fmt: skip
     size = max(getattr(augmentation, name) for name in _SIZES)
-    check(size < min(shape[:2]), "shifts and cutouts are smaller than the image", f"'{asked}' for shape {shape}",
-           "take smaller numbers")  # fmt: skip
+    check(size < min(shape[:2]), "shifts and cutouts must be smaller than the image", f"'{described}' for shape {shape}",
+          "use smaller numbers")  # fmt: skip
 
 
 def view_of(
@@ -132,26 +136,26 @@ def view_of(
     index: jax.Array,
     view: jax.Array | int,
 ) -> tuple[jax.Array, jax.Array]:
-    """The views of a batch: flip, then shift, then mix with the partners' views (flip and shift of their own), then cutout.
+    """The views of a batch: flip, shift, mix with the partners' views (with flips and shifts of their own), then cutout.
 
     Args:
-      augmentation: what to do, static.
+      augmentation: static under jit.
       inputs: [B, ...] uint8 or float32.
-      partners: like `inputs`, the examples of rows `partner_of`; None where nothing is mixed.
-      index: [B] int32, names the examples; not negative.
+      partners: like `inputs`, the examples at rows `partner_of`; None if nothing is mixed.
+      index: [B] int32, identifies the examples; not negative.
       view: int32, [B] or one for all; not negative.
 
     Returns:
-      The views, of the inputs' shape and type, and which of them [B] bool hold anything of their partner: a label is
-      true of the others alone.
+      The views, with the shape and type of the inputs, and which of them [B] bool contain a part of their partner: the label
+      holds only for the others.
     """
     words = _words(augmentation, index, view)
     mixed = jnp.zeros(inputs.shape[0], bool)
-    out = _moved(augmentation, inputs, words[:, :_PARTNER])
+    out = _flip_and_shift(augmentation, inputs, words[:, :_PARTNER])
     if augmentation.mix:
         if partners is None:
-            raise ValueError(f"{augmentation.mix} needs partners; got None: fetch the rows that partner_of names")
-        partners = _moved(augmentation, partners, words[:, _PARTNER:_CHOICE])
+            raise ValueError(f"{augmentation.mix} needs partners; got None: fetch the rows of partner_of")
+        partners = _flip_and_shift(augmentation, partners, words[:, _PARTNER:_CHOICE])
         out, mixed = (_mixup if augmentation.mix == "mixup" else _cutmix)(out, partners, words)
     if augmentation.cutout:
         side = jnp.full(words.shape[:1], augmentation.cutout)
@@ -160,13 +164,13 @@ def view_of(
 
 
 def partner_of(augmentation: Augmentation, row: jax.Array, view: jax.Array | int, n: int) -> jax.Array:
-    """The rows of the examples that a batch is mixed with: uniform among the others.
+    """The rows of the examples with which a batch is mixed, uniform among all others.
 
     Args:
-      augmentation: of which only the seed counts.
-      row: [B] int32, of the examples themselves, at least 0 and below n.
+      augmentation: only its seed matters.
+      row: [B] int32, of the examples, from 0 to n - 1.
       view: int32, [B] or one for all.
-      n: how many rows there are; 1 makes an example its own partner.
+      n: number of rows; if it is 1, an example is its own partner.
 
     Returns:
       Rows [B] int32.
@@ -177,7 +181,7 @@ def partner_of(augmentation: Augmentation, row: jax.Array, view: jax.Array | int
 
 
 def _words(augmentation: Augmentation, index: jax.Array, view: jax.Array | int) -> jax.Array:
-    """Random words [B, _WORDS] uint32: fold_in alone, as the bits that JAX draws from a key depend on its settings."""
+    """Random words [B, _WORDS] uint32, by fold_in alone: bits drawn from a key depend on settings of JAX."""
     seed = jax.random.key(augmentation.seed, impl="threefry2x32")
     counters = jnp.arange(_WORDS // 2, dtype=jnp.uint32)
 
@@ -190,12 +194,12 @@ def _words(augmentation: Augmentation, index: jax.Array, view: jax.Array | int) 
 
 
 def _below(word: jax.Array, n: int) -> jax.Array:
-    """Whole numbers from 0 to n - 1, int32; uniform to n / 2^32."""
+    """Integers from 0 to n - 1, int32; uniform up to n / 2^32."""
     return (word % np.uint32(n)).astype(jnp.int32)
 
 
-def _moved(augmentation: Augmentation, x: jax.Array, words: jax.Array) -> jax.Array:
-    """Flipped and shifted, by words 0 and 1, 2. Padding and slicing is by far the fastest way on CPU."""
+def _flip_and_shift(augmentation: Augmentation, x: jax.Array, words: jax.Array) -> jax.Array:
+    """Flips by word 0 and shifts by words 1 and 2. Padding and slicing is by far the fastest on a CPU."""
     if augmentation.flip:
         flipped = (words[:, 0] >> 31).astype(bool)
         x = jnp.where(flipped[:, None, None, None], x[:, :, ::-1], x)
@@ -208,7 +212,7 @@ def _moved(augmentation: Augmentation, x: jax.Array, words: jax.Array) -> jax.Ar
 
 
 def _mixup(x: jax.Array, partner: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """a x + (1 - a) partner, a in 0/256, ..., 256/256 by word 5; bytes to the nearest, halves up."""
+    """a x + (1 - a) partner, with a in 0/256, ..., 256/256 by word 5; bytes are rounded to the nearest, halves up."""
     of_own = _below(words[:, 5], _LEVELS + 1)
     a = of_own.reshape(-1, *(1,) * (x.ndim - 1))
     if x.dtype == jnp.uint8:
@@ -224,9 +228,9 @@ def _mixup(x: jax.Array, partner: jax.Array, words: jax.Array) -> tuple[jax.Arra
 
 
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Float32 as a sum of two, of 12 significant bits each.
+    """Splits float32 into a sum of two numbers of 12 significant bits each.
 
-    Their products with a ratio are exact, so it does not matter whether a compiler fuses them with the sum (FMA) or not.
+    Their products with a ratio are exact, so fusing them with the sum (FMA) changes nothing.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     high = jax.lax.bitcast_convert_type(bits & np.uint32(0xFFFFF000), jnp.float32)
@@ -234,9 +238,9 @@ def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _cutmix(x: jax.Array, partner: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The partner within a box whose share of the area is m / 256, m = 0, ..., 256 by word 5, before it is clipped.
+    """Inserts the partner within a box whose fraction of the area, before clipping, is m / 256, m = 0, ..., 256 by word 5.
 
-    The box has the image's proportions and a centre (words 6, 7) uniform over the pixels.
+    The box has the proportions of the image and a center (words 6, 7) that is uniform over the pixels.
     """
     share = _below(words[:, 5], _LEVELS + 1)
     height, width = (_sides(size)[share] for size in x.shape[1:3])
@@ -245,12 +249,12 @@ def _cutmix(x: jax.Array, partner: jax.Array, words: jax.Array) -> tuple[jax.Arr
 
 
 def _sides(size: int) -> jax.Array:
-    """floor(size sqrt(m / 256)) for all m, exact: [257] int32."""
+    """floor(size sqrt(m / 256)) for all m, exact, [257] int32."""
     return jnp.asarray([math.isqrt(size * size * m // _LEVELS) for m in range(_LEVELS + 1)], jnp.int32)
 
 
 def _square(shape: Sequence[int], words: jax.Array, height: jax.Array, width: jax.Array) -> jax.Array:
-    """Which pixels are in the box of these sizes [B] about a centre that the two words choose: [B, H, W, 1] bool."""
+    """Which pixels are in a box of these sizes [B] around a center from the two words: [B, H, W, 1] bool."""
     inside = []
     for axis, side in enumerate((height, width)):
         size = shape[1 + axis]

@@ -14,7 +14,7 @@ import numpy as np
 
 from ev3_distill.config import Fractions
 from ev3_distill.data.augment import Augmentation, partner_of, view_of
-from ev3_distill.data.shuffle import Order, epoch_of, order, rows
+from ev3_distill.data.shuffle import Order, batch_rows, epoch_of, make_order
 from ev3_distill.data.splits import DEFAULT_FRACTIONS, SPLITS, split_rows
 from ev3_distill.errors import InputError
 from ev3_distill.types import Apply, Batch, Pools, PyTree, Sample, Variables
@@ -52,7 +52,7 @@ def sampler(
             at = (step - pool.first) * batch_size
             batch = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, at, batch_size), pool.examples)
         else:
-            positions = rows(pool.order, step, batch_size=batch_size)
+            positions = batch_rows(pool.order, step, batch_size=batch_size)
             view = epoch_of(pool.order, step, batch_size=batch_size) % np.uint32(views)
             batch = view_batch(pool.examples, positions, view.astype(jnp.int32), augmentation)
         if teacher is None:
@@ -107,7 +107,7 @@ def resident(
       teacher: the teacher's outputs and features by name, [V, N, ...].
       seed: of the order in which examples are visited.
     """
-    return Resident(make_batch(inputs, targets, index, teacher), order(len(index), seed))
+    return Resident(make_batch(inputs, targets, index, teacher), make_order(len(index), seed))
 
 
 def held_out(

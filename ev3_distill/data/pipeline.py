@@ -16,7 +16,7 @@ import numpy as np
 
 from ev3_distill.data.augment import Augmentation, partner_of, view_of
 from ev3_distill.data.batches import Resident, Window, make_batch, resident, without_targets
-from ev3_distill.data.shuffle import Order, epoch_of, order, rows, steps_per_epoch
+from ev3_distill.data.shuffle import Order, batch_rows, epoch_of, make_order, steps_per_epoch
 from ev3_distill.types import PyTree, Variables
 
 TeacherOf = Callable[[int, np.ndarray, Callable[[np.ndarray], np.ndarray]], dict[str, np.ndarray]]
@@ -138,7 +138,7 @@ class WindowPipeline:
         """Takes the arguments of `ResidentPipeline`, and W, the steps of a window."""
         self._views, self._teacher_of, self._count = views, teacher_of, count
         self._batch_size, self._steps = batch_size, steps
-        self._reads = _WindowReads(views, order(len(views.index), seed), count, batch_size, steps)
+        self._reads = _WindowReads(views, make_order(len(views.index), seed), count, batch_size, steps)
         self._ahead: Iterator[Any] | None = None
         self._number = -1
         self._window: Window | None = None
@@ -184,7 +184,7 @@ class _WindowReads:
 
     def __init__(self, views: Views, order_: Order, count: int, batch_size: int, steps: int):
         self._views, self._order, self._count, self._steps = views, order_, count, steps
-        self._rows = jax.jit(jax.vmap(functools.partial(rows, batch_size=batch_size), in_axes=(None, 0)))
+        self._rows = jax.jit(jax.vmap(functools.partial(batch_rows, batch_size=batch_size), in_axes=(None, 0)))
         self._epoch = jax.jit(functools.partial(epoch_of, batch_size=batch_size))
         self._batch_size = batch_size
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from ev3_distill import config, students
 from ev3_distill.certify.certificate import Bound, Certificate, median_bound
+from ev3_distill.data import split_rows
 from ev3_distill.data.sources import Dataset
-from ev3_distill.data.splits import split_rows
 from ev3_distill.errors import InputError, warn
 from ev3_distill.export import file_latency
 from ev3_distill.export.evaluation_level import Level, Query, level_on_new_data, level_on_sealed_split

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ev3_distill import students
+from ev3_distill.data import split_rows
 from ev3_distill.data.sources import Dataset
-from ev3_distill.data.splits import split_rows
 from ev3_distill.errors import InputError
 from ev3_distill.export import file_latency, model_card
 from ev3_distill.export.acceptance import Predict, check_accepted, compare, mean_score, run_file

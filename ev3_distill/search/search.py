@@ -27,7 +27,7 @@ from ev3_distill.training.train import conclude
 PATIENCE = 6.0  # default patience of a search: what growth has added needs time to pay off
 
 
-def search(
+def run_search(
     directory: Path,
     config: Compress,
     setup: TrainingSetup,

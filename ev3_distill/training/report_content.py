@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from ev3_distill.config import EV3, Compress, RunConfig, Teach
-from ev3_distill.data.splits import SPLITS
+from ev3_distill.data import SPLITS
 from ev3_distill.runtime.ledger import read_rows
 from ev3_distill.students import count_params
 from ev3_distill.training.certify_run import Certification

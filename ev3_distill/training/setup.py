@@ -11,11 +11,10 @@ import numpy as np
 from ev3_distill import students
 from ev3_distill.arms import arms_named
 from ev3_distill.config import Budget, Compress, RunConfig
-from ev3_distill.data import augment
+from ev3_distill.data import augment, split_rows
 from ev3_distill.data.batches import held_out, sampler
 from ev3_distill.data.pipeline import ResidentPipeline, Views, WindowPipeline
 from ev3_distill.data.sources import Dataset
-from ev3_distill.data.splits import split_rows
 from ev3_distill.errors import InputError
 from ev3_distill.guards import Guard
 from ev3_distill.tasks.base import Task, has_target

@@ -9,7 +9,7 @@ import numpy as np
 from ev3_distill import students
 from ev3_distill.arms import BY_PEERS, arms_named, default_names, features_asked
 from ev3_distill.config import Compress
-from ev3_distill.data.splits import count_shared
+from ev3_distill.data import count_shared
 from ev3_distill.errors import InputError, warn
 from ev3_distill.tasks.classification.user_metrics import read_costs
 from ev3_distill.training.certify_run import sizes_of

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from ev3_distill.config import Compress
+from ev3_distill.data import split_rows
 from ev3_distill.data.sources import Dataset
-from ev3_distill.data.splits import split_rows
 from ev3_distill.errors import InputError, warn
 from ev3_distill.teachers import Teacher
 from ev3_distill.teachers.diagnosis import CHECKS

@@ -1,4 +1,4 @@
-"""Views: against NumPy from the bits up, replayed whatever the batch, and distributed as they should be."""
+"""Augmented views: equal to a NumPy reference, replayed exactly in any batch, and distributed correctly."""
 
 import functools
 import hashlib
@@ -121,8 +121,8 @@ def test_partner_against_numpy():
     np.testing.assert_array_equal(partner_of(Augmentation(seed=9), rows, 6, n), wanted)
 
 
-def test_views_of_this_version():
-    """Where these change, cached logits of older views are stale: raise augment.VERSION."""
+def test_views_of_this_version_are_pinned():
+    """If these change, cached teacher outputs are stale: increase augment.VERSION."""
     assert words_of(7, 123, 4)[:2] == [816647395, 2540900920]
     out, _ = view_jit(ALL, images(8), images(8, seed=1), np.arange(8), np.arange(8))
     assert hashlib.sha256(np.asarray(out).tobytes()).hexdigest()[:16] == "f974920290c497d2"
@@ -146,7 +146,7 @@ def batches(n, sizes, seed):
 
 @pytest.mark.parametrize(("mix", "dtype"), [("mixup", "uint8"), ("mixup", "float32"), ("cutmix", "uint8")])
 def test_replay_is_exact(mix, dtype):
-    """Whatever the batch, its order and size, inside jit, scan or neither, and whatever JAX's PRNG settings."""
+    """For any batch, its order and size, under jit, scan or neither, and for any PRNG settings of JAX."""
     a = Augmentation(flip=True, crop=3, cutout=5, mix=mix, seed=11)
     data, (index, view) = images(200, dtype=dtype), thousand()
 
@@ -175,7 +175,7 @@ def test_replay_is_exact(mix, dtype):
     np.testing.assert_array_equal(np.asarray(scanned(data)).reshape(wanted.shape), wanted)
 
 
-def test_a_view_depends_on_all_that_names_it():
+def test_a_view_depends_on_seed_index_and_number():
     x = images(1)
 
     def view(seed, index, number):
@@ -192,7 +192,7 @@ def test_a_view_depends_on_all_that_names_it():
 # By hand, and in distribution.
 
 
-def test_by_hand():
+def test_crops_and_flips_by_hand():
     x = np.arange(1, 10, dtype=np.uint8).reshape(1, 3, 3, 1)
     found = {}
     for v in range(60):
@@ -206,8 +206,8 @@ def test_by_hand():
     assert flips == {x.tobytes(), x[:, :, ::-1].tobytes()}
 
 
-def test_mixing_keeps_what_both_share():
-    """Bytes equal in both stay, 255 does not overflow, and the ratio takes its ends."""
+def test_mixing_equal_images_changes_nothing():
+    """Also 255 does not overflow, and the ratio reaches both ends."""
     same = images(5000, (1, 1, 1))
     a = Augmentation(mix="mixup")
     out, mixed = view_jit(a, same, same, np.arange(5000), 0)
@@ -259,7 +259,7 @@ def test_distributions():
 
 @given(n=st.integers(1, 2**31 - 1), view=st.integers(0, 2**31 - 1), seed=st.integers(0, 2**31 - 1), data=st.data())
 @settings(max_examples=50, deadline=None)
-def test_a_partner_is_another(n, view, seed, data):
+def test_a_partner_is_another_example(n, view, seed, data):
     row = data.draw(st.integers(0, n - 1))
     partner = int(partner_of(Augmentation(seed=seed), jnp.array([row]), view, n)[0])
     assert 0 <= partner < n
@@ -282,7 +282,7 @@ def test_shapes_and_types(shape, dtype, mix, size, flip):
     assert (mixed.shape, mixed.dtype) == (shape[:1], bool)
 
 
-def test_vectors_may_be_mixed():
+def test_vectors_can_be_mixed():
     x, partners = np.float32([[1, -2, 1e-3]]), np.float32([[5, 8, 1e6]])
     out = view_of(parse("mixup", (3,)), x, partners, jnp.array([1]), 0)[0]
     share = words_of(0, 1, 0)[5] % 257 / 256
@@ -291,10 +291,10 @@ def test_vectors_may_be_mixed():
         view_of(Augmentation(mix="mixup"), x, None, jnp.array([1]), 0)
 
 
-# What a user asks for.
+# The option.
 
 
-def test_parse():
+def test_parse_reads_what_describe_writes():
     assert parse("none", RGB) is None
     assert parse("auto", RGB) == Augmentation(flip=True, crop=4)
     assert parse("auto", (16, 64, 3)) == Augmentation(flip=True, crop=2)
@@ -311,33 +311,33 @@ def test_parse():
 @pytest.mark.parametrize(
     ("text", "shape", "says"),
     [
-        ("", RGB, "names what it knows"),
-        ("rotate=3", RGB, "names what it knows, each once, .*got 'rotate=3': try none, auto"),
+        ("", RGB, "must list known operations"),
+        ("rotate=3", RGB, "must list known operations, each once, .*got 'rotate=3': try none, auto"),
         ("flip,flip", RGB, "each once"),
         ("crop=2,crop=2", RGB, "each once"),
-        ("flip=1", RGB, "a number where one is due"),
-        ("crop", RGB, "a number where one is due"),
-        ("none,flip", RGB, "names what it knows"),
-        ("crop=-1", RGB, "are whole, from 0 on"),
-        ("crop=1.5", RGB, "are whole, from 0 on"),
-        ("crop=", RGB, "are whole, from 0 on"),
-        ("crop=1,translate=1", RGB, "one and the same shift"),
-        ("mixup,cutmix", RGB, "mixes in one way"),
-        ("seed=3", RGB, "changes something"),
-        ("crop=0", RGB, "changes something"),
-        ("flip,version=0", RGB, "views are of version 1 here; got version=0"),
-        ("crop=32", RGB, r"smaller than the image; got 'crop=32,.*' for shape \[32, 32, 3\]"),
+        ("flip=1", RGB, "a number where one is needed"),
+        ("crop", RGB, "a number where one is needed"),
+        ("none,flip", RGB, "must list known operations"),
+        ("crop=-1", RGB, "must be integers from 0"),
+        ("crop=1.5", RGB, "must be integers from 0"),
+        ("crop=", RGB, "must be integers from 0"),
+        ("crop=1,translate=1", RGB, "are the same shift"),
+        ("mixup,cutmix", RGB, "must mix in one way"),
+        ("seed=3", RGB, "must change something"),
+        ("crop=0", RGB, "must change something"),
+        ("flip,version=0", RGB, "views must be of version 1; got version=0"),
+        ("crop=32", RGB, r"must be smaller than the image; got 'crop=32,.*' for shape \[32, 32, 3\]"),
         ("cutout=28", GREY, "smaller than the image"),
-        ("flip", VECTOR, r"only mixup is for examples that are no images .* for shape \[5\]"),
-        ("cutmix", (100, 3), "take mixup or none"),
+        ("flip", VECTOR, r"only mixup is for examples that are not images .* for shape \[5\]"),
+        ("cutmix", (100, 3), "use mixup or none"),
     ],
 )
-def test_what_cannot_be_asked_for(text, shape, says):
+def test_bad_augmentations_are_refused(text, shape, says):
     with pytest.raises(InputError, match=says):
         parse(text, shape)
 
 
 @pytest.mark.parametrize("bad", [{"crop": -1}, {"mix": "mix"}, {"seed": -1}, {"seed": 2**31}])
-def test_what_cannot_be_made(bad):
+def test_bad_fields_are_refused(bad):
     with pytest.raises(InputError, match=r"; got .*: "):
         Augmentation(**bad)

@@ -10,7 +10,7 @@ import pytest
 from ev3_distill.data.augment import Augmentation
 from ev3_distill.data.batches import sampler
 from ev3_distill.data.pipeline import PART_STEPS, ResidentPipeline, Views, WindowPipeline
-from ev3_distill.data.shuffle import order, rows
+from ev3_distill.data.shuffle import batch_rows, make_order
 from ev3_distill.data.sources import Dataset
 
 N, B, V, SEED = 70, 8, 3, 5
@@ -104,7 +104,9 @@ def test_each_epoch_has_the_next_view_and_then_the_first_again(which):
     found = batches(pair[which], sample, 0, (V + 1) * PER_EPOCH)
     dataset, views = make_dataset(), views_of(make_dataset(), AUGMENTATIONS["crop"])
     for step, batch in found.items():
-        np.testing.assert_array_equal(batch.index, INDEX[rows(order(N, SEED), jnp.int32(step), batch_size=B)])
+        np.testing.assert_array_equal(
+            batch.index, INDEX[batch_rows(make_order(N, SEED), jnp.int32(step), batch_size=B)]
+        )
         np.testing.assert_array_equal(batch.targets, dataset.labels[batch.index])
         np.testing.assert_array_equal(batch.inputs, views.pixels(step // PER_EPOCH % V, batch.index))
 

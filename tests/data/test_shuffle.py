@@ -1,4 +1,4 @@
-"""The order of batches: random reshuffling without an iterator."""
+"""Stateless shuffling: every epoch visits each row at most once, in an order that depends on seed and step alone."""
 
 import functools
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ev3_distill.data import shuffle as order_module
-from ev3_distill.data.shuffle import epoch_of, order, rows, steps_per_epoch
+from ev3_distill.data.shuffle import batch_rows, epoch_of, make_order, steps_per_epoch
 from ev3_distill.errors import InputError
 
 SEEDS = st.integers(0, 2**40)
@@ -20,8 +20,8 @@ def epochs_of(n, batch_size, seed, *, first=0, count=1):
     """Rows of epochs, [count, batches, batch_size]."""
     m = max(n // batch_size, 1)
     steps = jnp.arange(first * m, (first + count) * m)
-    many = jax.vmap(functools.partial(rows, batch_size=batch_size), in_axes=(None, 0))
-    return np.asarray(jax.jit(many)(order(n, seed), steps)).reshape(count, m, batch_size)
+    many = jax.vmap(functools.partial(batch_rows, batch_size=batch_size), in_axes=(None, 0))
+    return np.asarray(jax.jit(many)(make_order(n, seed), steps)).reshape(count, m, batch_size)
 
 
 @settings(deadline=None, max_examples=25)
@@ -36,12 +36,12 @@ def test_an_epoch_visits_a_row_at_most_once(n, batch_size, seed, first):
         if batch_size <= n:
             assert visits.max() == 1
             assert visits.sum() == n // batch_size * batch_size
-        else:  # one batch that goes round the rows
+        else:  # one batch that repeats rows
             assert visits.max() - visits.min() <= 1
 
 
 @pytest.mark.parametrize("n", [65_537, 1_200_000, 10_000_000])
-def test_no_overflow(n):
+def test_large_splits_do_not_overflow(n):
     # A product that wraps at 2**32 would send two positions to one row.
     epochs = epochs_of(n, 1000, 1, first=70, count=2)
     for epoch in epochs:
@@ -52,7 +52,7 @@ def test_no_overflow(n):
 
 
 @pytest.mark.parametrize("n", [*range(1, 200), 65_536, 1_200_000, 2**30, 2**31 - 1])
-def test_multipliers_keep_their_bounds(n):
+def test_multipliers_are_coprime_and_cannot_overflow(n):
     multipliers = order_module._multipliers(n, np.random.default_rng(0)).tolist()
     assert 1 <= len(multipliers) <= 64
     assert len(set(multipliers)) == len(multipliers)
@@ -72,28 +72,28 @@ def test_epochs_regroup_like_true_reshuffling():
         member = np.zeros((n, epochs.shape[0] * epochs.shape[1]), np.float32)
         for i, batch in enumerate(epochs.reshape(-1, batch_size)):
             member[batch, i] = 1
-        together[name] = (member @ member.T)[np.triu_indices(n, 1)]  # in how many batches a pair meets
+        together[name] = (member @ member.T)[np.triu_indices(n, 1)]  # number of batches that a pair shares
     assert together["order"].mean() == together["shuffle"].mean()
     assert 0.8 < together["order"].std() / together["shuffle"].std() < 1.1
 
 
-def test_what_an_epoch_leaves_out_changes():
+def test_every_epoch_leaves_out_other_rows():
     n, batch_size = 100, 48
     epochs = epochs_of(n, batch_size, 0, count=200)
     visits = np.bincount(epochs.ravel(), minlength=n)
-    assert visits.min() > 180  # 192 expected; one that is always left out would have 0
+    assert visits.min() > 180  # 192 expected; 0 for a row that is always left out
 
 
-def test_order_follows_seed_and_step_alone():
+def test_order_depends_on_seed_and_step_alone():
     first, again, other = (epochs_of(500, 32, seed, count=4) for seed in (7, 7, 8))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
     assert not np.array_equal(np.sort(first[0]), np.sort(first[1]))
 
 
-def test_rows_under_jit_and_loop_equal_eager_ones():
-    fifty = order(50, 5)
-    of_step = functools.partial(rows, batch_size=8)
+def test_rows_are_the_same_under_jit_in_a_loop_and_eagerly():
+    fifty = make_order(50, 5)
+    of_step = functools.partial(batch_rows, batch_size=8)
 
     @jax.jit
     def loop(order_, first):
@@ -112,11 +112,11 @@ def test_rows_under_jit_and_loop_equal_eager_ones():
 
 
 def test_orders_of_one_size_share_a_program():
-    compiled = jax.jit(functools.partial(rows, batch_size=8)).lower(order(50, 0), np.int32(0)).compile()
-    assert not np.array_equal(compiled(order(50, 1), np.int32(3)), compiled(order(50, 2), np.int32(3)))
+    compiled = jax.jit(functools.partial(batch_rows, batch_size=8)).lower(make_order(50, 0), np.int32(0)).compile()
+    assert not np.array_equal(compiled(make_order(50, 1), np.int32(3)), compiled(make_order(50, 2), np.int32(3)))
 
 
 @pytest.mark.parametrize("n", [0, 2**31])
-def test_order_needs_rows(n):
-    with pytest.raises(InputError, match=f"an order needs 1 to .* rows; got {n}"):
-        order(n, 0)
+def test_a_number_of_rows_out_of_range_is_refused(n):
+    with pytest.raises(InputError, match=f"a shuffled split needs 1 to .* rows; got {n}"):
+        make_order(n, 0)

@@ -76,7 +76,7 @@ def pools_of():
     import jax.numpy as jnp
 
     from ev3_distill.data.batches import Resident
-    from ev3_distill.data.shuffle import order
+    from ev3_distill.data.shuffle import make_order
     from ev3_distill.types import Batch, Pools
 
     def split(seed, n):
@@ -95,7 +95,7 @@ def pools_of():
 
     explore = split(0, 48)
     views = explore._replace(teacher={"logits": explore.teacher["logits"][None]})
-    return Pools(Resident(views, order(48, 0)), split(1, 37), split(2, 37))
+    return Pools(Resident(views, make_order(48, 0)), split(1, 37), split(2, 37))
 
 
 @pytest.fixture(scope="module")

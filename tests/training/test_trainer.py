@@ -14,7 +14,7 @@ import ev3_distill as ev3
 from ev3_distill.arms import arms_named
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.data.batches import Resident
-from ev3_distill.data.shuffle import order
+from ev3_distill.data.shuffle import make_order
 from ev3_distill.students.families.mlp import mlp
 from ev3_distill.students.families.resnet import resnet
 from ev3_distill.tasks.classification import example_scores
@@ -46,7 +46,7 @@ def views(batch):
     return batch._replace(teacher={"logits": batch.teacher["logits"][None]})
 
 
-POOLS = Pools(Resident(views(make_split(0, N)), order(N, 0)), make_split(1, N), make_split(2, N))
+POOLS = Pools(Resident(views(make_split(0, N)), make_order(N, 0)), make_split(1, N), make_split(2, N))
 
 
 def squared(logits, batch):
@@ -165,7 +165,7 @@ def test_a_network_that_normalises_is_drawn_once():
     inputs = jnp.zeros((N, 8, 8, 1))
     explore, assess, decide = (split._replace(inputs=inputs) for split in (views(make_split(0, N)), *POOLS[1:3]))
     run = Distillation(network, arms_named(network.apply, ("ce",)), config=CONFIG)
-    pools = Pools(Resident(explore, order(N, 0)), assess, decide)
+    pools = Pools(Resident(explore, make_order(N, 0)), assess, decide)
     assert int(run.begin_best(pools, 0, budget=10**4).clock.cost) == 0
 
 
