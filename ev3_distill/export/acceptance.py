@@ -1,6 +1,6 @@
 """Acceptance of an exported file: it is run again, and accepted only if its outputs equal the student's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from ev3_distill.errors import InputError
 from ev3_distill.export.formats.runtime import open_exported
 from ev3_distill.tasks.base import Task
+from ev3_distill.tasks.classification.task import classification
 from ev3_distill.tasks.outputs import Outputs, bounds_of
 
 TOLERANCE = 1e-4  # largest difference from the student's outputs, relative to the largest of them if that is above 1
@@ -20,6 +21,11 @@ INT8_AGREEMENT = 0.9  # for int8, smallest fraction of examples with the student
 CHUNK = 64  # examples per pass
 
 Predict = Callable[[np.ndarray], np.ndarray]  # inputs [N, ...] -> outputs [N, ...]
+
+
+def task_of(class_names: Sequence[str]) -> Task:
+    """The task of a run with these classes; every run so far is a classification."""
+    return classification(len(class_names))
 
 
 def run_file(path: Path, inputs: np.ndarray) -> np.ndarray:

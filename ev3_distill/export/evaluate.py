@@ -13,6 +13,7 @@ from ev3_distill.data import split_rows
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.export import file_latency
+from ev3_distill.export.acceptance import task_of
 from ev3_distill.export.evaluation_level import Level, Query, level_on_new_data, level_on_sealed_split
 from ev3_distill.export.formats.metadata import ModelMetadata
 from ev3_distill.export.formats.runtime import ExportedModel, open_exported
@@ -20,7 +21,6 @@ from ev3_distill.guards import Guard, evaluate_guards
 from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.tasks.base import Task
 from ev3_distill.tasks.classification.example_metrics import probabilities
-from ev3_distill.tasks.classification.task import classification
 from ev3_distill.tasks.classification.user_metrics import read_costs
 from ev3_distill.tasks.outputs import Outputs
 from ev3_distill.teachers.kinds.flax import forward
@@ -163,8 +163,7 @@ def _compare_with_student(
     about = file.metadata
     network, variables = _load_student(run, about.student, students.import_factory(settings.student))
     expected = _outputs(forward(network, variables), examples, chunk=FILE_CHUNK)
-    task = classification(len(about.classes))
-    different, text = _agreement(outputs.student, expected.student, task=task, output=about.output)
+    different, text = _agreement(outputs.student, expected.student, task=task_of(about.classes), output=about.output)
     trained_for_int8 = about.precision == "int8" and about.certificate  # the file was fixed before the split was opened
     if not settings.data and not trained_for_int8 and (different or about.precision != "float32"):
         raise InputError(
@@ -303,8 +302,9 @@ def _load_student(directory: Path, digest: str, factory: Callable[..., Any] | No
 
 def _certificate(outputs: Outputs, query: Query, measured: Mapping[str, Bound], level: Level) -> Certificate:
     """The certificate at that level."""
-    task = classification(len(query.class_names))
-    request = CertificateRequest(task, query.metrics, level.confidence, query.class_names, costs=query.costs)
+    request = CertificateRequest(
+        task_of(query.class_names), query.metrics, level.confidence, query.class_names, costs=query.costs
+    )
     return certificate_of(
         outputs, request, measured=measured, shares=level.shares, among=level.among, reopened=level.reopened
     )

@@ -15,7 +15,7 @@ from ev3_distill.data import split_rows
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError
 from ev3_distill.export import file_latency, model_card
-from ev3_distill.export.acceptance import Predict, check_accepted, compare, mean_score, run_file
+from ev3_distill.export.acceptance import Predict, check_accepted, compare, mean_score, run_file, task_of
 from ev3_distill.export.export_config import ExportConfig
 from ev3_distill.export.formats import onnx_static_quantization
 from ev3_distill.export.formats.metadata import SIDECAR, ModelMetadata
@@ -26,7 +26,6 @@ from ev3_distill.runtime.files import atomic_directory, sha256_of
 from ev3_distill.runtime.timing import quantiles
 from ev3_distill.search.archive import FILE, Archive, pick
 from ev3_distill.tasks.base import Task, has_target
-from ev3_distill.tasks.classification.task import classification
 from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.training.run_dir import read_json, write_json
 from ev3_distill.training.run_reader import config_of, data_of
@@ -89,16 +88,12 @@ def export_run(run: Path, out: Path, config: ExportConfig | None = None) -> list
         with atomic_directory(out) as temporary:
             evidence, lines = _export(temporary, run, run_report, student, config)
             write_json(temporary / EVIDENCE, evidence)
-            card = model_card.render(run_report, evidence, config, task=_task_of(run_report), network=student.network)
+            task = task_of(run_report["data"]["classes"])
+            card = model_card.render(run_report, evidence, config, task=task, network=student.network)
             (temporary / model_card.NAME).write_text(card, encoding="utf-8")
     except OSError as error:
         raise InputError(f"export needs a writable folder; got {out} ({error}): choose another --out") from None
     return [f"Exported {student.description}.", *lines, f"Student: {out}"]
-
-
-def _task_of(run_report: dict[str, Any]) -> Task:
-    """The task of a run, from its report.json."""
-    return classification(len(run_report["data"]["classes"]))
 
 
 def _find_student(run: Path, run_report: dict[str, Any], conditions: str) -> _Student:
@@ -134,7 +129,7 @@ def _export(
     if config.int8 and about.precision == "int8":
         raise InputError(f"--int8 needs a float32 student; {student.description} trained for int8 already: omit --int8")
     path = write_model(folder, network, variables, config, about, student_folder=student.folder)
-    exported = _Exported(path, about, forward(network, variables), _task_of(run_report), data)
+    exported = _Exported(path, about, forward(network, variables), task_of(about.classes), data)
     inputs = _example_inputs(exported, "explore", EXAMPLES)
     comparison = compare(path, exported.student, inputs, task=exported.task, output=about.output)
     check_accepted(comparison, format=config.format, precision=about.precision, real_data=data is not None)
