@@ -265,6 +265,15 @@ def test_sklearn(here, name, classes):
     np.testing.assert_allclose(softmax, fitted.predict_proba(rows)[:, columns], atol=1e-5)
 
 
+def test_a_certain_sklearn_classifier_has_finite_logits(here):
+    """A probability of 0 counts as 1e-7."""
+    skops = pytest.importorskip("skops.io")
+    rows = np.repeat([[0.0], [1000.0]], 30, axis=0)
+    skops.dump(estimator("bayes").fit(rows, np.repeat([0, 1], 30)), "model.skops")
+    teacher = load("sklearn:model.skops", steps=Preprocessing(), shape=(1,), classes=("x", "y"))
+    np.testing.assert_allclose(teacher.outputs(rows[:1])["logits"], [[0, np.log(1e-7)]], atol=1e-3)
+
+
 def test_sklearn_of_labels_without_names(here):
     skops = pytest.importorskip("skops.io")
     rows, labels = RNG.normal(size=(60, 4)), np.arange(60) % 3
