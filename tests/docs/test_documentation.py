@@ -29,7 +29,7 @@ PAGES = [
 ]
 WORDS = 1500  # of README.md
 SKIPPED = 3  # examples that CI does not run, at most
-OF_OTHERS = {"check", "extra-index-url", "help", "keep-going", "logdir", "retries", "signal"}  # other programs' options
+OF_OTHERS = {"check", "extra-index-url", "help", "keep-going", "logdir", "signal"}  # other programs' options
 PREFIXES = {"teacher-input"}  # of several options
 
 
