@@ -1,4 +1,4 @@
-"""Each bound holds as often as it says, whatever the distribution, and is no looser than what one would take in its place."""
+"""Each bound holds with its confidence for every distribution, and is tighter than its alternatives."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import LinearConstraint, minimize
+from scipy.optimize import LinearConstraint, brentq, minimize
 from scipy.stats import beta, binom, binomtest
 
 from ev3_distill.certify.bounds import (
@@ -33,7 +33,7 @@ samples = st.lists(st.floats(0, 1), min_size=1, max_size=40).map(np.array)
 
 
 def allowed(trials, risk):
-    """The most failures that a bound of this risk may show without being caught at a level of 1 in 1,000."""
+    """The largest number of failures that is consistent with this error probability at a level of 0.001."""
     return binom.isf(0.001, trials, risk)
 
 
@@ -115,7 +115,7 @@ def test_coverage_is_never_below_the_confidence(n, confidence):
     assert [coverage(p - 1e-9) for p in bounds[1:]] == pytest.approx([confidence] * n, abs=1e-6)
 
 
-def test_rejects_what_gives_no_bound():
+def test_no_examples_and_invalid_confidences_are_rejected():
     for confidence in (0.0, 1.0, 1.5, float("nan")):
         with pytest.raises(InputError, match="confidence must lie between 0 and 1"):
             clopper_pearson_lower(1, 2, confidence=confidence)
@@ -150,7 +150,7 @@ NASTY = {  # draws [trials, n] in [0, 1], and their mean
 
 @pytest.mark.parametrize("name", NASTY)
 @pytest.mark.parametrize("n", [1, 20, 300])
-def test_the_mean_is_covered(name, n):
+def test_bound_of_the_mean_covers_the_truth(name, n):
     draw, mean = NASTY[name]
     draws = draw(np.random.default_rng(n), (400, n)).astype(float)
     lower = np.array([mean_lower(x, 0, 1, confidence=0.8) for x in draws])
@@ -160,7 +160,7 @@ def test_the_mean_is_covered(name, n):
     assert (lower <= draws.mean(1)).all() and (draws.mean(1) <= upper).all()
 
 
-def test_the_mean_of_hand_computed_samples():
+def test_bound_of_the_mean_by_hand():
     assert mean_lower(np.zeros(9), 0, 1, confidence=0.95) == 0
     assert mean_upper(np.ones(9), 0, 1, confidence=0.95) == 1
     assert mean_lower(np.full(3, 7.0), 7, 7, confidence=0.95) == 7
@@ -177,8 +177,24 @@ def test_the_mean_of_hand_computed_samples():
             mean_lower(np.array(bad), 0, 1, confidence=0.9)
 
 
-def test_the_capital_is_no_more_than_fair():
-    """What the bound rests on: at the true mean the capital is 1 in expectation, here by enumerating all samples of coins."""
+def test_bisection_rounds_the_bound_down_to_32_bits():
+    from ev3_distill.certify.bounds import _bets
+
+    x, alpha = np.array([0.2, 0.9, 1.0, 0.7]), 0.1
+    bets, logs = _bets(4, 1 - alpha)
+
+    def excess(m):
+        capital = (1 - bets[:, None] + bets[:, None] * x / m).prod(1)
+        return float(np.exp(logs) @ capital) - 1 / alpha
+
+    exact = brentq(excess, 1e-6, 1, xtol=1e-15)
+    bound = mean_lower(x, 0, 1, confidence=1 - alpha)
+    assert (bound * 2**32).is_integer()
+    assert 0 <= exact - bound <= 2**-32 + 1e-14
+
+
+def test_capital_is_a_fair_game():
+    """At the true mean the capital has expectation 1, by enumeration of all samples of coins."""
     from ev3_distill.certify.bounds import _bets
 
     for n, p, confidence in ((4, 0.3, 0.9), (9, 0.9, 0.99), (1, 0.5, 0.5)):
@@ -210,7 +226,7 @@ def test_betting_is_tighter_than_hoeffding_and_not_far_from_exact(n):
 
 @settings(max_examples=40, deadline=None)
 @given(samples, st.floats(0, 1), confidences, confidences)
-def test_the_mean_is_monotone(x, more, one, other):
+def test_bound_of_the_mean_is_monotone(x, more, one, other):
     low, high = sorted((one, other))
     bound = mean_lower(x, 0, 1, confidence=low)
     assert 0 <= bound <= x.mean() + 1e-8
@@ -224,7 +240,7 @@ def test_the_mean_is_monotone(x, more, one, other):
 
 
 def chernoff(hits, labels, classes, b, confidence):
-    """The log of the right side of balanced_lower's inequality, by an optimiser that knows nothing of multipliers."""
+    """The log of the right side of balanced_lower's inequality, by a general optimizer without multipliers."""
     n = np.bincount(labels, minlength=classes)
     observed = np.mean(np.bincount(labels, weights=hits, minlength=classes) / n)
     found = []
@@ -262,7 +278,7 @@ def test_balanced_by_hand():
 
 @pytest.mark.parametrize("sizes", [(40,) * 5, (5, 5, 40, 100, 300), (1, 200)])
 @pytest.mark.parametrize("kind", ["alike", "one bad", "nearly all right"])
-def test_balanced_accuracy_is_covered(sizes, kind):
+def test_bound_of_balanced_accuracy_covers_the_truth(sizes, kind):
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(len(sizes)), sizes)
     truth = np.full(len(sizes), {"alike": 0.8, "one bad": 0.95, "nearly all right": 0.99}[kind])
@@ -275,7 +291,7 @@ def test_balanced_accuracy_is_covered(sizes, kind):
 
 
 def test_balanced_is_tighter_than_its_alternatives():
-    """Hoeffding's bound of the same weighted sum, and the mean of the classes' exact bounds, each at the level alpha / K."""
+    """The alternatives: Hoeffding's bound of the same sum, and the mean of the classes' exact bounds at level alpha / K."""
     rng = np.random.default_rng(0)
     for classes, each, p in ((10, 36, 0.95), (10, 1000, 0.95), (100, 20, 0.8), (2, 200, 0.9)):
         labels = np.repeat(np.arange(classes), each)
@@ -325,7 +341,7 @@ def test_macro_f1_agrees_with_scikit_learn():
 
 
 @pytest.mark.parametrize("prior", [(0.25,) * 4, (0.9, 0.06, 0.03, 0.01)])
-def test_macro_f1_is_covered_and_beats_hoeffding(prior):
+def test_bound_of_macro_f1_covers_the_truth_and_beats_hoeffding(prior):
     rng = np.random.default_rng(0)
     prior, right = np.array(prior), 0.85
     joint = right * np.diag(prior) + (1 - right) * prior[:, None] * (1 - np.eye(4)) / 3
@@ -348,7 +364,7 @@ def test_macro_f1_is_covered_and_beats_hoeffding(prior):
 
 
 def calibrated(rng, size, bias):
-    """Confidences in (0.5, 1), and hits that fall short of them by `bias` (a function of the confidence)."""
+    """Confidences in (0.5, 1), and hits whose probability is lower by `bias` (a function of the confidence)."""
     sure = 0.5 + 0.5 * rng.random(size) ** 0.5
     return sure, rng.random(size) < np.clip(sure - bias(sure), 0, 1)
 
@@ -368,7 +384,7 @@ def truth_of(bias, bins=15):
 
 @pytest.mark.parametrize("name", BIASES)
 @pytest.mark.parametrize("n", [30, 400])
-def test_calibration_error_is_covered(name, n):
+def test_bound_of_the_calibration_error_covers_the_truth(name, n):
     truth, rng = truth_of(BIASES[name]), np.random.default_rng(0)
     bounds = [ece_upper(*calibrated(rng, n, BIASES[name]), confidence=0.8) for _ in range(200)]
     assert (np.array(bounds) < truth).sum() <= allowed(200, 0.2)
@@ -388,7 +404,7 @@ def test_calibration_error_by_hand():
 
 
 def test_calibration_bound_is_the_worst_over_all_signs():
-    """All 2^bins signs, one by one: none gives a bound above it, and the best is near."""
+    """None of all 2^bins signs gives a larger bound, and the largest is near."""
     rng = np.random.default_rng(0)
     sure, hits = calibrated(rng, 80, BIASES["both ways"])
     at, bound = np.ceil(sure * 4).astype(int) - 1, ece_upper(sure, hits, bins=4, confidence=0.9)
@@ -418,7 +434,7 @@ def test_calibration_bound_lies_above_the_point(pairs, confidence):
 # The median.
 
 
-def test_the_median_by_hand():
+def test_median_by_hand():
     # of 5: P[Binomial(5, 1/2) >= 5] = 1 / 32, >= 4 is 6 / 32
     x = np.array([3.0, 1, 5, 2, 4])
     assert median_upper(x, confidence=0.96) == 5
@@ -427,7 +443,7 @@ def test_the_median_by_hand():
     assert median_upper(np.full(101, 7.0), confidence=0.95) == 7
 
 
-def test_the_median_is_covered():
+def test_bound_of_the_median_covers_the_truth():
     rng = np.random.default_rng(0)
     for draws, truth in (
         (rng.lognormal(size=(2000, 101)), 1.0),
@@ -442,7 +458,7 @@ def test_the_median_is_covered():
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=60), confidences, confidences)
-def test_the_median_is_monotone(x, one, other):
+def test_bound_of_the_median_is_monotone(x, one, other):
     low, high = sorted((one, other))
     x = np.array(x)
     assert np.median(x) <= median_upper(x, confidence=low) + 1e-9 or len(x) < 3

@@ -1,4 +1,4 @@
-"""The certificate shares the risk of error as it says, and promises exactly what its bounds allow."""
+"""The certificate divides the error probability among claims and students, so that its claims hold jointly."""
 
 import json
 
@@ -13,7 +13,7 @@ from ev3_distill.tasks.classification.tables import Parts, accuracy_by
 from ev3_distill.tasks.outputs import Outputs, bounds_of
 
 
-def test_certify_shares_the_level_among_the_claims():
+def test_claims_divide_the_level_equally():
     right, agreed = np.repeat([1, 0], [90, 10]), np.repeat([True, False], [97, 3])
     certificate = make_certificate({"accuracy": right, "agreement": agreed}, confidence=0.9)
     assert certificate == Certificate(
@@ -28,7 +28,7 @@ def test_certify_shares_the_level_among_the_claims():
     assert alone.lower_bound > certificate.claims[0].lower_bound
 
 
-def test_certify_takes_claims_of_outputs():
+def test_certificate_from_bounds_of_outputs():
     logits, labels = np.eye(2)[np.repeat([0, 1], [90, 10])], np.zeros(100, int)
     outputs = Outputs(logits, labels, {"logits": np.eye(2)[labels]})
     certificate = make_certificate(bounds_of(["accuracy", "brier", "accuracy"], outputs), confidence=0.9)
@@ -54,8 +54,11 @@ def test_joint_coverage_of_exclusive_metrics():
         assert held >= confidence
 
 
-def test_whichever_of_two_students_is_delivered_the_promise_holds():
-    """The wanted one if its bound reaches the threshold, else the other: all outcomes. The whole risk for each breaks it."""
+def test_bounds_hold_for_whichever_of_two_students_is_delivered():
+    """Enumerates all outcomes of delivering the first if its bound reaches the threshold, else the second.
+
+    Without the division of the level, the error probability is exceeded.
+    """
     n, confidence, threshold = 30, 0.9, 0.6
 
     def broken(among):
@@ -75,7 +78,7 @@ def test_whichever_of_two_students_is_delivered_the_promise_holds():
     assert broken(2) <= 1 - confidence < broken(1)
 
 
-def test_each_of_several_students_has_its_share_of_a_table():
+def test_tables_divide_their_level_among_students():
     outputs = Outputs(np.eye(2)[[0, 0, 0, 1, 1, 0]], np.array([0, 0, 0, 0, 1, 1]))
     table = accuracy_by(outputs, Parts("class", outputs.targets, ["a", "b"]), confidence=0.9, among=2)
     expected = [clopper_pearson_lower(k, n, confidence=1 - 0.1 / 4) for k, n in ((3, 4), (1, 2))]
@@ -83,8 +86,8 @@ def test_each_of_several_students_has_its_share_of_a_table():
     assert table.confidence == 0.9
 
 
-def test_all_claims_of_one_student_hold_together():
-    """Everything that can be claimed of a student at once, on splits of a population that is known."""
+def test_all_claims_hold_jointly():
+    """All metrics at once, on splits of a known population."""
     rng = np.random.default_rng(0)
     labels = np.arange(30_000) % 3
     logits = rng.normal(size=(30_000, 3)) + 2 * np.eye(3)[labels]
@@ -117,7 +120,7 @@ def test_as_dict_is_json():
     ]
 
 
-def test_upper_bounds_stand_in_the_json_in_their_place():
+def test_json_has_the_upper_bound_in_place_of_the_lower():
     logits = np.eye(2)[np.zeros(10, int)]
     claims = make_certificate(bounds_of(["brier"], Outputs(logits, np.zeros(10, int)))).as_dict()["claims"]
     assert set(claims[0]) == {"metric", "point", "upper_bound", "n"}
@@ -129,7 +132,7 @@ def test_rejects_scores_that_are_not_zeros_and_ones(score):
         make_certificate({"accuracy": np.array(score)})
 
 
-def test_rejects_what_gives_no_bound():
+def test_rejects_no_examples_and_no_metrics():
     with pytest.raises(InputError, match="at least one example"):
         make_certificate({"accuracy": np.zeros(0)})
     with pytest.raises(ValueError, match="at least one metric"):
@@ -139,7 +142,7 @@ def test_rejects_what_gives_no_bound():
 # Tables.
 
 
-def test_the_table_of_classes_by_hand():
+def test_table_of_classes_by_hand():
     labels, answers = np.repeat([0, 1, -1], [10, 20, 5]), np.repeat([0, 1, 1, 0, 0], [9, 1, 15, 5, 5])
     table = accuracy_by(
         Outputs(np.eye(3)[answers], labels), Parts("class", labels, ("ant", "bee", "cat")), confidence=0.9
@@ -156,7 +159,7 @@ def test_the_table_of_classes_by_hand():
     assert (told[0]["of"], told[0]["metric"], told[0]["confidence"]) == ("class", "accuracy", 0.9)
 
 
-def test_a_table_holds_as_a_whole():
+def test_bounds_of_a_table_hold_jointly():
     rng = np.random.default_rng(0)
     truth, labels = np.array([0.5, 0.7, 0.9, 0.97, 0.99]), np.arange(300) % 5
     failed = 0

@@ -1,4 +1,4 @@
-"""Guards: read as they are written, certified by the bound and never by the point, and what the command line makes of them."""
+"""Guards: parsing, certification by the bound, and exit codes of the command line."""
 
 import json
 import re
@@ -32,7 +32,7 @@ from ev3_distill.tasks.metrics import METRICS, find_metric
         ("my_pkg.my_module:Score_1 >= 0.3", Guard("my_pkg.my_module:Score_1", 0.3)),
     ],
 )
-def test_parse(text, guard):
+def test_parse_reads_metric_and_threshold(text, guard):
     assert parse(text) == guard
 
 
@@ -99,13 +99,13 @@ def test_help_and_documentation_list_every_metric():
         ("module:function <= 0.1", "write 'module:function >= 0.1'"),
     ],
 )
-def test_bad_guards(text, told):
+def test_invalid_guards_are_rejected(text, told):
     with pytest.raises(InputError) as error:
         parse(text)
     assert told in str(error.value)
 
 
-def test_the_bound_decides_and_not_the_point():
+def test_the_bound_decides_a_guard():
     claims = [
         Claim("accuracy", 0.95, 0.93, 100),
         Claim("drop(accuracy)", 0.01, None, 100, upper_bound=0.03),
@@ -123,7 +123,7 @@ def test_the_bound_decides_and_not_the_point():
     assert evaluate_guards([parse("params <= 11")], [], sizes=sizes)[0]["certified"]
 
 
-def test_compress_and_evaluate_exit_by_their_guards(here, cli):
+def test_exit_code_of_compress_and_evaluate_follows_the_guards(here, cli):
     guards = ("accuracy >= 0.5", "worst_class_accuracy >= 0.999", "drop(accuracy) <= 0.3", "params <= 700")
     options = [word for guard in guards for word in ("--guard", guard)]
     answer = cli("compress", *SMALL, *options, "--out", "run")
@@ -203,7 +203,7 @@ def test_every_metric_can_be_guarded(here, cli):
     assert other.code == 0 and "are the data of the run" in other.err
 
 
-def test_the_worst_group_is_guarded(here, cli):
+def test_worst_group_can_be_guarded(here, cli):
     rng = np.random.default_rng(0)
     labels = np.arange(900) % 3
     groups = np.where(rng.random(900) < 0.3, "noisy", "clean")
@@ -239,7 +239,7 @@ def test_the_worst_group_is_guarded(here, cli):
         ("bytes <= 2439", "2,440 bytes: name a smaller --student"),
     ],
 )
-def test_a_guard_that_cannot_be_known_is_refused_before_anything_is_written(here, cli, guard, told):
+def test_unanswerable_guards_are_rejected_before_anything_is_written(here, cli, guard, told):
     answer = cli("compress", *SMALL, "--guard", guard, "--out", "run")
     assert answer.code == 2
     assert told in answer.err
@@ -251,7 +251,7 @@ def test_a_guard_that_cannot_be_known_is_refused_before_anything_is_written(here
     ("guard", "told"),
     [("params <= 100", "610 parameters: name a smaller --student"), ("accuracy >= 2", "at most 1; got '2'")],
 )
-def test_a_guard_out_of_reach_is_refused_before_anything_is_written(here, cli, guard, told):
+def test_unreachable_guards_are_rejected_before_anything_is_written(here, cli, guard, told):
     answer = cli("compress", *SMALL, "--guard", guard, "--out", "run")
     assert answer.code == 2
     assert told in answer.err

@@ -1,4 +1,4 @@
-"""Faults that a promise must survive: whatever is wrong with teacher, labels or splits, nothing false is certified."""
+"""Faults in teacher, labels or splits: no false claim is certified."""
 
 import json
 
@@ -12,7 +12,7 @@ FAST = (*SMALL, "--arms", "ce", "kd2")  # two of the default arms: each compiles
 
 
 def blobs(n=900, classes=3, seed=0, spread=0.6):
-    """Examples [N, 4] around a corner for each class, and labels."""
+    """Examples [N, 4] around one corner per class, and labels."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % classes
     corners = 2 * np.eye(4)[:classes]
@@ -32,8 +32,8 @@ def claims_of(report):
     return {claim["metric"]: claim for claim in report["certificate"]["claims"]}
 
 
-def test_a_teacher_that_is_wrong_on_one_class(cli, here):
-    """A student of the teacher alone inherits the fault, and a guard catches it; with labels beside it the guard steers."""
+def test_guard_catches_a_teacher_that_is_wrong_on_one_class(cli, here):
+    """A student of the teacher alone inherits the fault, and a guard catches it; with labels the guard steers the run."""
     inputs, labels = blobs()
     data = save("data.npz", inputs, labels)
     said = np.where(labels == 2, 1, labels)
@@ -49,7 +49,7 @@ def test_a_teacher_that_is_wrong_on_one_class(cli, here):
     assert steered["objectives"]["worst_class_accuracy"] > 0
 
 
-def test_shuffled_labels_promise_nothing(cli, here):
+def test_shuffled_labels_certify_nothing(cli, here):
     inputs, labels = blobs(classes=3)
     shuffled = np.random.default_rng(1).permutation(labels)
     data = save("data.npz", inputs, shuffled)
@@ -61,7 +61,7 @@ def test_shuffled_labels_promise_nothing(cli, here):
     assert claims_of(report)["accuracy"]["lower_bound"] < 0.4
 
 
-def test_an_arm_that_diverges_harms_nobody(cli, here):
+def test_a_diverging_arm_does_no_harm(cli, here):
     inputs, labels = blobs()
     data = save("data.npz", inputs, labels)
     np.savez("logits.npz", logits=(4 * np.eye(3)[labels]).astype(np.float32))
@@ -87,7 +87,7 @@ def test_few_examples_give_wide_bounds(cli, here):
 
 
 def test_all_scores_tied_promote_nothing(cli, here):
-    """Inputs that tell nothing: whoever names the commonest class is as right as any other who does, example by example."""
+    """Inputs without information: all students that predict the commonest class have equal scores on every example."""
     labels = (np.arange(900) % 5 == 0).astype(int)
     data = save("data.npz", np.zeros((900, 4), np.float32), labels)
     np.savez("logits.npz", logits=np.tile(np.float32([4, 0]), (900, 1)))
@@ -103,7 +103,7 @@ def test_all_scores_tied_promote_nothing(cli, here):
     assert not any(row["verdict"] in ("promote", "roll back") for row in after)
 
 
-def test_a_class_that_decide_lacks(cli, here):
+def test_a_class_that_decide_lacks_is_not_certified(cli, here):
     inputs, labels = blobs(n=600)
     labels[labels == 2] = 0
     rare = np.flatnonzero(labels == 0)[:3]
@@ -120,7 +120,7 @@ def test_a_class_that_decide_lacks(cli, here):
 
 
 @pytest.mark.parametrize("command", ["compress", "teach"])
-def test_duplicates_across_splits_are_counted(cli, here, command):
+def test_duplicates_across_splits_are_reported(cli, here, command):
     inputs, labels = blobs(n=600)
     inputs[300:360], labels[300:360] = inputs[:60], labels[:60]
     data = save("data.npz", inputs, labels)
@@ -140,15 +140,15 @@ def test_duplicates_across_splits_are_counted(cli, here, command):
         assert (line in answer.err) == (count > 0)
 
 
-def test_distinct_examples_share_nothing():
+def test_distinct_examples_are_no_duplicates():
     inputs, labels = blobs()
     assert count_shared(inputs, split_rows(labels.astype(np.int32), None, seed=0)) == {}
     pixels = np.arange(900 * 4, dtype=np.uint16).view(np.uint8).reshape(900, 4, 2, 1)
     assert count_shared(pixels, split_rows(labels.astype(np.int32), None, seed=0)) == {}
 
 
-def test_a_control_tells_by_how_much_distillation_helped(cli, here):
-    """A teacher that knows nothing: distillation by it alone does harm, and the student of labels alone is delivered."""
+def test_control_reports_how_much_distillation_helped(cli, here):
+    """With a random teacher distillation does harm, and the student of labels alone is delivered."""
     inputs, labels = blobs()
     data = save("data.npz", inputs, labels)
     np.savez("logits.npz", logits=np.random.default_rng(0).normal(size=(900, 3)).astype(np.float32))
@@ -168,7 +168,7 @@ def test_a_control_tells_by_how_much_distillation_helped(cli, here):
     assert "a control that learns from labels alone needs labels" in refused.err
 
 
-def test_a_run_stops_once_its_guards_are_met(cli, here):
+def test_stop_when_met_ends_a_run_early(cli, here):
     inputs, labels = blobs(spread=0.3)
     data = save("data.npz", inputs, labels)
     np.savez("logits.npz", logits=(4 * np.eye(3)[labels]).astype(np.float32))

@@ -1,4 +1,4 @@
-"""Objectives score what they say, and what is broken never wins."""
+"""Objectives follow their formulas, and broken logits never win."""
 
 import math
 
@@ -47,7 +47,7 @@ EXPECTED = {  # labels 0, 0, 2, -1: right, wrong, tied (the first class wins), n
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_by_hand(name):
+def test_scores_by_hand(name):
     np.testing.assert_allclose(score(name, LOGITS, [0, 0, 2, -1]), EXPECTED[name], rtol=1e-5)
 
 
@@ -59,7 +59,7 @@ def test_agreement_by_hand():
 @pytest.mark.parametrize("name", OBJECTIVES)
 @few
 @given(logit_arrays, label_arrays, logit_arrays)
-def test_scores_are_in_their_range(name, logits, labels, teacher):
+def test_scores_stay_in_their_range(name, logits, labels, teacher):
     scores = score(name, logits, labels, teacher)
     assert np.isfinite(scores).all()
     if name in UNIT:
@@ -74,7 +74,7 @@ def test_scores_are_in_their_range(name, logits, labels, teacher):
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("place", range(K))
-def test_what_is_broken_never_wins(name, bad, place):
+def test_broken_logits_never_win(name, bad, place):
     logits = np.array([[3.0, 2.0, 1.0]] * N)
     logits[:, place] = bad
     labels = [0, 1, 2, place]
@@ -87,13 +87,13 @@ def test_what_is_broken_never_wins(name, bad, place):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_nothing_but_minus_infinity_never_wins(name):
+def test_logits_of_minus_infinity_never_win(name):
     scores = score(name, np.full((N, K), -math.inf), [0, 1, 2, 0])
     assert (np.isnan(scores) | (scores == 0)).all()
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_examples_do_not_mix(name):
+def test_a_score_depends_on_its_own_example_only(name):
     logits, teacher, labels = np.array(LOGITS), np.eye(N, K), np.array([0, 0, 2, 1])
     expected = score(name, logits, labels, teacher)
     broken = logits.copy()
@@ -103,7 +103,7 @@ def test_examples_do_not_mix(name):
     np.testing.assert_allclose(score(name, logits[order], labels[order], teacher[order]), expected[order], rtol=1e-6)
 
 
-def test_margin_is_the_formula():
+def test_margin_follows_its_formula():
     rng = np.random.default_rng(0)
     for _ in range(5):
         logits, labels = rng.normal(3, 2, (N, K)).astype(np.float32), rng.integers(0, K, N)
@@ -129,13 +129,13 @@ def test_margin_ignores_scale_and_shift(logits, labels, power, shift):
 
 @few
 @given(logit_arrays, label_arrays)
-def test_margin_sides_with_accuracy(logits, labels):
+def test_margin_above_one_half_means_correct(logits, labels):
     scores, right = score("margin", logits, labels), score("accuracy", logits, labels)
     assert (scores[right == 1] >= 0.5).all()
     assert (scores[right == 0] <= 0.5).all()
 
 
-def test_sharpness():
+def test_sharpness_tends_to_accuracy():
     logits = jnp.array([[2.0, 1.0, -3.0], [1.0, 2.0, -3.0]])
     split = make_split([0, 0])
     soft, default, sharp = (example_scores.margin(sharpness=s)(logits, split) for s in (1e-3, 1.5, 1e3))
@@ -146,7 +146,7 @@ def test_sharpness():
     assert default[0] + default[1] == pytest.approx(1)
 
 
-def test_margin_of_two_classes_tells_right_from_wrong():
+def test_margin_of_two_classes_only_tells_right_from_wrong():
     scores = OBJECTIVES["margin"](jnp.array([[1e-3, 0.0], [90.0, 5.0], [1.0, 2.0], [7.0, 7.0]]), make_split([0] * 4))
     sure = 1 / (1 + math.exp(-3))
     np.testing.assert_allclose(scores, [sure, sure, 1 - sure, 0.5], rtol=1e-4)

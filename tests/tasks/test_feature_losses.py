@@ -1,4 +1,4 @@
-"""Losses on features: the papers' formulas, what is degenerate, and what does not fit."""
+"""Feature losses follow the papers' formulas, stay finite for degenerate features, and reject incompatible shapes."""
 
 import functools
 
@@ -26,7 +26,7 @@ CASES = [
 
 
 def draw(shapes, seed=0):
-    """A student's feature, a teacher's, uneven weights of which one is 0, and a regressor."""
+    """A student's and a teacher's feature, uneven weights of which one is 0, and a regressor."""
     rng = np.random.default_rng(seed)
     student, teacher = (rng.normal(0.3, 1, shape).astype(np.float32) for shape in shapes)
     weight = np.array([0.5, 2.0, 0.0, 1.0, 1.5], np.float32)
@@ -49,7 +49,7 @@ def run(name, student, teacher, weight, extra):
 
 
 @pytest.mark.parametrize(("name", "shapes"), CASES)
-def test_value_and_gradient_are_the_papers(name, shapes):
+def test_value_and_gradient_follow_the_papers_formula(name, shapes):
     student, teacher, weight, extra = draw(shapes)
     value, gradient, beside = run(name, student, teacher, weight, extra)
     doubles = [np.asarray(x, np.float64) for x in (student, teacher, weight)]
@@ -67,7 +67,7 @@ def test_value_and_gradient_are_the_papers(name, shapes):
 
 
 @pytest.mark.parametrize("name", SINGLE)
-def test_an_example_of_weight_0_is_no_part_of_it(name):
+def test_an_example_of_weight_zero_does_not_count(name):
     student, teacher, weight, extra = draw(IMAGES)
     expected, _, _ = run(name, student, teacher, weight, extra)
     student[2], teacher[2] = 30, -40
@@ -76,7 +76,7 @@ def test_an_example_of_weight_0_is_no_part_of_it(name):
 
 
 @pytest.mark.parametrize("name", SINGLE)
-def test_nothing_to_learn_from_oneself(name):
+def test_loss_of_equal_features_is_zero(name):
     _, teacher, weight, _ = draw(IMAGES)
     same = {"kernel": np.eye(2, dtype=np.float32), "bias": np.zeros(2, np.float32)}
     value, gradient, _ = run(name, teacher, teacher, weight, same)
@@ -87,7 +87,7 @@ def test_nothing_to_learn_from_oneself(name):
 
 
 @pytest.mark.parametrize("name", ["rkd-distance", "rkd-angle"])
-def test_relations_are_indifferent_to_shifts(name):
+def test_relational_losses_are_invariant_to_shifts(name):
     student, teacher, weight, _ = draw(VECTORS)
     expected, gradient, _ = run(name, student, teacher, weight, ())
     value, moved, _ = run(name, student + np.float32([8, -16, 4]), teacher, weight, ())
@@ -117,7 +117,7 @@ def degenerate(shape):
 
 
 @pytest.mark.parametrize("name", SINGLE)
-def test_finite_where_features_are_degenerate(name):
+def test_loss_and_gradient_are_finite_for_degenerate_features(name):
     students, teachers = (degenerate(shape) for shape in IMAGES)
     _, _, weight, extra = draw(IMAGES)
     for weights in (weight, np.ones(B, np.float32), np.eye(B, dtype=np.float32)[1]):
@@ -129,8 +129,8 @@ def test_finite_where_features_are_degenerate(name):
                 assert all(np.isfinite(x).all() for x in (gradient, *jax.tree.leaves(beside))), (at, to)
 
 
-def test_the_memory_of_angles_is_bounded():
-    """Blocks give what one block gives, and no more than a few of them are held at once."""
+def test_memory_of_the_angle_term_is_bounded():
+    """Several blocks give the value of one block, and only a few are in memory at once."""
     rng = np.random.default_rng(0)
     student, teacher = (jnp.asarray(rng.normal(size=(128, 8)), jnp.float32) for _ in range(2))
     gradient = jax.jit(jax.grad(lambda s, t: FORMULAS["rkd-angle"].compare(s, t, jnp.ones(len(s)), ())))
@@ -142,7 +142,7 @@ def test_the_memory_of_angles_is_bounded():
     ("name", "student", "teacher"),
     [("fitnet", (4,), (2, 2, 4)), ("fitnet", (6, 4), (6, 4)), ("at", (4,), (4,)), ("at", (2, 2, 3), (4,))],
 )
-def test_shapes_that_do_not_fit(name, student, teacher):
+def test_incompatible_shapes_are_rejected(name, student, teacher):
     formula = FORMULAS[name]
     with pytest.raises(InputError, match=r"\[4\]|\[6, 4\]"):
         formula.begin(student, teacher)
@@ -150,6 +150,6 @@ def test_shapes_that_do_not_fit(name, student, teacher):
         formula.compare(jnp.zeros((2, *student)), jnp.zeros((2, *teacher)), jnp.ones(2), ())
 
 
-def test_weights_of_relations_are_checked():
+def test_weights_of_rkd_are_checked():
     with pytest.raises(InputError, match="angle must be"):
         rkd(angle=-1.0)

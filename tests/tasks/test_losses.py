@@ -1,4 +1,4 @@
-"""Each loss is its paper's formula, in value and gradient, by hand and in what optax has of it."""
+"""Each loss follows its paper's formula, in value and gradient; hand-computed values and optax agree."""
 
 import math
 
@@ -16,7 +16,7 @@ CASES = [(name, dict(kwargs)) for name in LOSSES for kwargs in SETTINGS[name]]
 
 
 @pytest.mark.parametrize(("name", "kwargs"), CASES)
-def test_value_is_the_papers(name, kwargs):
+def test_value_follows_the_papers_formula(name, kwargs):
     for seed in range(3):
         student, teacher, labels, weight = draw(seed=seed)
         value, _ = run(name, kwargs, student, make_batch(teacher, labels, weight))
@@ -25,7 +25,7 @@ def test_value_is_the_papers(name, kwargs):
 
 
 @pytest.mark.parametrize(("name", "kwargs"), CASES)
-def test_gradient_is_the_papers(name, kwargs):
+def test_gradient_follows_the_papers_formula(name, kwargs):
     student, teacher, labels, weight = draw()
     _, gradient = run(name, kwargs, student, make_batch(teacher, labels, weight))
     for i, k in np.ndindex(B, K):
@@ -37,7 +37,7 @@ def test_gradient_is_the_papers(name, kwargs):
         assert gradient[i, k] == pytest.approx(slope / 2e-5, rel=1e-3, abs=2e-5)
 
 
-def test_defaults_are_the_first_settings():
+def test_defaults_are_the_documented_settings():
     student, teacher, labels, weight = draw()
     batch = make_batch(teacher, labels, weight)
     for name, (value, _) in all_losses(jnp.asarray(student), batch).items():
@@ -72,8 +72,8 @@ def test_two_classes_by_hand(name, kwargs, student, teacher, expected):
     assert value == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-def test_a_negated_score_is_the_loss_of_labelled_examples():
-    """The Brier score by hand; what has no label or no weight does not count; one that is surely wrong has 1 and no slope."""
+def test_a_negated_score_averages_labeled_examples():
+    """The Brier score by hand. Examples without label or weight do not count; a confidently wrong one has gradient 0."""
     q = np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.2, 0.2, 0.6], [1 / 3, 1 / 3, 1 / 3]], np.float32)
     batch = make_batch(np.zeros_like(q), np.array([0, 2, -1, 1]), [1.0, 3.0, 1.0, 0.0])
     by_hand = (1 * (0.25 + 2 * 0.0625) + 3 * (0.01 + 0.04 + 0.09)) / 4 / 2  # halved
@@ -85,7 +85,7 @@ def test_a_negated_score_is_the_loss_of_labelled_examples():
     assert value == pytest.approx(1) and jnp.abs(slope).max() < 1e-6
 
 
-def test_optax_agrees():
+def test_values_agree_with_optax():
     student, teacher, _, _ = draw()
     labels = np.arange(B) % K
     batch = make_batch(teacher, labels)
@@ -126,7 +126,7 @@ def test_dkd_decouples_kd():
         assert target + beta * others == pytest.approx(expected, rel=1e-4)
 
 
-def test_jsd_joins_both_divergences():
+def test_jsd_tends_to_both_divergences():
     student, teacher, _, weight = draw()
     student, teacher = student / 4, teacher / 4
     batch, small = make_batch(teacher, weight=weight), 1e-2
@@ -162,7 +162,7 @@ def test_errors_name_the_rule_the_value_and_the_way_out(name, kwargs):
         LOSSES[name](**kwargs)
 
 
-def test_mix_refuses_nothing_and_negative_weights():
+def test_mix_rejects_no_loss_and_negative_weights():
     with pytest.raises(ValueError, match="at least one pair"):
         mix()
     with pytest.raises(ValueError, match=r"weight 1 of mix must be .*; got -2.0"):
@@ -177,14 +177,14 @@ def test_mix_refuses_nothing_and_negative_weights():
     [(1.0, [0.25, 0.25, 0.25, 0.25, 1, 1, 0]), (0.5, [0.5, 0.5, 0.5, 0.5, 1, 1, 0]), (0.0, [1, 1, 1, 1, 1, 1, 0])],
 )
 def test_balanced_by_hand(power, shares):
-    """Four of a class, one of another, one without a label, one that does not count."""
+    """Four examples of one class, one of another, one without a label, one of weight 0."""
     batch = make_batch(np.zeros((7, 3)), [0, 0, 0, 0, 1, -1, 2], [1, 1, 1, 1, 1, 1, 0])
     weighed = losses.balanced(lambda logits, batch: batch.weight, power=power)
     np.testing.assert_allclose(weighed(batch.teacher["logits"], batch), shares)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_taught_by_another(share):
+def test_taught_by_mixes_the_teachers_logits(share):
     student, teacher, labels, weight = draw()
     peer = np.random.default_rng(1).normal(size=(B, K)).astype(np.float32)
     batch = make_batch(teacher, labels, weight)

@@ -1,4 +1,4 @@
-"""What losses are indifferent to, where they are least, and that they stay finite where logits are extreme."""
+"""Invariances and minima of losses, and finite values and gradients at extreme logits."""
 
 import math
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from loss_formulas import B, K, all_losses, draw, make_batch, run, softmax, weighted_mean, without
 
-from ev3_distill.tasks.classification import losses
+from ev3_distill.tasks.classification import loss_terms, losses
 from ev3_distill.tasks.classification.losses import LOSSES, mix
 
 few = settings(deadline=None, max_examples=15)
@@ -27,7 +27,7 @@ MINIMAL_AT_TEACHER = ("kd", "mse", "dkd", "dist", "standardized_kd", "reverse_kl
 @pytest.mark.parametrize("name", MINIMAL_AT_TEACHER)
 @few
 @given(logit_arrays, arrays(np.float32, (B, K), elements=st.floats(-2, 2, width=32)))
-def test_least_where_the_student_is_the_teacher(name, teacher, away):
+def test_loss_is_smallest_where_the_student_equals_the_teacher(name, teacher, away):
     batch = make_batch(teacher, np.arange(B) % K)
     least, gradient = run(name, {}, teacher, batch)
     np.testing.assert_allclose(gradient, 0, atol=1e-4)
@@ -38,7 +38,7 @@ def test_least_where_the_student_is_the_teacher(name, teacher, away):
 
 
 @pytest.mark.parametrize("name", ["ce", "nkd"])
-def test_not_stationary_where_the_student_is_the_teacher(name):
+def test_label_losses_are_not_stationary_at_the_teacher(name):
     _, teacher, labels, weight = draw()
     batch = make_batch(teacher, labels, weight)
     _, gradient = run(name, {}, teacher, batch)
@@ -47,7 +47,7 @@ def test_not_stationary_where_the_student_is_the_teacher(name):
     assert run(name, {}, further, batch)[0] < run(name, {}, teacher, batch)[0]
 
 
-def test_second_term_of_nkd_is_stationary_where_the_student_is_the_teacher():
+def test_second_term_of_nkd_is_stationary_at_the_teacher():
     _, teacher, labels, weight = draw()
     batch = make_batch(teacher, labels, weight)
     (first, first_gradient), (both, both_gradient) = (run("nkd", {"gamma": g}, teacher, batch) for g in (0.0, 1.5))
@@ -60,7 +60,7 @@ def test_second_term_of_nkd_is_stationary_where_the_student_is_the_teacher():
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "mse"])
 @few
 @given(logit_arrays, logit_arrays, arrays(np.float32, (B, 1), elements=quarters))
-def test_indifferent_to_shifts_of_logits(name, student, teacher, shift):
+def test_loss_is_invariant_to_shifts_of_logits(name, student, teacher, shift):
     labels = np.arange(B) % K
     expected, gradient = run(name, {}, student, make_batch(teacher, labels))
     value, shifted_gradient = run(name, {}, student + shift, make_batch(teacher - 2 * shift, labels))
@@ -72,12 +72,12 @@ def test_indifferent_to_shifts_of_logits(name, student, teacher, shift):
 @given(
     logit_arrays, logit_arrays, arrays(np.float32, (2, B, 1), elements=st.floats(0.25, 16, width=32)), st.floats(-9, 9)
 )
-def test_standardized_kd_is_indifferent_to_positive_affine_maps(student, teacher, scale, shift):
+def test_standardized_kd_is_invariant_to_positive_affine_maps(student, teacher, scale, shift):
     value, _ = run("standardized_kd", {}, student * scale[0] + shift, make_batch(teacher * scale[1] - shift))
     assert value == pytest.approx(run("standardized_kd", {}, student, make_batch(teacher))[0], rel=1e-3, abs=1e-3)
 
 
-def test_standardized_kd_minds_negative_maps():
+def test_standardized_kd_changes_under_negative_maps():
     student, teacher, _, _ = draw()
     batch = make_batch(teacher)
     assert abs(run("standardized_kd", {}, -student, batch)[0] - run("standardized_kd", {}, student, batch)[0]) > 0.01
@@ -85,7 +85,7 @@ def test_standardized_kd_minds_negative_maps():
 
 @pytest.mark.parametrize(("beta", "gamma"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
 @pytest.mark.parametrize("seed", range(3))
-def test_dist_is_indifferent_to_positive_affine_maps_of_probabilities(beta, gamma, seed):
+def test_dist_is_invariant_to_positive_affine_maps_of_probabilities(beta, gamma, seed):
     student, teacher, _, weight = draw(seed=seed)
     rng = np.random.default_rng(seed)
     q = np.asarray(jax.nn.softmax(student))
@@ -111,7 +111,7 @@ def assert_finite(student, batch):
 @pytest.mark.parametrize("shape", [(4, 5), (4, 2), (1, 2)])
 @settings(deadline=None, max_examples=30)
 @given(st.data())
-def test_finite_at_extreme_logits(shape, data):
+def test_loss_and_gradient_are_finite_at_extreme_logits(shape, data):
     student, teacher = (data.draw(arrays(np.float32, shape, elements=extreme)) for _ in range(2))
     labels = data.draw(arrays(np.int32, shape[0], elements=st.integers(-1, shape[1] - 1)))
     weight = data.draw(arrays(np.float32, shape[0], elements=st.sampled_from([0.0, 0.5, 2.0])))
@@ -132,11 +132,11 @@ DEGENERATE = {
 
 @pytest.mark.parametrize("student", DEGENERATE)
 @pytest.mark.parametrize("teacher", DEGENERATE)
-def test_finite_at_degenerate_logits(student, teacher):
+def test_loss_and_gradient_are_finite_at_degenerate_logits(student, teacher):
     assert_finite(DEGENERATE[student], make_batch(DEGENERATE[teacher], [0, 1, 2, -1]))
 
 
-def test_dist_counts_what_is_constant_as_uncorrelated():
+def test_dist_treats_constant_outputs_as_uncorrelated():
     batch = make_batch(SOUND)
     zero = np.zeros((4, 5), np.float32)
     assert run("dist", {}, zero, batch)[0] == pytest.approx(2, abs=1e-6)  # neither classes nor examples vary
@@ -147,7 +147,7 @@ def test_dist_counts_what_is_constant_as_uncorrelated():
     assert run("dist", {}, same, make_batch(same))[0] == pytest.approx(1, abs=1e-5)
 
 
-def test_flat_students_are_uniform_for_standardized_kd():
+def test_standardized_kd_treats_flat_logits_as_uniform():
     _, teacher, _, _ = draw()
     value, gradient = run("standardized_kd", {}, np.zeros((B, K)), make_batch(teacher))
     assert np.abs(gradient).max() > 0  # a student whose last layer starts at zero still learns
@@ -158,7 +158,7 @@ def test_flat_students_are_uniform_for_standardized_kd():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_unlabelled_examples_are_no_part_of_label_terms(name):
+def test_unlabeled_examples_do_not_count_in_label_terms(name):
     student, teacher, _, weight = draw()
     labels = np.array([0, -1, 2, 3, 4, -1])
     value, gradient = run(name, {}, student, make_batch(teacher, labels, weight))
@@ -173,7 +173,7 @@ def test_unlabelled_examples_are_no_part_of_label_terms(name):
 
 
 @pytest.mark.parametrize("name", LABELLED)
-def test_nothing_is_lost_without_any_label(name):
+def test_label_losses_are_zero_without_labels(name):
     student, teacher, _, weight = draw()
     value, gradient = run(name, {}, student, make_batch(teacher, np.full(B, -1), weight))
     assert value == 0
@@ -181,7 +181,7 @@ def test_nothing_is_lost_without_any_label(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_weights(name):
+def test_examples_count_by_their_weight(name):
     student, teacher, labels, weight = draw()
     value, gradient = run(name, {}, student, make_batch(teacher, labels, weight))
     scaled, _ = run(name, {}, student, make_batch(teacher, labels, 7 * weight))
@@ -195,7 +195,7 @@ def test_weights(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_weight_of_two_is_the_example_twice(name):
+def test_weight_two_equals_the_example_twice(name):
     student, teacher, labels, _ = draw()
     once = [0, 1, 2, 3, 0, 0]  # row 0 three times
     repeated, _ = run(name, {}, student[once], make_batch(teacher[once], labels[once]))
@@ -219,3 +219,13 @@ def test_mix_is_linear(a, b):
 def _mixed(a, b, student, batch):
     loss = mix((a, losses.kd()), (2.0, mix((b, losses.cross_entropy()))))
     return jax.value_and_grad(loss)(student, batch)
+
+
+def test_standard_deviations_below_the_floor_count_as_the_floor():
+    """Logits 0 and 1e-3 have a standard deviation of 5e-4, half of the floor: z-scores are 1/2, not 1."""
+    weight = jnp.ones(2)
+    z = loss_terms.standardize(jnp.array([0.0, 1e-3]), weight, floor=loss_terms.LOGIT_FLOOR)
+    np.testing.assert_allclose(z, [-0.5, 0.5], rtol=1e-5)
+    # probabilities that differ by 1e-6 have half of their floor, too: with z-scores of 1 they would correlate fully
+    r = loss_terms.correlation(jnp.array([0.0, 1e-6]), jnp.array([0.0, 1.0]), weight)
+    assert float(r) == pytest.approx(0.5, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Claims from outputs: their points are the metrics, and logits that say nothing count against the student."""
+"""Claims from outputs: points are the metrics, bounds cover the truth, and logits without a prediction count as wrong."""
 
 import math
 
@@ -90,7 +90,7 @@ def test_bounds_by_hand():
             claimed("cost", costs=costs)
 
 
-def test_the_drop_by_hand():
+def test_accuracy_drop_by_hand():
     # of 100: both right 80, only the teacher 10, only the student 4, neither 6
     labels = np.zeros(100, int)
     teacher = np.eye(2)[np.repeat([0, 0, 1, 1], [80, 10, 4, 6])]
@@ -106,7 +106,7 @@ def test_the_drop_by_hand():
         claimed("drop(accuracy)", Outputs(student, labels))
 
 
-def test_the_drop_is_covered():
+def test_bound_of_the_accuracy_drop_covers_the_truth():
     rng = np.random.default_rng(0)
     draws = rng.choice(4, p=[0.85, 0.07, 0.03, 0.05], size=(400, 500))  # both right, lost, won, both wrong
     labels = np.zeros(500, int)
@@ -119,7 +119,7 @@ def test_the_drop_is_covered():
     assert (np.array(bounds) < 0.04).mean() <= 0.08  # 0.05 and 2.8 standard errors
 
 
-def test_the_worst_class_by_hand():
+def test_worst_class_by_hand():
     labels, answers = np.repeat([0, 1], [10, 20]), np.repeat([0, 1, 1, 0], [9, 1, 15, 5])
     claim = claimed("worst_class_accuracy", Outputs(np.eye(2)[answers], labels))
     assert (claim.point, claim.n) == (0.75, 10)
@@ -128,8 +128,8 @@ def test_the_worst_class_by_hand():
     assert (absent.point, absent.lower_bound, absent.n) == (0.75, 0, 0)
 
 
-def test_the_worst_class_is_covered():
-    """Ten classes, the worst of 80 %: the bound is above that in no more than 5 % of splits, however close the others are."""
+def test_bound_of_the_worst_class_covers_the_truth():
+    """Ten classes, the worst with 80 %: the bound exceeds that in at most 5 % of splits, however close the others are."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(10), 60)
     for others in (0.8, 0.82, 0.99):
@@ -141,7 +141,7 @@ def test_the_worst_class_is_covered():
         assert (np.array(bounds) > 0.8).mean() <= 0.08  # 0.05 and 2.8 standard errors
 
 
-def test_groups_are_needed_for_the_worst_of_them():
+def test_worst_group_needs_groups():
     for groups in (None, np.full(400, -1)):
         with pytest.raises(InputError, match=r"needs groups; .*: guard worst_class_accuracy"):
             claimed("worst_group_accuracy", OUTPUTS._replace(groups=groups))
@@ -154,8 +154,8 @@ def test_groups_are_needed_for_the_worst_of_them():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_logits_that_say_nothing_count_against_the_student(bad):
-    """One class, always right but for examples whose logits say nothing: nan or +inf somewhere, or -inf everywhere."""
+def test_logits_without_a_prediction_count_against_the_student(bad):
+    """One class, always right except for logits without a prediction: nan or +inf somewhere, or -inf everywhere."""
     labels, logits = np.zeros(100, int), np.tile([9.0, 0.0], (100, 1))
     logits[:20] = bad
     teacher = np.tile([9.0, 0.0], (100, 1))
@@ -172,7 +172,7 @@ def test_logits_that_say_nothing_count_against_the_student(bad):
     assert claimed("drop(accuracy)", outputs._replace(teacher={"logits": logits})).point == 0
 
 
-def test_one_bad_logit_is_enough_but_an_impossible_class_is_none():
+def test_one_nan_or_inf_voids_a_prediction_but_minus_inf_does_not():
     logits = np.array([[5.0, np.nan], [5.0, np.inf], [5.0, -np.inf]])
     assert predicted_class(logits).tolist() == [-1, -1, 0]
     assert probabilities(logits)[2].tolist() == [1, 0]
@@ -184,7 +184,7 @@ def test_ties_go_to_the_first_classes():
         assert in_top_k(logits, np.full(2, label), k).tolist() == [bool(x) for x in hit]
 
 
-def test_metrics_of_labels_are_about_labelled_examples():
+def test_metrics_of_labels_use_labeled_examples_only():
     labels = np.where(np.arange(400) < 300, LABELS, -1)
     some = OUTPUTS._replace(targets=labels)
     first = Outputs(LOGITS[:300], LABELS[:300], {"logits": TEACHER[:300]}, OUTPUTS.groups[:300], 3)
@@ -196,8 +196,8 @@ def test_metrics_of_labels_are_about_labelled_examples():
         claimed("ece", OUTPUTS._replace(targets=np.full(400, -1)))
 
 
-def test_the_scale_of_logits_is_the_confidence():
-    """Twice the logits are the log-odds of these examples, twenty times are too sure: the same answers all the same."""
+def test_scale_of_logits_changes_calibration_but_not_accuracy():
+    """Twice the logits are the true log-odds, twenty times are overconfident; the predictions are the same."""
     sure = OUTPUTS._replace(student=20 * LOGITS)
     assert claimed("accuracy", sure) == claimed("accuracy")
     calibrated = OUTPUTS._replace(student=2 * LOGITS)
@@ -209,7 +209,7 @@ def test_the_scale_of_logits_is_the_confidence():
     assert claimed("brier", huge).point == pytest.approx(wrong)
 
 
-def test_latency_is_an_order_statistic():
+def test_bound_of_latency_is_an_order_statistic():
     claim = median_bound("latency_ms", np.arange(1.0, 102))(0.95)
     assert (claim.metric, claim.point, claim.n, claim.lower_bound) == ("latency_ms", 51, 101, None)
     assert claim.upper_bound == 60  # P[Binomial(101, 1/2) >= 60] = 0.037, >= 59 is 0.057
@@ -249,7 +249,7 @@ def own(here):
     (here / "own_metric.py").write_text(OWN)
 
 
-def test_a_function_of_ones_own(own):
+def test_user_metric_by_hand(own):
     expected = 1 - np.abs(LOGITS.argmax(1) - LABELS) / 4
     claim = claimed("own_metric:near")
     assert claim.point == pytest.approx(expected.mean())
@@ -273,19 +273,19 @@ def test_a_function_of_ones_own(own):
         ("own_metric:broken", r"own_metric:broken fails with AttributeError: .*missing"),
     ],
 )
-def test_a_function_that_cannot_be_used(own, name, told):
+def test_unusable_user_metrics_are_rejected(own, name, told):
     with pytest.raises(InputError, match=told):
         claimed(name)
 
 
-def test_functions_are_looked_up_before_anything_else(own):
+def test_function_named_imports_from_the_working_directory(own):
     assert function_named("own_metric:near")(LOGITS, LABELS).shape == (400,)
 
 
 # Costs.
 
 
-def test_costs_are_read(here):
+def test_read_costs(here):
     (here / "costs.csv").write_text("0,1\n2.5,-1\n")
     assert read_costs("costs.csv", 2).tolist() == [[0, 1], [2.5, -1]]
 
@@ -299,14 +299,14 @@ def test_costs_are_read(here):
         ("0,1\nnan,0\n", r"costs.csv has 2 x 2, not finite: fix it"),
     ],
 )
-def test_bad_costs(here, content, told):
+def test_unusable_costs_are_rejected(here, content, told):
     if content is not None:
         (here / "costs.csv").write_text(content)
     with pytest.raises(InputError, match=told):
         read_costs(here / "costs.csv" if content is None else "costs.csv", 2)
 
 
-def test_a_bound_may_be_infinite_only_where_there_are_few_passes():
+def test_bound_of_latency_is_infinite_for_few_passes():
     assert median_bound("latency_ms", np.ones(4))(0.95).upper_bound == math.inf
     assert median_bound("latency_ms", np.ones(5))(0.95).upper_bound == 1
 

@@ -1,4 +1,4 @@
-"""Goals: their scores average to the metric that others compute, their spread is the truth's, their tests are exact."""
+"""Goals: scores average to the metric as scikit-learn computes it, their spread is its standard error, p-values are exact."""
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def reference(metric, logits, split):
 
 
 @pytest.mark.parametrize("metric", STEERING)
-def test_the_mean_of_the_scores_is_the_metric(metric):
+def test_mean_of_the_scores_is_the_metric(metric):
     for seed in range(3):
         logits, split = made(seed=seed)
         sign = -1 if metric in LOWER_IS_BETTER else 1
@@ -74,7 +74,7 @@ def test_the_mean_of_the_scores_is_the_metric(metric):
 
 
 @pytest.mark.parametrize("metric", STEERING)
-def test_the_spread_of_the_scores_is_that_of_the_metric(metric):
+def test_spread_of_the_scores_is_the_standard_error_of_the_metric(metric):
     """Their standard error, against the metric's own spread over 2,000 splits."""
     score = goal(metric, 0.5).score
     whole, split = made(n=400 * 2000, seed=1)
@@ -92,7 +92,7 @@ def test_the_spread_of_the_scores_is_that_of_the_metric(metric):
 
 
 @pytest.mark.parametrize("metric", STEERING)
-def test_a_broken_student_meets_nothing(metric):
+def test_a_student_with_nan_logits_meets_no_goal(metric):
     logits, split = made()
     for broken in (jnp.full_like(logits, jnp.nan), logits.at[3].set(jnp.nan)):
         one = goal(metric, 0.0 if metric not in LOWER_IS_BETTER else 1.0)
@@ -102,7 +102,7 @@ def test_a_broken_student_meets_nothing(metric):
     assert not float(goal(metric, 0.3).p_value(jnp.full_like(logits, jnp.nan), split)) <= 0.05
 
 
-def test_the_focus_is_the_worst_class():
+def test_focus_is_the_worst_class():
     logits, split = made()
     hits = np.asarray(example_scores.accuracy(logits, split))
     labels = np.asarray(split.targets)
@@ -112,7 +112,7 @@ def test_the_focus_is_the_worst_class():
     np.testing.assert_array_equal(one.comparison(logits, split, jnp.int32(worst)), hits * (labels == worst))
 
 
-def test_a_class_that_is_absent_is_no_class():
+def test_absent_classes_do_not_count():
     logits, split = made()
     few = split._replace(targets=jnp.where(split.targets == 4, 0, split.targets))
     hits, labels = np.asarray(example_scores.accuracy(logits, few)), np.asarray(few.targets)
@@ -122,14 +122,14 @@ def test_a_class_that_is_absent_is_no_class():
 
 
 @pytest.mark.parametrize("least", [0.5, 0.8, 0.9])
-def test_shares_are_refuted_by_the_exact_binomial_test(least):
+def test_p_value_of_a_fraction_is_the_exact_binomial_tail(least):
     logits, split = made()
     hits = np.asarray(example_scores.accuracy(logits, split))
     p_value = float(goal("accuracy", least).p_value(logits, split))
     assert p_value == pytest.approx(stats.binom.sf(hits.sum() - 1, len(hits), least), rel=1e-3, abs=1e-6)
 
 
-def test_the_worst_class_is_refuted_by_the_hardest_of_its_tests():
+def test_p_value_of_the_worst_class_is_the_largest_of_all_classes():
     logits, split = made()
     hits, labels = np.asarray(example_scores.accuracy(logits, split)), np.asarray(split.targets)
     tests = [stats.binom.sf(hits[labels == k].sum() - 1, (labels == k).sum(), 0.4) for k in range(K)]
@@ -137,7 +137,7 @@ def test_the_worst_class_is_refuted_by_the_hardest_of_its_tests():
 
 
 @pytest.mark.parametrize("metric", STEERING)
-def test_a_goal_that_is_far_off_is_refuted_and_one_beyond_reach_is_not(metric):
+def test_p_value_is_small_for_met_goals_and_large_for_missed_ones(metric):
     logits, split = made(n=2000, sharpness=2.0)
     value = reference(metric, logits, split)
     easy, hard = (value - 0.15, value + 0.15) if metric not in LOWER_IS_BETTER else (value + 0.15, value - 0.15)
@@ -151,14 +151,14 @@ def test_top_of_one_is_accuracy():
     assert float(top_k(K)(logits, split).mean()) == 1
 
 
-def test_what_steers():
+def test_metrics_that_training_can_steer():
     assert all(steers(metric) for metric in STEERING)
     assert not any(steers(metric) for metric in ("params", "latency_ms", "topk_accuracy", "accurate"))
     with pytest.raises(ValueError, match=r"a goal needs one of the metrics accuracy, .*; got 'params'"):
         goal("params", 3)
 
 
-def test_the_worst_group():
+def test_worst_group_by_hand():
     logits, split = made()
     groups = np.random.default_rng(1).integers(0, 4, len(split.targets)) * 3  # numbers may be left out
     of_groups = split._replace(group=jnp.asarray(groups, jnp.int32))
@@ -173,7 +173,7 @@ def test_the_worst_group():
         one.score(logits, split)
 
 
-def test_the_mean_cost():
+def test_mean_cost_by_hand():
     logits, split = made()
     costs = np.random.default_rng(2).uniform(0, 5, (K, K))
     one = goal("cost", 1.5, costs=costs)
@@ -188,8 +188,8 @@ def test_the_mean_cost():
         goal("cost", 1.5)
 
 
-def test_a_metric_of_ones_own(tmp_path, monkeypatch):
-    """Within a jitted program, and of sound logits alone."""
+def test_a_user_metric_runs_inside_a_jitted_program(tmp_path, monkeypatch):
+    """It runs inside a jitted program, and only on finite logits."""
     (tmp_path / "my_metric.py").write_text(
         "def margin(logits, labels):\n    return (logits[range(len(labels)), labels] > 0)\n"
     )
@@ -201,3 +201,16 @@ def test_a_metric_of_ones_own(tmp_path, monkeypatch):
     broken = np.asarray(jax.jit(one.score)(logits.at[3, 0].set(jnp.nan), split))
     assert np.isnan(broken[3])
     assert np.isfinite(np.delete(broken, 3)).all()
+
+
+def test_calibration_bins_are_fifteen():
+    """Pairs of a hit and a miss cancel within a bin of width 1/15 and not between two of them."""
+    labels = np.array([0, 1])
+
+    def error(*confidences):
+        logits = jnp.log(jnp.array([[q, 1 - q] for q in confidences], jnp.float32))
+        arrays = {"targets": jnp.asarray(labels), "inputs": None, "teacher": {}, "index": None, "weight": None}
+        return -float(goal("ece", 0.1).score(logits, Batch(**arrays)).mean())
+
+    assert error(0.61, 0.65) == pytest.approx((0.65 - 0.39) / 2, abs=1e-5)  # both in (9/15, 10/15)
+    assert error(0.65, 0.68) == pytest.approx((0.68 + 0.35) / 2, abs=1e-5)  # in neighboring bins

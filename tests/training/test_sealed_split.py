@@ -1,4 +1,4 @@
-"""The sealed split is opened once, on record before anybody looks; whatever is another opening must say so and pays for it."""
+"""The sealed split is opened once, and recorded before it is scored; a reopening is explicit and widens the bounds."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from ev3_distill.types import Variables
 
 @pytest.fixture
 def run(finished, here):
-    """A copy of the finished run, that a test may change."""
+    """A copy of the finished run that a test may change."""
     return shutil.copytree(finished, here / "run")
 
 
@@ -34,7 +34,7 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def test_an_opening_goes_on_and_another_is_refused(here):
+def test_a_recorded_opening_continues_and_another_is_rejected(here):
     assert sealed_split.read_openings(here) == []
     assert sealed_split.open_split(here, "ab" * 32, ["accuracy"], confidence=0.95) == 0
     (row,) = sealed_split.read_openings(here)
@@ -65,7 +65,7 @@ def test_an_opening_goes_on_and_another_is_refused(here):
     assert sealed_split.open_split(here, "ab" * 32, ["accuracy"], confidence=0.95) == 0
 
 
-def test_an_opening_for_several_goes_on_for_each(here):
+def test_an_opening_for_several_students_continues_for_each(here):
     one, other, third = ("ab" * 32, "cd" * 32, "ef" * 32)
     assert sealed_split.open_split(here, one, ["accuracy"], confidence=0.95, others=[other]) == 0
     (row,) = sealed_split.read_openings(here)
@@ -81,7 +81,7 @@ def test_an_opening_for_several_goes_on_for_each(here):
     assert sealed_split.open_split(here, other, ["ece"], confidence=0.95, reopen=True) == 1
 
 
-def test_a_student_is_named_by_all_of_its_arrays():
+def test_digest_depends_on_all_arrays():
     one = Variables({"w": np.ones(3, np.float32)}, {"m": np.zeros(2)})
     digest = tree_digest(one)
     assert digest == tree_digest(Variables({"w": np.ones(3, np.float32)}, {"m": np.zeros(2)}))
@@ -102,7 +102,7 @@ def test_a_run_records_its_opening(run):
     assert own["claims"] == ["accuracy"]
 
 
-def test_evaluate_is_the_certificate_again(run, cli):
+def test_evaluate_repeats_the_certificate(run, cli):
     before = (run / "opened.json").read_bytes()
     claim = read(run / "report.json")["certificate"]["claims"][0]
     for options in (
@@ -121,7 +121,7 @@ def test_evaluate_is_the_certificate_again(run, cli):
     assert (run / "opened.json").read_bytes() == before
 
 
-def test_other_claims_need_a_reopening_and_pay_for_it(run, cli):
+def test_other_claims_need_a_reopening_with_wider_bounds(run, cli):
     options = ("--guard", "balanced_accuracy >= 0.1")
     refused = cli("evaluate", run, *options)
     assert refused.code == 2
@@ -148,7 +148,7 @@ def test_other_claims_need_a_reopening_and_pay_for_it(run, cli):
     assert cli("evaluate", run).out.startswith("accuracy: ")  # the run's own certificate, as before
 
 
-def test_other_data_are_no_reopening(run, cli, here):
+def test_other_data_do_not_reopen_the_split(run, cli, here):
     rng = np.random.default_rng(0)
     np.savez(here / "other.npz", inputs=rng.random((50, 8, 8, 1)).astype(np.float32), labels=np.arange(50) % 10)
     before = (run / "opened.json").read_bytes()
@@ -160,13 +160,13 @@ def test_other_data_are_no_reopening(run, cli, here):
     assert (run / "opened.json").read_bytes() == before
 
 
-def test_a_sealed_split_keeps_its_confidence(run, cli):
+def test_another_confidence_is_rejected(run, cli):
     answer = cli("evaluate", run, "--confidence", "0.9")
     assert answer.code == 2
     assert "keeps the confidence that it was opened at; that of" in answer.err
 
 
-def test_a_sealed_split_keeps_its_student(run, cli):
+def test_another_student_is_rejected(run, cli):
     network, variables = students.load(run)
     students.save(run / "student", network, variables._replace(params=jax.tree.map(lambda x: x + 1, variables.params)))
     for options in ((), ("--reopen",)):
@@ -175,7 +175,7 @@ def test_a_sealed_split_keeps_its_student(run, cli):
         assert "a sealed split certifies only the students that it was opened for" in answer.err
 
 
-def test_a_run_from_before_openings_were_kept(run, cli):
+def test_a_run_without_a_record_counts_its_own_opening(run, cli):
     (run / "opened.json").unlink()
     assert cli("evaluate", run).code == 0
     assert cli("evaluate", run, "--guard", "ece <= 0.9").code == 2
@@ -198,8 +198,8 @@ main(sys.argv[2:])
 
 
 @pytest.mark.parametrize("moment", ["outputs_on", "write_certificate", "report_content"])
-def test_a_killed_opening_is_finished_by_a_resume(run, finished, here, moment):
-    """The run as it was before its report, resumed and killed after the split was opened, then resumed again."""
+def test_a_resume_finishes_a_killed_opening(run, finished, here, moment):
+    """The run before its report is resumed, killed after the split was opened, and resumed again."""
     for name in ("report.json", "report.html", "certificate.json"):
         (run / name).unlink()
     if moment == "outputs_on":
@@ -217,7 +217,7 @@ def test_a_killed_opening_is_finished_by_a_resume(run, finished, here, moment):
     assert read(run / "certificate.json") == read(finished / "certificate.json")
 
 
-def test_another_student_is_not_certified_by_a_resume(run, cli):
+def test_a_resume_does_not_certify_another_student(run, cli):
     for name in ("report.json", "report.html", "certificate.json"):
         (run / name).unlink()
     told = read(run / "opened.json")
@@ -229,14 +229,14 @@ def test_another_student_is_not_certified_by_a_resume(run, cli):
     assert not (run / "report.json").exists()
 
 
-def test_a_damaged_record_is_told(run, cli):
+def test_a_damaged_record_is_an_error(run, cli):
     (run / "opened.json").write_text("{")
     answer = cli("evaluate", run)
     assert answer.code == 2
     assert "a run needs a readable opened.json" in answer.err
 
 
-def test_guards_join_the_first_opening(cli, here):
+def test_guarded_metrics_are_claimed_in_the_first_opening(cli, here):
     answer = cli("compress", *SMALL, "--guard", "ece <= 0.9", "--confidence", "0.9", "--out", "guarded")
     assert answer.code == 0, answer.err
     (row,) = sealed_split.read_openings(here / "guarded")
@@ -288,14 +288,14 @@ def test_the_documentation_states_the_size_of_the_family():
 
 @pytest.fixture
 def extra_metric(monkeypatch):
-    """A row that is added to the table after the run was made."""
+    """Adds a row to the table after the run was made."""
     row = Metric("extra_accuracy", "extra accuracy", bound=metric_bounds.accuracy)
     monkeypatch.setitem(METRICS, row.name, row)
     assert len(sealed_split.claimable_metrics()) == len(FAMILY) + 1
 
 
 def reopened_level(run, cli):
-    """1 - the confidence of the claim on accuracy in a certificate that claims balanced accuracy, too."""
+    """Reopens the split for balanced accuracy; returns the level of the claim on accuracy."""
     answer = cli("evaluate", run, "--guard", "balanced_accuracy >= 0.1", "--reopen")
     assert answer.code == 0, answer.err
     claim = read(run / "certificate-2.json")["claims"][0]
