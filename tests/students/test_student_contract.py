@@ -357,6 +357,6 @@ def test_a_users_student_trains_saves_and_evaluates(cli, here):
     assert network.apply(variables, jnp.zeros((3, 8, 8, 1)), train=False)[0].shape == (3, 10)
     refused = cli("evaluate", "run")
     assert refused.code == 2
-    assert "to evaluate as --student" in refused.err
+    assert "as --student of evaluate" in refused.err
     answer = cli("evaluate", "run", "--student", "own_student:make")
     assert answer.out.startswith(f"accuracy: {report['student']['accuracy']:.2%} of 359 examples; at least ")
