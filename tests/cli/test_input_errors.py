@@ -59,12 +59,12 @@ def test_resume_without_a_value(cli, here):
         ),
         ("--teacher", "flax:", r"a teacher is KIND:PLACE with a KIND of onnx, .* or logits; got 'flax:': for example"),
         ("--teacher", "logits:no.npz", "got no.npz, which does not exist or is not a file: check the path"),
-        ("--teacher", "flax:nowhere", r"nowhere has none that can be read .*: name a finished run"),
+        ("--teacher", "flax:nowhere", r"nowhere has no readable spec.json .*: name a finished run"),
         ("--student", "cnn", r"a student is one of mlp.* or MODULE:FACTORY; got 'cnn': for example"),
         ("--student", ":make", r"got ':make': for example"),
-        ("--student", "mlp:width=3", "the options of mlp are hidden; got width: take one of those"),
-        ("--student", "mlp:hidden=big", r"NAME=NUMBER .*got 'hidden=big' in 'mlp:hidden=big': try mlp:hidden=32-32"),
-        ("--student", "mlp:hidden=0", r"of numbers from 1; got 'hidden=0'"),
+        ("--student", "mlp:width=3", "the options of mlp are hidden; got width: use one of those"),
+        ("--student", "mlp:hidden=big", r"NAME=INTEGER .*got 'hidden=big' in 'mlp:hidden=big': try mlp:hidden=32-32"),
+        ("--student", "mlp:hidden=0", r"with integers from 1; got 'hidden=0'"),
         ("--teacher-network", "cnn", r"got 'cnn': for example"),
     ],
 )
@@ -192,15 +192,15 @@ def test_flax_teacher_of_other_data(cli, here, finished):
         ("make = 7", r"MODULE:FACTORY; got 'own_4:make', which is of type int: name a function"),
         (
             "def make(input_shape, num_classes, rngs): raise KeyError('oh')",
-            r"own_5:make .* fails with KeyError: 'oh': mend",
+            r"own_5:make .* fails with KeyError: 'oh': fix",
         ),
         ("def make(): pass", r"own_6:make .* fails with TypeError: make\(\) got an unexpected keyword"),
-        ("def make(input_shape, num_classes, rngs): return 3", r"own_7:make .* fails with .*: mend it"),
+        ("def make(input_shape, num_classes, rngs): return 3", r"own_7:make .* fails with .*: fix the student"),
         (
             "from flax import nnx\n"
             "def make(input_shape, num_classes, rngs):\n"
             "    return nnx.Sequential(lambda x: x.reshape(len(x), -1), nnx.Linear(64, num_classes + 1, rngs=rngs))\n",
-            r"logits float32 \[B, K\], \[2, 10\] for 2 examples; own_8:make gives float32 \[2, 11\]: mend its last layer",
+            r"logits float32 \[B, K\], \[2, 10\] for 2 examples; own_8:make returns float32 \[2, 11\]: fix its last layer",
         ),
         (
             "from flax import nnx\n"

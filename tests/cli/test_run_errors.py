@@ -229,7 +229,7 @@ def test_evaluate_and_report_need_a_finished_run(cli, here, interrupted):
         here,
         "evaluate",
         interrupted,
-        says=r"evaluate needs a finished run; .*run has no report.json: finish it by",
+        says=r"evaluate needs a finished run; .*run has no report.json: finish it with",
     )
     refused(cli, here, "report", interrupted, says=r"a run needs a readable report.json; .*: name another run")
     (interrupted / "report.json").write_text("{")

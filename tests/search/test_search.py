@@ -223,7 +223,7 @@ def test_export_picks_a_student_of_the_search(searched, cli, here):
     assert variables_of(run) == variables_of(here / "delivered")
     assert json.loads((here / "delivered/evidence.json").read_text())["guards"][0]["certified"]
     for argv, says in (
-        (("--out", "small"), "export writes a new folder; small is there"),
+        (("--out", "small"), "export writes a new folder; small exists"),
         (("--out", "x", "--pick", "params<=1"), "a pick needs a student that meets it"),
     ):
         answer = cli("export", run, *argv)
@@ -235,7 +235,7 @@ def test_export_picks_a_student_of_the_search(searched, cli, here):
 def test_pick_needs_a_search(finished, cli, here):
     answer = cli("export", finished, "--pick", "params<=3", "--out", "x")
     assert answer.code == 2
-    assert "a pick is among the students of a search" in answer.err
+    assert "--pick needs a run of a search" in answer.err
 
 
 def test_a_guard_out_of_reach_ends_with_code_3(cli, here):
