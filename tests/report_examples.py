@@ -1,4 +1,4 @@
-"""A report and its ledger as a run of some length leaves them, and what a reader sees of the page."""
+"""An example report with its ledger, and a parser of the rendered page."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
 def make_rows(iterations=60, arms=ARMS):
-    """A plausible ledger: a race, then a leader with challengers now and then, rare tests, one roll-back."""
+    """A plausible ledger: a race, then a leader with occasional challengers, rare tests, one rollback."""
     draw = random.Random(0)
     rows, cost, champion, tested_cost, tests = [], 0, 0.1, 0, 0
     for i in range(1, iterations + 1):
@@ -84,7 +84,7 @@ def make_report(rows, arms=ARMS):
 
 
 class Page(HTMLParser):
-    """Collects tags, attributes and visible text; fails where a tag is not closed in order."""
+    """Collects tags, attributes and visible text; fails if tags are not closed in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -114,10 +114,10 @@ class Page(HTMLParser):
 
     @property
     def text(self):
-        return " ".join("".join(self.words).split())  # also makes plain spaces of unbroken ones
+        return " ".join("".join(self.words).split())  # turns non-breaking spaces into plain ones
 
 
-def said(report, rows=()):
+def page_text(report, rows=()):
     return Page(report_page.render(report, list(rows))).text
 
 

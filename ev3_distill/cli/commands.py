@@ -17,6 +17,7 @@ from ev3_distill.config_file import ConfigT, check_unchanged, read_run_config
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.monitor import report
+from ev3_distill.monitor.sentences import claim_line, correction_sentence, guard_line
 from ev3_distill.runtime import distributed
 from ev3_distill.search import first_network, run_search
 from ev3_distill.students import feature_shapes
@@ -151,9 +152,9 @@ def _session(
         stack.enter_context(distributed.watch_peers())
         own = stack.enter_context(distributed.process_directory(directory))
         if tensorboard is not None and distributed.is_first_process():
-            from ev3_distill.monitor.tensorboard import written_for_tensorboard
+            from ev3_distill.monitor.tensorboard import write_tensorboard
 
-            stack.enter_context(written_for_tensorboard(directory, tensorboard))
+            stack.enter_context(write_tensorboard(directory, tensorboard))
         stack.enter_context(run_dir.room_on_disk(own))
         yield own, placement
 
@@ -335,7 +336,7 @@ def print_result(result: RunResult) -> None:
         return
     import rich
 
-    rich.print(report.summary(result.report))
+    rich.print(report.terminal_summary(result.report))
     print(f"Student: {result.student}\nReport:  {result.page}")
 
 
@@ -361,9 +362,9 @@ def evaluate(options: EvaluateCommand) -> list[dict[str, Any]]:
         certificate, guards = evaluate_run(options.run, settings)
     content = certificate.as_dict()
     for claim in content["claims"]:
-        print(report.claim_line(claim, content["confidence"]))
-    if correction := report.corrected(content):
+        print(claim_line(claim, content["confidence"]))
+    if correction := correction_sentence(content):
         print(f"{correction}.")
     for guard in guards:
-        print(report.verdict(guard))
+        print(guard_line(guard))
     return guards

@@ -146,7 +146,7 @@ def _report(command: ReportCommand) -> None:
 
     content = read_json(command.run / "report.json")
     page = report.write_html(command.run)
-    rich.print(report.summary(content))
+    rich.print(report.terminal_summary(content))
     print(f"Report: {page}")
 
 

@@ -21,7 +21,7 @@ from ev3_distill.export.formats import onnx_static_quantization
 from ev3_distill.export.formats.metadata import SIDECAR, ModelMetadata
 from ev3_distill.export.formats.runtime import open_exported
 from ev3_distill.export.model_file import package_versions, student_facts, write_model
-from ev3_distill.monitor import report
+from ev3_distill.monitor.sentences import certificate_sentence
 from ev3_distill.runtime.files import atomic_directory, sha256_of
 from ev3_distill.runtime.timing import quantiles
 from ev3_distill.search.archive import FILE, Archive, pick
@@ -164,7 +164,7 @@ def _metadata(
     certificate = student.evidence.get("certificate", {})
     promise = "No certificate covers this student"
     if certificate:
-        promise = report.promise({**run_report, "certificate": certificate})
+        promise = certificate_sentence({**run_report, "certificate": certificate})
     if certificate and facts["precision"] == "int8":
         promise += (
             ". This is about the student as it was scored; the file may round some sums to other integers: evaluate certifies "

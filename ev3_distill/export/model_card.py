@@ -11,7 +11,8 @@ from typing import Any
 
 from ev3_distill.certify.certificate import COVERED, NOT_COVERED
 from ev3_distill.export.export_config import ExportConfig
-from ev3_distill.monitor import report
+from ev3_distill.monitor.number_format import count, exact_percent, floor_percent, percent
+from ev3_distill.monitor.sentences import certificate_sentence, claim_line, guard_line
 from ev3_distill.tasks.base import Task
 
 NAME = "MODEL_CARD.md"
@@ -41,7 +42,7 @@ def render(
         keep_trailing_newline=True,
         autoescape=False,  # Markdown is not HTML: all text of the user goes through `plain` or `yaml`
     )
-    filters = (report.percent, report.floor_percent, report.exact_percent, report.count)
+    filters = (percent, floor_percent, exact_percent, count)
     environment.filters.update({"plain": plain, "yaml": yaml, **{one.__name__: one for one in filters}})
     float32_evidence = evidence.get("float32", evidence)
     certificate = float32_evidence.get("certificate")
@@ -55,10 +56,10 @@ def render(
         metric=metric,
         metric_value=run_report["student"].get(metric),
         certificate=certificate,
-        promise=report.promise(run_report) if certificate else "",
-        claims=[report.claim_line(claim, certificate["confidence"]) for claim in (certificate or {}).get("claims", [])],
+        promise=certificate_sentence(run_report) if certificate else "",
+        claims=[claim_line(claim, certificate["confidence"]) for claim in (certificate or {}).get("claims", [])],
         tables=(certificate or {}).get("tables", []),
-        guards=[report.verdict(guard) for guard in float32_evidence.get("guards", [])],
+        guards=[guard_line(guard) for guard in float32_evidence.get("guards", [])],
         decide=float32_evidence.get("decide"),
         checked=evidence.get("export"),
         latency=evidence.get("latency"),

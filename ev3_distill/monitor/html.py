@@ -1,4 +1,4 @@
-"""HTML pages: one file each, without scripts, that asks for nothing; what they share."""
+"""What all HTML pages share: each is one file without scripts that loads nothing."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def environment(*packages: str) -> "jinja2.Environment":
-    """Templates of ours and of `packages`, first found first. Text is escaped; what is missing is an error, not a blank."""
+    """Templates from `packages`, then from this room. Text is escaped, and a missing value is an error, not a blank."""
     import jinja2
 
     return jinja2.Environment(

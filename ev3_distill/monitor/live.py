@@ -1,4 +1,4 @@
-"""Following a run that another process works in, by reading its files: on a terminal a panel, elsewhere plain lines."""
+"""Follow a run of another process by reading its files: a panel on a terminal, plain lines elsewhere."""
 
 import collections
 import shlex
@@ -11,13 +11,15 @@ from typing import Any
 from ev3_distill.config import Budget
 from ev3_distill.core.adapt import SHARE
 from ev3_distill.errors import InputError
-from ev3_distill.runtime.ledger import PROMISE, Tail, open_tails
+from ev3_distill.runtime.glossary import explain
+from ev3_distill.runtime.ledger import PROMISE, Tail, open_tails, promise_scores
 from ev3_distill.training.run_dir import is_held
 
-EVERY_S = 0.5
-PLAIN_EVERY_S = 5.0
-QUIET_S = 2.0  # without a row, after which it is asked whether the process lives
-SHOWN = 5  # promotions
+READ_EVERY_S = 0.5
+PLAIN_EVERY_S = 5.0  # between two plain lines without news
+QUIET_S = 2.0  # without a new row, after which the lock of the run is checked
+MAX_PROMOTIONS = 5  # shown in the panel
+LEGEND = explain("champion", "current", "arm", "error budget")
 
 
 class Part:
@@ -31,11 +33,13 @@ class Part:
         self.left = self._delta = delta  # of the error budget
         self._steps, self._seconds = parsed.steps, parsed.seconds
 
-    def take(self, row: dict[str, Any]) -> str | None:
-        """Takes a row; gives a line where it is a promotion or a rollback. Those that come again are left out."""
+    def add(self, row: dict[str, Any]) -> str | None:
+        """Add a ledger row; returns a line to show for a promotion or a rollback. Rows repeated after a resume are ignored."""
         if self.last and row["iteration"] <= self.last["iteration"]:
             return None
-        closing = bool(self.last) and row["cost"] == self.last["cost"]  # trains no more, and takes what is left
+        closing = (
+            bool(self.last) and row["cost"] == self.last["cost"]
+        )  # no training; spends the rest of the error budget
         self.last = row
         self.steps.update(row["steps"])
         if closing:
@@ -44,122 +48,126 @@ class Part:
             self.left = row["test"]["alpha"] / SHARE * (SHARE if row["verdict"] == "promote" else 1 - SHARE)
         if row["verdict"] not in ("promote", "roll back"):
             return None
-        told = f"{row['cost']:,} steps: {row['verdict']} {row['arm'] or ''}".rstrip()
+        line = f"{row['cost']:,} steps: {row['verdict']} {row['arm'] or ''}".rstrip()
         if row["objective"] != PROMISE:
-            told += f", for {row['objective']}"
-        told += f", {_percent(row['champion_accuracy'])} on decide"
+            line += f", for {row['objective']}"
+        line += f", {_percent(promise_scores(row)[0])} on decide"
         if row["verdict"] == "promote":
-            self.promotions[row["iteration"]] = told
-        return told
+            self.promotions[row["iteration"]] = line
+        return line
 
-    def share(self) -> float | None:
-        """Of the budget that is spent; None where it is in epochs, whose steps no file tells."""
+    def fraction_done(self) -> float | None:
+        """Fraction of the budget that is spent; None for a budget in epochs, whose steps are in no file."""
         if self._seconds:
             return min(self.last["wall_s"] / self._seconds, 1)
         return min(self.last["cost"] / self._steps, 1) if self._steps else None
 
     def lines(self) -> list[str]:
-        """What there is to tell."""
-        row, share, spent = self.last, self.share(), sum(self.steps.values())
-        of = "" if share is None else f"{share:.0%}, "
+        """The state of this part, in a few lines."""
+        row, done, spent = self.last, self.fraction_done(), sum(self.steps.values())
+        champion, current = promise_scores(row)
+        percentage = "" if done is None else f"{done:.0%}, "
         arms = ", ".join(f"{name} {count / spent:.0%}" for name, count in self.steps.most_common()) if spent else "none"
         return [
-            f"{self.name}: {of}{row['cost']:,} steps, iteration {row['iteration']}",
-            f"champion {_percent(row['champion_accuracy'])} on decide, current {_percent(row['current_accuracy'])} on assess",
+            f"{self.name}: {percentage}{row['cost']:,} steps, iteration {row['iteration']}",
+            f"champion {_percent(champion)} on decide, current {_percent(current)} on assess",
             f"arms: {arms}",
             f"error budget left: {self.left:.3g} of {self._delta:g}; {len(self.promotions)} promotions",
         ]
 
 
 def follow(directory: Path) -> bool:
-    """Shows a run until it is finished, or its process is gone.
+    """Show a run until it is finished or its process has ended.
 
     Args:
-      directory: of the run, which is only read.
+      directory: of the run; it is only read.
 
     Returns:
-      Whether it is finished.
+      Whether the run is finished.
 
     Raises:
       InputError: there is no run.
     """
     if not (directory / "config.toml").is_file():
         raise InputError(
-            f"report --live follows a run; {directory} has no config.toml: name its directory, as compress --out gave it"
+            f"report --live follows a run; {directory} has no config.toml: use the directory given to compress --out"
         )
-    chosen = tomllib.loads((directory / "config.toml").read_text())
-    followed = _Followed(directory, chosen)
-    with _Panel() if sys.stdout.isatty() else _Lines() as shown:
-        news = time.monotonic()
+    config = tomllib.loads((directory / "config.toml").read_text())
+    followed = _Followed(directory, config)
+    with _Panel() if sys.stdout.isatty() else _Lines() as display:
+        last_news = time.monotonic()
         while True:
-            ended = (directory / "report.json").exists()  # asked first: what is read then is all that there is
-            gone = not ended and time.monotonic() - news > QUIET_S and not is_held(directory)
-            told = followed.read()
-            if told:
-                news = time.monotonic()
-            shown.show(followed, told)
-            if ended or (gone and not told):
+            finished = (directory / "report.json").exists()  # before reading: then the rows read are all rows
+            ended = not finished and time.monotonic() - last_news > QUIET_S and not is_held(directory)
+            news = followed.read()
+            if news:
+                last_news = time.monotonic()
+            display.show(followed, news)
+            if finished or (ended and not news):
                 break
-            time.sleep(EVERY_S)
-    if not ended:
-        name = "compress" if "student" in chosen else "teach"
-        print(f"No process works in {directory}; go on with: ev3-distill {name} --resume {shlex.quote(str(directory))}")
-    return ended
+            time.sleep(READ_EVERY_S)
+    if not finished:
+        command = "compress" if "student" in config else "teach"
+        print(
+            f"No process works in {directory}; resume it with: ev3-distill {command} --resume {shlex.quote(str(directory))}"
+        )
+    return finished
 
 
 class _Followed:
     """All ledgers of a run."""
 
-    def __init__(self, directory: Path, chosen: dict[str, Any]):
-        self.directory, self._chosen = directory, chosen
+    def __init__(self, directory: Path, config: dict[str, Any]):
+        self.directory, self._config = directory, config
         self._tails: dict[str, Tail] = {}
         self.parts: dict[str, Part] = {}
-        self.now: Part | None = None
+        self.active: Part | None = None
 
     def read(self) -> list[tuple[Part, str | None]]:
-        """What came since the last call: a line for each row that has something to say."""
+        """The rows added since the last call: their part, and a line for those that have one."""
         self._tails = open_tails(self.directory, self._tails)
-        told = []
+        news = []
         for name, tail in self._tails.items():
             for row in tail.rows():
                 if name not in self.parts:
                     self.parts[name] = self._part(name)
-                self.now = self.parts[name]
-                told.append((self.now, self.now.take(row)))
-        return told
+                self.active = self.parts[name]
+                news.append((self.active, self.active.add(row)))
+        return news
 
     def _part(self, name: str) -> Part:
-        budget = self._chosen["teacher_budget"] if name == "teacher" else self._chosen["budget"]
-        return Part(name, budget=budget, delta=self._chosen["ev3"]["delta"])
+        budget = self._config["teacher_budget"] if name == "teacher" else self._config["budget"]
+        return Part(name, budget=budget, delta=self._config["ev3"]["delta"])
 
 
 class _Lines:
-    """Plain lines: each promotion and rollback, and now and then how far the run is."""
+    """Plain lines: each promotion and rollback, and the state every few seconds."""
 
     def __init__(self) -> None:
-        self._told = -PLAIN_EVERY_S
+        self._last_line = -PLAIN_EVERY_S
 
     def __enter__(self) -> "_Lines":
+        print(LEGEND, flush=True)
         return self
 
     def __exit__(self, *of_error: object) -> None:
         pass
 
-    def show(self, followed: _Followed, told: list[tuple[Part, str | None]]) -> None:
-        if followed.now is None and self._told < 0:
-            self._told = 0.0
+    def show(self, followed: _Followed, news: list[tuple[Part, str | None]]) -> None:
+        if followed.active is None and self._last_line < 0:
+            self._last_line = 0.0
             print(f"{followed.directory}: compiling", flush=True)
-        for part, line in told:
+        for part, line in news:
             if line:
                 print(f"{part.name}: {line}", flush=True)
         now = time.monotonic()
-        if followed.now is not None and told and now - self._told >= PLAIN_EVERY_S:
-            self._told = now
-            print("; ".join(followed.now.lines()), flush=True)
+        if followed.active is not None and news and now - self._last_line >= PLAIN_EVERY_S:
+            self._last_line = now
+            print("; ".join(followed.active.lines()), flush=True)
 
 
 class _Panel:
-    """A panel that is drawn again and again."""
+    """A panel that is redrawn."""
 
     def __init__(self) -> None:
         from rich.live import Live
@@ -173,21 +181,22 @@ class _Panel:
     def __exit__(self, *of_error: object) -> None:
         self._live.stop()
 
-    def show(self, followed: _Followed, told: list[tuple[Part, str | None]]) -> None:
+    def show(self, followed: _Followed, news: list[tuple[Part, str | None]]) -> None:
         from rich.console import Group
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar
         from rich.text import Text
 
-        part = followed.now
+        part = followed.active
         lines = ["compiling"] if part is None else part.lines()
-        recent = [] if part is None else list(part.promotions.values())[-SHOWN:]
-        inside: list[Any] = [Text(line) for line in lines]
-        if part is not None and (share := part.share()) is not None:
-            inside.insert(1, ProgressBar(total=1, completed=share, width=40))
-        inside += [Text(line, style="green") for line in recent]
-        self._live.update(Panel(Group(*inside), title=Text(str(followed.directory))), refresh=True)
+        recent = [] if part is None else list(part.promotions.values())[-MAX_PROMOTIONS:]
+        content: list[Any] = [Text(line) for line in lines]
+        if part is not None and (done := part.fraction_done()) is not None:
+            content.insert(1, ProgressBar(total=1, completed=done, width=40))
+        content += [Text(line, style="green") for line in recent]
+        content.append(Text(LEGEND, style="dim"))
+        self._live.update(Panel(Group(*content), title=Text(str(followed.directory))), refresh=True)
 
 
-def _percent(share: float | None) -> str:
-    return "not known" if share is None else f"{share:.1%}"
+def _percent(fraction: float | None) -> str:
+    return "unknown" if fraction is None else f"{fraction:.1%}"

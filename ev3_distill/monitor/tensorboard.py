@@ -1,7 +1,7 @@
-"""The ledger's numbers for TensorBoard, by clu's metric writers: a folder for each part of a run, a step for each of training.
+"""The ledger's numbers as TensorBoard events, written with clu: one folder per part of a run, steps in training steps.
 
-They are read from the ledgers while the run writes them, so nothing in the run waits for them. What the folder has already, of
-a run that was killed, is not written again.
+A thread reads the ledgers while the run writes them, so the run never waits. After a resume, steps that the folder already has
+are not written again.
 """
 
 import contextlib
@@ -13,27 +13,27 @@ from typing import Any
 from ev3_distill.errors import InputError, summary, warn
 from ev3_distill.runtime.ledger import Tail, open_tails
 
-EVERY_S = 2.0
-SHOWN = ("champion_accuracy", "current_accuracy", "length", "gain", "wall_s")
+EVERY_S = 2.0  # between two reads of the ledgers
+FIELDS = ("length", "gain", "wall_s")
 
 
 def scalars_of(row: dict[str, Any]) -> dict[str, float]:
-    """Of a ledger row, by name; what is not known is left out."""
-    found: dict[str, Any] = {name: row[name] for name in SHOWN}
-    found |= {f"score/{arm}": score for arm, score in row["scores"].items()}
-    found |= {f"steps/{arm}": count for arm, count in row["steps"].items()}
-    found |= {f"risk/{goal}": risk for goal, risk in row["risks"].items()}
-    found["promoted"] = float(row["verdict"] == "promote")
+    """Scalars of a ledger row by name, without unknown ones."""
+    values = {name: x for name, x in row.items() if name in FIELDS or name.startswith(("champion_", "current_"))}
+    values |= {f"score/{arm}": score for arm, score in row["scores"].items()}
+    values |= {f"steps/{arm}": count for arm, count in row["steps"].items()}
+    values |= {f"risk/{goal}": risk for goal, risk in row["risks"].items()}
+    values["promoted"] = float(row["verdict"] == "promote")
     for arm, tuned in row.get("tuned", {}).items():
-        found |= {f"tuned/{arm}/{name}": x for name, x in tuned.items()}
-    return {name: float(x) for name, x in found.items() if isinstance(x, int | float)}
+        values |= {f"tuned/{arm}/{name}": x for name, x in tuned.items()}
+    return {name: float(x) for name, x in values.items() if isinstance(x, int | float)}
 
 
 class Scalars:
-    """Writes what ledgers tell."""
+    """Writes the scalars of a run's ledgers."""
 
     def __init__(self, run: Path, out: Path):
-        """Of a run, to a folder.
+        """Read the ledgers of `run` and write events to `out`.
 
         Raises:
           InputError: the extra is missing, or the folder cannot be written.
@@ -42,19 +42,17 @@ class Scalars:
         self._metrics, self._tensorflow = _packages()
         self._tails: dict[str, Tail] = {}
         self._writers: dict[str, Any] = {}
-        self._written: dict[str, int] = {}  # the last step
-        self._held: dict[
-            str, tuple[int, dict[str, float]]
-        ] = {}  # a step whose rows may not all be there: the last has two
+        self._written: dict[str, int] = {}  # last step written
+        self._pending: dict[str, tuple[int, dict[str, float]]] = {}  # the newest step; the last step has two rows
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"--tensorboard needs a folder that it can write; got {out} ({error.strerror}): choose another"
+                f"--tensorboard needs a writable folder; got {out} ({error.strerror}): choose another"
             ) from None
 
     def write(self) -> None:
-        """Writes the rows that have come."""
+        """Write the rows added since the last call."""
         self._tails = open_tails(self._run, self._tails)
         for name, tail in self._tails.items():
             for row in tail.rows():
@@ -66,30 +64,30 @@ class Scalars:
             writer.flush()
 
     def close(self) -> None:
-        """Writes the rest."""
+        """Write the remaining rows and close the files."""
         self.write()
         for name, writer in self._writers.items():
             self._release(name)
             writer.close()
 
-    def _take(self, name: str, step: int, found: dict[str, float]) -> None:
-        held, before = self._held.get(name, (-1, {}))
-        if step <= max(self._written[name], held - 1):
+    def _take(self, name: str, step: int, scalars: dict[str, float]) -> None:
+        pending, before = self._pending.get(name, (-1, {}))
+        if step <= max(self._written[name], pending - 1):
             return
-        if step == held:
-            found = {**before, **found, "promoted": max(before["promoted"], found["promoted"])}
+        if step == pending:
+            scalars = {**before, **scalars, "promoted": max(before["promoted"], scalars["promoted"])}
         else:
             self._release(name)
-        self._held[name] = step, found
+        self._pending[name] = step, scalars
 
     def _release(self, name: str) -> None:
-        if name in self._held:
-            step, found = self._held.pop(name)
-            self._writers[name].write_scalars(step, found)
+        if name in self._pending:
+            step, scalars = self._pending.pop(name)
+            self._writers[name].write_scalars(step, scalars)
             self._written[name] = step
 
     def _last_step(self, folder: Path) -> int:
-        """The last step that the folder's files hold, -1 where there is none; a torn end is no matter."""
+        """The last step in the folder's files, -1 if there is none. A torn end is ignored."""
         last = -1
         for path in sorted(folder.glob("events.out.tfevents.*")):
             with contextlib.suppress(self._tensorflow.errors.DataLossError):
@@ -100,39 +98,39 @@ class Scalars:
 
 
 @contextlib.contextmanager
-def written_for_tensorboard(run: Path, out: Path) -> Iterator[None]:
-    """Writes what a run's ledgers tell while the block runs, and the rest when it ends, however it does."""
+def write_tensorboard(run: Path, out: Path) -> Iterator[None]:
+    """Write the scalars of a run during a `with` block, and the rest when it ends, with or without an error."""
     scalars, done = Scalars(run, out), threading.Event()
 
     def follow() -> None:
         while not done.wait(EVERY_S):
             scalars.write()
 
-    thread = threading.Thread(target=_told, args=(follow,), daemon=True)
+    thread = threading.Thread(target=_warn_on_failure, args=(follow,), daemon=True)
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
-        _told(scalars.close)
+        _warn_on_failure(scalars.close)
 
 
-def _told(work: Any) -> None:
-    """A folder that is full or gone ends no run."""
+def _warn_on_failure(work: Any) -> None:
+    """Warn in place of an error: a full or missing folder must not end the run."""
     try:
         work()
     except Exception as error:
-        warn(f"nothing more is written for TensorBoard: {summary(error)}")
+        warn(f"no more TensorBoard events are written: {summary(error)}")
 
 
 def _packages() -> tuple[Any, Any]:
     try:
-        import tensorflow  # by which clu writes
+        import tensorflow  # clu writes with it
         from clu import metric_writers
     except ImportError as error:
         raise InputError(
-            f"--tensorboard needs the packages clu and tensorflow, of which one is not installed ({error}): "
+            f"--tensorboard needs the packages clu and tensorflow; one is missing ({error}): "
             "pip install 'ev3-distill[tensorboard]'"
         ) from None
     return metric_writers, tensorflow

@@ -128,8 +128,8 @@ def test_exit_code_of_compress_and_evaluate_follows_the_guards(here, cli):
     options = [word for guard in guards for word in ("--guard", guard)]
     answer = cli("compress", *SMALL, *options, "--out", "run")
     assert answer.code == 3
-    assert "Guard accuracy >= 0.5: certified, proven is at least" in answer.out
-    assert "Guard worst_class_accuracy >= 0.999: NOT CERTIFIED, proven is at least" in answer.out
+    assert "Guard accuracy >= 0.5: certified, proven: at least" in answer.out
+    assert "Guard worst_class_accuracy >= 0.999: NOT CERTIFIED, proven: at least" in answer.out
     assert "Guard params <= 700: certified, 610 parameters" in answer.out
     told = json.loads((here / "run" / "report.json").read_text())
     assert [guard["certified"] for guard in told["guards"]] == [True, False, True, True]
@@ -176,7 +176,7 @@ def test_every_metric_can_be_guarded(here, cli):
     for shown in ("top-2 accuracy", "less top-3 accuracy than its teacher", "ms median latency", "guard_metric:close"):
         assert shown in flat
     page = (here / "run" / "report.html").read_text()
-    assert "Brier score" in page and "Those of shares of examples are exact" in page
+    assert "Brier score" in page and "Bounds on fractions of examples are exact" in page
 
     certificate = json.loads((here / "run" / "certificate.json").read_text())
     assert {name: certificate[name] for name in told["certificate"]} == told["certificate"]

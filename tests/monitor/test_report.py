@@ -1,4 +1,4 @@
-"""The page says what the report says, to anyone: on paper, offline, whatever the names are."""
+"""The HTML report: correct numbers, no network access, escaped names, valid markup."""
 
 import copy
 import importlib.resources
@@ -7,7 +7,7 @@ import re
 
 import jinja2
 import pytest
-from report_examples import HOSTILE, Page, changed, make_report, make_rows, said
+from report_examples import HOSTILE, Page, changed, make_report, make_rows, page_text
 
 from ev3_distill.errors import InputError
 from ev3_distill.monitor import report as report_page
@@ -28,7 +28,7 @@ def html(report, rows):
     return report_page.render(report, rows)
 
 
-def test_page_is_well_formed_and_needs_no_network(html):
+def test_page_is_well_formed_and_loads_nothing(html):
     page = Page(html)
     assert page.tags.count("svg") == 3
     assert page.tags.count("h1") == 1
@@ -66,7 +66,7 @@ def test_user_strings_are_escaped(report, rows):
     assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 20
 
 
-def test_promise_and_numbers_agree_with_the_report(report, rows, html):
+def test_page_shows_the_numbers_of_the_report(report, rows, html):
     text = Page(html).text
     assert (
         "This student has at least 94.0 % accuracy and at least 96.4 % agreement with its teacher, "
@@ -90,7 +90,7 @@ def test_promise_and_numbers_agree_with_the_report(report, rows, html):
         "11.2 s",
         f"{report['cost']['examples']:,}",
         f"60 iterations: {report['promotions']} promoted a new champion, 1 rolled back",
-        f"{report['error_budget']['tests']} tests were made, which leave 0.031 of 0.05",
+        f"{report['error_budget']['tests']} tests left 0.031 of 0.05",
         "with probability 95 % or more, every promotion",
         "ev3-distill 0.1.0, jax 0.10.2, numpy 2.4.6",
         "3: airplane, cat & dog, <script>",
@@ -102,7 +102,7 @@ def test_promise_and_numbers_agree_with_the_report(report, rows, html):
         assert f"{arm['name']} {100 * arm['share']:.1f} % {arm['steps']:,}" in text
 
 
-def test_ledger_shows_the_tests_and_only_them(rows, html):
+def test_table_of_tests_has_one_line_per_test(rows, html):
     ledger = re.search(r'<table class="ledger">.*?</table>', html, re.S)[0]
     body = re.findall(r"<tr.*?</tr>", ledger.split("</thead>")[1], re.S)
     tests = [row for row in rows if row["test"]]
@@ -122,7 +122,7 @@ def test_ledger_shows_the_tests_and_only_them(rows, html):
         assert 100 * test["bound"] - 0.01 <= bound <= 100 * test["bound"]
 
 
-def test_plots_mark_the_verdicts(report, rows):
+def test_chart_marks_the_verdicts(report, rows):
     def legend(rows):
         svg = re.search(r'<div class="wide">(.*?)</div>', report_page.render(report, rows), re.S)[1]
         return [re.sub("<.*?>", "", text) for text in re.findall(r"<text.*?</text>", svg, re.S)]
@@ -134,57 +134,57 @@ def test_plots_mark_the_verdicts(report, rows):
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_few_rows(report, number):
+def test_page_of_few_iterations(report, number):
     page = Page(report_page.render(report, make_rows(number)))
     assert page.tags.count("svg") == (3 if number else 0)
-    assert ("No iteration was made." in page.text) == (number == 0)
-    assert ("No test was made." in page.text) == (number < 2)
+    assert ("There was no iteration." in page.text) == (number == 0)
+    assert ("There was no test." in page.text) == (number < 2)
 
 
-def test_one_arm_needs_no_plot_of_shares():
+def test_one_arm_has_no_spending_chart():
     rows = make_rows(5, arms=("kd", "unused"))
     rows = [{**row, "steps": {"kd": row["steps"]["kd"]}} for row in rows]
     page = Page(report_page.render(make_report(rows, arms=("kd",)), rows))
     assert page.tags.count("svg") == 2
 
 
-def test_steps_that_chose_the_initial_parameters_are_told(report, rows):
-    assert "initial parameters" not in said(report, rows)  # a report from before there were any
-    assert "initial parameters" not in said(changed(report, "cost.drawing", 0), rows)
-    assert "of which to choose initial parameters 400" in said(changed(report, "cost.drawing", 400), rows)
+def test_steps_that_selected_initial_parameters_are_shown(report, rows):
+    assert "initial parameters" not in page_text(report, rows)  # a report of an earlier version
+    assert "initial parameters" not in page_text(changed(report, "cost.drawing", 0), rows)
+    assert "of which to select initial parameters 400" in page_text(changed(report, "cost.drawing", 400), rows)
 
 
-def test_optional_values_may_be_missing(report, rows):
-    text = said(changed(report, "teacher.params", None), rows)
+def test_missing_optional_values(report, rows):
+    text = page_text(changed(report, "teacher.params", None), rows)
     assert "times fewer" not in text
     assert "Compression \u2013" in text
-    assert "The teacher\u2019s size is not known" in text
+    assert "The teacher\u2019s size is unknown" in text
 
     unlabelled = changed(changed(report, "teacher.accuracy", None), "student.accuracy", None)
     unlabelled["certificate"]["claims"] = unlabelled["certificate"]["claims"][1:]
     blank = [{**row, "champion_accuracy": None, "current_accuracy": None} for row in rows]
-    text = said(unlabelled, blank)
+    text = page_text(unlabelled, blank)
     assert "This student has at least 96.4 % agreement with its teacher, with 95 % confidence." in text
     assert "Accuracy on test \u2013 \u2013" in text
     assert "Agreement over cost" in text
     assert "This bound holds for examples" in text
 
-    assert "Nothing is promised" in said(changed(report, "certificate.claims", []))
-    assert "Classes 0 " in said(changed(report, "data.classes", []))
-    assert "Classes 25: 0, 1, " in said(changed(report, "data.classes", [str(i) for i in range(25)]))
-    assert "19 and 5 more" in said(changed(report, "data.classes", [str(i) for i in range(25)]))
-    assert "the student that the run began with" in said(changed(report, "promotions", 0))
-    assert "Delivered: the current student" in said(changed(report, "student.delivered", "current"))
+    assert "Nothing is promised" in page_text(changed(report, "certificate.claims", []))
+    assert "Classes 0 " in page_text(changed(report, "data.classes", []))
+    assert "Classes 25: 0, 1, " in page_text(changed(report, "data.classes", [str(i) for i in range(25)]))
+    assert "19 and 5 more" in page_text(changed(report, "data.classes", [str(i) for i in range(25)]))
+    assert "the student that the run began with" in page_text(changed(report, "promotions", 0))
+    assert "Delivered: the current student" in page_text(changed(report, "student.delivered", "current"))
 
 
-def test_a_missing_field_is_an_error_not_a_blank(report):
+def test_missing_field_is_an_error(report):
     broken = copy.deepcopy(report)
     del broken["device"]
     with pytest.raises(jinja2.UndefinedError, match="device"):
         report_page.render(broken, [])
 
 
-def test_write_html_leaves_only_the_page(tmp_path, report, rows, html, monkeypatch):
+def test_write_html_is_atomic(tmp_path, report, rows, html, monkeypatch):
     with pytest.raises(InputError, match=r"report\.json"):
         report_page.write_html(tmp_path)
     (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")

@@ -1,10 +1,13 @@
-"""What the page and the terminal say of a report in words: claims, guards, numbers, each in its own unit."""
+"""Sentences and numbers of the page and the terminal: claims, guards and units."""
 
 import pytest
-from report_examples import ARMS, HOSTILE, Page, changed, make_report, make_rows, said
+from report_examples import ARMS, HOSTILE, Page, changed, make_report, make_rows, page_text
 from rich.console import Console
 
+from ev3_distill.monitor import certificate_sentence, claim_line, guard_line, number_format, terminal_summary
 from ev3_distill.monitor import report as report_page
+from ev3_distill.monitor.sentences import tuned_values
+from ev3_distill.runtime.glossary import TERMS
 
 
 @pytest.fixture
@@ -16,21 +19,21 @@ def test_summary_fits_a_terminal(report):
     def shown(report):
         console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
         with console.file:
-            console.print(report_page.summary(report))
+            console.print(terminal_summary(report))
             return console.export_text()
 
     text = shown(report)
     assert len(text.splitlines()) < 12
     flat = " ".join(text.split())
     assert "onnx:resnet18-cifar10.onnx mlp width=512 depth=2" in flat
-    assert report_page.promise(report) in flat
+    assert certificate_sentence(report) in flat
     assert "12.3\u00d7" in flat
     assert "5 min 12 s" in flat
     assert "[bold]x" in shown(changed(report, "teacher.source", "[bold]x"))
     assert "\u2013" in shown(changed(report, "teacher.params", None))
 
 
-def test_every_kind_of_claim_is_told_by_its_own_unit(report):
+def test_each_claim_is_shown_in_its_unit(report):
     claims = [
         {"metric": "top5_accuracy", "point": 0.99, "lower_bound": 0.98789, "n": 100},
         {"metric": "drop(top5_accuracy)", "point": 0.01, "upper_bound": 0.0211, "n": 100},
@@ -41,16 +44,16 @@ def test_every_kind_of_claim_is_told_by_its_own_unit(report):
         {"metric": "own:score", "point": 0.7, "lower_bound": 0.65, "n": 100},
     ]
     mixed = changed(report, "certificate.claims", claims)
-    text = said(mixed)
+    text = page_text(mixed)
     assert (
         "This student has at least 98.7 % top-5 accuracy, at most 2.2 % less top-5 accuracy than its teacher, at most 0.0613 "
         "Brier score, at most \u22121.23 cost per example, at most 3.4 % expected calibration error, at most 0.522 ms median "
         "latency on that machine and at least 65.0 % own:score, with 95 % confidence" in text
     )
     assert "0.0412 Brier score (n = 100)" in text and "0.51 ms median latency on that machine (n = 301)" in text
-    assert "Those of shares of examples are exact" in text
-    assert "They are exact" in said(report)
-    lines = [report_page.claim_line(claim, 0.975) for claim in claims]
+    assert "Bounds on fractions of examples are exact" in text
+    assert "They are exact" in page_text(report)
+    lines = [claim_line(claim, 0.975) for claim in claims]
     assert lines[0] == "top5_accuracy: 99.00% of 100 examples; at least 98.78% with 97.5% confidence"
     assert lines[2] == "brier: 0.04123 of 100 examples; at most 0.0613 with 97.5% confidence"
     assert lines[5] == "latency_ms: 0.51 ms of 301 passes; at most 0.522 ms with 97.5% confidence"
@@ -61,19 +64,19 @@ def test_every_kind_of_claim_is_told_by_its_own_unit(report):
     [
         (
             {"guard": "ece <= 0.1", "metric": "ece", "bound": 0.0311, "certified": True},
-            "certified, proven is at most 3.2 %",
+            "certified, proven: at most 3.2 %",
         ),
-        ({"guard": "brier <= 0.1", "metric": "brier", "bound": 0.2, "certified": False}, "proven is at most 0.200"),
-        ({"guard": "own:s >= 0.1", "metric": "own:s", "bound": 0.2, "certified": True}, "proven is at least 20.0 %"),
+        ({"guard": "brier <= 0.1", "metric": "brier", "bound": 0.2, "certified": False}, "proven: at most 0.200"),
+        ({"guard": "own:s >= 0.1", "metric": "own:s", "bound": 0.2, "certified": True}, "proven: at least 20.0 %"),
         ({"guard": "bytes <= 9", "metric": "bytes", "point": 2440, "bound": 2440, "certified": False}, ", 2,440 bytes"),
     ],
 )
-def test_verdicts(guard, shown):
-    assert report_page.verdict(guard).endswith(shown)
+def test_guard_lines(guard, shown):
+    assert guard_line(guard).endswith(shown)
 
 
 @pytest.mark.parametrize("number", [3, 40])
-def test_the_table_of_classes(report, number):
+def test_table_of_classes(report, number):
     rows = [{"name": HOSTILE, "point": 0.9, "lower_bound": 0.8777, "n": 1234}]
     rows += [{"name": f"c{i}", "point": None, "lower_bound": 0.0, "n": 0} for i in range(number - 1)]
     tables = [{"of": "class", "metric": "accuracy", "confidence": 0.95, "rows": rows}]
@@ -81,24 +84,24 @@ def test_the_table_of_classes(report, number):
     page = Page(html)
     assert "script" not in page.tags
     assert (
-        f"These bounds hold for all {number} classes at once, with 95 % confidence. That is a statement of its own"
+        f"These bounds hold for all {number} classes at once, with 95 % confidence. This is a separate statement"
         in page.text
     )
     assert f"{HOSTILE} 1,234 90.0 % 87.7 %" in page.text
     assert "c0 0 \u2013 0.0 %" in page.text
     assert ("<details open>" in html) == (number == 3)
-    assert "Accuracy by class" not in said(report)
+    assert "Accuracy by class" not in page_text(report)
 
 
-def test_a_reopened_split_is_told(report):
+def test_correction_for_a_reopened_split_is_stated(report):
     again = changed(report, "certificate", {**report["certificate"], "reopened": 2})
-    assert "The sealed split had been opened 2 times before; the bounds are corrected for it." in said(again)
-    assert "had been opened" not in said(report)
+    assert "The sealed split had been opened 2 times before; the bounds are corrected for it." in page_text(again)
+    assert "had been opened" not in page_text(report)
     both = changed(report, "certificate", {**report["certificate"], "reopened": 1, "among": 2})
     assert (
         "The sealed split was opened for 2 students, any of which could have been delivered and had been opened once before; "
         "the bounds are corrected for it."
-    ) in said(both)
+    ) in page_text(both)
 
 
 @pytest.mark.parametrize(
@@ -131,17 +134,22 @@ def test_a_reopened_split_is_told(report):
         ("count", None, "\u2013"),
     ],
 )
-def test_numbers(function, value, shown):
-    assert getattr(report_page, function)(value) == shown
+def test_number_formats(function, value, shown):
+    assert getattr(number_format, function)(value) == shown
 
 
-def test_what_an_arm_tuned_came_to_is_told():
-    """By the last row that has it; of an arm that tunes nothing nothing is said."""
+def test_tuned_values_come_from_the_last_row_that_has_them():
     rows = make_rows()
     rows[10]["tuned"] = {HOSTILE: {"temperature": 9.0, "mix": [0.9, 0.1]}}
     rows[20]["tuned"] = {HOSTILE: {"temperature": 2.7182, "mix": [0.6543, 0.3457]}}
-    assert report_page.tuned(HOSTILE, rows) == "temperature 2.72, mix 0.654 : 0.346"
-    assert report_page.tuned(ARMS[0], rows) == ""
+    assert tuned_values(HOSTILE, rows) == "temperature 2.72, mix 0.654 : 0.346"
+    assert tuned_values(ARMS[0], rows) == ""
     page = Page(report_page.render(make_report(rows), rows))
     words = " ".join(" ".join(page.words).split())
-    assert words.count("came to") == 1 and "came to temperature 2.72, mix 0.654 : 0.346" in words
+    assert words.count("tuned to") == 1 and "tuned to temperature 2.72, mix 0.654 : 0.346" in words
+
+
+def test_page_explains_each_term_once(report):
+    text = page_text(report)
+    assert all(text.count(f"{term}{meaning}") + text.count(f"{term} {meaning}") == 1 for term, meaning in TERMS.items())
+    assert {"adopt", "keep", "promote", "roll back", "assess", "decide", "arm", "error budget"} <= set(TERMS)

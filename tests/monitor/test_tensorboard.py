@@ -1,4 +1,4 @@
-"""TensorBoard is told what the ledger tells, each step once, however often a run is killed."""
+"""TensorBoard events have the scalars of the ledger, each step once, even if a run is killed and resumed."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ ROW = {"cost": 30, "champion_accuracy": 0.5, "current_accuracy": None, "length":
        "tuned": {"ce": {"rate": 0.5, "weights": [1.0, 2.0]}}}  # fmt: skip
 
 
-def test_scalars_of_a_row():
+def test_scalars_of_a_ledger_row():
     assert scalars_of(ROW) == {
         "champion_accuracy": 0.5,
         "length": 8.0,
@@ -25,7 +25,7 @@ def test_scalars_of_a_row():
     }
 
 
-def test_without_the_extra(cli, here, monkeypatch):
+def test_missing_packages_are_an_error(cli, here, monkeypatch):
     monkeypatch.setitem(sys.modules, "clu", None)
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     answer = cli("compress", "--out", "run", "--tensorboard", "events")
@@ -46,17 +46,17 @@ def steps_in(folder):
 
 
 def costs_of(lines):
-    """The closing row has the cost of the one before."""
+    """Costs without repetition: the closing row has the cost of the row before."""
     return sorted({json.loads(line)["cost"] for line in lines})
 
 
-def test_each_step_once(finished, tmp_path):
-    pytest.importorskip("clu", reason="TensorBoard's events are written by clu, of the extra tensorboard")
-    pytest.importorskip("tensorflow", reason="clu writes by tensorflow, of the extra tensorboard")
+def test_each_step_is_written_once(finished, tmp_path):
+    pytest.importorskip("clu", reason="needs clu, of the extra tensorboard")
+    pytest.importorskip("tensorflow", reason="needs tensorflow, of the extra tensorboard")
     lines = (finished / "ledger.jsonl").read_text().splitlines(keepends=True)
     run, out = tmp_path / "run", tmp_path / "events"
     run.mkdir()
-    for whole in (5, 3, len(lines)):  # killed after five rows, of which a checkpoint has seen three
+    for whole in (5, 3, len(lines)):  # killed after five rows, resumed from the third
         (run / "ledger.jsonl").write_text("".join(lines[:whole]) + lines[-1][:40] * (whole < len(lines)))
         scalars = Scalars(run, out)
         scalars.write()
@@ -66,9 +66,9 @@ def test_each_step_once(finished, tmp_path):
     assert {"score/ce", "steps/mse", "length", "promoted"} <= {tag for _, tag in steps_in(out / "student")}
 
 
-def test_a_run_writes_them(cli, here):
-    pytest.importorskip("clu", reason="TensorBoard's events are written by clu, of the extra tensorboard")
-    pytest.importorskip("tensorflow", reason="clu writes by tensorflow, of the extra tensorboard")
+def test_run_writes_events(cli, here):
+    pytest.importorskip("clu", reason="needs clu, of the extra tensorboard")
+    pytest.importorskip("tensorflow", reason="needs tensorflow, of the extra tensorboard")
     options = ("--network", "mlp:hidden=8", "--budget", "300", "--out", "run", "--tensorboard", "events")
     assert cli("teach", *options).code == 0
     costs = costs_of((here / "run/ledger.jsonl").read_text().splitlines())

@@ -244,7 +244,7 @@ def test_a_guard_out_of_reach_ends_with_code_3(cli, here):
     options = [word if word != "accuracy >= 0.8" else "accuracy >= 0.999" for word in SEARCH]
     answer = cli("compress", *options, "--max-params", "30", "--out", "run")
     assert answer.code == 3
-    assert "NOT CERTIFIED, proven is at least" in " ".join(answer.out.split())
+    assert "NOT CERTIFIED, proven: at least" in " ".join(answer.out.split())
     sizes = report_of(here / "run")["search"]["sizes"]
     assert not any(one["met"] for one in sizes)
     assert [one["params"] for one in sizes if one["how"][:6] != "longer"] == [21, 27]  # three units, four

@@ -1,0 +1,117 @@
+"""Sentences about a run's certificate, guards and arms, for the page, the terminal and the model card."""
+
+from decimal import ROUND_CEILING, ROUND_FLOOR
+from typing import Any
+
+from ev3_distill.monitor.number_format import (
+    MISSING,
+    count,
+    exact_percent,
+    fixed_percent,
+    is_missing,
+    percent,
+    points,
+    significant,
+)
+from ev3_distill.tasks.metrics import find_metric
+
+
+def certificate_sentence(report: dict[str, Any]) -> str:
+    """The certificate of a report, in one sentence."""
+    certificate = report["certificate"]
+    claims = [
+        f"{_bound(claim['metric'], claim.get('lower_bound'), claim.get('upper_bound'))} {metric_label(claim['metric'])}"
+        for claim in certificate["claims"]
+    ]
+    if not claims:
+        return "Nothing is promised of this student"
+    confidence = exact_percent(certificate["confidence"])
+    text = " and ".join([", ".join(claims[:-1]), claims[-1]] if len(claims) > 1 else claims)
+    precision = report["student"].get("deploy", "float32")
+    student = "This student" if precision == "float32" else f"This student, in {precision},"
+    return f"{student} has {text}, with {confidence} confidence"
+
+
+def claim_line(claim: dict[str, Any], confidence: float) -> str:
+    """One claim of a certificate, as the terminal shows it."""
+    metric, lower, upper = claim["metric"], claim.get("lower_bound"), claim.get("upper_bound")
+    bound = _bound(metric, lower, upper, digits=2).replace(" %", "%")
+    things = "passes" if metric == "latency_ms" else "examples"
+    unit = _unit(metric)
+    point = f"{claim['point']:.2%}" if unit == "%" else f"{claim['point']:.4g}{unit}"
+    return f"{metric}: {point} of {claim['n']} {things}; {bound} with {100 * confidence:.10g}% confidence"
+
+
+def point_phrase(claim: dict[str, Any]) -> str:
+    """The measured value of a claim and the number of examples, such as "94.4 % accuracy (n = 10,000)"."""
+    metric = claim["metric"]
+    unit = _unit(metric)
+    value = percent(claim["point"]) if unit == "%" else f"{claim['point']:.3g}{unit}"
+    return f"{value} {metric_label(metric)} (n\u00a0=\u00a0{count(claim['n'])})"
+
+
+def correction_sentence(certificate: dict[str, Any]) -> str:
+    """Why bounds were corrected: the split had been opened before, or for several students. Empty if neither."""
+    times, among, reasons = certificate.get("reopened", 0), certificate.get("among", 1), []
+    if among > 1:
+        reasons = [f"was opened for {among} students, any of which could have been delivered"]
+    if times:
+        reasons.append(f"had been opened {'once' if times == 1 else f'{times} times'} before")
+    return f"The sealed split {' and '.join(reasons)}; the bounds are corrected for it" if reasons else ""
+
+
+def guard_line(guard: dict[str, Any]) -> str:
+    """Whether a guard is certified, in one line."""
+    metric = guard["metric"]
+    query = find_metric(metric)
+    if query is not None and query.row.source == "size":
+        known = f"{count(guard['point'])} {query.row.unit}"
+    else:
+        higher = query is None or query.row.higher_is_better
+        known = f"proven: {_bound(metric, *((guard['bound'], None) if higher else (None, guard['bound'])))}"
+    return f"Guard {guard['guard']}: {'certified' if guard['certified'] else 'NOT CERTIFIED'}, {known}"
+
+
+def control_sentence(control: dict[str, float]) -> str:
+    """By how much the distilled student is better than the one trained with labels only."""
+    return (
+        f"Distillation changed accuracy by {points(control['gain'])} points against labels alone at the same cost "
+        f"({exact_percent(control['confidence'])} interval {points(control['low'])} to {points(control['high'])})."
+    )
+
+
+def tuned_values(arm: str, rows: list[dict[str, Any]]) -> str:
+    """Hyperparameters that an arm tuned, from the last ledger row that has them; empty if it tunes none."""
+    values: dict[str, Any] = next((row["tuned"][arm] for row in reversed(rows) if arm in row.get("tuned", {})), {})
+    numbers = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+    return ", ".join(f"{name} {' : '.join(f'{x:.3g}' for x in numbers[name])}" for name in numbers)
+
+
+def metric_label(metric: str) -> str:
+    """What a sentence calls a metric."""
+    query = find_metric(metric)
+    return query.label if query else metric
+
+
+def is_exact(metric: str) -> bool:
+    """Whether the metric has an exact bound (Clopper and Pearson)."""
+    query = find_metric(metric)
+    return query is not None and query.row.exact
+
+
+def _unit(metric: str) -> str:
+    """The unit after a number: % for a fraction, another unit with a space before it, or nothing."""
+    query = find_metric(metric)
+    unit = query.row.unit if query else "%"
+    return f" {unit}" if unit not in ("", "%") else unit
+
+
+def _bound(metric: str, lower: float | None, upper: float | None, *, digits: int = 1) -> str:
+    """ "at least" or "at most" a value, rounded so that no more is claimed than was proven."""
+    word, value, rounding = ("at most", upper, ROUND_CEILING) if lower is None else ("at least", lower, ROUND_FLOOR)
+    if value is None or is_missing(value):
+        return f"{word} {MISSING}"
+    unit = _unit(metric)
+    if unit != "%":
+        return f"{word} {significant(value, 3, rounding)}{unit}"
+    return f"{word} {fixed_percent(value, digits, rounding=rounding)} %"
