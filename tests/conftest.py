@@ -1,4 +1,4 @@
-"""What tests share: caches for all processes and of one test alone, one small run, and what "the same run" means."""
+"""Shared fixtures: caches for all processes or for one test, one small run, and comparisons of two runs."""
 
 import atexit
 import contextlib
@@ -16,13 +16,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-# Before jax is imported, and inherited by the workers of pytest-xdist and by the processes that tests start.
+# Set before jax is imported; inherited by the workers of pytest-xdist and by processes that tests start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ev3-distill-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Compiling is what takes the tests' time: without optimisation it takes half, and half of that without emitters that fuse by
-# MLIR, whose programs run twice as fast: README's commands and the benches have both. An unknown flag ends a process.
+# Compilation dominates the time of the tests. Without optimization it takes half as long, and half of that without the MLIR
+# fusion emitters, whose programs run twice as fast. Examples in the documentation and benchmarks use both. XLA aborts on an
+# unknown flag.
 if metadata.version("jaxlib").startswith("0.10."):
     os.environ.setdefault(
         "XLA_FLAGS",
@@ -30,7 +31,7 @@ if metadata.version("jaxlib").startswith("0.10."):
         "--xla_cpu_parallel_codegen_split_count=1",
     )
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-if "EV3_DISTILL_CACHE" not in os.environ:  # never the user's own
+if "EV3_DISTILL_CACHE" not in os.environ:  # never the user's cache
     os.environ["EV3_DISTILL_CACHE"] = tempfile.mkdtemp(prefix="ev3-distill-cache-")
     atexit.register(shutil.rmtree, os.environ["EV3_DISTILL_CACHE"], ignore_errors=True)
 
@@ -42,7 +43,7 @@ from ev3_distill.cli.main import GC_THRESHOLDS, main
 gc.set_threshold(*GC_THRESHOLDS)
 pytest.register_assert_rewrite(
     "refused_inputs", "report_examples", "teacher_cache_files", "random_walks"
-)  # what they assert is told in full, as in tests
+)  # failed assertions there are explained as in tests
 SMALL = (
     *("--arms", "ce", "mse", "--student", "mlp:hidden=8", "--budget", "1500"),
     *("--teacher-network", "mlp:hidden=16", "--teacher-budget", "300", "--checkpoint-s", "0"),
@@ -50,7 +51,7 @@ SMALL = (
 TIMES = ("wall_s", "compile_s")
 SHARED = Path(os.environ.get("EV3_DISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 if SHARED.is_dir():
-    os.environ.setdefault("EV3_DISTILL_DATA", str(SHARED))  # commands look there, too
+    os.environ.setdefault("EV3_DISTILL_DATA", str(SHARED))  # for commands as well
 
 
 class Answer(NamedTuple):
@@ -61,7 +62,7 @@ class Answer(NamedTuple):
 
 @pytest.fixture
 def cli(capsys):
-    """Runs a command line in this process."""
+    """Runs a command line in this process; returns its exit code and output."""
 
     def call(*argv):
         capsys.readouterr()
@@ -84,7 +85,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A cache of the test's own: its folder of decoded images."""
+    """A cache for this test alone; returns its folder of decoded images."""
     monkeypatch.setenv("EV3_DISTILL_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "decoded"
 
@@ -96,7 +97,7 @@ def small_shards(monkeypatch):
 
 
 def once(factory, name, make):
-    """A folder that the first of pytest-xdist's workers to ask for it fills by `make`, and that all use."""
+    """A folder that all workers of pytest-xdist share; the first one fills it by `make`."""
     root = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
     place = root / name
     with (root / f"{name}.lock").open("w") as lock:
@@ -110,14 +111,14 @@ def once(factory, name, make):
 
 @contextlib.contextmanager
 def small_disk(path, size):
-    """A file system of its own where that is permitted.
+    """A small file system of its own, if mounting is permitted.
 
-    It goes once nothing reads there: the threads of tensorstore may close a file some milliseconds after they answered.
+    It is unmounted lazily: threads of tensorstore may close a file some milliseconds after they have returned.
     """
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("no permission to mount a tmpfs; the test of a limit on a file's size stands for it")
+        pytest.skip("no permission to mount a tmpfs; the test with a limit on file size covers this case")
     try:
         yield
     finally:
@@ -126,14 +127,14 @@ def small_disk(path, size):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A small run of compress that nobody disturbed, a copy for each worker: one process at a time may work in a run."""
+    """A small finished run of compress. Each worker gets a copy, since one process at a time may work in a run."""
     place = once(tmp_path_factory, "finished", lambda place: main(["compress", *SMALL, "--out", str(place / "run")]))
     return shutil.copytree(place / "run", tmp_path_factory.mktemp("copy") / "run")
 
 
 @pytest.fixture(scope="session")
 def random_logits(tmp_path_factory):
-    """A file of logits for digits: a teacher for tests that need no good one."""
+    """A file of random logits for digits: a teacher for tests that do not need a good one."""
     path = tmp_path_factory.mktemp("logits") / "logits.npz"
     np.savez(path, logits=np.random.default_rng(0).normal(size=(1797, 10)).astype(np.float32))
     return path
@@ -145,7 +146,7 @@ def cifar():
     pil = pytest.importorskip("PIL.Image", reason="reads the images")
     path = SHARED / "cifar10_jpeg.zip"
     if not path.is_file():
-        pytest.skip(f"the real images are not there: {path.name}")
+        pytest.skip(f"the real images are missing: {path.name}")
     with zipfile.ZipFile(path) as archive:
         names = sorted(name for name in archive.namelist() if "test/" in name and name.endswith(".jpg"))
         classes = sorted({name.split("/")[-2] for name in names})
@@ -160,7 +161,7 @@ def rows_without_times(path):
 
 
 def assert_same_run(one, other):
-    """Two run directories are bit-identical but for times, and neither holds anything half written."""
+    """Asserts that two run directories are bit-identical except for times, and hold no partial files."""
     assert names_in(one) == names_in(other)
     for name in ("config.toml", "given.json"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
@@ -189,13 +190,13 @@ def names_in(run):
 
 
 def newest_digest(run):
-    """Of the last checkpoint's whole state."""
+    """Number and state digest of the newest checkpoint."""
     newest = max((path for path in (run / "checkpoints").iterdir() if path.name.isdigit()), key=lambda p: int(p.name))
     return newest.name, json.loads((newest / "digest" / "metadata").read_text())
 
 
 def variables_of(run):
-    """The student's parameters, bit by bit."""
+    """Spec and parameters of a student, as bytes."""
     import jax
 
     from ev3_distill import students

@@ -1,4 +1,4 @@
-"""Albums: folders and archives of small pictures, each known by its seed."""
+"""Builds folders and archives of small images, each determined by a seed."""
 
 import io
 import zipfile
@@ -10,7 +10,7 @@ from ev3_distill.data.sources import load_data
 
 
 def picture(seed, size=(4, 6), channels=3):
-    """Pixels that the seed decides."""
+    """Pixels determined by the seed."""
     array = np.random.default_rng(seed).integers(0, 256, (*size, channels)).astype(np.uint8)
     return array[..., 0] if channels == 1 else array
 
@@ -26,7 +26,7 @@ TEST = ["test/bee/x.png", "test/ant/y.png"]
 
 
 def contents(names, **options):
-    """An image for each name, by its place in the list."""
+    """File contents by name: an image for each, whose seed is its position in the list."""
     return {name: encoded(picture(i, **options)) for i, name in enumerate(names)}
 
 
@@ -49,19 +49,19 @@ def archive(path, files, compression=zipfile.ZIP_DEFLATED):
 
 
 def both(tmp_path, files):
-    """The same files as a directory and as archives."""
+    """Yields the same files as a directory and as archives."""
     yield tree(tmp_path / "tree", files)
     yield archive(tmp_path / "set.zip", files)
     yield archive(tmp_path / "stored.ZIP", files, zipfile.ZIP_STORED)
 
 
 def load(source, **options):
-    """The data set, and what was said."""
-    said = []
-    return load_data(source, warn=said.append, **options), said
+    """The data set, and the warnings."""
+    warnings = []
+    return load_data(source, warn=warnings.append, **options), warnings
 
 
 def seeds_of(dataset, **options):
-    """Which of the pictures an array holds, row by row."""
+    """The seed of the image in each row."""
     known = {picture(seed, **options).tobytes(): seed for seed in range(20)}
     return [known[row.tobytes()] for row in dataset.inputs[:]]

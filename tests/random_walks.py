@@ -1,4 +1,4 @@
-"""Walkers: arms of a world of thresholds, in which all that a step does can be computed by hand."""
+"""Random-walk arms on students that are thresholds: everything that a step does can be computed by hand."""
 
 import functools
 from typing import NamedTuple
@@ -35,7 +35,7 @@ def row(tree, i):
 
 
 def untouched(state):
-    """What an iteration without adoption, promotion or roll back must leave bit-identical."""
+    """The part of a state that an iteration without adoption, promotion or rollback must leave bit-identical."""
     arms = state.arms
     return state.key, state.current, state.champion, (arms.states, arms.wins, arms.promotions, arms.leader)
 
@@ -45,9 +45,9 @@ def replaced(state, **groups):
     return state._replace(**{name: getattr(state, name)._replace(**fields) for name, fields in groups.items()})
 
 
-# A world in which all can be computed by hand: a student is a threshold t, right on the examples of label 0 whose input
-# is below t and on those of label 1 whose input is above it. Inputs are n + 1/2, so t = 7 is right on 7 of label 0.
-# What the arms do is data, in the student's statistics, so that one compiled step serves all tests of as many arms.
+# A student is a threshold t: it is right on examples of label 0 whose input is below t, and on those of label 1 whose input is
+# above it. Inputs are n + 1/2, so t = 7 is right on 7 examples of label 0. The student's statistics say what the arms do, so
+# that one compiled step serves all tests with the same number of arms.
 
 B, N = 4, 64
 RUN_KEY = jax.random.key(5)
@@ -84,7 +84,7 @@ def sample(examples, step):
 
 
 def rolled(arms, state, pools, steps):
-    """What the arms propose after that many steps each."""
+    """Proposals of the arms after `steps` steps each."""
     draw = explore.draw_from(pools.explore, sample, RUN_KEY)
     stretches = [Stretch(state.clock.position, n, jnp.float32(0), jnp.float32(0)) for n in steps]
     held = explore.held_from(pools.assess, RUN_KEY, batch_size=B)
@@ -97,14 +97,14 @@ LOG = 64
 
 class Walk(NamedTuple):
     student: Variables
-    age: jax.Array  # steps since the arm last started afresh
-    log: jax.Array  # [LOG, B] index of the examples seen at each global step, -1 where none
+    age: jax.Array  # steps since the arm was last initialized
+    log: jax.Array  # [LOG, B] index of the examples seen at each global step, -1 if none
     keys: jax.Array  # [LOG, 2] the keys seen
     sick: jax.Array  # nan or infinite, or 0
 
 
 def walker(i):
-    """The i-th arm: its threshold moves by speed[i] at every step, and it remembers what it was shown."""
+    """The i-th arm: its threshold moves by speed[i] at every step, and it records the examples and keys that it sees."""
 
     def init(variables):
         log, keys = jnp.full((LOG, B), -1, jnp.int32), jnp.zeros((LOG, 2), jnp.uint32)
@@ -141,7 +141,7 @@ OBJECTIVES = Objectives(example_scores.accuracy, ACCURACY)
 
 @functools.cache
 def compiled(arms):
-    """The initial state and the step for so many arms, 1 or 4."""
+    """The initial state and the step for 1 or 4 arms."""
     algorithm = Algorithm(apply_threshold, WALKERS[:arms], sample, OBJECTIVES, CONFIG)
 
     def start(variables, pools):
@@ -155,7 +155,7 @@ def begin(speeds, pools=POOLS, *, t=8, health=None):
 
 
 def steps_from(state, remaining, pools=POOLS):
-    """Iterates; `remaining` lists what may still be spent at each iteration."""
+    """Iterates; `remaining` lists the remaining budget at each iteration."""
     states, decisions = [], []
     for left in remaining:
         limit = int(state.clock.cost) + left

@@ -28,6 +28,11 @@ def check_unchanged(teacher: Teacher, digest: str, directory: Path) -> None:
         )
 
 
+def sample_size(memory: int, bytes_each: int) -> int:
+    """Maximum number of examples for the diagnosis, by the memory limit and the size of an example, in bytes."""
+    return min(SAMPLE, max(memory // SAMPLE_SHARE // bytes_each, 1))
+
+
 def check_quality(teacher: Teacher, setup: TrainingSetup, *, as_is: bool) -> None:
     """Reports the teacher's accuracy on assess and decide, and rejects a teacher that a clear error spoils.
 
@@ -42,8 +47,9 @@ def check_quality(teacher: Teacher, setup: TrainingSetup, *, as_is: bool) -> Non
     if setup.task.diagnosis is None:
         return
     rows = np.concatenate([setup.rows[name] for name in ("assess", "decide")])
-    most = min(SAMPLE, max(setup.memory // SAMPLE_SHARE // example_bytes(setup.dataset), 1))
-    sample = np.sort(np.random.default_rng(0).permutation(rows)[:most])
+    sample = np.sort(
+        np.random.default_rng(0).permutation(rows)[: sample_size(setup.memory, example_bytes(setup.dataset))]
+    )
     diagnosis = CHECKS[setup.task.diagnosis](
         teacher, np.asarray(setup.dataset.inputs[sample]), setup.dataset.labels[sample], setup.dataset.class_names
     )

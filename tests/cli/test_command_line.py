@@ -1,4 +1,4 @@
-"""The command line end to end: every kind of data, teacher and budget, and what is printed."""
+"""The command line end to end: data, teachers, budgets and output."""
 
 import json
 import re
@@ -18,7 +18,7 @@ FAST = ("--student", "mlp:hidden=8", "--arms", "ce", "--budget", "300")
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["compress", "--help"], ["evaluate", "--help"]])
-def test_help_needs_no_numbers(argv):
+def test_help_imports_no_numerical_library(argv):
     code = f"""if True:
         import sys
         from ev3_distill.cli.main import main
@@ -34,7 +34,7 @@ def test_help_needs_no_numbers(argv):
     assert "usage: ev3-distill" in done.stdout
 
 
-def test_help_tells_defaults(cli):
+def test_help_shows_options_and_defaults(cli):
     text = " ".join(re.sub(r"[│\n]", " ", cli("compress", "--help").out).split())
     for option in ("--data", "--teacher", "--student", "--budget", "--arms", "--seed", "--config", "--resume", "--out"):
         assert option in text
@@ -42,7 +42,7 @@ def test_help_tells_defaults(cli):
     assert "training steps summed over all arms" in text
 
 
-def test_a_run_tells_its_promise_and_its_place(finished, cli, here):
+def test_a_run_prints_its_bounds_and_its_directory(finished, cli, here):
     answer = cli("compress", "--resume", finished)
     text = " ".join(answer.out.split())
     report = json.loads((finished / "report.json").read_text())
@@ -72,7 +72,7 @@ def test_evaluate_reproduces_the_certificate(finished, cli, here):
     assert teacher.out.startswith(f"accuracy: {accuracy:.2%} of 359 examples")
 
 
-def test_report_renders_again(finished, cli, here):
+def test_report_renders_the_page_again(finished, cli, here):
     page = (finished / "report.html").read_text()
     (finished / "report.html").write_text("lost")
     answer = cli("report", finished)
@@ -81,15 +81,15 @@ def test_report_renders_again(finished, cli, here):
     assert (finished / "report.html").read_text() == page
 
 
-def test_a_finished_run_without_its_page_gets_it(finished, cli, here):
+def test_resuming_a_finished_run_restores_its_page(finished, cli, here):
     page = (finished / "report.html").read_text()
     (finished / "report.html").unlink()
     assert cli("compress", "--resume", finished).code == 0
     assert (finished / "report.html").read_text() == page
 
 
-def test_logits_teacher_end_to_end(finished, cli, here):
-    """Logits of another run's teacher teach the same student, by file or by program."""
+def test_recorded_logits_train_the_same_student_as_their_teacher(finished, cli, here):
+    """The same student results from a teacher that runs and from a file of its logits."""
     network, variables = students.load(finished / "teacher")
     logits = here / "logits.npz"
     np.savez(logits, logits=forward(network, variables)(load_data("digits").inputs))
@@ -102,7 +102,7 @@ def test_logits_teacher_end_to_end(finished, cli, here):
     assert not (here / "run/teacher").exists()
 
 
-def test_flax_teacher_end_to_end(cli, here):
+def test_a_run_of_teach_or_compress_can_be_the_teacher(cli, here):
     taught = cli("teach", "--network", "mlp:hidden=16", "--budget", "300", "--out", "teacher")
     assert taught.code == 0, taught.err
     assert "at least" in taught.out
@@ -118,7 +118,7 @@ def test_flax_teacher_end_to_end(cli, here):
     assert answer.code == 0, answer.err
 
 
-def test_a_teacher_that_may_have_seen_the_test_split(finished, cli, here, monkeypatch):
+def test_a_teacher_that_has_seen_the_test_split_is_reported(finished, cli, here, monkeypatch):
     from ev3_distill.training.train import run_loop
 
     def stop(*args, **kwargs):
@@ -140,7 +140,7 @@ def test_a_teacher_that_may_have_seen_the_test_split(finished, cli, here, monkey
     assert re.search(r"has seen \d+ of the 539 test examples", answer.err)
 
 
-def test_npz_data_end_to_end(cli, here):
+def test_compress_and_evaluate_on_npz_data(cli, here):
     """Vectors of three classes, with test examples of their own and names."""
     rng = np.random.default_rng(0)
     labels = rng.integers(3, size=900)
@@ -165,13 +165,13 @@ def test_npz_data_end_to_end(cli, here):
     assert report["student"]["accuracy"] > 0.85
     again = cli("evaluate", "run")
     assert again.out.startswith(f"accuracy: {report['student']['accuracy']:.2%} of 200 examples")
-    other = cli("evaluate", "run", "--data", "npz:rest.npz")  # the same examples, as far as anybody can know others
+    other = cli("evaluate", "run", "--data", "npz:rest.npz")  # the same examples, from another file
     assert other.out.partition(";")[0] == again.out.partition(";")[0]
     bounds = [float(re.search(r"at least ([\d.]+)%", answer.out)[1]) for answer in (again, other)]
     assert bounds[0] < bounds[1]  # one claim alone has all of the error probability
 
 
-def test_wall_time_budget_ends(cli, here, random_logits):
+def test_a_wall_time_budget_is_kept(cli, here, random_logits):
     options = ("--teacher", f"logits:{random_logits}", "--student", "mlp:hidden=8", "--arms", "ce")
     assert cli("compress", *options, "--budget", "3s", "--out", "run").code == 0
     report = json.loads((here / "run/report.json").read_text())
@@ -180,7 +180,7 @@ def test_wall_time_budget_ends(cli, here, random_logits):
     assert report["cost"]["steps"] > 0
 
 
-def test_epochs_budget(cli, here, random_logits):
+def test_a_budget_in_epochs_is_converted_to_steps(cli, here, random_logits):
     options = ("--teacher", f"logits:{random_logits}", "--student", "mlp:hidden=8", "--arms", "ce")
     assert cli("compress", *options, "--budget", "20e", "--out", "run").code == 0
     report = json.loads((here / "run/report.json").read_text())
@@ -188,8 +188,8 @@ def test_epochs_budget(cli, here, random_logits):
     assert report["budget"] == "20e"
 
 
-def test_configuration_file_and_options(cli, here, random_logits):
-    """Options override the file; what was chosen, all of it, is in config.toml, and is a configuration again."""
+def test_options_override_the_configuration_file(cli, here, random_logits):
+    """The run stores its whole configuration in config.toml, which is a configuration file again."""
     (here / "c.toml").write_text(
         f"teacher = 'logits:{random_logits}'\nstudent = 'mlp:hidden=8'\narms = ['ce']\nbudget = '9e'\n"
     )
@@ -200,15 +200,15 @@ def test_configuration_file_and_options(cli, here, random_logits):
     assert (here / "run/config.toml").read_bytes() == (here / "again/config.toml").read_bytes()
 
 
-def test_default_place_is_named_by_the_time(cli, here, random_logits):
+def test_the_default_run_directory_is_named_by_the_time(cli, here, random_logits):
     assert cli("compress", *FAST, "--teacher", f"logits:{random_logits}").code == 0
     (run,) = (here / "runs").iterdir()
     assert re.fullmatch(r"compress-\d{8}-\d{6}", run.name)
     assert (run / "report.html").exists()
 
 
-def test_progress_lines(finished, cli, here, random_logits):
-    """Where standard error is no terminal: plain lines, none with a rate that nobody measured."""
+def test_progress_without_a_terminal_is_plain_lines(finished, cli, here, random_logits):
+    """No line shows a rate before one was measured."""
     answer = cli("compress", *FAST, "--teacher", f"logits:{random_logits}", "--out", "run")
     lines = answer.err.splitlines()
     assert lines[0] == "student: compiling"

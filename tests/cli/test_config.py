@@ -1,4 +1,4 @@
-"""Every default is valid, visible in config.toml, and comes back from it; every rule refuses what breaks it."""
+"""Defaults are valid and survive config.toml; every rule refuses what breaks it."""
 
 import dataclasses
 import math
@@ -24,19 +24,19 @@ from ev3_distill.errors import InputError
         ("2h", Budget(seconds=7200)),
     ],
 )
-def test_budgets(text, budget):
+def test_budgets_are_parsed(text, budget):
     assert Budget.parse(text) == budget
 
 
 @pytest.mark.parametrize(
     "text", ["", "e", "0", "-1", "0s", "1.5", "nan", "inf", "-inf", "1d", "2 weeks", "1e300", str(2**30)]
 )
-def test_no_budgets(text):
+def test_bad_budgets_are_refused(text):
     with pytest.raises(InputError, match=r"a budget must be a positive number of steps .*; got '.*': try 2000"):
         Budget.parse(text)
 
 
-def test_budget_in_steps():
+def test_budgets_convert_to_steps():
     assert Budget(steps=7).in_steps(1000, 128) == 7
     assert Budget(seconds=7).in_steps(1000, 128) is None
     assert Budget(epochs=10).in_steps(1280, 128) == 100
@@ -71,7 +71,7 @@ def test_budget_in_steps():
         lambda: Teach(budget="x"),
     ],
 )
-def test_rules(build):
+def test_every_rule_is_enforced(build):
     with pytest.raises(InputError, match=r".+; got .+: .+"):
         build()
 
@@ -85,7 +85,7 @@ CHANGED = (
 
 
 @pytest.mark.parametrize("config", CHANGED)
-def test_a_configuration_comes_back_from_its_file(config, tmp_path):
+def test_a_configuration_survives_its_file(config, tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(tomli_w.dumps(dataclasses.asdict(config)))
     assert read_config(type(config), path) == config
@@ -93,7 +93,7 @@ def test_a_configuration_comes_back_from_its_file(config, tmp_path):
     assert set(content) == {field.name for field in dataclasses.fields(config)}
 
 
-def test_a_file_may_leave_out_what_stays_default(tmp_path):
+def test_missing_keys_keep_their_defaults(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text("checkpoint_s = 2\narms = ['ce']\n[ev3]\ndelta = 0.1\n")
     assert read_config(Compress, path) == Compress(checkpoint_s=2.0, arms=("ce",), ev3=EV3(delta=0.1))

@@ -1,4 +1,4 @@
-"""What can go wrong with runs: broken surroundings lose nothing, and a run that is not what was asked for is refused."""
+"""Errors of runs: full disks and damaged files lose nothing, and a run with other inputs or options is refused."""
 
 import os
 import resource
@@ -14,7 +14,7 @@ from refused_inputs import refused, save_npz
 # The run directory.
 
 
-def test_occupied_directory(cli, here):
+def test_an_occupied_directory_is_refused(cli, here):
     (here / "run").mkdir()
     (here / "run" / "thesis.tex").write_text("mine")
     (here / "file").write_text("mine")
@@ -24,7 +24,7 @@ def test_occupied_directory(cli, here):
             refused(cli, here, command, "--out", name, says=says)
 
 
-def test_directory_that_cannot_be_made(cli, here, random_logits):
+def test_a_directory_that_cannot_be_created_is_refused(cli, here, random_logits):
     (here / "file").write_text("mine")
     argv = ["compress", "--teacher", f"logits:{random_logits}", "--out", "file/run"]
     refused(
@@ -35,7 +35,7 @@ def test_directory_that_cannot_be_made(cli, here, random_logits):
     )
 
 
-def test_empty_directory_and_a_killed_beginning_are_new(here, finished):
+def test_an_empty_directory_or_one_of_a_killed_start_counts_as_new(here, finished):
     from ev3_distill.training import run_dir
 
     (here / "run").mkdir()
@@ -51,7 +51,7 @@ def test_empty_directory_and_a_killed_beginning_are_new(here, finished):
         run_dir.refuse_occupied(here / "run")
 
 
-def test_resume_of_no_run(cli, here):
+def test_resume_needs_a_run(cli, here):
     says = "--resume needs a run directory; no has no config.toml: name another, or start a new run with --out"
     refused(cli, here, "compress", "--resume", "no", says=says)
 
@@ -66,20 +66,20 @@ def test_resume_of_no_run(cli, here):
         (["--config", "same.toml"], "--config"),
     ],
 )
-def test_resume_with_another_configuration(cli, here, finished, options, changed):
+def test_resume_refuses_another_configuration(cli, here, finished, options, changed):
     shutil.copy(finished / "config.toml", here / "same.toml")
     says = f"a resumed run keeps its configuration; got another {changed}: resume without it, or start a new run with --out"
     refused(cli, here, "compress", "--resume", finished, *options, says=says)
 
 
-def test_resume_by_the_other_command(cli, here, finished):
+def test_resume_refuses_a_run_of_the_other_command(cli, here, finished):
     says = "teach --resume needs a run of teach; .*run is a run of compress: use compress --resume"
     refused(cli, here, "teach", "--resume", finished, says=says)
     says = "compress --resume needs a run of compress; .*teacher is a run of teach: use teach --resume"
     refused(cli, here, "compress", "--resume", finished / "teacher", says=says)
 
 
-def test_two_processes_in_one_run(cli, here, finished):
+def test_a_run_belongs_to_one_process_at_a_time(cli, here, finished):
     from ev3_distill.training import run_dir
 
     holder = "import sys; from pathlib import Path; from ev3_distill.training import run_dir\n"
@@ -94,8 +94,8 @@ def test_two_processes_in_one_run(cli, here, finished):
         pass
 
 
-def test_data_that_changed_since_the_start(cli, here, monkeypatch, random_logits):
-    """Whether the teacher was not yet trained, or its logits were already kept."""
+def test_resume_refuses_data_that_changed(cli, here, monkeypatch, random_logits):
+    """Before the teacher is trained, and after its logits are stored."""
     from ev3_distill.training.train import run_loop
 
     def stop(*args, **kwargs):
@@ -114,7 +114,7 @@ def test_data_that_changed_since_the_start(cli, here, monkeypatch, random_logits
             refused(cli, here, "compress", "--resume", name, says=says)
 
 
-def test_data_that_changed_since_the_end(cli, here, finished):
+def test_evaluate_refuses_data_that_changed(cli, here, finished):
     shutil.copytree(finished, here / "run")
     config = (here / "run" / "config.toml").read_text()
     save_npz(here / "data.npz", rows=90, inputs=np.ones((90, 8, 8)), labels=np.arange(90) % 10)
@@ -127,7 +127,7 @@ def test_data_that_changed_since_the_end(cli, here, finished):
 
 @pytest.fixture
 def interrupted(cli, here, monkeypatch, finished):
-    """A copy of the finished run as it was before its last iterations: checkpoints of the student, and no results."""
+    """A copy of the finished run as it was before its end: with checkpoints, without results."""
     shutil.copytree(finished, here / "run")
     for name in ("report.json", "report.html"):
         (here / "run" / name).unlink()
@@ -145,7 +145,7 @@ def damage(checkpoint):
             os.truncate(path, path.stat().st_size // 2)
 
 
-def test_truncated_newest_checkpoint(cli, interrupted, finished):
+def test_resume_falls_back_from_a_truncated_checkpoint(cli, interrupted, finished):
     newest = checkpoints(interrupted)[-1]
     damage(newest)
     answer = cli("compress", "--resume", interrupted)
@@ -155,7 +155,7 @@ def test_truncated_newest_checkpoint(cli, interrupted, finished):
     assert_same_run(finished, interrupted)
 
 
-def test_all_checkpoints_damaged(cli, here, interrupted):
+def test_resume_needs_one_readable_checkpoint(cli, here, interrupted):
     for path in checkpoints(interrupted):
         damage(path)
     answer = cli("compress", "--resume", interrupted)
@@ -167,7 +167,7 @@ def test_all_checkpoints_damaged(cli, here, interrupted):
     assert len(checkpoints(interrupted)) == 3
 
 
-def test_ledger_shorter_than_its_checkpoint(cli, interrupted):
+def test_resume_refuses_a_ledger_shorter_than_its_checkpoint(cli, interrupted):
     ledger = interrupted / "ledger.jsonl"
     ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:3]))
     answer = cli("compress", "--resume", interrupted)
@@ -180,7 +180,7 @@ def test_ledger_shorter_than_its_checkpoint(cli, interrupted):
 
 
 def compress(*argv, limit=resource.RLIM_INFINITY):
-    """In a process of its own, which may write no file above `limit` bytes."""
+    """Runs compress in a process of its own, whose files may have at most `limit` bytes."""
     code = "import resource, sys; from ev3_distill.cli.main import main; "
     code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {resource.RLIM_INFINITY})); main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "compress", *map(str, argv)]
@@ -197,7 +197,7 @@ def assert_told_of_a_full_disk(process, run):
 
 
 @pytest.mark.parametrize("room", [40, 400])  # KiB: full while the teacher trains, while the student does
-def test_full_disk(room, finished, tmp_path):
+def test_a_run_survives_a_full_disk(room, finished, tmp_path):
     disk, run = tmp_path / "disk", tmp_path / "disk" / "run"
     with small_disk(disk, "16m"):
         ballast = disk / "ballast"
@@ -210,8 +210,8 @@ def test_full_disk(room, finished, tmp_path):
         assert_same_run(finished, run)
 
 
-def test_file_size_limit(finished, tmp_path, monkeypatch):
-    """EFBIG in place of ENOSPC: the logits of the teacher, 69 kB, are the first file that is too large."""
+def test_a_run_survives_a_limit_on_file_size(finished, tmp_path, monkeypatch):
+    """EFBIG instead of ENOSPC: the teacher logits, 69 kB, are the first file that is too large."""
     run = tmp_path / "run"
     monkeypatch.setenv("EV3_DISTILL_CACHE", str(tmp_path / "cache"))
     assert_told_of_a_full_disk(compress(*SMALL, "--out", run, limit=60_000), run)
@@ -237,7 +237,7 @@ def test_evaluate_and_report_need_a_finished_run(cli, here, interrupted):
     refused(cli, here, "report", interrupted, says=r"a run needs a readable report.json; .*: name another run")
 
 
-def test_evaluate_on_other_shapes(cli, here, finished):
+def test_evaluate_refuses_data_of_other_shapes(cli, here, finished):
     save_npz(here / "vectors.npz")
     save_npz(here / "more.npz", inputs=np.zeros((60, 8, 8)), labels=np.arange(60) % 12)
     says = r"takes inputs of shape \[8, 8, 1\] and knows 10 classes; npz:vectors.npz has \[4\] and 3: name data like its own"
@@ -246,11 +246,11 @@ def test_evaluate_on_other_shapes(cli, here, finished):
     refused(cli, here, "evaluate", finished, "--data", "npz:more.npz", says=says)
 
 
-def test_evaluate_with_no_confidence(cli, here, finished):
+def test_evaluate_refuses_a_bad_confidence(cli, here, finished):
     refused(cli, here, "evaluate", finished, "--confidence", "1.5", says="confidence must lie between 0 and 1")
 
 
-def test_a_real_process_tells_the_same(here):
+def test_a_process_of_its_own_reports_the_same_error(here):
     process = compress("--budget", "ten", "--out", here / "run")
     assert (process.returncode, process.stdout) == (2, "")
     assert process.stderr.startswith("ev3-distill: error: a budget must be a positive number of steps")

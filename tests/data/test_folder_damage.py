@@ -1,4 +1,4 @@
-"""Folders of images that are damaged or change, and the cache of what was decoded."""
+"""Damaged or changing image folders, and the cache of decoded images."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from ev3_distill.errors import InputError
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-# Images that cannot be read.
+# Unreadable images.
 
 
 def damaged():
@@ -52,7 +52,7 @@ def test_damaged_images_are_named_and_counted(tmp_path):
         assert load_data(source, skip_corrupt=True, warn=said.append).fingerprint == dataset.fingerprint
 
 
-def test_test_rows_without_the_damaged(tmp_path):
+def test_test_rows_account_for_skipped_images(tmp_path):
     files = contents(TRAIN + TEST)
     for name in ("train/ant/a.png", "test/ant/0.png"):
         files[name] = b""
@@ -68,13 +68,13 @@ def test_test_rows_without_the_damaged(tmp_path):
         (TRAIN + TEST, r"some example must be readable; got none, first train/ant/a.png \(empty\): check the files"),
     ],
 )
-def test_a_class_that_cannot_be_read(tmp_path, lost, message):
+def test_a_class_without_readable_images_is_refused(tmp_path, lost, message):
     source = tree(tmp_path / "tree", contents(TRAIN + TEST) | dict.fromkeys(lost, b""))
     with pytest.raises(InputError, match=message):
         load(source, skip_corrupt=True)
 
 
-def test_damage_to_an_archive_is_that_of_its_member(tmp_path):
+def test_damage_in_an_archive_affects_one_member(tmp_path):
     for source in [*both(tmp_path, contents(TRAIN + TEST))][1:]:
         path = Path(source.removeprefix("folder:"))
         with zipfile.ZipFile(path) as file:
@@ -86,7 +86,7 @@ def test_damage_to_an_archive_is_that_of_its_member(tmp_path):
             load_data(source)
 
 
-def test_damage_that_the_image_cannot_tell(tmp_path):
+def test_the_checksum_of_an_archive_detects_changed_pixels(tmp_path):
     path = tmp_path / "set.zip"
     source = archive(
         path, {f"{name}.bmp": encoded(picture(i), "bmp") for i, name in enumerate("ab")}, zipfile.ZIP_STORED
@@ -103,11 +103,11 @@ def test_damage_that_the_image_cannot_tell(tmp_path):
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_rare_compression(tmp_path, compression):
+def test_rare_compression_methods_are_read(tmp_path, compression):
     assert seeds_of(load(archive(tmp_path / "set.zip", contents(TRAIN + TEST), compression))[0]) == [1, 0, 2, 3, 5, 4]
 
 
-def test_without_leave_to_read(tmp_path, monkeypatch):
+def test_files_without_read_permission_are_named(tmp_path, monkeypatch):
     source, read, scan = (
         tree(tmp_path / "tree", contents(TRAIN + TEST)),
         image_archive.DirectoryContainer._read,
@@ -130,7 +130,7 @@ def test_without_leave_to_read(tmp_path, monkeypatch):
         load_data(source)
 
 
-def test_a_file_that_changes_between_two_readings(tmp_path, monkeypatch):
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     source, read = tree(tmp_path / "tree", contents(TRAIN + TEST)), image_archive.DirectoryContainer._read
     seen = []
 
@@ -147,7 +147,7 @@ def test_a_file_that_changes_between_two_readings(tmp_path, monkeypatch):
 
 
 def counted(monkeypatch):
-    """The calls of the decoder."""
+    """Records the calls of the decoder."""
     calls = []
     monkeypatch.setattr(
         "ev3_distill.data.sources.folder.decode_image", lambda *args: calls.append(1) or decode_image(*args)
@@ -155,7 +155,7 @@ def counted(monkeypatch):
     return calls
 
 
-def test_decoded_once(tmp_path, cache, monkeypatch):
+def test_images_are_decoded_once(tmp_path, cache, monkeypatch):
     calls = counted(monkeypatch)
     for source in both(tmp_path, contents(TRAIN + TEST)):
         first, _ = load(source)
@@ -191,7 +191,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("memory", [None, 0])
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_cache_is_made_anew(tmp_path, cache, monkeypatch, name, memory):
+def test_a_damaged_cache_is_created_again(tmp_path, cache, monkeypatch, name, memory):
     source = tree(tmp_path / "tree", contents(TRAIN + TEST))
     first, _ = load(source)
     calls = counted(monkeypatch)
@@ -206,7 +206,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path, cache, monkeypatch, name, memory
     assert len(calls) == done
 
 
-def test_another_pillow_decodes_anew(tmp_path, cache, monkeypatch):
+def test_another_version_of_pillow_decodes_again(tmp_path, cache, monkeypatch):
     source = tree(tmp_path / "tree", contents(TRAIN + TEST))
     first, _ = load(source)
     monkeypatch.setattr("PIL.__version__", "0.1")
@@ -215,7 +215,7 @@ def test_another_pillow_decodes_anew(tmp_path, cache, monkeypatch):
     assert first.fingerprint == again.fingerprint
 
 
-def test_a_disk_that_fills(tmp_path, cache, monkeypatch):
+def test_a_full_disk_leaves_no_partial_files(tmp_path, cache, monkeypatch):
     source = tree(tmp_path / "tree", contents(TRAIN + TEST))
 
     def full(self, rows):
@@ -231,14 +231,14 @@ def test_a_disk_that_fills(tmp_path, cache, monkeypatch):
     assert len(load(source)[0].labels) == 6
 
 
-def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_created_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("EV3_DISTILL_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match="name another folder in the environment variable EV3_DISTILL_CACHE"):
         load_data(tree(tmp_path / "tree", contents(TRAIN + TEST)))
 
 
-def test_a_run_that_is_stopped_leaves_nothing(tmp_path, cache):
+def test_an_interrupt_leaves_no_partial_files(tmp_path, cache):
     def stop(done, total):
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Images of a folder: of all sorts, and all of one size."""
+"""Images of a folder: formats, pixel modes, sizes and options."""
 
 import io
 import re
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 # Images of all sorts.
 
 
-def test_formats(tmp_path):
+def test_all_image_formats_are_read(tmp_path):
     lossless = ["png", "bmp", "webp", "tiff", "ppm"]
     files = {f"{suffix}.{suffix}": encoded(picture(i), suffix, lossless=True) for i, suffix in enumerate(lossless)}
     dataset, _ = load(tree(tmp_path / "tree", files))
@@ -29,7 +29,7 @@ def test_formats(tmp_path):
     assert np.abs(dataset.inputs.astype(int) - smooth).max() < 8
 
 
-def test_grey_and_coloured(tmp_path):
+def test_gray_images_become_rgb_beside_color(tmp_path):
     grey = contents(["ant/a.png", "bee/b.png"], channels=1)
     dataset, _ = load(tree(tmp_path / "grey", grey))
     assert dataset.inputs.shape == (2, 4, 6, 1)
@@ -43,7 +43,7 @@ def test_grey_and_coloured(tmp_path):
         np.testing.assert_array_equal(dataset.inputs, expected)
 
 
-def test_grey_and_coloured_in_many_chunks(tmp_path, monkeypatch):
+def test_gray_images_become_rgb_across_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(parallel_decode, "_CHUNK", 60)
     files = {f"{i:02}.png": encoded(picture(i, channels=3 if i == 17 else 1)) for i in range(20)}
     told = []
@@ -66,8 +66,8 @@ def shape_and_values(image, form=AS_IT_IS, suffix="png"):
     return array.shape, array.reshape(-1, array.shape[-1]).tolist()
 
 
-def test_modes():
-    """Two pixels in each of the modes that files have."""
+def test_pixel_modes_are_converted():
+    """Two pixels in each pixel mode."""
     bits = Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1")
     assert shape_and_values(bits) == ((1, 2, 1), [[0], [255]])
     grey_alpha = Image.fromarray(np.array([[[7, 0], [9, 255]]], np.uint8))
@@ -90,12 +90,12 @@ def test_modes():
     ("array", "message"),
     [(np.array([[0.5]], np.float32), "floats"), (np.array([[0, 65536]], np.int32), "more than 16 bits")],
 )
-def test_modes_without_a_scale(array, message):
+def test_pixel_modes_without_a_scale_are_refused(array, message):
     with pytest.raises(Unreadable, match=message):
         decode_image(encoded(array, "tiff"), ImageOptions())
 
 
-def test_no_format_that_runs_a_program():
+def test_formats_that_start_a_program_are_refused():
     with pytest.raises(Unreadable, match="not an image of a known format"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", ImageOptions())
 
@@ -103,7 +103,7 @@ def test_no_format_that_runs_a_program():
 # One size for all.
 
 
-def test_sizes_that_differ(tmp_path):
+def test_images_of_different_sizes_are_refused(tmp_path):
     files = contents(TRAIN + TEST) | {"train/bee/0.png": encoded(picture(9, size=(5, 6)))}
     for source in both(tmp_path, files):
         message = "one size; got train/ant/a.png of 4x6 and train/bee/0.png of 5x6 (height x width): "
@@ -113,7 +113,7 @@ def test_sizes_that_differ(tmp_path):
         assert load_data(f"{source},size=3x5,channels=1").inputs.shape == (7, 3, 5, 1)
 
 
-def test_resizing_averages(tmp_path):
+def test_resizing_is_antialiased(tmp_path):
     board = np.indices((64, 64)).sum(axis=0) % 2 * np.uint8(200)
     source = tree(
         tmp_path / "tree", {"a.png": encoded(board.astype(np.uint8)), "b.png": encoded(picture(0, (8, 8), 1))}
@@ -136,7 +136,7 @@ def test_resizing_averages(tmp_path):
         ("there,size=3,size=4", ("there,size=3", ImageOptions((4, 4)))),
     ],
 )
-def test_options(place, expected):
+def test_options_are_separated_from_the_place(place, expected):
     assert parse_place(place, lambda place: place == "there,size=3") == expected
 
 
@@ -150,6 +150,6 @@ def test_options(place, expected):
         ("D,sizes=3", "options of a source of images are size and channels; got sizes: try size=32"),
     ],
 )
-def test_bad_options(place, message):
+def test_bad_options_are_refused(place, message):
     with pytest.raises(InputError, match=message):
         load_data(f"folder:{place}")

@@ -1,4 +1,4 @@
-"""Folders of images as data: their layouts, their fingerprint, and sets of real size."""
+"""Image folders and archives: layouts, fingerprints, and data sets of realistic size."""
 
 import os
 import re
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 # Layouts.
 
 
-def test_train_and_test(tmp_path):
+def test_train_and_test_folders_become_splits(tmp_path):
     for source in both(tmp_path, contents(TRAIN + TEST)):
         dataset, said = load(source)
         assert (dataset.inputs.shape, dataset.inputs.dtype) == ((6, 4, 6, 3), np.uint8)
@@ -36,20 +36,20 @@ def test_train_and_test(tmp_path):
         assert (dataset.source, said) == (source, [])
 
 
-def test_order_is_that_of_class_names(tmp_path):
+def test_classes_are_numbered_alphabetically(tmp_path):
     for source in both(tmp_path, contents(["b/1.png", "a/2.png", "a b/1.png", "a/10.png"])):
         dataset, _ = load(source)
         assert (dataset.class_names, seeds_of(dataset)) == (("a", "a b", "b"), [3, 1, 2, 0])
 
 
 @pytest.mark.parametrize("name", ["val", "validation", "Valid", "TEST", "testing"])
-def test_other_names_of_test(tmp_path, name):
+def test_folders_of_test_may_have_other_names(tmp_path, name):
     files = {path.replace("test/", f"{name}/"): content for path, content in contents(TRAIN + TEST).items()}
     dataset, said = load(tree(tmp_path / "tree", files))
     assert (dataset.test_rows.tolist(), seeds_of(dataset), said) == ([4, 5], [1, 0, 2, 3, 5, 4], [])
 
 
-def test_validation_is_left_out_beside_test(tmp_path):
+def test_validation_images_are_ignored_if_there_are_test_images(tmp_path):
     files = contents(TRAIN + TEST) | {"val/ant/1.png": encoded(picture(9)), "val/bee/1.png": encoded(picture(8))}
     dataset, said = load(tree(tmp_path / "tree", files))
     assert seeds_of(dataset) == [1, 0, 2, 3, 5, 4]
@@ -58,7 +58,7 @@ def test_validation_is_left_out_beside_test(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "images/", "a/b/"])
-def test_classes_alone(tmp_path, prefix):
+def test_class_folders_without_splits(tmp_path, prefix):
     names = [f"{prefix}{name.removeprefix('train/')}" for name in TRAIN]
     for source in both(tmp_path, contents(names)):
         dataset, _ = load(source)
@@ -66,21 +66,21 @@ def test_classes_alone(tmp_path, prefix):
         assert (dataset.test_rows, dataset.class_names) == (None, ("ant", "bee"))
 
 
-def test_train_alone_and_folders_around(tmp_path):
+def test_train_folder_alone_and_enclosing_folders(tmp_path):
     for source in both(tmp_path, contents([f"cifar/{name}" for name in TRAIN + TEST])):
         assert load(source)[0].test_rows.tolist() == [4, 5]
     dataset, _ = load(tree(tmp_path / "train alone", contents(TRAIN)))
     assert (dataset.test_rows, dataset.labels.tolist()) == (None, [0, 0, 1, 1])
 
 
-def test_a_class_may_be_called_train(tmp_path):
+def test_a_class_may_have_the_name_of_a_split(tmp_path):
     dataset, _ = load(tree(tmp_path / "tree", contents(["bus/1.png", "train/1.png", "car/1.png"])))
     assert dataset.class_names == ("bus", "car", "train")
     assert dataset.test_rows is None
 
 
 @pytest.mark.parametrize("prefix", ["", "images/"])
-def test_images_alone(tmp_path, prefix):
+def test_images_without_class_folders_have_no_labels(tmp_path, prefix):
     for source in both(tmp_path, contents([f"{prefix}b.png", f"{prefix}a.png"])):
         dataset, said = load(source)
         assert seeds_of(dataset) == [1, 0]
@@ -88,12 +88,12 @@ def test_images_alone(tmp_path, prefix):
         assert len(said) == bool(prefix)
 
 
-def test_unlabelled_train_and_test(tmp_path):
+def test_splits_without_class_folders_have_no_labels(tmp_path):
     dataset, _ = load(tree(tmp_path / "tree", contents(["train/a.png", "test/a.png", "train/b.png"])))
     assert (seeds_of(dataset), dataset.labels.tolist(), dataset.test_rows.tolist()) == ([0, 2, 1], [-1] * 3, [2])
 
 
-def test_what_is_no_image_is_ignored_and_counted(tmp_path):
+def test_other_files_are_ignored_with_a_warning(tmp_path):
     hidden = {"__MACOSX/train/ant/._a.png": b"x", ".git/a.png": b"x", "train/ant/.a.png": b"x", "train/.x/a.png": b"x"}
     for source in both(tmp_path, contents(TRAIN + TEST) | hidden):
         assert load(source)[1] == []
@@ -106,13 +106,13 @@ def test_what_is_no_image_is_ignored_and_counted(tmp_path):
         assert "ignored 2 files that are not images, such as README.txt" in said[0]
 
 
-def test_an_archive_within_a_directory(tmp_path):
+def test_a_directory_may_hold_one_archive(tmp_path):
     (tmp_path / "tree").mkdir()
     archive(tmp_path / "tree/set.zip", contents(TRAIN + TEST))
     assert seeds_of(load(f"folder:{tmp_path / 'tree'}")[0]) == [1, 0, 2, 3, 5, 4]
 
 
-def test_links(tmp_path):
+def test_links_are_followed_once(tmp_path):
     tree(tmp_path / "real", contents(["a.png", "b.png"]))
     (tmp_path / "tree/bee").mkdir(parents=True)
     (tmp_path / "tree/ant").symlink_to(tmp_path / "real")
@@ -127,7 +127,7 @@ def test_links(tmp_path):
     assert seeds_of(load(f"folder:{tmp_path / 'loop'}")[0]) == [0]
 
 
-def test_members_that_point_outside_are_ignored(tmp_path):
+def test_archive_members_outside_the_archive_are_ignored(tmp_path):
     files = contents(TRAIN) | {"../../escape.png": b"x", "train/../../escape.png": b"x"}
     assert seeds_of(load(archive(tmp_path / "set.zip", files))[0]) == [1, 0, 2, 3]
     windows = {name.replace("/", "\\"): content for name, content in contents(TRAIN + TEST).items()}
@@ -163,7 +163,7 @@ BAD_LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", BAD_LAYOUTS)
-def test_bad_layouts(tmp_path, name):
+def test_bad_layouts_are_refused(tmp_path, name):
     files, message = BAD_LAYOUTS[name]
     (tmp_path / "tree").mkdir()
     for source in both(tmp_path, files):
@@ -172,7 +172,7 @@ def test_bad_layouts(tmp_path, name):
         assert "\n" not in str(caught.value)
 
 
-def test_places_that_are_none(tmp_path):
+def test_missing_or_damaged_places_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"needs a directory or a zip file; got .*none, which does not exist"):
         load_data(f"folder:{tmp_path / 'none'}")
     whole = archive(tmp_path / "set.zip", contents(TRAIN + TEST)).removeprefix("folder:")
@@ -183,7 +183,7 @@ def test_places_that_are_none(tmp_path):
             load_data(f"folder:{tmp_path / name}")
 
 
-def test_a_name_that_occurs_twice(tmp_path):
+def test_repeated_names_in_an_archive_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as file, pytest.warns(UserWarning, match="Duplicate name"):
         for content in (b"a", b"b"):
             file.writestr("train/ant/1.png", content)
@@ -194,7 +194,7 @@ def test_a_name_that_occurs_twice(tmp_path):
 # The fingerprint.
 
 
-def test_fingerprint_tells_contents_apart(tmp_path):
+def test_different_contents_have_different_fingerprints(tmp_path):
     files = contents(TRAIN + TEST)
     others = [
         files,
@@ -210,7 +210,7 @@ def test_fingerprint_tells_contents_apart(tmp_path):
     assert load(tree(tmp_path / "again", files | {"README.md": X}))[0].fingerprint == prints[0]
 
 
-def test_fingerprint_tells_what_was_left_out(tmp_path, monkeypatch):
+def test_skipped_images_change_the_fingerprint(tmp_path, monkeypatch):
     source = tree(tmp_path / "tree", contents(TRAIN + TEST))
     whole, _ = load(source)
 
@@ -229,7 +229,7 @@ def test_fingerprint_tells_what_was_left_out(tmp_path, monkeypatch):
 # Real size.
 
 
-def test_decoding_and_reading_take_no_memory(tmp_path):
+def test_decoding_and_reading_need_little_memory(tmp_path):
     """600 images become 118 MB of pixels, of which less than 60 MB are resident at any time."""
     image = encoded(np.zeros((256, 256, 3), np.uint8))
     source = archive(tmp_path / "set.zip", {f"{label}/{i:03}.png": image for label in "ab" for i in range(300)})
@@ -252,8 +252,8 @@ print(data.inputs.nbytes, (peak() - before) << 10)
     assert grown < 60 << 20
 
 
-def test_cifar10(tmp_path):
-    """The test part of it, and a look at the whole archive's layout."""
+def test_cifar10_archive_loads(tmp_path):
+    """The test images, and the layout of the whole archive."""
     path = FOLDER / "cifar10_jpeg.zip"
     if not path.is_file():
         pytest.skip(f"{path} is absent; set EV3_DISTILL_DATA to a folder that has it")

@@ -1,3 +1,5 @@
+"""RowFile: an array on disk that is indexed like a NumPy array."""
+
 import os
 import pickle
 import subprocess
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def on_disk(folder, array, cuts=(), before=b"12345"):
-    """A RowFile of an array cut into parts, each in a file of its own behind some other bytes."""
+    """A RowFile of an array cut into parts, each in its own file after some other bytes."""
     parts = []
     for i, piece in enumerate(np.split(array, cuts)):
         path = Path(folder) / f"{i}.bin"
@@ -39,7 +41,7 @@ MASKS = st.lists(st.booleans(), min_size=50, max_size=50).map(np.array)
 
 @settings(deadline=None, max_examples=150)
 @given(INDICES | SLICES | MASKS | st.integers(-50, 49), st.lists(st.integers(0, 50), max_size=3).map(sorted))
-def test_indexing_is_that_of_numpy(key, cuts):
+def test_indexing_equals_that_of_numpy(key, cuts):
     with tempfile.TemporaryDirectory() as folder:
         found = on_disk(folder, ARRAY, cuts)[key]
     assert type(found) is np.ndarray
@@ -49,7 +51,7 @@ def test_indexing_is_that_of_numpy(key, cuts):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.int16])
 @pytest.mark.parametrize("shape", [(), (5,), (4, 3, 2)])
-def test_shapes_and_types(tmp_path, shape, dtype):
+def test_shapes_and_types_are_kept(tmp_path, shape, dtype):
     array = numbers(20, shape, dtype)
     rows = on_disk(tmp_path, array, [7])
     assert (rows.shape, rows.dtype, rows.ndim, rows.nbytes, len(rows)) == (
@@ -62,18 +64,18 @@ def test_shapes_and_types(tmp_path, shape, dtype):
 
 
 @pytest.mark.parametrize("key", [50, -51, [3, 50], [-51], np.array([1.0]), np.ones(49, bool), "a"])
-def test_rows_that_are_not_there(tmp_path, key):
+def test_missing_rows_raise_an_index_error(tmp_path, key):
     with pytest.raises(IndexError):
         on_disk(tmp_path, ARRAY)[key]
 
 
-def test_what_was_read_is_ones_own(tmp_path):
+def test_reads_return_copies(tmp_path):
     rows = on_disk(tmp_path, ARRAY)
     rows[:][:] = 0
     np.testing.assert_array_equal(rows[:], ARRAY)
 
 
-def test_neighbours_are_read_at_once(tmp_path, monkeypatch):
+def test_neighboring_rows_are_read_at_once(tmp_path, monkeypatch):
     rows, reads, pread = on_disk(tmp_path, ARRAY), [], os.pread
     monkeypatch.setattr(os, "pread", lambda *args: reads.append(args[1:]) or pread(*args))
     np.testing.assert_array_equal(rows[[9, 8, 30, 7, 8]], ARRAY[[9, 8, 30, 7, 8]])
@@ -81,7 +83,7 @@ def test_neighbours_are_read_at_once(tmp_path, monkeypatch):
     assert reads == [(3 * row, 5 + 7 * row), (row, 5 + 30 * row)]
 
 
-def test_chunks_are_all_rows_in_order(tmp_path):
+def test_chunks_cover_all_rows_in_order(tmp_path):
     rows = on_disk(tmp_path, ARRAY, [7, 20])
     for array in (rows, ARRAY):
         chunks = list(in_chunks(array, chunk_bytes=5 * ARRAY[0].nbytes + 3))
@@ -91,7 +93,7 @@ def test_chunks_are_all_rows_in_order(tmp_path):
     assert list(in_chunks(ARRAY[:0])) == []
 
 
-def test_threads_share_and_copies_travel(tmp_path, monkeypatch):
+def test_threads_share_a_file_and_it_can_be_pickled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = on_disk("", ARRAY, [30])
     rng = np.random.default_rng(0)
@@ -103,7 +105,7 @@ def test_threads_share_and_copies_travel(tmp_path, monkeypatch):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(rows))[:], ARRAY)
 
 
-def test_files_are_closed_in_the_end(tmp_path):
+def test_files_are_closed_with_the_last_reference(tmp_path):
     before = len(os.listdir("/dev/fd"))
     rows = on_disk(tmp_path, ARRAY, [10])
     assert len(os.listdir("/dev/fd")) == before + 2
@@ -111,7 +113,7 @@ def test_files_are_closed_in_the_end(tmp_path):
     assert len(os.listdir("/dev/fd")) == before
 
 
-def test_a_file_that_is_too_short(tmp_path):
+def test_a_file_that_is_too_short_is_an_error(tmp_path):
     rows = on_disk(tmp_path, ARRAY)
     os.truncate(tmp_path / "0.bin", 100)
     with pytest.raises(InputError, match=r"0.bin must not change while it is read; got a shorter file: run again"):
@@ -126,8 +128,8 @@ def test_a_deleted_file_stays_readable(tmp_path):
     np.testing.assert_array_equal(rows[3:5], ARRAY[3:5])
 
 
-def test_reading_takes_no_memory(tmp_path):
-    """300 MB, from end to end and at random, raise the peak of resident memory by less than 50 MB."""
+def test_reading_needs_little_memory(tmp_path):
+    """Reading 300 MB, sequentially and at random, raises the peak of resident memory by less than 50 MB."""
     path = tmp_path / "large.bin"
     with path.open("wb") as file:
         file.truncate(300 << 20)

@@ -1,3 +1,5 @@
+"""Data sources: names, the built-in digits, and npz files."""
+
 import os
 import re
 import zipfile
@@ -34,20 +36,20 @@ def example_arrays(n=12, shape=(4, 3)):
 @pytest.mark.parametrize(
     "source", ["mnist", "npz:", "npz", "digits:8", "digits:", "", "csv:a.csv", "set.npz", "folder:"]
 )
-def test_unknown_source(source):
+def test_unknown_sources_are_refused(source):
     message = f"a data source is digits, npz:FILE, folder:DIR, folder:FILE.zip or tfds:NAME; got {source!r}: name one"
     with pytest.raises(InputError, match=re.escape(message)):
         load_data(source)
 
 
-def test_kinds_are_a_dict():
+def test_every_kind_is_listed():
     assert list(KINDS) == ["digits", "npz", "folder", "tfds"]
 
 
 # Digits.
 
 
-def test_digits():
+def test_digits_load():
     digits = load_data("digits")
     assert isinstance(digits, Dataset)
     assert digits.inputs.shape == (1797, 8, 8, 1)
@@ -61,7 +63,7 @@ def test_digits():
     assert digits.fingerprint == "b1928e6c218481fdd34e37bb6ffd58ff76e98463514c32426c308c265f737f70"
 
 
-def test_digits_are_those_of_scikit_learn():
+def test_digits_equal_those_of_scikit_learn():
     from sklearn.datasets import load_digits
 
     digits, theirs = load_data("digits"), load_digits()
@@ -75,7 +77,7 @@ def test_digits_are_those_of_scikit_learn():
 
 @pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize(("x", "y"), [("inputs", "labels"), ("image", "label")])
-def test_npz(tmp_path, x, y, write):
+def test_arrays_of_an_npz_file(tmp_path, x, y, write):
     inputs, labels = example_arrays()
     source = save(tmp_path, write=write, **{x: inputs, y: labels})
     dataset = load_data(source)
@@ -92,7 +94,7 @@ def halves(inputs, labels, x="image", y="label"):
 
 
 @pytest.mark.parametrize(("x", "y"), [("inputs", "labels"), ("image", "label")])
-def test_npz_already_split(tmp_path, x, y):
+def test_arrays_with_test_examples_of_their_own(tmp_path, x, y):
     inputs, labels = example_arrays()
     dataset = load_data(save(tmp_path, **halves(inputs, labels, x, y)))
     np.testing.assert_array_equal(dataset.test_rows, [8, 9, 10, 11])
@@ -103,7 +105,7 @@ def test_npz_already_split(tmp_path, x, y):
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("shape", [(5,), (4, 3, 2)])
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int16, ">f4", np.bool_])
-def test_other_shapes_and_numbers_stay(tmp_path, shape, dtype, order):
+def test_other_shapes_and_numbers_become_float32(tmp_path, shape, dtype, order):
     inputs = np.arange(12 * np.prod(shape)).reshape(12, *shape).astype(dtype, order=order)
     dataset = load_data(save(tmp_path, inputs=inputs, labels=np.arange(12) % 2))
     assert dataset.inputs.dtype == np.dtype(np.float32)
@@ -127,7 +129,7 @@ def test_sequences_keep_their_axes(tmp_path):
         load_data(save(tmp_path, sequences=inputs[..., 0], labels=labels))
 
 
-def test_groups(tmp_path):
+def test_groups_are_numbered_by_name(tmp_path):
     inputs, labels = np.ones((6, 2), np.float32), np.arange(6) % 2
     assert load_data(save(tmp_path, inputs=inputs, labels=labels)).groups is None
     named = load_data(save(tmp_path, inputs=inputs, labels=labels, groups=["old", "new", "old", "old", "new", "new"]))
@@ -141,7 +143,7 @@ def test_groups(tmp_path):
     assert apart.groups.tolist() == [0] * 6 + [1] * 6
 
 
-def test_class_names(tmp_path):
+def test_class_names_are_read(tmp_path):
     inputs, labels = example_arrays()
     dataset = load_data(save(tmp_path, inputs=inputs, labels=labels, class_names=["ant", "bee", "cat", "dog"]))
     assert (dataset.num_classes, dataset.class_names) == (4, ("ant", "bee", "cat", "dog"))
@@ -152,7 +154,7 @@ def test_other_arrays_are_not_read(tmp_path):
     load_data(save(tmp_path, inputs=inputs, labels=labels, notes=np.array([{}], object)))
 
 
-def test_fingerprint_tells_contents_apart(tmp_path):
+def test_different_contents_have_different_fingerprints(tmp_path):
     inputs, labels = example_arrays()
     other_inputs, other_labels = inputs.copy(), labels.copy()
     other_inputs[5, 2, 1] ^= 1
@@ -170,7 +172,7 @@ def test_fingerprint_tells_contents_apart(tmp_path):
     assert load_data(save(tmp_path, image=inputs, label=labels.astype(np.int64))).fingerprint == prints[0]
 
 
-def test_mnist():
+def test_mnist_loads():
     path = FOLDER / "mnist.npz"
     if not path.is_file():
         pytest.skip(f"{path} is absent; set EV3_DISTILL_DATA to a folder that has it")
@@ -184,7 +186,7 @@ def test_mnist():
 
 
 @pytest.mark.parametrize("x", ["inputs", "image"])
-def test_unlabelled(tmp_path, x):
+def test_labels_are_optional(tmp_path, x):
     inputs, _ = example_arrays()
     dataset = load_data(save(tmp_path, **{x: inputs}))
     assert dataset.labels.dtype == np.int32
@@ -192,7 +194,7 @@ def test_unlabelled(tmp_path, x):
     assert dataset.test_rows is None
 
 
-def test_unlabelled_with_names_or_split(tmp_path):
+def test_labels_are_optional_beside_names_and_splits(tmp_path):
     inputs, _ = example_arrays()
     named = load_data(save(tmp_path, inputs=inputs, class_names=["ant", "bee"]))
     assert (set(named.labels.tolist()), named.num_classes, named.class_names) == ({-1}, 2, ("ant", "bee"))
@@ -203,7 +205,7 @@ def test_unlabelled_with_names_or_split(tmp_path):
 
 
 @pytest.mark.parametrize("names", ["inputs label", "train_image test_image test_label", "inputs train_labels"])
-def test_labels_without_a_place_are_not_forgotten(tmp_path, names):
+def test_labels_without_matching_inputs_are_refused(tmp_path, names):
     inputs, labels = example_arrays()
     given = {name: labels if "label" in name else inputs for name in names.split()}
     with pytest.raises(InputError, match=r"must hold inputs and labels .*: rename or add arrays"):
@@ -246,7 +248,7 @@ def test_large_inputs_stay_on_disk(tmp_path, cache, name, write, split):
     assert isinstance(load_data(source, memory=small.inputs.nbytes).inputs, np.ndarray)
 
 
-def test_a_file_that_was_replaced_is_converted_anew(tmp_path):
+def test_a_replaced_file_is_converted_again(tmp_path):
     for inputs in (LARGE["doubles"], LARGE["doubles"] + 1):
         source = save(tmp_path, inputs=inputs, labels=example_arrays()[1])
         np.testing.assert_array_equal(load_data(source, memory=0).inputs[:], inputs.astype(np.float32))
@@ -263,7 +265,7 @@ def test_large_files_are_converted_in_chunks(tmp_path, monkeypatch):
         assert_same(small, load_data(source, memory=0))
 
 
-def test_large_columns_first(tmp_path):
+def test_large_arrays_in_column_order_are_refused(tmp_path):
     inputs = np.asfortranarray(LARGE["floats"])
     source = save(tmp_path, inputs=inputs, labels=example_arrays()[1])
     np.testing.assert_array_equal(load_data(source).inputs, inputs)
@@ -273,7 +275,7 @@ def test_large_columns_first(tmp_path):
 
 @pytest.mark.parametrize("memory", [None, 0])
 @pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
-def test_what_is_not_finite_is_found_wherever_it_lies(tmp_path, monkeypatch, memory, write):
+def test_nonfinite_inputs_are_refused_in_every_chunk(tmp_path, monkeypatch, memory, write):
     monkeypatch.setattr(npz, "_CHUNK", 100)
     inputs, labels = LARGE["floats"].copy(), example_arrays()[1]
     inputs[10, 3] = np.inf
@@ -286,14 +288,14 @@ def test_what_is_not_finite_is_found_wherever_it_lies(tmp_path, monkeypatch, mem
 # Bad files.
 
 
-def test_missing_file(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     for path in (tmp_path / "none.npz", tmp_path):
         with pytest.raises(InputError, match="does not exist or is not a file: check the path"):
             load_data(f"npz:{path}")
 
 
 @pytest.mark.parametrize("memory", [None, 0])
-def test_unreadable_file(tmp_path, memory):
+def test_damaged_files_are_refused(tmp_path, memory):
     inputs, labels = example_arrays(n=400)
     np.savez_compressed(tmp_path / "whole.npz", inputs=inputs, labels=labels)
     np.savez(tmp_path / "plain.npz", inputs=inputs, labels=labels)
@@ -314,7 +316,7 @@ def test_unreadable_file(tmp_path, memory):
             load_data(f"npz:{tmp_path / name}", memory=memory)
 
 
-def test_a_header_that_promises_too_much(tmp_path):
+def test_a_header_larger_than_its_array_is_refused(tmp_path):
     header = np.lib.format.magic(1, 0) + (118).to_bytes(2, "little")
     about = b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000, 1000), }"
     with zipfile.ZipFile(tmp_path / "set.npz", "w") as file:
@@ -380,7 +382,7 @@ BAD_ARRAYS = {
 
 
 @pytest.mark.parametrize("name", BAD_ARRAYS)
-def test_bad_arrays(tmp_path, name):
+def test_bad_arrays_are_refused(tmp_path, name):
     given, message = BAD_ARRAYS[name]
     with pytest.raises(InputError, match=message):
         load_data(save(tmp_path, **given))

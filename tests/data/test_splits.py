@@ -1,4 +1,4 @@
-"""The four splits: disjoint, stratified, a function of the seed."""
+"""The four splits are disjoint, stratified, and depend on the seed alone."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def shares_of(fractions, names):
 
 
 def check_division(rows, labels, of, names, fractions):
-    """Disjoint, sorted, together `of`; sizes below 1 and class counts at most 1 from proportional."""
+    """Asserts that splits are disjoint, sorted and complete; sizes and counts of strata are within 1 of proportional."""
     together = np.concatenate([rows[name] for name in names])
     np.testing.assert_array_equal(np.sort(together), of)
     for name, share in zip(names, shares_of(fractions, names), strict=True):
@@ -33,7 +33,7 @@ def check_division(rows, labels, of, names, fractions):
 
 @settings(deadline=None, max_examples=60)
 @given(LABELS, SEEDS, FRACTIONS)
-def test_splits_divide_every_class(labels, seed, fractions):
+def test_splits_divide_every_stratum_proportionally(labels, seed, fractions):
     rows = split_rows(labels, None, seed=seed, fractions=fractions)
     assert tuple(rows) == SPLITS
     check_division(rows, labels, np.arange(len(labels)), SPLITS, fractions)
@@ -51,20 +51,20 @@ def test_own_test_rows_are_the_test_split(labels, seed, fractions, size):
 
 @settings(deadline=None, max_examples=20)
 @given(LABELS, SEEDS)
-def test_splits_follow_the_seed_alone(labels, seed):
+def test_splits_depend_on_the_seed_alone(labels, seed):
     first, again, other = (split_rows(labels, None, seed=s) for s in (seed, seed, seed + 1))
     for name in SPLITS:
         np.testing.assert_array_equal(first[name], again[name])
     assert any(not np.array_equal(first[name], other[name]) for name in SPLITS)
 
 
-def test_class_of_ten_by_hand():
+def test_two_strata_by_hand():
     rows = split_rows(np.repeat([0, 1], [20, 40]), None, seed=3)
     counts = {name: ((r < 20).sum(), (r >= 20).sum()) for name, r in rows.items()}
     assert counts == {"explore": (10, 20), "assess": (3, 6), "decide": (3, 6), "test": (4, 8)}
 
 
-def test_classes_of_one_example_are_spread():
+def test_strata_of_one_example_are_divided_at_random():
     splits = [split_rows(np.arange(1000), None, seed=s) for s in range(3)]
     assert {name: len(rows) for name, rows in splits[0].items()} == dict(zip(SPLITS, (500, 150, 150, 200), strict=True))
     # Which class goes where is random too: two seeds share about a fifth of their test rows.
@@ -82,7 +82,7 @@ def test_classes_of_one_example_are_spread():
         (4, [0, 1, 2, 3], r"got 0 examples beside 4 for test, .*explore and assess and decide"),
     ],
 )
-def test_too_few_examples(n, test_rows, message):
+def test_too_few_examples_are_refused(n, test_rows, message):
     test_rows = None if test_rows is None else np.array(test_rows, int)
     with pytest.raises(InputError, match=message):
         split_rows(np.zeros(n, int), test_rows, seed=0)
@@ -90,18 +90,18 @@ def test_too_few_examples(n, test_rows, message):
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize(("n", "test_rows"), [(7, None), (8, [3, 4])])
-def test_the_number_that_errors_ask_for_suffices(n, test_rows, seed):
+def test_the_number_of_examples_named_by_the_error_suffices(n, test_rows, seed):
     rows = split_rows(np.arange(n) % 3, test_rows, seed=seed)
     assert min(len(r) for r in rows.values()) >= 1
     assert len(rows["explore"]) >= 2
 
 
-def test_negative_seed():
+def test_a_negative_seed_is_refused():
     with pytest.raises(InputError, match="seed must not be negative; got -1"):
         split_rows(np.arange(100) % 2, None, seed=-1)
 
 
-def test_held_out_splits_have_at_most_so_many():
+def test_held_out_splits_have_a_maximum_size():
     labels = np.arange(60_000) % 10
     test_rows = np.arange(50_000, 60_000)
     rows = split_rows(labels, test_rows, seed=0)

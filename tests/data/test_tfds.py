@@ -1,4 +1,4 @@
-"""Reading what TensorFlow Datasets prepared. The data sets are written here, in its format and without TensorFlow."""
+"""Data sets prepared by TensorFlow Datasets. The tests write them in its format, without TensorFlow."""
 
 import io
 import sys
@@ -93,7 +93,7 @@ def image_examples(seeds):
 SPLITS = {"train": image_examples(range(5)), "test": image_examples([7, 8]), "extra": image_examples([9])}
 
 
-def test_images(tfds, root):
+def test_images_are_read(tfds, root):
     prepare(root, image_features(tfds), SPLITS)
     dataset = load_data("tfds:toy")
     np.testing.assert_array_equal(dataset.inputs, [picture(seed) for seed in (0, 1, 2, 3, 4, 7, 8)])
@@ -103,7 +103,7 @@ def test_images(tfds, root):
     assert "tensorflow" not in sys.modules
 
 
-def test_decoded_once(tfds, root, monkeypatch):
+def test_images_are_decoded_once(tfds, root, monkeypatch):
     prepare(root, image_features(tfds), SPLITS)
     first = load_data("tfds:toy:1.0.0")
     monkeypatch.setattr("ev3_distill.data.sources.tfds._example", None)
@@ -115,7 +115,7 @@ def test_decoded_once(tfds, root, monkeypatch):
         assert first.fingerprint == other.fingerprint
 
 
-def test_versions_and_configs(tfds, root):
+def test_versions_and_configs_are_selected(tfds, root):
     for name, seed in {"toy/big/1.0.0": 0, "toy/small/1.0.0": 2, "toy/small/2.0.0": 4}.items():
         prepare(root, image_features(tfds), {"train": image_examples([seed, seed + 1])}, name=name)
     for source, seed in {"toy/big": 0, "toy/small:1.0.0": 2, "toy/small": 4}.items():
@@ -124,12 +124,12 @@ def test_versions_and_configs(tfds, root):
         assert dataset.test_rows is None
 
 
-def test_validation_is_test_where_there_is_none(tfds, root):
+def test_validation_replaces_a_missing_test_split(tfds, root):
     prepare(root, image_features(tfds), {"train": SPLITS["train"], "validation": SPLITS["test"]})
     assert load_data("tfds:toy").test_rows.tolist() == [5, 6]
 
 
-def test_fingerprint_tells_contents_apart(tfds, root):
+def test_different_contents_have_different_fingerprints(tfds, root):
     names, prints = ("ant", "bee"), []
     for i, (labels, test) in enumerate([(names, "test"), (("ant", "cat"), "test"), (names, "extra")]):
         prepare(
@@ -140,12 +140,12 @@ def test_fingerprint_tells_contents_apart(tfds, root):
     assert len(set(prints)) == 4
 
 
-def test_options(tfds, root):
+def test_image_options_apply(tfds, root):
     prepare(root, image_features(tfds), {"train": [*SPLITS["train"], *image_examples([1])]})
     assert load_data("tfds:toy,size=8x9,channels=1").inputs.shape == (6, 8, 9, 1)
 
 
-def test_sizes_that_differ(tfds, root):
+def test_images_of_different_sizes_are_refused(tfds, root):
     examples = [*SPLITS["train"], {"id": b"", "image": encoded(picture(0, (5, 6))), "label": 0}]
     prepare(root, image_features(tfds), {"train": examples})
     with pytest.raises(InputError, match=r"got train\[0\] of 4x6 and train\[5\] of 5x6 .*: tfds:toy,size=32 gives all"):
@@ -155,7 +155,7 @@ def test_sizes_that_differ(tfds, root):
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((3,), np.float32), ((2, 3), np.float32), ((4,), np.int64), ((2,), np.uint8)]
 )
-def test_arrays(tfds, root, shape, dtype):
+def test_arrays_are_read(tfds, root, shape, dtype):
     values = np.random.default_rng(0).integers(0, 100, (6, *shape)).astype(dtype)
     features = {
         "features": tfds.features.Tensor(shape=shape, dtype=dtype),
@@ -169,7 +169,7 @@ def test_arrays(tfds, root, shape, dtype):
     assert (dataset.labels.tolist(), dataset.class_names) == ([0, 1, 2, 0, 1, 2], ("0", "1", "2"))
 
 
-def test_unlabelled(tfds, root):
+def test_labels_are_optional(tfds, root):
     features = {"image": tfds.features.Image(shape=(None, None, 3)), "size": tfds.features.Scalar(dtype=np.int64)}
     examples = [{"image": encoded(picture(seed)), "size": 3} for seed in range(3)]
     prepare(root, features, {"train": examples}, supervised=None)
@@ -179,13 +179,13 @@ def test_unlabelled(tfds, root):
     assert said == ["tfds:toy has no class labels: it is used without labels"]
 
 
-def test_hidden_labels_of_test(tfds, root):
+def test_hidden_test_labels_become_missing(tfds, root):
     hidden = [example | {"label": -1} for example in SPLITS["test"]]
     prepare(root, image_features(tfds), {"train": SPLITS["train"], "test": hidden})
     assert load_data("tfds:toy").labels.tolist() == [0, 1, 0, 1, 0, -1, -1]
 
 
-def test_damaged_examples(tfds, root):
+def test_damaged_examples_are_named_or_skipped(tfds, root):
     examples = [*SPLITS["train"], {"id": b"", "image": b"text", "label": 1}]
     prepare(root, image_features(tfds), {"train": examples, "test": SPLITS["test"]})
     with pytest.raises(
@@ -196,27 +196,27 @@ def test_damaged_examples(tfds, root):
     assert (dataset.labels.tolist(), dataset.test_rows.tolist()) == ([0, 1, 0, 1, 0, 1, 0], [5, 6])
 
 
-def test_numbers_that_are_not_finite(tfds, root):
+def test_nonfinite_numbers_are_refused(tfds, root):
     features = {"x": tfds.features.Tensor(shape=(2,), dtype=np.float32), "y": tfds.features.ClassLabel(num_classes=2)}
     prepare(root, features, {"train": [{"x": [1.0, np.inf], "y": 0}, {"x": [1.0, 2.0], "y": 1}]}, supervised=("x", "y"))
     with pytest.raises(InputError, match=r"train\[0\] \(it holds nan or infinity\)"):
         load_data("tfds:toy")
 
 
-# What is missing.
+# Missing parts.
 
 PREPARE = r"pip install 'ev3-distill\[tfds-prepare\]' and run: tfds build {} --file_format=array_record"
 
 
 @pytest.mark.parametrize("name", ["nonesuch", "mnist", "toy:3.0.0", "toy/other", "../toy"])
-def test_what_is_not_prepared(tfds, root, name):
+def test_a_data_set_that_is_not_prepared_is_refused(tfds, root, name):
     prepare(root, image_features(tfds), SPLITS)
     with pytest.raises(InputError, match=rf"got {name}, but no such files in {root}: {PREPARE.format(name)}") as caught:
         load_data(f"tfds:{name}")
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_missing(tfds, root):
+def test_a_missing_file_is_refused(tfds, root):
     folder = prepare(root, image_features(tfds), SPLITS)
     next(folder.glob("*test*")).unlink()
     with pytest.raises(
@@ -225,13 +225,13 @@ def test_a_file_that_is_missing(tfds, root):
         load_data("tfds:toy")
 
 
-def test_a_format_without_random_access(tfds, root):
+def test_a_format_without_random_access_is_refused(tfds, root):
     prepare(root, image_features(tfds), SPLITS, file_format="tfrecord")
     with pytest.raises(InputError, match=rf"as array_record; got toy in another .*{PREPARE.format('toy')} --overwrite"):
         load_data("tfds:toy")
 
 
-def test_splits_and_features_of_another_kind(tfds, root):
+def test_other_splits_and_features_are_refused(tfds, root):
     prepare(root, image_features(tfds), {"dev": SPLITS["train"]}, name="dev/1.0.0")
     with pytest.raises(InputError, match="must have a split named train; got dev: name another set"):
         load_data("tfds:dev")
@@ -240,7 +240,7 @@ def test_splits_and_features_of_another_kind(tfds, root):
         load_data("tfds:text")
 
 
-def test_without_the_extra(monkeypatch):
+def test_the_missing_extra_is_named(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "tensorflow_datasets"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
