@@ -240,7 +240,7 @@ def test_evaluate_and_report_need_a_finished_run(cli, here, interrupted):
 def test_evaluate_refuses_data_of_other_shapes(cli, here, finished):
     save_npz(here / "vectors.npz")
     save_npz(here / "more.npz", inputs=np.zeros((60, 8, 8)), labels=np.arange(60) % 12)
-    says = r"takes inputs of shape \[8, 8, 1\] and knows 10 classes; npz:vectors.npz has \[4\] and 3: name data like those of the run"
+    says = r"takes inputs of shape \[8, 8, 1\] and knows 10 classes; npz:vectors.npz has \[4\] and 3: name data like"
     refused(cli, here, "evaluate", finished, "--data", "npz:vectors.npz", says=says)
     says = r"npz:more.npz has \[8, 8, 1\] and 12: name data like those of the run"
     refused(cli, here, "evaluate", finished, "--data", "npz:more.npz", says=says)
