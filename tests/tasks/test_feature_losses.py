@@ -9,7 +9,9 @@ import pytest
 from feature_formulas import FORMULAS, REFERENCES
 
 from ev3_distill.errors import InputError
-from ev3_distill.tasks.classification.feature_losses import rkd
+from ev3_distill.tasks.classification import feature_losses
+from ev3_distill.tasks.classification.feature_losses import FEATURE_LOSSES, rkd, with_features
+from ev3_distill.types import Batch
 
 B = 5
 
@@ -153,3 +155,44 @@ def test_incompatible_shapes_are_rejected(name, student, teacher):
 def test_weights_of_rkd_are_checked():
     with pytest.raises(InputError, match="angle must be"):
         rkd(angle=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "student", "teacher", "expected"),
+    [
+        ("fitnet", [[1.0], [2.0]], [[0.0], [0.0]], 100 * (1 + 4) / 2),  # the affine map is the identity
+        ("at", [[[[1.0], [0.0]]]], [[[[0.0], [1.0]]]], 1000 * 1),  # all attention on one of two positions
+        ("sp", [[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]], 3000 * (1 - 0.5**0.5)),
+        ("rkd", [[0.0], [1.0], [3.0]], [[0.0], [1.0], [2.0]], None),
+    ],
+)
+def test_default_weight_multiplies_the_formula(name, student, teacher, expected):
+    """By hand: an arm with features adds the formula, times its weight of the CIFAR experiments, to the loss on logits."""
+    loss = FEATURE_LOSSES[name]()
+    features, targets = np.array(student, np.float32), np.array(teacher, np.float32)
+    extra = {"kernel": np.eye(1, dtype=np.float32), "bias": np.zeros(1, np.float32)} if name == "fitnet" else ()
+    total = with_features(lambda logits, batch: jnp.float32(7), loss, student="s", teacher="t")
+    weight = jnp.ones(len(features))
+    batch = Batch(None, None, {"t": targets}, None, weight)
+    if expected is None:  # rkd weighs its own two terms
+        expected = loss.compare(features, targets, weight, extra)
+    assert float(total((None, {"s": features}), batch, extra)) == pytest.approx(7 + float(expected), rel=1e-5)
+
+
+def test_examples_nearer_than_float32_can_tell_coincide():
+    """The squared distance counts as 0 below 1e-5 of the squared norms: here, below a distance of about 1.5e-3."""
+    weight = jnp.ones(3)
+
+    def distance(gap):
+        rows = feature_losses._centered(jnp.array([[0.0], [1.0], [1.0 + gap]]), weight)
+        return float(feature_losses._relations(rows, weight).distance[1, 2])
+
+    assert distance(1.2e-3) == 0
+    assert distance(1.8e-3) == pytest.approx(1.8e-3, rel=0.02)
+
+
+def test_rows_below_the_smallest_divisor_are_not_of_unit_norm():
+    """An example of relative size 5e-7 has a row of products of norm 5e-7; divided by 1e-6 it is 1/2, not 1."""
+    rows = feature_losses._scaled(jnp.array([[1.0], [5e-7]]), jnp.ones(2))
+    normed = feature_losses._normed(feature_losses._products(rows), jnp.ones(2))
+    np.testing.assert_allclose(normed[1], [0.5, 2.5e-7], rtol=1e-3)
