@@ -200,7 +200,7 @@ def test_flax_teacher_of_other_data(cli, here, finished):
             "from flax import nnx\n"
             "def make(input_shape, num_classes, rngs):\n"
             "    return nnx.Sequential(lambda x: x.reshape(len(x), -1), nnx.Linear(64, num_classes + 1, rngs=rngs))\n",
-            r"logits float32 \[B, K\], \[2, 10\] for 2 examples; own_8:make returns float32 \[2, 11\]: fix its last layer",
+            r"float32 logits \[B, K\], here \[2, 10\] for 2 examples; own_8:make returns float32 \[2, 11\]: fix its last layer",
         ),
         (
             "from flax import nnx\n"
