@@ -216,7 +216,7 @@ def test_export_picks_a_student_of_the_search(searched, cli, here):
     answer = cli("export", run, "--pick", f"params<={smallest['params']}", "--out", "small")
     assert answer.code == 0
     assert f"{smallest['params']:,} parameters" in answer.out
-    assert "no certificate is about it" in " ".join(answer.out.split())
+    assert "no certificate covers it" in " ".join(answer.out.split())
     assert students.load("small")[0].spec == smallest["spec"]
     assert json.loads((here / "small/evidence.json").read_text())["decide"]["params"] == smallest["params"]
     assert cli("export", run, "--out", "delivered").code == 0
