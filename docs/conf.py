@@ -33,7 +33,14 @@ def _escape(*arguments: Any) -> None:
         lines[i] = "`".join(parts)
 
 
+def _hide(*arguments: Any) -> tuple[str, None] | None:
+    """Hides the signature of a class whose fields stand in a table below it."""
+    what, value = arguments[1], arguments[3]
+    return ("", None) if what == "class" and generate.fields_of(value) else None
+
+
 def setup(app: Any) -> None:
     """Writes the generated pages before Sphinx reads the others."""
     generate.write_all(HERE / "_generated")
     app.connect("autodoc-process-docstring", _escape, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", _hide)

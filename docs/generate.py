@@ -1,17 +1,22 @@
 """Writes the parts of the reference that follow from the code: command line, student families, losses, public Python names."""
 
+import ast
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import io
 import os
 import re
+import textwrap
+import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 COMMANDS = ("compress", "teach", "evaluate", "report", "export", "bench")
+_LONG = 40  # characters of a default that is not shown
 _WIDTH = "110"  # columns of the help text
 _EXAMPLE_SHAPES = ([32, 32, 3], [64, 3], [16])  # an image, a sequence, a vector
 
@@ -116,12 +121,68 @@ def directive(name: str, kind: str, value: Any) -> Iterator[str]:
         yield f"{_first_paragraph(value.__doc__)}\n"
         yield "| name | what it is |\n| --- | --- |"
         for function in functions:
-            if inspect.isroutine(getattr(value, function)):
+            if inspect.isroutine(getattr(value, function)) and not function.isupper():
                 yield f"| `{name}.{function}` | {summary_of(getattr(value, function)).replace('|', '&#124;')} |"
         yield ""
         return
+    fields = fields_of(value) if kind == "class" else []
     members = "   :members:\n" if kind == "class" else ""
+    if fields:
+        members += f"   :exclude-members: {', '.join(field for field, *_ in fields)}\n"
     yield f"```{{eval-rst}}\n.. auto{kind}:: ev3_distill.{name}\n{members}```\n"
+    if fields:
+        yield "| field | type | default | meaning |\n| --- | --- | --- | --- |"
+        for row in fields:
+            code = [f"`{part.replace('|', chr(92) + '|')}`" if part else "" for part in row[:3]]
+            yield f"| {' | '.join(code)} | {row[3].replace('|', '&#124;')} |"
+        yield ""
+
+
+def fields_of(cls: type) -> list[tuple[str, str, str, str]]:
+    """The fields of a NamedTuple or dataclass, inherited ones first: name, type, default, and the comment or text beside it."""
+    if not (dataclasses.is_dataclass(cls) or hasattr(cls, "_fields")):
+        return []
+    fields: dict[str, tuple[str, str, str, str]] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        if base.__module__.startswith("ev3_distill"):
+            fields |= {row[0]: row for row in _fields_in(base)}
+    described, module = attribute_docs(cls), vars(importlib.import_module(cls.__module__))
+    return [
+        (*row[:3], row[3] or described.get(row[0], "") or summary_of(module.get(row[1].partition(" | ")[0])))
+        for row in fields.values()
+    ]
+
+
+def _fields_in(cls: type) -> Iterator[tuple[str, str, str, str]]:
+    """The fields that a class itself declares."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    (tree,) = ast.parse(source).body
+    assert isinstance(tree, ast.ClassDef)
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    for i, node in enumerate(tree.body):
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name) or node.target.id[0] == "_":
+            continue
+        after = tree.body[i + 1] if i + 1 < len(tree.body) else None
+        text = ""
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+            text = inspect.cleandoc(after.value.value)
+        else:
+            last = after.lineno if after else (tree.end_lineno or 0) + 1
+            text = " ".join(comments[line] for line in range(node.lineno, last) if line in comments)
+            text = text.removeprefix("type: ignore[assignment]").lstrip("# ")
+        kind, default = ast.unparse(node.annotation), "" if node.value is None else ast.unparse(node.value)
+        if kind.startswith("Annotated["):
+            kind = kind.removeprefix("Annotated[").rsplit("],", 1)[0].split(", ")[0] + ("]" if "tuple[" in kind else "")
+        yield node.target.id, kind, default if len(default) < _LONG else "", " ".join(text.split())
+
+
+def attribute_docs(cls: type) -> dict[str, str]:
+    """The `Attributes` section of a class's docstring, by name."""
+    return _section(cls, "Attributes")
 
 
 def options_of(make: Callable[..., Any]) -> list[tuple[str, Any, str]]:
@@ -133,7 +194,11 @@ def options_of(make: Callable[..., Any]) -> list[tuple[str, Any, str]]:
 
 def argument_docs(function: Callable[..., Any]) -> dict[str, str]:
     """The `Args` section of a docstring, by argument."""
-    match = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.getdoc(function) or "", re.DOTALL | re.MULTILINE)
+    return _section(function, "Args")
+
+
+def _section(value: Any, title: str) -> dict[str, str]:
+    match = re.search(rf"^{title}:\n(.*?)(?=^\S|\Z)", inspect.getdoc(value) or "", re.DOTALL | re.MULTILINE)
     docs: dict[str, str] = {}
     for text in re.split(r"^  (?=\w+:)", match[1] if match else "", flags=re.MULTILINE)[1:]:
         name, _, meaning = text.partition(":")
@@ -142,8 +207,8 @@ def argument_docs(function: Callable[..., Any]) -> dict[str, str]:
 
 
 def summary_of(value: Any) -> str:
-    """The first line of a docstring."""
-    return (inspect.getdoc(value) or "").partition("\n")[0]
+    """The first line of a docstring; empty without one."""
+    return "" if value is None else (inspect.getdoc(value) or "").partition("\n")[0]
 
 
 def _first_paragraph(text: str | None) -> str:

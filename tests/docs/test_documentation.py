@@ -116,6 +116,17 @@ def test_api_page_documents_every_public_name(generate):
     assert [n for n in ev3_distill.__all__ if not (inspect.getdoc(getattr(ev3_distill, n)) or "").strip()] == []
 
 
+def test_api_page_has_every_field_of_a_public_class(generate):
+    for name in ev3_distill.__all__:
+        value = getattr(ev3_distill, name)
+        if inspect.isclass(value) and (dataclasses.is_dataclass(value) or hasattr(value, "_fields")):
+            names = getattr(value, "_fields", None) or [field.name for field in dataclasses.fields(value)]
+            rows = generate.fields_of(value)
+            assert [row[0] for row in rows] == list(names)
+            undescribed = [row[0] for row in rows if not row[3]]
+            assert len(undescribed) <= 1, (name, undescribed)
+
+
 @pytest.mark.parametrize("command", ["compress", "teach", "evaluate", "report", "export", "bench"])
 def test_command_line_page_has_the_help_of_every_command(generate, command):
     assert f"## {command}\n" in generate.command_line()
