@@ -109,6 +109,17 @@ def test_a_held_out_split_is_evaluated_whole_in_order_once(n):
     np.testing.assert_array_equal(logits, network(threshold(2), inputs, train=False)[0])
 
 
+def test_outputs_may_be_a_tree_of_any_shapes():
+    def network(variables, inputs, *, train, key=None):
+        x = inputs[:, 0]
+        return {"value": x, "box": (x[:, None, None] * jnp.ones((2, 3)), x[:, None] > 5)}, variables
+
+    inputs = make_split(np.arange(13)).inputs
+    chunked, whole = (assess.outputs_of(network, threshold(0), inputs, batch_size=size) for size in (5, 13))
+    assert jax.tree.map(jnp.shape, chunked) == {"value": (13,), "box": ((13, 2, 3), (13, 1))}
+    assert_same(chunked, whole)
+
+
 def test_chunks_change_no_score():
     split = LEARNABLE.assess
     once = assess.outputs_of(NETWORK.apply, START, split.inputs, batch_size=1000)
