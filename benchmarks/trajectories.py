@@ -26,7 +26,7 @@ def whole_trajectory(network: Network, arm: Arm) -> Callable[[Pools, Any, Any], 
         init_key, run_key = jax.random.split(jax.random.key(seed))
         batch_size = EV3().batch_size
         draw = draw_from(pools.explore, batches.sampler(batch_size=batch_size), run_key)
-        held = [held_from(pools.assess, run_key, batch_size=batch_size)] if arm.held else []
+        held = [held_from(pools.assess, run_key, batch_size=batch_size)] if arm.uses_held_out else []
         whole = Stretch(jnp.int32(0), jnp.int32(steps), jnp.float32(0), jnp.float32(1 / steps))
         return arm.propose(arm.init(network.init(init_key)), draw, whole, *held)
 

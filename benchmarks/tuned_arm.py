@@ -135,7 +135,7 @@ def _tuned(network: Network, temperature: float, mix: float) -> Callable[..., tu
     @jit
     def run(pools: Pools, seed: Any, steps: Any) -> tuple[Variables, dict[str, PyTree]]:
         state, proposed = trajectories.whole_trajectory(network, arm)(pools, seed, steps)
-        return proposed, arm.shows(state) if arm.shows else {}
+        return proposed, arm.hyperparameters(state) if arm.hyperparameters else {}
 
     found: Callable[..., tuple[Variables, dict[str, PyTree]]] = run
     return found

@@ -169,11 +169,11 @@ class Arm(NamedTuple):
     name: str
     init: Callable[[Variables], PyTree]  # student -> state of a fresh start from it
     propose: Callable[..., tuple[PyTree, Variables]]
-    # (state, draw, stretch) -> (state, proposed student); if `held`, a draw of assess is its fourth argument
+    # (state, draw, stretch) -> (state, proposed student); if `uses_held_out`, a draw of assess is its fourth argument
     length: float = 1.0  # of this arm's trajectories, relative to the run's
     grow: Callable[[PyTree, Growth], PyTree] | None = None  # state -> state for the larger student; None: a fresh start
-    held: bool = False  # whether it needs held-out batches, to tune its loss by them
-    shows: Callable[[PyTree], dict[str, jax.Array]] | None = None  # state -> hyperparameters for the ledger
+    uses_held_out: bool = False  # whether it needs held-out batches, to tune its loss by them
+    hyperparameters: Callable[[PyTree], dict[str, jax.Array]] | None = None  # state -> tuned values, for the ledger
     races: bool = (
         True  # whether it takes part in the race at the start of a run; otherwise it only challenges the leader
     )

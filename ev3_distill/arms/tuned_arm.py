@@ -136,7 +136,7 @@ def tuned_arm(
     def shows(state: TunedState) -> dict[str, jax.Array]:
         return {name: x for name, x in constrain(loss.space, state.tuned.average).items() if name != "weights"}
 
-    return Arm(name, init, propose, held=True, shows=shows)
+    return Arm(name, init, propose, uses_held_out=True, hyperparameters=shows)
 
 
 class _TunableLoss(NamedTuple):

@@ -155,7 +155,7 @@ def _session(
             from ev3_distill.monitor.tensorboard import write_tensorboard
 
             stack.enter_context(write_tensorboard(directory, tensorboard))
-        stack.enter_context(run_dir.room_on_disk(own))
+        stack.enter_context(run_dir.explain_full_disk(own))
         yield own, placement
 
 
@@ -171,7 +171,7 @@ def _opened(
     directory: Path, config: RunConfig, inputs: dict[str, Any], *, resume: bool
 ) -> Iterator[dict[str, Any] | None]:
     """Locks the run directory, which is created if the run is new; yields the report of a run that is finished already."""
-    with run_dir.held(directory, make=not resume):
+    with run_dir.lock_run(directory, make=not resume):
         if not resume:
             run_dir.create(directory, config, inputs)
         yield report_in(directory)

@@ -69,7 +69,8 @@ def roll(
       The arms' states and the students that they propose.
     """
     proposed = [
-        arm.propose(arm_states[i], draw, stretches[i], *([held] if arm.held else [])) for i, arm in enumerate(arms)
+        arm.propose(arm_states[i], draw, stretches[i], *([held] if arm.uses_held_out else []))
+        for i, arm in enumerate(arms)
     ]
     return tuple(arm_state for arm_state, _ in proposed), tuple(student for _, student in proposed)
 

@@ -316,7 +316,8 @@ def _decision(algorithm: Algorithm, state: State, steps: jax.Array, outcome: _Ou
         current_score=state.current.evidence.promise.mean(),
         length=state.arms.length,
         tuned=tuple(
-            arm.shows(arm_state) if arm.shows else {} for arm, arm_state in zip(arms, state.arms.states, strict=True)
+            arm.hyperparameters(arm_state) if arm.hyperparameters else {}
+            for arm, arm_state in zip(arms, state.arms.states, strict=True)
         ),
         stuck=stuck(state),
         met=state.met,

@@ -80,7 +80,7 @@ def level_on_sealed_split(
             f"a sealed split keeps the confidence that it was opened at; that of {directory} is {confidence:.10g}, got "
             f"{query.confidence:.10g}: leave out --confidence, or score other data with --data"
         )
-    with run_dir.held(directory):
+    with run_dir.lock_run(directory):
         reopened = sealed_split.open_split(
             directory, student, query.metrics, confidence=confidence, costs=digest, reopen=query.reopen
         )

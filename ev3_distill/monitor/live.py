@@ -13,7 +13,7 @@ from ev3_distill.core.adapt import SHARE
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.glossary import explain
 from ev3_distill.runtime.ledger import PROMISE, Tail, open_tails, promise_scores
-from ev3_distill.training.run_dir import is_held
+from ev3_distill.training.run_dir import is_locked
 
 READ_EVERY_S = 0.5
 PLAIN_EVERY_S = 5.0  # between two plain lines without news
@@ -98,7 +98,7 @@ def follow(directory: Path) -> bool:
         last_news = time.monotonic()
         while True:
             finished = (directory / "report.json").exists()  # before reading: then the rows read are all rows
-            ended = not finished and time.monotonic() - last_news > QUIET_S and not is_held(directory)
+            ended = not finished and time.monotonic() - last_news > QUIET_S and not is_locked(directory)
             news = followed.read()
             if news:
                 last_news = time.monotonic()

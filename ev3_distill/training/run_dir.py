@@ -38,7 +38,7 @@ FILES = (
     *("archive.json", "certificate.json", "config.toml", "given.json", "ledger.jsonl", "logits.npz", "opened.json"),
     *("report.html", "report.json", "trials.json"),
 )  # written atomically
-LOCK_TRIES = 5  # a hundredth of a second apart: `is_held` locks a directory for an instant
+LOCK_TRIES = 5  # a hundredth of a second apart: `is_locked` locks a directory for an instant
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -52,7 +52,7 @@ def refuse_occupied(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(directory: Path, *, make: bool = False) -> Iterator[None]:
+def lock_run(directory: Path, *, make: bool = False) -> Iterator[None]:
     """Locks a run for this process; the operating system releases the lock however the process ends.
 
     Args:
@@ -88,7 +88,7 @@ def held(directory: Path, *, make: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
-def is_held(directory: Path) -> bool:
+def is_locked(directory: Path) -> bool:
     """Whether a process works in the run now. For an instant this locks the directory, so call it rarely."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -150,7 +150,7 @@ def _is_partial(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def room_on_disk(directory: Path) -> Iterator[None]:
+def explain_full_disk(directory: Path) -> Iterator[None]:
     """Turns the errors that libraries raise for a full disk into one InputError; what was written before stays."""
     try:
         yield

@@ -342,8 +342,8 @@ def test_where_rare_classes_must_count_arms_race_that_serve_them():
 
 def test_arms_that_tune():
     (arm,) = arms_named(MLP.apply, ["tuned-temperature-mix"])
-    assert arm.held
-    assert set(arm.shows(arm.init(START))) == {"temperature", "mix"}
+    assert arm.uses_held_out
+    assert set(arm.hyperparameters(arm.init(START))) == {"temperature", "mix"}
     with pytest.raises(InputError, match=r"an arm can tune temperature, mix, weights, rate, noise; got 'depth'"):
         arms_named(MLP.apply, ["tuned-depth"])
 

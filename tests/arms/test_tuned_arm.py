@@ -128,7 +128,7 @@ def test_a_convolutional_student_tunes_by_the_optimizer_that_it_learns_by():
 @pytest.mark.parametrize("method", ["jvp", "guided"])
 def test_it_leaves_a_teacher_that_is_wrong(method):
     arm, _, (state, student) = rolled(tune=("temperature", "mix"), every=2, method=method)
-    shown = arm.shows(state)
+    shown = arm.hyperparameters(state)
     assert set(shown) == {"temperature", "mix"} and state.tuned.steps == 75
     assert shown["mix"][1] > 0.3 and shown["temperature"] > 0  # from .1
     _, _, (_, untuned) = rolled(tune=())
@@ -151,7 +151,7 @@ def test_a_rate_that_is_too_small_grows():
     arm = tuned_arm("tuned", apply, optax.sgd(1e-4), TuningConfig(tune=("rate",), every=1))
     draw, held = drawing(split(0, wrong=0.0)), held_from(split(1, wrong=0.0), jax.random.key(1), batch_size=64)
     state, _ = jax.jit(lambda state: arm.propose(state, draw, stretch(0, 100), held))(arm.init(fresh()))
-    assert arm.shows(state)["rate"] > 3
+    assert arm.hyperparameters(state)["rate"] > 3
 
 
 def shaken(examples, deviation, seed):
@@ -164,7 +164,7 @@ def tuned_on(examples, held_out, begun, where, **options):
     arm = tuned_arm("tuned", apply, optax.adam(1e-2), TuningConfig(every=2, **options))
     held = held_from(held_out, jax.random.key(1), batch_size=64)
     state, student = jax.jit(lambda state: arm.propose(state, drawing(examples), where, held))(arm.init(begun))
-    return student, arm.shows(state)
+    return student, arm.hyperparameters(state)
 
 
 def test_noise_grows_where_held_out_examples_are_noisy():

@@ -45,7 +45,7 @@ def test_an_empty_directory_or_one_of_a_killed_start_counts_as_new(here, finishe
     run_dir.refuse_occupied(here / "run")
     run_dir.refuse_occupied(here / "new")
     (here / "run" / ".vimrc").write_text("mine")
-    with run_dir.held(here / "run"):  # cleans up what is half written, and nothing else
+    with run_dir.lock_run(here / "run"):  # cleans up what is half written, and nothing else
         assert sorted(path.name for path in (here / "run").iterdir()) == [".vimrc", "given.json"]
     with pytest.raises(run_dir.InputError, match="is neither"):
         run_dir.refuse_occupied(here / "run")
@@ -83,14 +83,14 @@ def test_a_run_belongs_to_one_process_at_a_time(cli, here, finished):
     from ev3_distill.training import run_dir
 
     holder = "import sys; from pathlib import Path; from ev3_distill.training import run_dir\n"
-    holder += "with run_dir.held(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()\n"
+    holder += "with run_dir.lock_run(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()\n"
     command = [sys.executable, "-c", holder, str(finished)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         says = f"only one process at a time may work in a run; another one works in {finished}: wait for it"
         refused(cli, here, "compress", "--resume", finished, says=says)
         process.kill()  # the lock goes with its holder
-    with run_dir.held(finished):
+    with run_dir.lock_run(finished):
         pass
 
 

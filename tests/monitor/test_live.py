@@ -15,7 +15,7 @@ from conftest import SMALL
 from ev3_distill.core.adapt import SHARE
 from ev3_distill.monitor import live
 from ev3_distill.runtime.ledger import Tail, open_tails
-from ev3_distill.training.run_dir import held, is_held
+from ev3_distill.training.run_dir import is_locked, lock_run
 
 
 def row(iteration, **changes):
@@ -83,10 +83,10 @@ def test_error_budget_equals_that_of_the_report(finished):
 
 
 def test_lock_is_visible_to_readers(tmp_path):
-    assert not is_held(tmp_path)
-    with held(tmp_path):
-        assert is_held(tmp_path)
-    assert not is_held(tmp_path)
+    assert not is_locked(tmp_path)
+    with lock_run(tmp_path):
+        assert is_locked(tmp_path)
+    assert not is_locked(tmp_path)
 
 
 def test_finished_run_is_shown_and_missing_run_is_an_error(finished, cli, here):
