@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ev3_distill import students
-from ev3_distill.arms import arms_named, default_names
+from ev3_distill.arms import arms_named, default_arm_names
 from ev3_distill.benchmarks import problems, statistics, trajectories
 from ev3_distill.certify.bounds import clopper_pearson_lower
 from ev3_distill.data import batches
@@ -110,7 +110,7 @@ class _Bench:
     def __init__(self, subject: Subject, dataset: Dataset):
         self.steps = subject.steps
         student = students.from_name(subject.student, dataset.inputs.shape[1:], dataset.num_classes)
-        names = default_names(student.spec)
+        names = default_arm_names(student.spec)
         self.student, self.ours = student, Distillation(student, arms_named(student.apply, names))
         self.tuned = Distillation(
             student, arms_named(student.apply, (*names, "tuned-temperature-mix"), network=student)

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from ev3_distill import students
-from ev3_distill.arms import arms_named, default_names
+from ev3_distill.arms import arms_named, default_arm_names
 from ev3_distill.benchmarks import problems, statistics, trajectories
 from ev3_distill.config import EV3
 from ev3_distill.data import batches
@@ -126,7 +126,7 @@ class _Bench:
             width: count_params(jax.eval_shape(network.init, jax.random.key(0)))
             for width, network in self.networks.items()
         }
-        arms = {w: arms_named(network.apply, default_names(network.spec)) for w, network in self.networks.items()}
+        arms = {w: arms_named(network.apply, default_arm_names(network.spec)) for w, network in self.networks.items()}
         self.once = {w: Distillation(network, arms[w]) for w, network in self.networks.items()}
         patient = EV3(patience=PATIENCE)
         self.patient = {w: Distillation(network, arms[w], config=patient) for w, network in self.networks.items()}

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ev3_distill import students
-from ev3_distill.arms import arms_named, default_names
+from ev3_distill.arms import arms_named, default_arm_names
 from ev3_distill.benchmarks import datasets, statistics, trajectories
 from ev3_distill.config import Fractions
 from ev3_distill.data import batches
@@ -71,7 +71,7 @@ def rows_of(
     student, teacher = (
         students.from_name(name, dataset.inputs.shape[1:], dataset.num_classes) for name in (STUDENT, TEACHER)
     )
-    arms = arms_named(student.apply, default_names(student.spec, goals=[guard.metric for guard in guards]))
+    arms = arms_named(student.apply, default_arm_names(student.spec, goals=[guard.metric for guard in guards]))
     goals = [goal(guard.metric, guard.threshold) for guard in guards]
     guarded = classification().objectives(goals)
     runs = {"EV3": Distillation(student, arms), "EV3 with guards": Distillation(student, arms, objectives=guarded)}

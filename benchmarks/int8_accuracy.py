@@ -30,7 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ev3_distill import students
-from ev3_distill.arms import CONVOLUTIONAL, arms_named
+from ev3_distill.arms import arms_named
+from ev3_distill.arms.zoo import CONVOLUTIONAL
 from ev3_distill.benchmarks import datasets, pytorch_quality, statistics
 from ev3_distill.data.sources import Dataset, load_data
 from ev3_distill.export.formats.runtime import open_exported

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ev3_distill.arms import CONVOLUTIONAL_FAMILIES, MUON_RATE, RATE, up_and_down
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.arms.optimizers import adamw, muon
 from ev3_distill.arms.tuned_arm import TuningConfig, tuned_arm
+from ev3_distill.arms.zoo import CONVOLUTIONAL_FAMILIES, MUON_RATE, RATE, up_and_down
 from ev3_distill.config import EV3
 from ev3_distill.core.assess import outputs_of
 from ev3_distill.core.explore import draw_from, held_from

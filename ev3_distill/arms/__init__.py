@@ -1,39 +1,29 @@
-"""The zoo of arms by name, and the default portfolio; `ev3-distill bench portfolio` measures it."""
+"""Arms: the ways to train that compete within a run."""
 
-from ev3_distill.arms.registry import (
+from ev3_distill.arms.gradient import gradient_arm
+from ev3_distill.arms.registry import arms_named, default_arms, teacher_features_of
+from ev3_distill.arms.zoo import (
     ARMS,
-    BY_PEERS,
-    CONVOLUTIONAL,
-    CONVOLUTIONAL_FAMILIES,
     DEFAULT,
     EVOLVING,
-    MUON_RATE,
     PEER,
-    RATE,
-    arms_named,
-    default_arms,
-    default_names,
-    features_asked,
-    name_for_labels,
-    names_for_peers,
-    up_and_down,
+    PEER_ARMS,
+    default_arm_names,
+    label_arm_name,
+    peer_arm_names,
 )
 
 __all__ = [
     "ARMS",
-    "BY_PEERS",
-    "CONVOLUTIONAL",
-    "CONVOLUTIONAL_FAMILIES",
     "DEFAULT",
     "EVOLVING",
-    "MUON_RATE",
     "PEER",
-    "RATE",
+    "PEER_ARMS",
     "arms_named",
+    "default_arm_names",
     "default_arms",
-    "default_names",
-    "features_asked",
-    "name_for_labels",
-    "names_for_peers",
-    "up_and_down",
+    "gradient_arm",
+    "label_arm_name",
+    "peer_arm_names",
+    "teacher_features_of",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from ev3_distill import students
-from ev3_distill.arms import name_for_labels
+from ev3_distill.arms import label_arm_name
 from ev3_distill.cli.options import EvaluateCommand
 from ev3_distill.config import Compress, RunConfig, Teach
 from ev3_distill.config_file import ConfigT, check_unchanged, read_run_config
@@ -299,7 +299,7 @@ def _teach(directory: Path, config: Teach, setup: TrainingSetup, *, resume: bool
         if finished:
             return finished
         targets = BlankTargets(len(setup.dataset.labels), setup.task.teacher_spec)
-        return train(directory, config, setup, [name_for_labels(setup.network.spec)], targets, teacher=None)
+        return train(directory, config, setup, [label_arm_name(setup.network.spec)], targets, teacher=None)
 
 
 def _student(

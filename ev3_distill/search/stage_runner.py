@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ev3_distill import students
-from ev3_distill.arms import PEER, names_for_peers
+from ev3_distill.arms import PEER, peer_arm_names
 from ev3_distill.config import Compress
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.ledger import read_rows
@@ -242,7 +242,7 @@ class StageRunner:
         peer_student = students.load(self._folder(peer.number), factory=self.factory)
         at_once = eval_batch_size(self.setup.dataset, self.setup.memory, CHUNK)
         targets = PeerTargets(self._targets, forward(*peer_student), batch_size=at_once)
-        names = (*self._arm_names, *names_for_peers(network.spec))
+        names = (*self._arm_names, *peer_arm_names(network.spec))
         setup = dataclasses.replace(
             self.setup, teacher_features={**self.setup.teacher_features, PEER: (network.spec["num_classes"],)}
         )

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from ev3_distill import students
-from ev3_distill.arms import BY_PEERS, arms_named, default_names, features_asked
+from ev3_distill.arms import PEER_ARMS, arms_named, default_arm_names, teacher_features_of
 from ev3_distill.config import Compress
 from ev3_distill.data import count_shared
 from ev3_distill.errors import InputError, warn
@@ -42,14 +42,14 @@ def prepare_student(
     if config.control:
         require_labels(setup.dataset, "a control that learns from labels alone")
     metrics = [guard.metric for guard in guards]
-    names = config.arms or default_names(setup.network.spec, labels=setup.labeled, goals=metrics)
-    if by_peers := [name for name in names if name in BY_PEERS]:
+    names = config.arms or default_arm_names(setup.network.spec, labels=setup.labeled, goals=metrics)
+    if by_peers := [name for name in names if name in PEER_ARMS]:
         raise InputError(f"only a search has peers to learn from; got the arm '{by_peers[0]}': omit it")
     if config.tune:
         require_labels(setup.dataset, "an arm that tunes its loss")
         names = (*names, f"tuned-{'-'.join(config.tune)}")
     arms = arms_named(setup.network.apply, names, network=setup.network, teacher_features=feature_shapes)
-    features = {name: feature_shapes[name] for name in features_asked(names)}
+    features = {name: feature_shapes[name] for name in teacher_features_of(names)}
     setup = dataclasses.replace(setup, teacher_features=features, guards=guards, costs=costs)
     return setup, [arm.name for arm in arms]
 

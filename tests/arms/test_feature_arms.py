@@ -12,7 +12,7 @@ from feature_formulas import FORMULAS
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
-from ev3_distill.arms import arms_named, features_asked
+from ev3_distill.arms import arms_named, teacher_features_of
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.config import EV3
 from ev3_distill.core import Algorithm, Objectives, initial_state, make_step
@@ -230,8 +230,8 @@ def test_without_extra_the_optimizer_sees_the_parameters_alone():
 
 def test_features_asked():
     names = ["kd4", "at:stage=/layer3/Relu:0", "0.7*kd+0.3*ce", "rkd:pooled=a=b*2@1e-3", "sp:stage=/layer3/Relu:0@0.1"]
-    assert features_asked(names) == ("/layer3/Relu:0", "a=b")
-    assert features_asked(["sp:pooled=x*2@fast"]) == ("x*2@fast",)  # no rate, so part of a name
+    assert teacher_features_of(names) == ("/layer3/Relu:0", "a=b")
+    assert teacher_features_of(["sp:pooled=x*2@fast"]) == ("x*2@fast",)  # no rate, so part of a name
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,16 @@ from flax import nnx
 
 from ev3_distill.arms import (
     ARMS,
-    CONVOLUTIONAL,
     DEFAULT,
     EVOLVING,
     arms_named,
+    default_arm_names,
     default_arms,
-    default_names,
-    name_for_labels,
-    up_and_down,
+    label_arm_name,
 )
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.arms.optimizers import adamw
+from ev3_distill.arms.zoo import CONVOLUTIONAL, up_and_down
 from ev3_distill.config import EV3
 from ev3_distill.core import Algorithm, Objectives, initial_state, make_step
 from ev3_distill.core.explore import draw_from
@@ -317,25 +316,25 @@ def test_every_arm_of_the_zoo(name):
 
 def test_default_names_follow_the_family_and_the_labels():
     of_mlp, of_resnet = ({"family": family} for family in ("mlp", "resnet"))
-    assert default_names(of_mlp) == DEFAULT
-    assert default_names({"factory": "mine:make"}) == DEFAULT
-    assert default_names(of_mlp, labels=False) == tuple(name for name in DEFAULT if name != "ce-challenger")
-    assert default_names(of_resnet) == CONVOLUTIONAL
-    assert default_names(of_resnet, labels=False) == CONVOLUTIONAL[:1]
-    assert set(CONVOLUTIONAL) | {name_for_labels(of_resnet), name_for_labels(of_mlp)} <= set(ARMS)
-    assert (name_for_labels(of_mlp), name_for_labels(of_resnet)) == ("ce", "ce-muon")
+    assert default_arm_names(of_mlp) == DEFAULT
+    assert default_arm_names({"factory": "mine:make"}) == DEFAULT
+    assert default_arm_names(of_mlp, labels=False) == tuple(name for name in DEFAULT if name != "ce-challenger")
+    assert default_arm_names(of_resnet) == CONVOLUTIONAL
+    assert default_arm_names(of_resnet, labels=False) == CONVOLUTIONAL[:1]
+    assert set(CONVOLUTIONAL) | {label_arm_name(of_resnet), label_arm_name(of_mlp)} <= set(ARMS)
+    assert (label_arm_name(of_mlp), label_arm_name(of_resnet)) == ("ce", "ce-muon")
 
 
 @pytest.mark.parametrize("family", ["mlp", "resnet"])
 def test_labels_alone_always_compete(family):
     """In the default portfolio, and so that they do not lead from the start, which they would by a first short race."""
-    arms = arms_named(linear_apply, default_names({"family": family}))
+    arms = arms_named(linear_apply, default_arm_names({"family": family}))
     assert [arm.name for arm in arms if arm.name.startswith("ce")]
     assert [arm.name for arm in arms if arm.races] == ["kd4" if family == "mlp" else "kd4-muon"]
 
 
 def test_where_rare_classes_must_count_arms_race_that_serve_them():
-    arms = arms_named(linear_apply, default_names({"family": "mlp"}, goals=["accuracy", "worst_class_accuracy"]))
+    arms = arms_named(linear_apply, default_arm_names({"family": "mlp"}, goals=["accuracy", "worst_class_accuracy"]))
     assert all(arm.races for arm in arms)
     assert {"ce-balanced", "ce-half-balanced"} <= {arm.name for arm in arms}
 
