@@ -23,7 +23,7 @@ class Guard:
     Attributes:
       metric: name, as the guard writes it.
       threshold: in the metric's own units.
-      metrics: rows by name in which the metric is found; all known ones by default.
+      metrics: rows by name that `metric` refers to; all known ones by default.
     """
 
     metric: str

@@ -8,7 +8,6 @@ import numpy as np
 
 from ev3_distill.certify.certificate import equal_shares
 from ev3_distill.errors import InputError
-from ev3_distill.tasks.classification.user_metrics import digest_of_costs
 from ev3_distill.training import run_dir, sealed_split
 
 DEFAULT_CONFIDENCE = 0.95
@@ -62,7 +61,7 @@ def level_on_sealed_split(
     Raises:
       InputError: another confidence than the certificate's, or further claims without `reopen`.
     """
-    digest = digest_of_costs(query.costs)
+    digest = sealed_split.digest_of_costs(query.costs)
     if not sealed_split.read_openings(directory):  # a run that is older than this record
         family = sealed_split.ORIGINAL_FAMILY
         sealed_split.open_split(directory, student, claimed, confidence=confidence, family=family)

@@ -17,7 +17,6 @@ from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.runtime.latency import passes_ms
 from ev3_distill.students import count_params
 from ev3_distill.tasks.base import Task, has_target
-from ev3_distill.tasks.classification.user_metrics import digest_of_costs
 from ev3_distill.tasks.metrics import METRICS, Metric, find_metric
 from ev3_distill.tasks.outputs import Outputs, bounds_of
 from ev3_distill.training import sealed_split
@@ -105,7 +104,7 @@ def certify_run(
         names[0],
         request.metrics,
         confidence=request.confidence,
-        costs=digest_of_costs(request.costs),
+        costs=sealed_split.digest_of_costs(request.costs),
         others=names[1:],
         family=[name for name, row in task.metrics.items() if row.source != "size"],
     )

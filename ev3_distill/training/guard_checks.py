@@ -79,4 +79,5 @@ def _check(query: MetricQuery, data: GuardData, available: Mapping[str, bool]) -
         if not available[need]:
             raise InputError(f"a guard on {query.name} needs {ways_out[need]}")
     if query.row.check is not None:
-        resolve(query.row.check)(query, data)
+        check = resolve(query.row.check)
+        check(MetricQuery(query.row, query.name, query.argument, class_names=data.class_names), data)

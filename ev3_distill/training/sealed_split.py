@@ -7,10 +7,13 @@ killed while it scores its students continues the same opening when it is resume
 requires `reopen=True`.
 """
 
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.files import sync_directory
@@ -53,6 +56,11 @@ def candidates_of(opening: dict[str, Any]) -> list[str]:
 def family_of(opening: dict[str, Any]) -> tuple[str, ...]:
     """Names of the metrics that claims could have been about when the split was opened."""
     return tuple(opening.get("family", ORIGINAL_FAMILY))
+
+
+def digest_of_costs(costs: np.ndarray | None) -> str | None:
+    """SHA-256 of a table of costs; None where there is none."""
+    return None if costs is None else hashlib.sha256(np.ascontiguousarray(costs, np.float64).tobytes()).hexdigest()
 
 
 def claimable_metrics() -> tuple[str, ...]:

@@ -213,7 +213,7 @@ def test_capital_is_a_fair_game():
 def test_betting_is_tighter_than_hoeffding_and_not_far_from_exact(n):
     rng = np.random.default_rng(0)
     hoeffding = math.sqrt(math.log(20) / (2 * n))
-    for p, most in ((0.5, 1.35), (0.9, 1.0), (0.98, 0.75)):  # Hoeffding's is made for the fair coin
+    for p, most in ((0.5, 1.35), (0.9, 1.0), (0.98, 0.75)):  # Hoeffding's bound suits the fair coin
         k = round(p * n)
         x = np.repeat([1.0, 0.0], [k, n - k])
         width = k / n - mean_lower(x, 0, 1, confidence=0.95)
@@ -243,7 +243,7 @@ def chernoff(hits, labels, classes, b, confidence):
     """The log of the right side of balanced_lower's inequality, by a general optimizer without multipliers."""
     n = np.bincount(labels, minlength=classes)
     observed = np.mean(np.bincount(labels, weights=hits, minlength=classes) / n)
-    found = []
+    bounds = []
     for t in np.geomspace(1, 3000, 60):
         tilt = np.expm1(t / (classes * n))
         answer = minimize(
@@ -252,8 +252,8 @@ def chernoff(hits, labels, classes, b, confidence):
             bounds=[(0, 1)] * classes,
             constraints=[LinearConstraint(np.full(classes, 1 / classes), b, b)],
         )
-        found.append(-answer.fun - t * observed)
-    return min(found)
+        bounds.append(-answer.fun - t * observed)
+    return min(bounds)
 
 
 def test_balanced_agrees_with_a_search_over_all_accuracies():
@@ -408,11 +408,11 @@ def test_calibration_bound_is_the_worst_over_all_signs():
     rng = np.random.default_rng(0)
     sure, hits = calibrated(rng, 80, BIASES["both ways"])
     at, bound = np.ceil(sure * 4).astype(int) - 1, ece_upper(sure, hits, bins=4, confidence=0.9)
-    found = [
+    bounds = [
         mean_upper(np.array(signs)[at] * (hits - sure), -1, 1, confidence=0.9)
         for signs in np.array(np.meshgrid(*[[-1, 1]] * 4)).reshape(4, -1).T
     ]
-    assert max(found) - 1e-9 <= bound <= max(found) + 0.02
+    assert max(bounds) - 1e-9 <= bound <= max(bounds) + 0.02
 
 
 def test_calibration_bound_is_tighter_than_hoeffding_over_all_signs():

@@ -63,8 +63,8 @@ def test_bounds_hold_for_whichever_of_two_students_is_delivered():
 
     def broken(among):
         scores = (np.repeat([1, 0], [k, n - k]) for k in range(n + 1))
-        made = (make_certificate({"accuracy": right}, confidence=confidence, among=among) for right in scores)
-        bounds = np.array([certificate.claims[0].lower_bound for certificate in made])
+        certificates = (make_certificate({"accuracy": right}, confidence=confidence, among=among) for right in scores)
+        bounds = np.array([certificate.claims[0].lower_bound for certificate in certificates])
         worst = 0.0
         for wanted in np.linspace(0.4, 0.99, 60):
             for other in np.linspace(0.4, 0.99, 60):
@@ -153,10 +153,10 @@ def test_table_of_classes_by_hand():
         ("bee", 0.75, clopper_pearson_lower(15, 20, confidence=each), 20),
         ("cat", None, 0.0, 0),
     )
-    told = Certificate(0.9, (), (table,)).as_dict()["tables"]
-    assert told == json.loads(json.dumps(told))
-    assert told[0]["rows"][2] == {"name": "cat", "point": None, "lower_bound": 0.0, "n": 0}
-    assert (told[0]["of"], told[0]["metric"], told[0]["confidence"]) == ("class", "accuracy", 0.9)
+    tables = Certificate(0.9, (), (table,)).as_dict()["tables"]
+    assert tables == json.loads(json.dumps(tables))
+    assert tables[0]["rows"][2] == {"name": "cat", "point": None, "lower_bound": 0.0, "n": 0}
+    assert (tables[0]["of"], tables[0]["metric"], tables[0]["confidence"]) == ("class", "accuracy", 0.9)
 
 
 def test_bounds_of_a_table_hold_jointly():

@@ -76,7 +76,7 @@ def test_help_and_documentation_list_every_metric():
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("accuracy", "METRIC >= NUMBER"),
         ("accuracy > 0.9", "METRIC >= NUMBER"),
@@ -99,10 +99,10 @@ def test_help_and_documentation_list_every_metric():
         ("module:function <= 0.1", "write 'module:function >= 0.1'"),
     ],
 )
-def test_invalid_guards_are_rejected(text, told):
+def test_invalid_guards_are_rejected(text, message):
     with pytest.raises(InputError) as error:
         parse(text)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_the_bound_decides_a_guard():
@@ -131,9 +131,9 @@ def test_exit_code_of_compress_and_evaluate_follows_the_guards(here, cli):
     assert "Guard accuracy >= 0.5: certified, proven: at least" in answer.out
     assert "Guard worst_class_accuracy >= 0.999: NOT CERTIFIED, proven: at least" in answer.out
     assert "Guard params <= 700: certified, 610 parameters" in answer.out
-    told = json.loads((here / "run" / "report.json").read_text())
-    assert [guard["certified"] for guard in told["guards"]] == [True, False, True, True]
-    assert [claim["metric"] for claim in told["certificate"]["claims"]] == [
+    report = json.loads((here / "run" / "report.json").read_text())
+    assert [guard["certified"] for guard in report["guards"]] == [True, False, True, True]
+    assert [claim["metric"] for claim in report["certificate"]["claims"]] == [
         "accuracy", "agreement", "worst_class_accuracy", "drop(accuracy)",
     ]  # fmt: skip
     page = (here / "run" / "report.html").read_text()
@@ -166,8 +166,8 @@ def test_every_metric_can_be_guarded(here, cli):
     answer = cli("compress", *SMALL, *options, "--costs", "costs.csv", "--out", "run")
     assert answer.code == 0, answer.err + answer.out
     assert "Guard bytes <= 2440: certified, 2,440 bytes" in answer.out
-    told = json.loads((here / "run" / "report.json").read_text())
-    claims = {claim["metric"]: claim for claim in told["certificate"]["claims"]}
+    report = json.loads((here / "run" / "report.json").read_text())
+    claims = {claim["metric"]: claim for claim in report["certificate"]["claims"]}
     assert len(claims) == 15
     assert claims["cost"]["point"] == pytest.approx(1 - claims["accuracy"]["point"])
     assert claims["cost"]["upper_bound"] < 1 - claims["accuracy"]["lower_bound"] + 0.05
@@ -179,7 +179,7 @@ def test_every_metric_can_be_guarded(here, cli):
     assert "Brier score" in page and "Bounds on fractions of examples are exact" in page
 
     certificate = json.loads((here / "run" / "certificate.json").read_text())
-    assert {name: certificate[name] for name in told["certificate"]} == told["certificate"]
+    assert {name: certificate[name] for name in report["certificate"]} == report["certificate"]
     assert certificate["population"]["covered"].startswith("Examples that come as")
     (table,) = certificate["tables"]
     assert sum(row["n"] for row in table["rows"]) == 359
@@ -200,7 +200,7 @@ def test_every_metric_can_be_guarded(here, cli):
     assert len(json.loads((here / "run" / "opened.json").read_text())["openings"]) == 1
     # on other data all is claimed anew
     other = cli("evaluate", "run", *options, "--costs", "costs.csv", "--data", "digits")
-    assert other.code == 0 and "are the data of the run" in other.err
+    assert other.code == 0 and "contains the examples that the student was trained on" in other.err
 
 
 def test_worst_group_can_be_guarded(here, cli):
@@ -228,7 +228,7 @@ def test_worst_group_can_be_guarded(here, cli):
 
 
 @pytest.mark.parametrize(
-    ("guard", "told"),
+    ("guard", "message"),
     [
         ("worst_group_accuracy >= 0.5", "needs groups; digits has none: guard worst_class_accuracy"),
         ("cost <= 0.5", "needs costs; got none: give a CSV file of them with --costs"),
@@ -239,22 +239,53 @@ def test_worst_group_can_be_guarded(here, cli):
         ("bytes <= 2439", "2,440 bytes: name a smaller --student"),
     ],
 )
-def test_unanswerable_guards_are_rejected_before_anything_is_written(here, cli, guard, told):
+def test_unanswerable_guards_are_rejected_before_anything_is_written(here, cli, guard, message):
     answer = cli("compress", *SMALL, "--guard", guard, "--out", "run")
     assert answer.code == 2
-    assert told in answer.err
+    assert message in answer.err
     assert "Traceback" not in answer.err
     assert not (here / "run").exists()
 
 
+def test_classes_are_guarded_by_name(here, cli):
+    inputs = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+    labels = np.arange(300) % 2
+    np.savez("data.npz", inputs=inputs + 4 * labels[:, None], labels=labels, class_names=["ant", "black bee"])
+    own = (
+        "--teacher-network",
+        "mlp:hidden=8",
+        "--teacher-budget",
+        "100",
+        "--student",
+        "mlp:hidden=8",
+        "--budget",
+        "300",
+    )
+    guards = ("--guard", "recall(black bee) >= 0.5", "--guard", "precision(ant) >= 0.5")
+    answer = cli("compress", "--data", "npz:data.npz", *own, "--arms", "ce", *guards, "--out", "run")
+    assert answer.code == 0, answer
+    assert "recall on class black bee" in " ".join(answer.out.split())
+    assert cli("evaluate", "run", *guards).code == 0
+
+
+@pytest.mark.parametrize("metric", ["recall(cat)", "precision(2)"])
+def test_a_class_without_examples_cannot_be_guarded(here, cli, metric):
+    inputs = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+    np.savez("data.npz", inputs=inputs, labels=np.arange(300) % 2, class_names=["ant", "bee", "cat"])
+    answer = cli("compress", "--data", "npz:data.npz", "--guard", f"{metric} >= 0.5", "--out", "run")
+    assert answer.code == 2
+    assert f"a guard on {metric} needs examples of that class; npz:data.npz has none: guard another class" in answer.err
+    assert not (here / "run").exists()
+
+
 @pytest.mark.parametrize(
-    ("guard", "told"),
+    ("guard", "message"),
     [("params <= 100", "610 parameters: name a smaller --student"), ("accuracy >= 2", "at most 1; got '2'")],
 )
-def test_unreachable_guards_are_rejected_before_anything_is_written(here, cli, guard, told):
+def test_unreachable_guards_are_rejected_before_anything_is_written(here, cli, guard, message):
     answer = cli("compress", *SMALL, "--guard", guard, "--out", "run")
     assert answer.code == 2
-    assert told in answer.err
+    assert message in answer.err
     assert not (here / "run").exists()
 
 

@@ -36,8 +36,8 @@ def test_guard_catches_a_teacher_that_is_wrong_on_one_class(cli, here):
     """A student of the teacher alone inherits the fault, and a guard catches it; with labels the guard steers the run."""
     inputs, labels = blobs()
     data = save("data.npz", inputs, labels)
-    said = np.where(labels == 2, 1, labels)
-    np.savez("logits.npz", logits=(4 * np.eye(3)[said]).astype(np.float32))
+    predicted = np.where(labels == 2, 1, labels)
+    np.savez("logits.npz", logits=(4 * np.eye(3)[predicted]).astype(np.float32))
     options = (*SMALL, "--data", data, "--teacher", "logits:logits.npz", "--guard", "worst_class_accuracy >= 0.6")
     answer = cli("compress", *options, "--arms", "mse", "--out", "followed")
     assert answer.code == 3, answer

@@ -169,7 +169,7 @@ def test_mix_rejects_no_loss_and_negative_weights():
         mix((1.0, losses.kd()), (-2.0, losses.kd()))
 
 
-# Losses made of others.
+# Losses from other losses.
 
 
 @pytest.mark.parametrize(

@@ -165,9 +165,9 @@ def test_logits_without_a_prediction_count_against_the_student(bad):
                 "balanced_accuracy": 0.8, "macro_f1": 8 / 9 / 2, "brier": 0.2, "top2_accuracy": 0.8,
                 "drop(accuracy)": 0.2, "cost": 0.6}  # fmt: skip
     costs = np.array([[0.0, 3.0], [1.0, 0.0]])
-    found = {name: claimed(name, outputs, costs=costs).point for name in (*expected, "ece")}
-    assert found == pytest.approx(expected | {"ece": 0.2}, abs=2e-4)
-    # a teacher that says nothing is agreed with by nobody, not even by a student that says nothing either
+    points = {name: claimed(name, outputs, costs=costs).point for name in (*expected, "ece")}
+    assert points == pytest.approx(expected | {"ece": 0.2}, abs=2e-4)
+    # no student agrees with a teacher that predicts no class, not even one that predicts none either
     assert claimed("agreement", outputs._replace(teacher={"logits": logits})).point == 0.8
     assert claimed("drop(accuracy)", outputs._replace(teacher={"logits": logits})).point == 0
 
@@ -262,7 +262,7 @@ def test_user_metric_by_hand(own):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("own_metric:far", r"importable MODULE:FUNCTION; got 'own_metric:far', which fails with AttributeError"),
         ("no_such_metric:near", r"fails with ModuleNotFoundError"),
@@ -273,8 +273,8 @@ def test_user_metric_by_hand(own):
         ("own_metric:broken", r"own_metric:broken fails with AttributeError: .*missing"),
     ],
 )
-def test_unusable_user_metrics_are_rejected(own, name, told):
-    with pytest.raises(InputError, match=told):
+def test_unusable_user_metrics_are_rejected(own, name, message):
+    with pytest.raises(InputError, match=message):
         claimed(name)
 
 
@@ -291,7 +291,7 @@ def test_read_costs(here):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (None, "cannot be read"),
         ("0,1\n2,x\n", "cannot be read"),
@@ -299,10 +299,10 @@ def test_read_costs(here):
         ("0,1\nnan,0\n", r"costs.csv has 2 x 2, not finite: fix it"),
     ],
 )
-def test_unusable_costs_are_rejected(here, content, told):
+def test_unusable_costs_are_rejected(here, content, message):
     if content is not None:
         (here / "costs.csv").write_text(content)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         read_costs(here / "costs.csv" if content is None else "costs.csv", 2)
 
 

@@ -22,7 +22,7 @@ STEERING = (
 LOWER_IS_BETTER = ("ece", "brier", "drop(accuracy)")
 
 
-def made(n=400, seed=0, sharpness=1.5):
+def examples(n=400, seed=0, sharpness=1.5):
     """Logits [N, K] that are often right, and a split with rare classes."""
     rng = np.random.default_rng(seed)
     labels = rng.choice(K, n, p=[0.4, 0.3, 0.2, 0.06, 0.04])
@@ -35,8 +35,8 @@ def made(n=400, seed=0, sharpness=1.5):
 
 def ece(q, hits):
     """Bin by bin, in a loop."""
-    found = np.minimum((q * BINS).astype(int), BINS - 1)
-    return sum(abs((hits - q)[found == b].sum()) for b in range(BINS)) / len(q)
+    own_bin = np.minimum((q * BINS).astype(int), BINS - 1)
+    return sum(abs((hits - q)[own_bin == b].sum()) for b in range(BINS)) / len(q)
 
 
 def reference(metric, logits, split):
@@ -46,18 +46,18 @@ def reference(metric, logits, split):
         np.asarray(split.targets),
         np.asarray(split.teacher["logits"]),
     )
-    said, q = logits.argmax(1), np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    recalls = metrics.recall_score(labels, said, average=None, labels=range(K))
+    predicted, q = logits.argmax(1), np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    recalls = metrics.recall_score(labels, predicted, average=None, labels=range(K))
     return {
-        "accuracy": lambda: metrics.accuracy_score(labels, said),
-        "agreement": lambda: metrics.accuracy_score(teacher.argmax(1), said),
-        "balanced_accuracy": lambda: metrics.balanced_accuracy_score(labels, said),
+        "accuracy": lambda: metrics.accuracy_score(labels, predicted),
+        "agreement": lambda: metrics.accuracy_score(teacher.argmax(1), predicted),
+        "balanced_accuracy": lambda: metrics.balanced_accuracy_score(labels, predicted),
         "worst_class_accuracy": recalls.min,
-        "macro_f1": lambda: metrics.f1_score(labels, said, average="macro"),
-        "ece": lambda: ece(q.max(1), said == labels),
+        "macro_f1": lambda: metrics.f1_score(labels, predicted, average="macro"),
+        "ece": lambda: ece(q.max(1), predicted == labels),
         "brier": lambda: ((q - np.eye(K)[labels]) ** 2).sum(1).mean() / 2,
-        "drop(accuracy)": lambda: (teacher.argmax(1) == labels).mean() - (said == labels).mean(),
-        "precision(1)": lambda: metrics.precision_score(labels == 1, said == 1),
+        "drop(accuracy)": lambda: (teacher.argmax(1) == labels).mean() - (predicted == labels).mean(),
+        "precision(1)": lambda: metrics.precision_score(labels == 1, predicted == 1),
         "recall(3)": lambda: recalls[3],
         "top2_accuracy": lambda: metrics.top_k_accuracy_score(labels, logits, k=2),
     }[metric]()
@@ -66,7 +66,7 @@ def reference(metric, logits, split):
 @pytest.mark.parametrize("metric", STEERING)
 def test_mean_of_the_scores_is_the_metric(metric):
     for seed in range(3):
-        logits, split = made(seed=seed)
+        logits, split = examples(seed=seed)
         sign = -1 if metric in LOWER_IS_BETTER else 1
         scores = jax.jit(goal(metric, 0.5).score)(logits, split)
         assert scores.shape == split.targets.shape
@@ -77,23 +77,23 @@ def test_mean_of_the_scores_is_the_metric(metric):
 def test_spread_of_the_scores_is_the_standard_error_of_the_metric(metric):
     """Their standard error, against the metric's own spread over 2,000 splits."""
     score = goal(metric, 0.5).score
-    whole, split = made(n=400 * 2000, seed=1)
+    whole, split = examples(n=400 * 2000, seed=1)
     pieces = jax.tree.map(lambda x: x.reshape(2000, 400, *x.shape[1:]), (whole, split))
     scores = np.asarray(jax.lax.map(lambda piece: score(*piece), pieces, batch_size=100))
     spread = scores.mean(axis=1).std()
-    told = np.median(scores.std(axis=1)) / np.sqrt(400)
+    claimed = np.median(scores.std(axis=1)) / np.sqrt(400)
     if metric in (
         "ece",
         "worst_class_accuracy",
     ):  # a sum of absolute values, a minimum: of a narrower spread than a line's
-        assert spread < told < 2 * spread
+        assert spread < claimed < 2 * spread
     else:
-        assert told == pytest.approx(spread, rel=0.1)
+        assert claimed == pytest.approx(spread, rel=0.1)
 
 
 @pytest.mark.parametrize("metric", STEERING)
 def test_a_student_with_nan_logits_meets_no_goal(metric):
-    logits, split = made()
+    logits, split = examples()
     for broken in (jnp.full_like(logits, jnp.nan), logits.at[3].set(jnp.nan)):
         one = goal(metric, 0.0 if metric not in LOWER_IS_BETTER else 1.0)
         mean = float(one.score(broken, split).mean())
@@ -103,7 +103,7 @@ def test_a_student_with_nan_logits_meets_no_goal(metric):
 
 
 def test_focus_is_the_worst_class():
-    logits, split = made()
+    logits, split = examples()
     hits = np.asarray(example_scores.accuracy(logits, split))
     labels = np.asarray(split.targets)
     worst = min(range(K), key=lambda k: hits[labels == k].mean())
@@ -113,7 +113,7 @@ def test_focus_is_the_worst_class():
 
 
 def test_absent_classes_do_not_count():
-    logits, split = made()
+    logits, split = examples()
     few = split._replace(targets=jnp.where(split.targets == 4, 0, split.targets))
     hits, labels = np.asarray(example_scores.accuracy(logits, few)), np.asarray(few.targets)
     shares = [hits[labels == k].mean() for k in range(4)]
@@ -123,14 +123,14 @@ def test_absent_classes_do_not_count():
 
 @pytest.mark.parametrize("least", [0.5, 0.8, 0.9])
 def test_p_value_of_a_fraction_is_the_exact_binomial_tail(least):
-    logits, split = made()
+    logits, split = examples()
     hits = np.asarray(example_scores.accuracy(logits, split))
     p_value = float(goal("accuracy", least).p_value(logits, split))
     assert p_value == pytest.approx(stats.binom.sf(hits.sum() - 1, len(hits), least), rel=1e-3, abs=1e-6)
 
 
 def test_p_value_of_the_worst_class_is_the_largest_of_all_classes():
-    logits, split = made()
+    logits, split = examples()
     hits, labels = np.asarray(example_scores.accuracy(logits, split)), np.asarray(split.targets)
     tests = [stats.binom.sf(hits[labels == k].sum() - 1, (labels == k).sum(), 0.4) for k in range(K)]
     assert float(goal("worst_class_accuracy", 0.4).p_value(logits, split)) == pytest.approx(max(tests), rel=1e-3)
@@ -138,7 +138,7 @@ def test_p_value_of_the_worst_class_is_the_largest_of_all_classes():
 
 @pytest.mark.parametrize("metric", STEERING)
 def test_p_value_is_small_for_met_goals_and_large_for_missed_ones(metric):
-    logits, split = made(n=2000, sharpness=2.0)
+    logits, split = examples(n=2000, sharpness=2.0)
     value = reference(metric, logits, split)
     easy, hard = (value - 0.15, value + 0.15) if metric not in LOWER_IS_BETTER else (value + 0.15, value - 0.15)
     assert float(goal(metric, easy).p_value(logits, split)) < 0.05
@@ -146,7 +146,7 @@ def test_p_value_is_small_for_met_goals_and_large_for_missed_ones(metric):
 
 
 def test_top_of_one_is_accuracy():
-    logits, split = made()
+    logits, split = examples()
     np.testing.assert_array_equal(top_k(1)(logits, split), example_scores.accuracy(logits, split))
     assert float(top_k(K)(logits, split).mean()) == 1
 
@@ -159,7 +159,7 @@ def test_metrics_that_training_can_steer():
 
 
 def test_worst_group_by_hand():
-    logits, split = made()
+    logits, split = examples()
     groups = np.random.default_rng(1).integers(0, 4, len(split.targets)) * 3  # numbers may be left out
     of_groups = split._replace(group=jnp.asarray(groups, jnp.int32))
     hits = np.asarray(example_scores.accuracy(logits, split))
@@ -174,7 +174,7 @@ def test_worst_group_by_hand():
 
 
 def test_mean_cost_by_hand():
-    logits, split = made()
+    logits, split = examples()
     costs = np.random.default_rng(2).uniform(0, 5, (K, K))
     one = goal("cost", 1.5, costs=costs)
     paid = costs[np.asarray(split.targets), np.asarray(logits).argmax(1)]
@@ -194,7 +194,7 @@ def test_a_user_metric_runs_inside_a_jitted_program(tmp_path, monkeypatch):
         "def margin(logits, labels):\n    return (logits[range(len(labels)), labels] > 0)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    logits, split = made()
+    logits, split = examples()
     one = goal("my_metric:margin", 0.5)
     want = np.asarray(logits)[range(400), np.asarray(split.targets)] > 0
     np.testing.assert_array_equal(jax.jit(one.score)(logits, split), want.astype(np.float32))

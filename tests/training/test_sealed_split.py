@@ -133,13 +133,13 @@ def test_other_claims_need_a_reopening_with_wider_bounds(run, cli):
     answer = cli("evaluate", run, *options, "--reopen")
     assert answer.code == 0, answer.err
     assert "The sealed split had been opened once before; the bounds are corrected for it." in answer.out
-    told = read(run / "certificate-2.json")
-    assert told["reopened"] == 1
+    reopened = read(run / "certificate-2.json")
+    assert reopened["reopened"] == 1
     right = round(claim["point"] * claim["n"])
-    assert told["claims"][0]["lower_bound"] == pytest.approx(
+    assert reopened["claims"][0]["lower_bound"] == pytest.approx(
         clopper_pearson_lower(right, claim["n"], confidence=1 - 0.05 / len(sealed_split.claimable_metrics()))
     )
-    assert told["claims"][0]["lower_bound"] < claim["lower_bound"]
+    assert reopened["claims"][0]["lower_bound"] < claim["lower_bound"]
     again = cli("evaluate", run, *options, "--reopen")
     assert (again.out, len(sealed_split.read_openings(run))) == (answer.out, 2)
     more = cli("evaluate", run, "--guard", "ece <= 0.9", "--reopen")
@@ -156,7 +156,7 @@ def test_other_data_do_not_reopen_the_split(run, cli, here):
         answer = cli("evaluate", run, *options, "--guard", "brier <= 0.99", "--confidence", "0.9")
         assert answer.code == 0, answer.err
         assert "with 90% confidence" in answer.out
-        assert ("are the data of the run" in answer.err) == (options[1] == "digits")
+        assert ("contains the examples that the student was trained on" in answer.err) == (options[1] == "digits")
     assert (run / "opened.json").read_bytes() == before
 
 
@@ -220,9 +220,9 @@ def test_a_resume_finishes_a_killed_opening(run, finished, here, moment):
 def test_a_resume_does_not_certify_another_student(run, cli):
     for name in ("report.json", "report.html", "certificate.json"):
         (run / name).unlink()
-    told = read(run / "opened.json")
-    told["openings"][0]["student"] = "ab" * 32
-    (run / "opened.json").write_text(json.dumps(told))
+    record = read(run / "opened.json")
+    record["openings"][0]["student"] = "ab" * 32
+    (run / "opened.json").write_text(json.dumps(record))
     answer = cli("compress", "--resume", run)
     assert answer.code == 2
     assert "was opened for abababababab" in answer.err

@@ -1,6 +1,5 @@
 """What users bring to metrics: functions of their own, and tables of costs."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from ev3_distill.errors import InputError, summary
 from ev3_distill.runtime.user_code import load_callable
 from ev3_distill.tasks.classification.example_metrics import predicted_class
 
-__all__ = ["UserMetric", "digest_of_costs", "function_named", "read_costs", "user_scores"]
+__all__ = ["UserMetric", "function_named", "read_costs", "user_scores"]
 
 UserMetric = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (logits [N, K], labels [N]) -> scores [N] in [0, 1]
 
@@ -84,8 +83,3 @@ def read_costs(path: str | Path, classes: int) -> np.ndarray:
             f"{'' if np.isfinite(costs).all() else ', not finite'}: fix it"
         )
     return costs
-
-
-def digest_of_costs(costs: np.ndarray | None) -> str | None:
-    """SHA-256 of a table of costs; None where there is none."""
-    return None if costs is None else hashlib.sha256(np.ascontiguousarray(costs, np.float64).tobytes()).hexdigest()
