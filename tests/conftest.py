@@ -102,10 +102,10 @@ def once(factory, name, make):
     place = root / name
     with (root / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (place / "made").exists():
+        if not (place / "complete").exists():
             place.mkdir()
             make(place)
-            (place / "made").touch()
+            (place / "complete").touch()
     return place
 
 
@@ -150,9 +150,9 @@ def cifar():
     with zipfile.ZipFile(path) as archive:
         names = sorted(name for name in archive.namelist() if "test/" in name and name.endswith(".jpg"))
         classes = sorted({name.split("/")[-2] for name in names})
-        chosen = [names[i] for i in np.random.default_rng(5).permutation(len(names))[:500]]
-        images = np.stack([np.asarray(pil.open(io.BytesIO(archive.read(name)))) for name in chosen])
-    return images, np.array([classes.index(name.split("/")[-2]) for name in chosen]), tuple(classes)
+        selected = [names[i] for i in np.random.default_rng(5).permutation(len(names))[:500]]
+        images = np.stack([np.asarray(pil.open(io.BytesIO(archive.read(name)))) for name in selected])
+    return images, np.array([classes.index(name.split("/")[-2]) for name in selected]), tuple(classes)
 
 
 def rows_without_times(path):

@@ -50,11 +50,11 @@ def split_rows(
 
     _, stratum, counts = np.unique(strata[rest], return_inverse=True, return_counts=True)
     members = np.split(np.argsort(stratum, kind="stable"), np.cumsum(counts)[:-1])
-    dealt = _deal(counts, shares, sizes, rng)
-    owner = np.empty(len(rest), np.int32)
-    for rows, hand in zip(members, dealt, strict=True):
-        owner[rng.permutation(rows)] = np.repeat(np.arange(len(names)), hand)
-    split_of = {name: rest[owner == i] for i, name in enumerate(names)}
+    allocation = _allocate(counts, shares, sizes, rng)
+    split_index = np.empty(len(rest), np.int32)
+    for rows, numbers in zip(members, allocation, strict=True):
+        split_index[rng.permutation(rows)] = np.repeat(np.arange(len(names)), numbers)
+    split_of = {name: rest[split_index == i] for i, name in enumerate(names)}
     return split_of if test_rows is None else split_of | {"test": np.flatnonzero(is_test)}
 
 
@@ -127,7 +127,7 @@ def _largest_remainders(n: int, shares: np.ndarray, rng: np.random.Generator) ->
     return sizes
 
 
-def _deal(counts: np.ndarray, shares: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _allocate(counts: np.ndarray, shares: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Controlled rounding of counts x shares [C, S]: rows sum to `counts`, columns to `sizes`, entries move by at most 1.
 
     Each stratum gives every split the floor of its proportional count, and its leftovers, one each, to the splits that lack
@@ -135,11 +135,11 @@ def _deal(counts: np.ndarray, shares: np.ndarray, sizes: np.ndarray, rng: np.ran
     exists: the fractional parts form a fractional one, and largest remainders of up to four columns keep its margins
     feasible.
     """
-    dealt = _floors(np.outer(counts, shares))
-    lacking = sizes - dealt.sum(axis=0)
+    allocation = _floors(np.outer(counts, shares))
+    lacking = sizes - allocation.sum(axis=0)
     for row in rng.permutation(len(counts)):
-        leftover = counts[row] - dealt[row].sum()
+        leftover = counts[row] - allocation[row].sum()
         neediest = np.lexsort((rng.random(len(shares)), -lacking))[:leftover]
-        dealt[row, neediest] += 1
+        allocation[row, neediest] += 1
         lacking[neediest] -= 1
-    return dealt
+    return allocation

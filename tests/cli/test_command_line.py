@@ -214,6 +214,6 @@ def test_progress_without_a_terminal_is_plain_lines(finished, cli, here, random_
     assert lines[0] == "student: compiling"
     assert lines[1].startswith("student: champion: the best student so far")
     for line in lines[2:]:
-        told = re.fullmatch(r"student: (\d+)%, \d+ steps, (no rate yet|[\d,]+ steps/s, \d+ s left); champion .*", line)
-        assert told, line
-        assert int(told[1]) <= 100
+        match = re.fullmatch(r"student: (\d+)%, \d+ steps, (no rate yet|[\d,]+ steps/s, \d+ s left); champion .*", line)
+        assert match, line
+        assert int(match[1]) <= 100

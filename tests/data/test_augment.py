@@ -194,14 +194,14 @@ def test_a_view_depends_on_seed_index_and_number():
 
 def test_crops_and_flips_by_hand():
     x = np.arange(1, 10, dtype=np.uint8).reshape(1, 3, 3, 1)
-    found = {}
+    views = {}
     for v in range(60):
         out = np.asarray(view_jit(Augmentation(crop=1), x, None, np.zeros(1, int), v)[0])[0, :, :, 0]
-        found[tuple(out.ravel().tolist())] = v
-    assert (1, 2, 3, 4, 5, 6, 7, 8, 9) in found
-    assert (0, 0, 0, 0, 1, 2, 0, 4, 5) in found
-    assert (5, 6, 0, 8, 9, 0, 0, 0, 0) in found
-    assert len(found) == 9
+        views[tuple(out.ravel().tolist())] = v
+    assert (1, 2, 3, 4, 5, 6, 7, 8, 9) in views
+    assert (0, 0, 0, 0, 1, 2, 0, 4, 5) in views
+    assert (5, 6, 0, 8, 9, 0, 0, 0, 0) in views
+    assert len(views) == 9
     flips = {np.asarray(view_jit(Augmentation(flip=True), x, None, np.zeros(1, int), v)[0]).tobytes() for v in range(9)}
     assert flips == {x.tobytes(), x[:, :, ::-1].tobytes()}
 

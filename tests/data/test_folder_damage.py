@@ -45,11 +45,11 @@ def test_damaged_images_are_named_and_counted(tmp_path):
         for name in sorted(damaged())[:5]:
             assert f"{name} (" in str(caught.value)
         assert "\n" not in str(caught.value)
-        dataset, said = load(source, skip_corrupt=True)
+        dataset, warnings = load(source, skip_corrupt=True)
         assert (seeds_of(dataset, size=(32, 32)), dataset.labels.tolist()) == ([0, 1, 2], [0, 1, 1])
-        assert len(said) == 1
-        assert "left out 6 of 9 that cannot be read: a/cut.png (" in said[0]
-        assert load_data(source, skip_corrupt=True, warn=said.append).fingerprint == dataset.fingerprint
+        assert len(warnings) == 1
+        assert "left out 6 of 9 that cannot be read: a/cut.png (" in warnings[0]
+        assert load_data(source, skip_corrupt=True, warn=warnings.append).fingerprint == dataset.fingerprint
 
 
 def test_test_rows_account_for_skipped_images(tmp_path):
@@ -196,11 +196,11 @@ def test_a_damaged_cache_is_created_again(tmp_path, cache, monkeypatch, name, me
     first, _ = load(source)
     calls = counted(monkeypatch)
     DAMAGE[name](next(cache.glob("*.npy")))
-    again, said = load(source, memory=memory)
+    again, warnings = load(source, memory=memory)
     assert len(calls) >= 6
     np.testing.assert_array_equal(first.inputs, again.inputs[:])
-    assert [sentence for sentence in said if "damaged: creating it again" in sentence] == said
-    assert len(said) == (name != "no rows")
+    assert [sentence for sentence in warnings if "damaged: creating it again" in sentence] == warnings
+    assert len(warnings) == (name != "no rows")
     done = len(calls)
     assert load(source)[1] == []
     assert len(calls) == done

@@ -46,13 +46,13 @@ def test_gray_images_become_rgb_beside_color(tmp_path):
 def test_gray_images_become_rgb_across_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(parallel_decode, "_CHUNK", 60)
     files = {f"{i:02}.png": encoded(picture(i, channels=3 if i == 17 else 1)) for i in range(20)}
-    told = []
-    dataset, _ = load(tree(tmp_path / "tree", files), progress=lambda done, total: told.append((done, total)))
+    calls = []
+    dataset, _ = load(tree(tmp_path / "tree", files), progress=lambda done, total: calls.append((done, total)))
     np.testing.assert_array_equal(dataset.inputs[17], picture(17))
     for i in {*range(20)} - {17}:
         np.testing.assert_array_equal(dataset.inputs[i], np.repeat(picture(i, channels=1)[..., None], 3, axis=-1))
-    assert told[-1] == (20, 20)
-    assert {total for _, total in told} == {20}
+    assert calls[-1] == (20, 20)
+    assert {total for _, total in calls} == {20}
 
 
 AS_IT_IS = ImageOptions()

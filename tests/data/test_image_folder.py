@@ -27,13 +27,13 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 def test_train_and_test_folders_become_splits(tmp_path):
     for source in both(tmp_path, contents(TRAIN + TEST)):
-        dataset, said = load(source)
+        dataset, warnings = load(source)
         assert (dataset.inputs.shape, dataset.inputs.dtype) == ((6, 4, 6, 3), np.uint8)
         assert seeds_of(dataset) == [1, 0, 2, 3, 5, 4]
         assert (dataset.labels.tolist(), dataset.labels.dtype) == ([0, 0, 1, 1, 0, 1], np.int32)
         assert (dataset.num_classes, dataset.class_names) == (2, ("ant", "bee"))
         assert dataset.test_rows.tolist() == [4, 5]
-        assert (dataset.source, said) == (source, [])
+        assert (dataset.source, warnings) == (source, [])
 
 
 def test_classes_are_numbered_alphabetically(tmp_path):
@@ -45,16 +45,16 @@ def test_classes_are_numbered_alphabetically(tmp_path):
 @pytest.mark.parametrize("name", ["val", "validation", "Valid", "TEST", "testing"])
 def test_folders_of_test_may_have_other_names(tmp_path, name):
     files = {path.replace("test/", f"{name}/"): content for path, content in contents(TRAIN + TEST).items()}
-    dataset, said = load(tree(tmp_path / "tree", files))
-    assert (dataset.test_rows.tolist(), seeds_of(dataset), said) == ([4, 5], [1, 0, 2, 3, 5, 4], [])
+    dataset, warnings = load(tree(tmp_path / "tree", files))
+    assert (dataset.test_rows.tolist(), seeds_of(dataset), warnings) == ([4, 5], [1, 0, 2, 3, 5, 4], [])
 
 
 def test_validation_images_are_ignored_if_there_are_test_images(tmp_path):
     files = contents(TRAIN + TEST) | {"val/ant/1.png": encoded(picture(9)), "val/bee/1.png": encoded(picture(8))}
-    dataset, said = load(tree(tmp_path / "tree", files))
+    dataset, warnings = load(tree(tmp_path / "tree", files))
     assert seeds_of(dataset) == [1, 0, 2, 3, 5, 4]
-    assert len(said) == 1
-    assert "left out 2 images for validation" in said[0]
+    assert len(warnings) == 1
+    assert "left out 2 images for validation" in warnings[0]
 
 
 @pytest.mark.parametrize("prefix", ["", "images/", "a/b/"])
@@ -82,10 +82,10 @@ def test_a_class_may_have_the_name_of_a_split(tmp_path):
 @pytest.mark.parametrize("prefix", ["", "images/"])
 def test_images_without_class_folders_have_no_labels(tmp_path, prefix):
     for source in both(tmp_path, contents([f"{prefix}b.png", f"{prefix}a.png"])):
-        dataset, said = load(source)
+        dataset, warnings = load(source)
         assert seeds_of(dataset) == [1, 0]
         assert (dataset.labels.tolist(), dataset.num_classes, dataset.class_names) == ([-1, -1], 0, ())
-        assert len(said) == bool(prefix)
+        assert len(warnings) == bool(prefix)
 
 
 def test_splits_without_class_folders_have_no_labels(tmp_path):
@@ -100,10 +100,10 @@ def test_other_files_are_ignored_with_a_warning(tmp_path):
     for source in both(
         tmp_path / "more", contents(TRAIN + TEST) | hidden | {"README.txt": b"x", "train/ant/LIST": b"x"}
     ):
-        dataset, said = load(source)
+        dataset, warnings = load(source)
         assert len(dataset.labels) == 6
-        assert len(said) == 1
-        assert "ignored 2 files that are not images, such as README.txt" in said[0]
+        assert len(warnings) == 1
+        assert "ignored 2 files that are not images, such as README.txt" in warnings[0]
 
 
 def test_a_directory_may_hold_one_archive(tmp_path):

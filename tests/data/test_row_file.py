@@ -43,10 +43,10 @@ MASKS = st.lists(st.booleans(), min_size=50, max_size=50).map(np.array)
 @given(INDICES | SLICES | MASKS | st.integers(-50, 49), st.lists(st.integers(0, 50), max_size=3).map(sorted))
 def test_indexing_equals_that_of_numpy(key, cuts):
     with tempfile.TemporaryDirectory() as folder:
-        found = on_disk(folder, ARRAY, cuts)[key]
-    assert type(found) is np.ndarray
-    assert found.dtype == ARRAY.dtype
-    np.testing.assert_array_equal(found, ARRAY[key])
+        rows_read = on_disk(folder, ARRAY, cuts)[key]
+    assert type(rows_read) is np.ndarray
+    assert rows_read.dtype == ARRAY.dtype
+    np.testing.assert_array_equal(rows_read, ARRAY[key])
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.int16])
@@ -99,8 +99,8 @@ def test_threads_share_a_file_and_it_can_be_pickled(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     keys = [rng.integers(0, 50, 20) for _ in range(200)]
     with ThreadPoolExecutor(8) as pool:
-        for key, found in zip(keys, pool.map(rows.__getitem__, keys), strict=True):
-            np.testing.assert_array_equal(found, ARRAY[key])
+        for key, rows_read in zip(keys, pool.map(rows.__getitem__, keys), strict=True):
+            np.testing.assert_array_equal(rows_read, ARRAY[key])
     monkeypatch.chdir("/")
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(rows))[:], ARRAY)
 

@@ -20,8 +20,8 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def save(folder, *, write=np.savez, **given):
-    write(folder / "set.npz", **given)
+def save(folder, *, write=np.savez, **arrays):
+    write(folder / "set.npz", **arrays)
     return f"npz:{folder / 'set.npz'}"
 
 
@@ -167,7 +167,7 @@ def test_different_contents_have_different_fingerprints(tmp_path):
         {"inputs": inputs},
         halves(inputs, labels),
     ]
-    prints = [load_data(save(tmp_path, **given)).fingerprint for given in contents]
+    prints = [load_data(save(tmp_path, **arrays)).fingerprint for arrays in contents]
     assert len(set(prints)) == len(prints)
     assert load_data(save(tmp_path, image=inputs, label=labels.astype(np.int64))).fingerprint == prints[0]
 
@@ -198,8 +198,8 @@ def test_labels_are_optional_beside_names_and_splits(tmp_path):
     inputs, _ = example_arrays()
     named = load_data(save(tmp_path, inputs=inputs, class_names=["ant", "bee"]))
     assert (set(named.labels.tolist()), named.num_classes, named.class_names) == ({-1}, 2, ("ant", "bee"))
-    said = load_data(save(tmp_path, inputs=inputs, labels=np.full(12, -1)))
-    assert (set(said.labels.tolist()), said.num_classes) == ({-1}, 0)
+    without = load_data(save(tmp_path, inputs=inputs, labels=np.full(12, -1)))
+    assert (set(without.labels.tolist()), without.num_classes) == ({-1}, 0)
     split = load_data(save(tmp_path, train_inputs=inputs[:9], test_inputs=inputs[9:]))
     assert (set(split.labels.tolist()), split.test_rows.tolist()) == ({-1}, [9, 10, 11])
 
@@ -207,9 +207,9 @@ def test_labels_are_optional_beside_names_and_splits(tmp_path):
 @pytest.mark.parametrize("names", ["inputs label", "train_image test_image test_label", "inputs train_labels"])
 def test_labels_without_matching_inputs_are_refused(tmp_path, names):
     inputs, labels = example_arrays()
-    given = {name: labels if "label" in name else inputs for name in names.split()}
+    arrays = {name: labels if "label" in name else inputs for name in names.split()}
     with pytest.raises(InputError, match=r"must hold inputs and labels .*: rename or add arrays"):
-        load_data(save(tmp_path, **given))
+        load_data(save(tmp_path, **arrays))
 
 
 # Larger than memory.
@@ -235,8 +235,8 @@ LARGE = {
 @pytest.mark.parametrize("split", [False, True])
 def test_large_inputs_stay_on_disk(tmp_path, cache, name, write, split):
     inputs, labels = LARGE[name], example_arrays()[1]
-    given = halves(inputs, labels) if split else {"inputs": inputs, "labels": labels}
-    source = save(tmp_path, write=write, **given)
+    arrays = halves(inputs, labels) if split else {"inputs": inputs, "labels": labels}
+    source = save(tmp_path, write=write, **arrays)
     small = load_data(source)
     large = load_data(source, memory=small.inputs.nbytes - 1)
     assert isinstance(small.inputs, np.ndarray)
@@ -383,6 +383,6 @@ BAD_ARRAYS = {
 
 @pytest.mark.parametrize("name", BAD_ARRAYS)
 def test_bad_arrays_are_refused(tmp_path, name):
-    given, message = BAD_ARRAYS[name]
+    arrays, message = BAD_ARRAYS[name]
     with pytest.raises(InputError, match=message):
-        load_data(save(tmp_path, **given))
+        load_data(save(tmp_path, **arrays))

@@ -111,3 +111,11 @@ def test_held_out_splits_have_a_maximum_size():
     assert [len(rows[name]) for name in SPLITS] == [49_860, 70, 70, 10_000]
     rows = split_rows(labels, None, seed=0, fractions=Fractions(most=100))
     assert [len(rows[name]) for name in SPLITS] == [47_800, 100, 100, 12_000]
+
+
+def test_strata_may_be_any_values():
+    """A task may stratify by anything, such as ranges of a real target."""
+    strata = np.repeat(["low", "middle", "high"], [20, 40, 60])
+    rows = split_rows(strata, None, seed=0)
+    counts = {name: [(strata[r] == value).sum() for value in ("low", "middle", "high")] for name, r in rows.items()}
+    assert counts == {"explore": [10, 20, 30], "assess": [3, 6, 9], "decide": [3, 6, 9], "test": [4, 8, 12]}

@@ -173,10 +173,10 @@ def test_labels_are_optional(tfds, root):
     features = {"image": tfds.features.Image(shape=(None, None, 3)), "size": tfds.features.Scalar(dtype=np.int64)}
     examples = [{"image": encoded(picture(seed)), "size": 3} for seed in range(3)]
     prepare(root, features, {"train": examples}, supervised=None)
-    said = []
-    dataset = load_data("tfds:toy", warn=said.append)
+    warnings = []
+    dataset = load_data("tfds:toy", warn=warnings.append)
     assert (dataset.labels.tolist(), dataset.num_classes, dataset.class_names) == ([-1, -1, -1], 0, ())
-    assert said == ["tfds:toy has no class labels: it is used without labels"]
+    assert warnings == ["tfds:toy has no class labels: it is used without labels"]
 
 
 def test_hidden_test_labels_become_missing(tfds, root):

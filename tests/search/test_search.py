@@ -63,9 +63,9 @@ def report_of(run):
 def test_the_smallest_that_meets_the_guard_is_delivered(searched):
     run = searched / "run"
     report = report_of(run)
-    found = report["search"]
-    sizes = {one["number"]: one for one in found["sizes"]}
-    delivered = sizes[found["delivered"]]
+    outcome = report["search"]
+    sizes = {one["number"]: one for one in outcome["sizes"]}
+    delivered = sizes[outcome["delivered"]]
     assert delivered["met"]
     assert not any(one["met"] and one["params"] < delivered["params"] for one in sizes.values())
     assert any(one["params"] < delivered["params"] for one in sizes.values())  # and smaller ones were tried
@@ -94,36 +94,36 @@ def test_it_grows_then_shrinks_then_repeats(searched):
 
 def test_a_size_gets_three_attempts_and_the_best_of_them_continues(cli, here, monkeypatch):
     """Two start from a part of the larger student. Decide is not sure of the best, but the sealed split proves it."""
-    given, begin = [], Distillation.begin
+    parts_used, begin = [], Distillation.begin
 
-    def begun(self, *args, variables=None, **options):
-        given.extend([] if variables is None else [variables])
+    def recording_begin(self, *args, variables=None, **options):
+        parts_used.extend([] if variables is None else [variables])
         return begin(self, *args, variables=variables, **options)
 
-    monkeypatch.setattr(Distillation, "begin", begun)
+    monkeypatch.setattr(Distillation, "begin", recording_begin)
     write_data()
     assert cli("compress", *LADDER, "--guard", "accuracy >= 0.93", "--out", "run")[0] == 0
     report = report_of(here / "run")
-    found = report["search"]
-    larger = next(one for one in found["sizes"] if one["met"] and one["params"] == 39)
-    own = [one for one in found["sizes"] if one["number"] > larger["number"]]
+    outcome = report["search"]
+    larger = next(one for one in outcome["sizes"] if one["met"] and one["params"] == 39)
+    own = [one for one in outcome["sizes"] if one["number"] > larger["number"]]
     draws, longer = own[:3], own[3]
     how = [f"{how} {larger['number']}" for how in ("narrower, from", "narrower, from", "taught by")]
     assert [one["how"] for one in draws] == how
     best = max(draws, key=lambda one: one["accuracy"])
     assert longer["how"] == f"longer, from {best['number']}" and longer["accuracy"] > best["accuracy"]
-    assert len(given) == sum(one["how"].startswith("narrower, from ") for one in found["sizes"])
+    assert len(parts_used) == sum(one["how"].startswith("narrower, from ") for one in outcome["sizes"])
     whole = units_of(students.load(here / "run" / "sizes" / f"{larger['number']:02d}")[1])
-    parts = [part for part in map(units_of, given) if len(part) == 4]
+    parts = [part for part in map(units_of, parts_used) if len(part) == 4]
     assert len(parts) >= 2 and all(part < whole for part in parts) and len({*map(frozenset, parts)}) > 1
     assert report["cost"]["steps"] == 6000
-    wanted, surer = (next(one for one in found["sizes"] if one["number"] == n) for n in found["candidates"])
-    assert (wanted["params"], wanted["met"], surer["number"]) == (27, False, larger["number"])
-    assert wanted["p_value"] > surer["p_value"]
-    assert found["delivered"] == wanted["number"] and all(guard["certified"] for guard in report["guards"])
+    preferred, surer = (next(one for one in outcome["sizes"] if one["number"] == n) for n in outcome["candidates"])
+    assert (preferred["params"], preferred["met"], surer["number"]) == (27, False, larger["number"])
+    assert preferred["p_value"] > surer["p_value"]
+    assert outcome["delivered"] == preferred["number"] and all(guard["certified"] for guard in report["guards"])
     page = (here / "run" / "report.html").read_text()
-    assert f"Delivered: no. {wanted['number']} of the sizes below, smaller than any of which decide proved" in page
-    assert f"opened for no. {wanted['number']} and no. {surer['number']}, to take the second if" in page
+    assert f"Delivered: no. {preferred['number']} of the sizes below, smaller than any of which decide proved" in page
+    assert f"opened for no. {preferred['number']} and no. {surer['number']}, to take the second if" in page
 
 
 def test_the_surer_candidate_is_delivered_if_the_preferred_one_fails(cli, here, monkeypatch):
@@ -134,19 +134,19 @@ def test_the_surer_candidate_is_delivered_if_the_preferred_one_fails(cli, here, 
     write_data()
     assert cli("compress", *LADDER, "--guard", "accuracy >= 0.95", "--out", "run")[0] == 0
     report = report_of(here / "run")
-    wanted, surer = report["search"]["candidates"]
+    preferred, surer = report["search"]["candidates"]
     assert report["search"]["delivered"] == surer
     sizes = {one["number"]: one for one in report["search"]["sizes"]}
-    assert report["student"]["params"] == sizes[surer]["params"] > sizes[wanted]["params"]
+    assert report["student"]["params"] == sizes[surer]["params"] > sizes[preferred]["params"]
     assert variables_of(here / "run") == variables_of(here / "run" / "sizes" / f"{surer:02d}")
-    told = report["certificate"]
-    assert told["among"] == 2
-    claim = told["claims"][0]
+    certificate = report["certificate"]
+    assert certificate["among"] == 2
+    claim = certificate["claims"][0]
     right = round(claim["point"] * claim["n"])
     expected = stats.beta.ppf(0.05 / 2 / 2, right, claim["n"] - right + 1)  # two claims on two students
     assert claim["lower_bound"] == pytest.approx(expected)
     (opening,) = json.loads((here / "run" / "opened.json").read_text())["openings"]
-    folders = (here / "run" / "sizes" / f"{number:02d}" for number in (wanted, surer))
+    folders = (here / "run" / "sizes" / f"{number:02d}" for number in (preferred, surer))
     digests = [tree_digest(students.load(folder)[1]) for folder in folders]
     assert [opening["student"], *opening["others"]] == digests
     page = (here / "run" / "report.html").read_text()
@@ -174,15 +174,15 @@ def test_a_size_continues_from_its_ancestor_if_that_is_better(cli, here, monkeyp
 
 def state_of(run):
     """Everything that a run leaves, except times."""
-    kept = {}
+    content = {}
     for folder in sorted((run / "sizes").iterdir()):
         if (folder / "student").exists():
-            kept[folder.name] = variables_of(folder)
-        kept[f"{folder.name} rows"] = rows_without_times(folder / "ledger.jsonl")
+            content[folder.name] = variables_of(folder)
+        content[f"{folder.name} rows"] = rows_without_times(folder / "ledger.jsonl")
     report = report_of(run)
     for name in ("wall_s", "compile_s"):
         report["cost"].pop(name)
-    return kept, report, (run / "archive.json").read_text(), variables_of(run)
+    return content, report, (run / "archive.json").read_text(), variables_of(run)
 
 
 def test_kills_change_nothing(searched, tmp_path):
@@ -191,11 +191,11 @@ def test_kills_change_nothing(searched, tmp_path):
     run = tmp_path / "run"
     kills = 0
     while not (run / "report.json").exists():
-        begun = (run / "config.toml").exists()
-        argv = ["--resume", run] if begun else [*SEARCH, "--passes", "2", "--out", run]
+        has_started = (run / "config.toml").exists()
+        argv = ["--resume", run] if has_started else [*SEARCH, "--passes", "2", "--out", run]
         command = [sys.executable, "-m", "ev3_distill", "compress", *map(str, argv)]
         process = subprocess.Popen(command, cwd=searched, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        folders = len(list((run / "sizes").glob("*"))) if begun else 0
+        folders = len(list((run / "sizes").glob("*"))) if has_started else 0
         while kills < KILLS and process.poll() is None:
             if len(list((run / "sizes").glob("*/ledger.jsonl"))) > folders:  # a stage has started
                 time.sleep(rng.uniform(0, 0.4))
@@ -203,8 +203,8 @@ def test_kills_change_nothing(searched, tmp_path):
                 kills += 1
                 break
             time.sleep(0.002)
-        _, told = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), told
+        _, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors
     assert kills >= 3
     assert state_of(run) == state_of(searched / "run")
 
