@@ -1,17 +1,17 @@
-"""Do weights of examples, tuned while a student trains, tell labels and teachers that are wrong?
+"""Can example weights, tuned during training, tell which labels or which teacher outputs are wrong?
 
-MNIST, an MLP of 256 units, 14 epochs of AdamW at 1e-2, and its average iterate, without EV3 around it. Beside explore there are
-1,000 examples whose labels are known to be right: every fifth step moves a net from an example's losses to its weights
-(`tuned-weights`) by the hypergradient of the Brier score on these.
+MNIST, an MLP of 256 units, 14 epochs of AdamW at 1e-2, and the average iterate, without EV3. Beside explore there are 1,000
+examples whose labels are known to be right. Every fifth step updates a network that maps an example's losses to its weights
+(`tuned-weights`), by the hypergradient of the Brier score on these examples.
 
-- `labels`: each label of explore is wrong with probability 0.4, and is then, evenly, one of two classes that its own is
-  mistaken for (flip2). There is no teacher. Beside the tuned student: cross entropy on the same labels, for as many steps
-  and for as many more as tuning costs; on known labels alone; and on the right labels, which nobody has.
-- `teacher`: labels are right, but the teacher says of all examples of three classes that they are of the next. Beside the
-  tuned student: KD at T = 4 with that teacher, also longer; labels alone; and KD with the teacher as it was, which nobody has.
+- `labels`: each label of explore is wrong with probability 0.4, and is then one of two classes, evenly, that its own class is
+  mistaken for (flip2). There is no teacher. Controls: cross entropy on the same labels, for as many steps and for as many
+  more as tuning costs; on known labels alone; and on the right labels, which are not available in practice.
+- `teacher`: labels are right, but the teacher takes all examples of three classes for the next class. Controls: KD at T = 4
+  with that teacher, also for longer; labels alone; and KD with the sound teacher, which is not available in practice.
 
-An AUROC is the probability that an example of explore that is right has a greater weight than one that is wrong; beside that
-of the weights stands that of the loss of the student that was trained without any. Test examples choose nothing.
+An AUROC is the probability that a right example of explore has a larger weight than a wrong one. Beside that of the weights
+stands that of the loss of the student that was trained without weights. Test examples are used for no choice.
 
 References:
   Shu et al., Meta-Weight-Net: Learning an explicit mapping for sample weighting, 2019, section 4.2 (flip2).
@@ -39,7 +39,7 @@ from ev3_distill.types import Batch, Loss, Network, Pools, Variables
 
 KEY = ("wrong", "contender", "seed")  # identifies a row
 INTERVALS = "Intervals are Student's t, 95 %, over seeds; gains are paired by seed."
-FIRST_SEED = 6100  # nothing was chosen on these
+FIRST_SEED = 6100  # no default was chosen on these seeds
 
 
 class Subject(NamedTuple):
@@ -48,41 +48,41 @@ class Subject(NamedTuple):
     data: str
     student: str
     steps: int
-    teacher_cost: int  # steps, of one trained by labels alone
-    clean: int  # examples whose labels are known to be right
+    teacher_cost: int  # training steps of a teacher that learns from labels alone
+    clean: int  # number of examples whose labels are known to be right
 
 
 SUBJECTS = {
     "full": Subject("mnist", "mlp:hidden=256", 4000, 3000, 1000),
     "smoke": Subject("digits", "mlp:hidden=16", 60, 150, 100),
 }
-FLIPPED = 0.4  # of the labels
-MISLED = (3, 5, 8)  # classes that the teacher takes for the next
-MORE = 1.4  # times the cost of plain training, of a tuned run
+FLIPPED = 0.4  # share of wrong labels
+MISLED = (3, 5, 8)  # classes that the teacher takes for the next one
+MORE = 1.4  # cost of a tuned run, in plain runs of the same number of steps
 AUROC = 0.9
 CONTENDERS = {
     "labels": ("right labels", "labels as given", "labels as given, longer", "known labels alone", "weights"),
     "teacher": ("KD, sound", "KD, misled", "KD, misled, longer", "labels alone", "weights"),
 }
 OURS = "weights"
-BEATEN = {"labels": "labels as given", "teacher": "KD, misled"}  # by a margin
+CONTROL = {"labels": "labels as given", "teacher": "KD, misled"}  # must be exceeded
 
 
-class Found(NamedTuple):
-    """A student and, of every example of explore, what is believed of it, [N]: greater where it is more."""
+class Trained(NamedTuple):
+    """A student, and a trust score per example of explore [N]; a larger score means that the example looks right."""
 
     student: Variables
-    belief: jax.Array
+    trust: jax.Array
 
 
-Train = Callable[[Pools, Any, Any], Found]  # (pools, seed, steps)
+Train = Callable[[Pools, Any, Any], Trained]  # (pools, seed, steps)
 
 
 def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
-    """One row per thing that is wrong, contender and seed: accuracy on test, and the AUROC of right against wrong.
+    """One row per kind of error, contender and seed: test accuracy, and the AUROC of right against wrong examples.
 
     Args:
-      seeds: from FIRST_SEED, each with splits, a teacher, mistakes and initial parameters of its own.
+      seeds: number of seeds from FIRST_SEED, each with its own splits, teacher, errors and initial parameters.
       size: full, or smoke: digits, few steps.
       done: keys of rows to skip.
     """
@@ -114,7 +114,7 @@ class _Bench:
         self.weighing = {"labels": _weighing(network, 1, mix=0.0), "teacher": _weighing(network, 0)}
 
     def rows(self, pools: Pools, test: Batch, seed: int) -> Iterator[tuple[str, str, Callable[[], dict[str, float]]]]:
-        """What is wrong, the contender, and what measures it."""
+        """The kind of error, the contender, and the function that measures it."""
         longer = round(MORE * self.steps)
         sound = pools.explore.examples
         flipped = sound._replace(
@@ -123,7 +123,7 @@ class _Bench:
         misled = sound._replace(teacher={"logits": mislead(sound.teacher["logits"], sound.targets)})
         right = {"labels": flipped.targets == sound.targets, "teacher": ~jnp.isin(sound.targets, jnp.array(MISLED))}
         damaged = {"labels": _with(pools, flipped), "teacher": _with(pools, misled)}
-        field: dict[str, tuple[tuple[Train, Pools, int], ...]] = {  # in the order of CONTENDERS
+        runs: dict[str, tuple[tuple[Train, Pools, int], ...]] = {  # in the order of CONTENDERS
             "labels": (
                 (self.by_labels, pools, self.steps),
                 (self.by_labels, damaged["labels"], self.steps),
@@ -140,29 +140,29 @@ class _Bench:
             ),
         }
 
-        def measured(wrong: str, train: Train, given: Pools, steps: int) -> dict[str, float]:
-            found = train(given, seed, steps)
-            row = {"accuracy": float(self.score(found.student, test)), "steps": steps}
-            if given is damaged[wrong]:
-                row["auroc"] = auroc(np.asarray(found.belief), np.asarray(right[wrong]))
+        def measured(wrong: str, train: Train, used: Pools, steps: int) -> dict[str, float]:
+            trained = train(used, seed, steps)
+            row = {"accuracy": float(self.score(trained.student, test)), "steps": steps}
+            if used is damaged[wrong]:
+                row["auroc"] = auroc(np.asarray(trained.trust), np.asarray(right[wrong]))
             return row
 
-        for wrong, how in field.items():
-            for name, contender in zip(CONTENDERS[wrong], how, strict=True):
+        for wrong, settings in runs.items():
+            for name, contender in zip(CONTENDERS[wrong], settings, strict=True):
                 yield wrong, name, functools.partial(measured, wrong, *contender)
 
 
 def flip(labels: jax.Array, seed: int, *, classes: int = 10) -> jax.Array:
-    """Labels [N] of which FLIPPED are wrong, each class being mistaken for two others that the seed draws."""
+    """Labels [N] with a share of FLIPPED wrong ones: each class is mistaken for two others, drawn by the seed."""
     rng = np.random.default_rng(seed)
     two = np.stack([rng.choice(np.delete(np.arange(classes), c), 2, replace=False) for c in range(classes)])
-    given = np.asarray(labels)
-    other = two[given, rng.integers(0, 2, len(given))]
-    return jnp.asarray(np.where(rng.random(len(given)) < FLIPPED, other, given), labels.dtype)
+    right = np.asarray(labels)
+    other = two[right, rng.integers(0, 2, len(right))]
+    return jnp.asarray(np.where(rng.random(len(right)) < FLIPPED, other, right), labels.dtype)
 
 
 def mislead(teacher_logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Logits [V, N, K] of a teacher that says of an example of MISLED what it had said of the class before, and the reverse."""
+    """Teacher logits [V, N, K] in which examples of MISLED have the logits of their class and the next one swapped."""
     classes = jnp.arange(teacher_logits.shape[-1])
     own, following = labels[:, None], (labels[:, None] + 1) % len(classes)
     swapped = jnp.where(classes == own, following, jnp.where(classes == following, own, classes))
@@ -171,7 +171,7 @@ def mislead(teacher_logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def auroc(score: np.ndarray, positive: np.ndarray) -> float:
-    """The probability that a positive scores above a negative, ties counting half (Mann and Whitney 1947); both [N]."""
+    """The probability that a positive scores above a negative; ties count half (Mann and Whitney 1947). Both are [N]."""
     n = int(positive.sum())
     above = stats.rankdata(score)[positive].sum() - n * (n + 1) / 2
     return float(above / (n * (len(positive) - n)))
@@ -182,45 +182,45 @@ def _with(pools: Pools, examples: Batch) -> Pools:
 
 
 def _clean_alone(pools: Pools) -> Pools:
-    """The known examples in the place of explore's."""
+    """The pools with the examples of known labels instead of explore."""
     batch = pools.assess
     inputs, labels, index, logits = map(np.asarray, (batch.inputs, batch.targets, batch.index, batch.teacher["logits"]))
     return pools._replace(explore=batches.resident(inputs, labels, index, {"logits": logits[None]}, seed=0))
 
 
 def _plain(network: Network, loss: Loss, column: int) -> Train:
-    """A run by a loss; an example is believed the more the smaller the loss of its label, by student (0) or teacher (1)."""
+    """A plain run. The trust in an example falls with the loss of its label under the student (0) or the teacher (1)."""
     whole = trajectories.whole_trajectory(network, trajectories.arm_of(network, loss))
 
     @jit
-    def train(pools: Pools, seed: Any, steps: Any) -> Found:
+    def train(pools: Pools, seed: Any, steps: Any) -> Trained:
         student = whole(pools, seed, steps)[1]
-        return Found(student, -_seen(network, student, pools)[:, column])
+        return Trained(student, -_label_losses(network, student, pools)[:, column])
 
     return train
 
 
 def _weighing(network: Network, column: int, **options: Any) -> Train:
-    """A run that tunes weights; an example is believed by its weight in the loss of teacher (0) or label (1)."""
+    """A run that tunes weights. The trust in an example is its weight in the loss of teacher (0) or label (1)."""
     whole = trajectories.whole_trajectory(network, trajectories.tuned_arm_of(network, ("weights",), **options))
 
     @jit
-    def train(pools: Pools, seed: Any, steps: Any) -> Found:
+    def train(pools: Pools, seed: Any, steps: Any) -> Trained:
         state, student = whole(pools, seed, steps)
         net = state.tuned.average["weights"]
-        return Found(student, net_weights(net, _seen(network, student, pools))[:, column])
+        return Trained(student, net_weights(net, _label_losses(network, student, pools))[:, column])
 
     return train
 
 
-def _seen(network: Network, student: Variables, pools: Pools) -> jax.Array:
+def _label_losses(network: Network, student: Variables, pools: Pools) -> jax.Array:
     examples = pools.explore.examples
     logits = outputs_of(network.apply, student, examples.inputs, batch_size=EV3().eval_batch_size)
     return label_losses(logits, examples._replace(teacher={"logits": examples.teacher["logits"][0]}))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """For each thing that is wrong accuracies and AUROCs, and what weights gain, paired over seeds."""
+    """For each kind of error: accuracies, AUROCs, and the gain from weights, paired over seeds."""
     kinds = dict.fromkeys(row["wrong"] for row in rows)
     return "\n\n".join(_table_of(wrong, [row for row in rows if row["wrong"] == wrong]) for wrong in kinds)
 
@@ -238,16 +238,16 @@ def _table_of(wrong: str, rows: Sequence[dict[str, Any]]) -> str:
          statistics.number(next(row["steps"] for row in rows if row["contender"] == name), 0)]
         for name in CONTENDERS[wrong] if name in points
     ]  # fmt: skip
-    ours, told = points.pop(OURS), []
+    ours, gains = points.pop(OURS), []
     seeds = sorted(ours)
     for name, by_seed in points.items():
         if ours.keys() <= by_seed.keys():
             gain = statistics.paired([ours[s] for s in seeds], [by_seed[s] for s in seeds])
-            verdict = f" (target > 0: {statistics.verdict(gain, 0)})" if name == BEATEN[wrong] else ""
-            told.append(f"{statistics.spread(gain, 2)} over {name}{verdict}")
+            verdict = f" (target > 0: {statistics.verdict(gain, 0)})" if name == CONTROL[wrong] else ""
+            gains.append(f"{statistics.spread(gain, 2)} over {name}{verdict}")
     least = min(areas[OURS])
     heads = [f"wrong {wrong}", "test accuracy, % (95 % t interval)", "AUROC of right against wrong", "steps"]
     return (
-        f"{statistics.markdown(heads, body)}\n\nWeights gain, points, paired over {len(seeds)} seeds: {'; '.join(told)}. Their "
-        f"least AUROC: {least:.3f}, target ≥ {AUROC:g}: {'held' if least >= AUROC else 'missed'}."
+        f"{statistics.markdown(heads, body)}\n\nWeights gain, points, paired over {len(seeds)} seeds: {'; '.join(gains)}. "
+        f"Their smallest AUROC: {least:.3f}, target ≥ {AUROC:g}: {'held' if least >= AUROC else 'missed'}."
     )

@@ -1,21 +1,23 @@
-"""How often does a run promote what is no better, and how soon does it find what is? Simulated, by the rules as they run.
+"""How often does a run promote a candidate that is no better, and how soon does it find a better one? A simulation of the
+rules.
 
-A held-out example is right or wrong under a student; N = 1,024 of them on assess and as many on decide. A run is 200
-iterations; each brings one candidate (or eight). False promotions are those of a candidate that is, in the population, no
-better than the champion it replaces. Candidates:
+A held-out example is right or wrong under a student; there are N = 1,024 of them on assess and as many on decide. A run has
+200 iterations, each with one candidate (or eight). A promotion is false if the candidate is, in the population, no better
+than the champion it replaces. Candidates:
 
 - `equal`: as accurate as the champion (90 %), independent of it;
 - `near-copies`: as accurate, and different on 6 % of the examples;
-- `best of 8`: of eight near-copies the one that assess likes best;
+- `best of 8`: of eight near-copies, the one with the best accuracy on assess;
 - `after gains`: near-copies, after five candidates that are truly 4 points better (from 70 %);
-- `adapting`: coin flips on a problem of two classes, and every other one the weighted vote of all before it, by whether they
-  were accepted: what a searcher can learn of decide from the outcomes alone (after Blum and Hardt, arXiv 1502.04585).
+- `adapting`: coin flips on a problem of two classes; every second candidate is the weighted vote of all earlier ones, by
+  whether they were accepted: what a search can learn about decide from the outcomes alone (after Blum and Hardt, arXiv
+  1502.04585).
 
-Rules: `ev3` as a run goes (assess predicts success, and the run's cost has grown by a half since the last test);
-`ev3, always asking` tests every iteration, the worst that the guarantee must bear; `reference` is that of the public EV3 code,
-two unpaired intervals of 1.96 standard errors that do not touch, from as many draws with replacement as named.
+Rules: `ev3` tests as a run does (assess predicts success, and the run's cost has grown by a half since the last test). `ev3,
+always asking` tests in every iteration, the worst case that the guarantee must bear. `reference` is the rule of the public
+EV3 code: two unpaired intervals of 1.96 standard errors that do not overlap, from the named number of draws with replacement.
 
-Power: candidates 2 points better that differ on 6 % (4 % won, 2 % lost), independent of one another.
+Power: candidates that are 2 points better and differ on 6 % (4 % won, 2 % lost), independent of each other.
 """
 
 import functools
@@ -38,12 +40,12 @@ INTERVALS = (
     "A seed is a block of 400 simulated runs (4,000 trials for the power). Rates pool the blocks and have "
     "exact 95 % intervals (Clopper and Pearson)."
 )
-N = 1024  # examples of assess, and of decide
+N = 1024  # examples in each of assess and decide
 ITERATIONS = {"full": 200, "smoke": 20}
-RUNS = {"full": 400, "smoke": 20}  # of a row
-TRIALS = {"full": 4000, "smoke": 100}  # of a row about power
+RUNS = {"full": 400, "smoke": 20}  # per row
+TRIALS = {"full": 4000, "smoke": 100}  # per row about power
 DELTA = EV3.delta
-SLACK = 0.015  # by which the upper limit of a rate may exceed delta
+SLACK = 0.015  # the upper limit of a rate may exceed delta by this
 TARGETS = {"first test": 0.45, "one of five": 0.7}
 DRAWS = {"reference, 1,024 draws": 1024, "reference, 32,768 draws": 32768}
 RULES = ("ev3", "ev3, always asking", *DRAWS)
@@ -51,33 +53,35 @@ CANDIDATES = ("equal", "near-copies", "best of 8", "after gains", "adapting")
 SIMULATED = {"full": (CANDIDATES, RULES), "smoke": (CANDIDATES[1:2], RULES[:3])}
 GAINS = 5
 _BETTER = "2 points better"
-AFTER = tuple((tests, promotions) for tests in (1, 2, 4) for promotions in (0, tests))  # budgets whose power is told
+AFTER = tuple(
+    (tests, promotions) for tests in (1, 2, 4) for promotions in (0, tests)
+)  # error budgets whose power is measured
 
 
 class Hits(NamedTuple):
-    """Which examples a student gets right, in {0, 1}."""
+    """Correctness of a student per example, in {0, 1}."""
 
     assess: jax.Array  # [N]
     decide: jax.Array  # [N]
 
 
 class Run(NamedTuple):
-    """A simulated run, scalars unless said."""
+    """A simulated run; scalars unless stated."""
 
     champion: Hits
     right: jax.Array  # the champion's accuracy in the population
     budget: ErrorBudget
     tested_cost: jax.Array
-    votes: jax.Array  # [2 N] of earlier candidates, for and against
-    false: jax.Array  # bool, whether something no better was promoted
-    waited: jax.Array  # int32, iterations up to the first promotion, that one included; all where there was none
+    votes: jax.Array  # [2 N], votes of earlier candidates for and against
+    false: jax.Array  # bool, whether a candidate that is no better was promoted
+    waited: jax.Array  # int32, iterations up to and including the first promotion; all of them if there was none
 
 
 def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
-    """One row per seed, kind of candidates and rule: how many of its runs promoted falsely; then of waits and of power.
+    """One row per seed, kind of candidates and rule: its false promotions, waits and power.
 
     Args:
-      seeds: from 0; each is 400 runs and 4,000 trials of its own.
+      seeds: number of seeds from 0; each is a block of 400 runs and 4,000 trials.
       size: full, or smoke: a few short runs.
       done: keys of rows to skip.
     """
@@ -105,15 +109,15 @@ def _row(seed: int, question: str, candidates: str, rule: str, *, count: int, of
 
 @functools.cache
 def _simulate(candidates: str, rule: str, iterations: int) -> Callable[[jax.Array], Run]:
-    """Keys [R] -> how each of R runs ended."""
+    """Keys [R] -> the final states of R runs."""
 
-    def iterate(run: Run, given: tuple[jax.Array, jax.Array]) -> tuple[Run, None]:
-        t, key = given
-        mine, judge = jax.random.split(key)
-        candidate, right = _candidate(mine, candidates, run, t)
+    def iterate(run: Run, step: tuple[jax.Array, jax.Array]) -> tuple[Run, None]:
+        t, key = step
+        candidate_key, test_key = jax.random.split(key)
+        candidate, right = _candidate(candidate_key, candidates, run, t)
         cost = 100 * (t + 1)
         closing = t == iterations - 1
-        tested, promoted = _judged(judge, rule, candidate, run, cost=cost, closing=closing)
+        tested, promoted = _test(test_key, rule, candidate, run, cost=cost, closing=closing)
         signed = jnp.concatenate(candidate) * 2 - 1
         return Run(
             champion=jax.tree.map(functools.partial(jnp.where, promoted), candidate, run.champion),
@@ -127,15 +131,15 @@ def _simulate(candidates: str, rule: str, iterations: int) -> Callable[[jax.Arra
 
     def one(key: jax.Array) -> Run:
         first, rest = jax.random.split(key)
-        run = _begun(first, {"adapting": 0.5, "after gains": 0.7}.get(candidates, 0.9))
-        given = (jnp.arange(iterations), jax.random.split(rest, iterations))
-        return jax.lax.scan(iterate, run, given)[0]
+        run = _initial_run(first, {"adapting": 0.5, "after gains": 0.7}.get(candidates, 0.9))
+        steps = (jnp.arange(iterations), jax.random.split(rest, iterations))
+        return jax.lax.scan(iterate, run, steps)[0]
 
     runs: Callable[[jax.Array], Run] = jit(lambda keys: jax.lax.map(one, keys, batch_size=50))
     return runs
 
 
-def _begun(key: jax.Array, right: float) -> Run:
+def _initial_run(key: jax.Array, right: float) -> Run:
     champion = Hits(*jax.random.bernoulli(key, right, (2, N)).astype(jnp.float32))
     zero = jnp.int32(0)
     return Run(
@@ -144,7 +148,7 @@ def _begun(key: jax.Array, right: float) -> Run:
 
 
 def _candidate(key: jax.Array, candidates: str, run: Run, t: jax.Array) -> tuple[Hits, jax.Array]:
-    """A candidate, and its accuracy in the population."""
+    """A candidate and its accuracy in the population."""
     if candidates == "equal":
         return Hits(*jax.random.bernoulli(key, run.right, (2, N)).astype(jnp.float32)), run.right
     if candidates == _BETTER:
@@ -165,7 +169,7 @@ def _candidate(key: jax.Array, candidates: str, run: Run, t: jax.Array) -> tuple
 
 
 def _changed(key: jax.Array, run: Run, won: Any, lost: Any) -> Hits:
-    """A student right on `won` of all examples that the champion gets wrong, and wrong on `lost` that it gets right."""
+    """A student that wins a share `won` of all examples from the champion and loses a share `lost`."""
     u = jax.random.uniform(key, (2, N))
     now = [
         jnp.where(hits > 0.5, u_ >= lost / run.right, u_ < won / (1 - run.right)).astype(jnp.float32)
@@ -174,18 +178,18 @@ def _changed(key: jax.Array, run: Run, won: Any, lost: Any) -> Hits:
     return Hits(*now)
 
 
-def _judged(
+def _test(
     key: jax.Array, rule: str, candidate: Hits, run: Run, *, cost: jax.Array, closing: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Whether decide was asked, and whether it promotes."""
+    """Whether the candidate was tested on decide, and whether it was promoted."""
     if rule in DRAWS:
         n = DRAWS[rule]
         ours, theirs = candidate.decide > 0.5, run.champion.decide > 0.5
         shares = jnp.stack([ours & theirs, ours & ~theirs, theirs & ~ours, ~ours & ~theirs]).mean(axis=1)
-        both, won, lost, _ = jax.random.multinomial(key, n, shares)  # the two share the examples that are drawn
-        seen = jnp.stack([both + won, both + lost]) / n
-        half = 1.96 * jnp.sqrt(seen * (1 - seen) / n)
-        return jnp.bool_(True), seen[0] - half[0] > seen[1] + half[1]
+        both, won, lost, _ = jax.random.multinomial(key, n, shares)  # both students see the same draws
+        accuracy = jnp.stack([both + won, both + lost]) / n
+        half = 1.96 * jnp.sqrt(accuracy * (1 - accuracy) / n)
+        return jnp.bool_(True), accuracy[0] - half[0] > accuracy[1] + half[1]
     alpha = adapt.level(run.budget, closing)
     tested = jnp.bool_(True)
     if rule == "ev3":
@@ -207,12 +211,12 @@ def _power(key: jax.Array, trials: int) -> Iterator[tuple[str, str, np.ndarray]]
             np.asarray(five[:, 0] <= _level(tests, promotions)),
         )
     for rule in DRAWS:
-        found = np.asarray(_found(rule)(jax.random.split(jax.random.fold_in(key, 1), trials)))
-        yield "first test", rule, found
+        promoted = np.asarray(_promotes(rule)(jax.random.split(jax.random.fold_in(key, 1), trials)))
+        yield "first test", rule, promoted
 
 
 def _level(tests: int, promotions: int) -> float:
-    """Of the next test within a run."""
+    """The level of the next test in a run."""
     budget = adapt.initial_budget(DELTA)
     for i in range(tests):
         budget = adapt.spend(budget, jnp.bool_(False), jnp.bool_(True), jnp.bool_(i < promotions))
@@ -220,9 +224,9 @@ def _level(tests: int, promotions: int) -> float:
 
 
 def _pair(key: jax.Array) -> tuple[Run, Hits]:
-    """A champion, and a candidate that is two points better."""
+    """A champion and a candidate that is two points better."""
     first, second = jax.random.split(key)
-    run = _begun(first, 0.9)
+    run = _initial_run(first, 0.9)
     return run, _changed(second, run, 0.04, 0.02)
 
 
@@ -236,17 +240,17 @@ def _p_values(keys: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _found(rule: str) -> Callable[[jax.Array], jax.Array]:
+def _promotes(rule: str) -> Callable[[jax.Array], jax.Array]:
     def one(key: jax.Array) -> jax.Array:
-        made, judge = jax.random.split(key)
-        run, candidate = _pair(made)
-        return _judged(judge, rule, candidate, run, cost=jnp.int32(100), closing=jnp.bool_(False))[1]
+        pair_key, test_key = jax.random.split(key)
+        run, candidate = _pair(pair_key)
+        return _test(test_key, rule, candidate, run, cost=jnp.int32(100), closing=jnp.bool_(False))[1]
 
     return jit(lambda keys: jax.lax.map(one, keys, batch_size=500))
 
 
 def measures(row: Mapping[str, Any]) -> dict[str, float]:
-    """A row's share of runs or of tests; of a wait, iterations up to a promotion."""
+    """A row's rate; for a wait, the iterations up to a promotion."""
     return {"iterations" if row["question"] == "wait" else "share": row["count"] / row["of"]}
 
 
@@ -264,7 +268,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     worst = max(ours, key=lambda rate: rate.high)
     sound = all(rate.center <= DELTA and rate.high <= DELTA + SLACK for rate in ours)
     waits = {rule: count / of for (_, rule), (count, of) in totals["wait"].items()}
-    told = [
+    power_lines = [
         ["iterations up to a promotion, mean", *[f"{waits[rule]:.1f}" for rule in rules]],
         *[
             [
@@ -284,11 +288,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         [
             f"Runs with a false promotion, % (exact 95 % interval), {worst.n:,} runs each:",
             statistics.markdown(["candidates", *rules], rates),
-            f"Our worst: {statistics.percent(worst, 1)}; at most {100 * DELTA:g} % promised, with an upper limit of "
-            f"{100 * (DELTA + SLACK):g} %: {'held' if sound else 'missed'}.",
-            "Candidates 2 points better (4 % won, 2 % lost), a new one in each iteration; and, where decide is asked, the "
-            "probability that it promotes one, %:",
-            statistics.markdown(["decide is asked", *rules], told),
+            f"The worst rate of `ev3`: {statistics.percent(worst, 1)}; target ≤ {100 * DELTA:g} %, with an upper limit of "
+            f"at most {100 * (DELTA + SLACK):g} %: {'held' if sound else 'missed'}.",
+            "Candidates 2 points better (4 % won, 2 % lost), a new one in each iteration: the wait for a promotion, and the "
+            "probability, in %, that a test promotes one:",
+            statistics.markdown(["test", *rules], power_lines),
             "; ".join(verdicts) + ".",
         ]
     )

@@ -3,11 +3,11 @@
 Three questions, each with rows of its own:
 
 - `one dimension`: mean and spread on the paper's problem, against the truth and against the closed form of its setting
-  (benchmarks/hypergradient_one_dimension.py), with its two plots.
-- `cosine`: with the exact hypergradient of one training step, for a ResNet-8 in training, temperature, mix and a weight for
-  each of the batch's 128 examples being tuned.
-- `memory` and `time` of one meta step, beside a training step of plain distillation and the same hypergradient by reverse over
-  reverse: temporary bytes of the compiled programs, for networks of several sizes; seconds in one process, taking turns.
+  (`benchmarks/hypergradient_one_dimension.py`), with its two plots.
+- `cosine`: the cosine with the exact hypergradient of one training step. A ResNet-8 is in training; temperature, mix and a
+  weight for each of the batch's 128 examples are tuned.
+- `memory` and `time` of one meta step, beside a training step of plain distillation and the same hypergradient by reverse
+  over reverse: temporary bytes of the compiled programs, for networks of several sizes; and seconds in one process, in turns.
 """
 
 import functools
@@ -39,7 +39,7 @@ INTERVALS = (
     "intervals. Ratios of time are taken within a turn. Memory is counted once: compiled programs have a fixed "
     "size."
 )
-AGES = {"full": (10, 100), "smoke": (2,)}  # training steps before the cosine is taken
+AGES = {"full": (10, 100), "smoke": (2,)}  # training steps before the cosine is measured
 COPIES = {"full": (2, 8, 32, 128), "smoke": (2, 4)}
 COSINES = {"jvp": 0.999, "guided": 0.99}
 
@@ -48,7 +48,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     """Rows of every question.
 
     Args:
-      seeds: blocks of trials; students; turns of timing.
+      seeds: number of blocks of trials, of students, and of turns of timing.
       size: full, or smoke: small images, few copies.
       done: keys of rows to skip.
     """
@@ -58,7 +58,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
 
 
 def _batches(size: str, seed: int) -> Callable[[int], Batch]:
-    """step -> batch of real images (MNIST where it is at hand, else digits) under a teacher that blurs the labels."""
+    """step -> batch of real images (MNIST if available, else digits) with a teacher that blurs the labels."""
     source = datasets.source_of("mnist") if size == "full" else None
     dataset = load_data(source or "digits")
     rng = np.random.default_rng(seed)
@@ -77,7 +77,7 @@ def _batches(size: str, seed: int) -> Callable[[int], Batch]:
 
 
 def _cosines(*, seeds: int, size: str, done: Collection[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
-    hyper = hypergradient_cost.start(size)
+    hyper = hypergradient_cost.initial_hyperparameters(size)
     contenders: dict[str, dict[str, Any]] = {
         REVERSE: {"method": "unrolled"},
         "jvp": {"method": "jvp"},
@@ -85,7 +85,7 @@ def _cosines(*, seeds: int, size: str, done: Collection[tuple[Any, ...]]) -> Ite
         "guided": {"method": "guided"},
         **{f"evograd, K = {k}": {"method": "evograd", "copies": k} for k in COPIES[size]},
     }
-    network, asks = None, {}
+    network, methods = None, {}
     for seed in range(seeds):
         if all(("cosine", f"{age} steps", seed) in done for age in AGES[size]):
             continue
@@ -93,14 +93,14 @@ def _cosines(*, seeds: int, size: str, done: Collection[tuple[Any, ...]]) -> Ite
         if network is None:
             shape = batch(0).inputs.shape[1:]
             network = students.from_name(next(iter(hypergradient_cost.NETWORKS[size].values())), shape, 10)
-            asks = {name: _ask(network, options) for name, options in contenders.items()}
+            methods = {name: _method(network, options) for name, options in contenders.items()}
             train = jit(functools.partial(hypergradient_cost.train, network))
-        student = hypergradient_cost.begun(network, seed)
+        student = hypergradient_cost.initial_student(network, seed)
         for step in range(max(AGES[size]) + 1):
             if step in AGES[size] and ("cosine", f"{step} steps", seed) not in done:
                 key = jax.random.key(seed)
-                given = key, student, hyper, batch(step), batch(10_000 + step)
-                found = {name: np.asarray(ask(*given), float) for name, ask in asks.items()}
+                inputs = key, student, hyper, batch(step), batch(10_000 + step)
+                found = {name: np.asarray(method(*inputs), float) for name, method in methods.items()}
                 exact = found.pop(REVERSE)
                 yield {
                     "question": "cosine", "contender": f"{step} steps", "seed": seed,
@@ -113,18 +113,18 @@ def _cosines(*, seeds: int, size: str, done: Collection[tuple[Any, ...]]) -> Ite
             student, _ = train(student, hyper, batch(step))
 
 
-def _ask(network: Network, options: dict[str, Any]) -> Callable[..., jax.Array]:
+def _method(network: Network, options: dict[str, Any]) -> Callable[..., jax.Array]:
     """(key, student, hyper, batch, held-out batch) -> the hypergradient as one vector."""
     evograd = options["method"] == "evograd"
 
     @jit
-    def ask(key: jax.Array, student: Student, hyper: PyTree, train: Batch, val: Batch) -> jax.Array:
+    def method(key: jax.Array, student: Student, hyper: PyTree, train: Batch, val: Batch) -> jax.Array:
         own = {"rate": 0.05} if evograd else {"optimizer": OPTIMIZER, "opt_state": student.opt_state}
         train_loss, val_loss = hypergradient_cost.losses_of(network, student.variables, train, val)
         params = student.variables.params
         return ravel_pytree(hypergradient(key, params, hyper, train_loss, val_loss, **own, **options)[0])[0]
 
-    return ask
+    return method
 
 
 def _cosine(one: np.ndarray, other: np.ndarray) -> float:
@@ -136,18 +136,18 @@ def _of(rows: Sequence[dict[str, Any]], question: str) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A table per question, each with what should hold."""
+    """A table per question, with its targets."""
     return "\n\n".join(
         [
             hypergradient_one_dimension.table(rows),
-            _told_of_cosines(_of(rows, "cosine")),
+            _cosine_table(_of(rows, "cosine")),
             hypergradient_cost.table_of_memory(_of(rows, "memory")),
             hypergradient_cost.table_of_time(_of(rows, "time")),
         ]
     )
 
 
-def _told_of_cosines(rows: Sequence[dict[str, Any]]) -> str:
+def _cosine_table(rows: Sequence[dict[str, Any]]) -> str:
     ages, names = list(dict.fromkeys(row["contender"] for row in rows)), list(rows[0]["cosine"])
     body, verdicts = [], []
     for name in names:

@@ -1,10 +1,10 @@
 """The 1-dimensional problem of EvoGrad's paper: l(x, lambda) = (x - 1)^2 + lambda x^2 and V(x) = (x - 1/2)^2.
 
-Training to its end, x* = 1 / (1 + lambda), has the hypergradient (lambda - 1) / (lambda + 1)^3. The published setting starts
-from x ~ N(0, 1) with copies of sigma 1 and tau .5: over both it tends to 8 (8 lambda - 7) / (5 + 4 lambda)^3 as K grows, since
-weighted copies are then Gaussian, of variance 1 / (5 + 4 lambda) and mean (4 + x) / (5 + 4 lambda).
+Training to convergence, x* = 1 / (1 + lambda), has the hypergradient (lambda - 1) / (lambda + 1)^3. The published setting
+starts from x ~ N(0, 1), with copies of sigma 1 and tau .5. Its mean over both tends to 8 (8 lambda - 7) / (5 + 4 lambda)^3 as
+K grows, because weighted copies are then Gaussian with variance 1 / (5 + 4 lambda) and mean (4 + x) / (5 + 4 lambda).
 
-References:
+Reference:
   Bohdal et al., EvoGrad: Efficient gradient-based meta-learning and hyperparameter optimization, 2021, section 4.1.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LAMBDAS = np.linspace(0.1, 2, 20)
-TRIALS = {"full": 200, "smoke": 4}  # of a row
+TRIALS = {"full": 200, "smoke": 4}  # per row
 COPIES = {"full": (2, 10, 100, 1000), "smoke": (2, 10)}
 PUBLISHED: dict[str, Any] = {"method": "evograd", "sigma": 1.0, "tau": 0.5, "noise": "gaussian"}
 SHARP = PUBLISHED | {"tau": 0.02}
@@ -37,12 +37,12 @@ Estimate = Callable[[jax.Array, jax.Array], jax.Array]  # (key, lambda) -> hyper
 
 
 def train_loss(x: PyTree, lam: PyTree, step: Any) -> jax.Array:
-    """l."""
+    """l(x, lambda)."""
     return (x - 1) ** 2 + lam * x**2
 
 
 def val_loss(x: PyTree) -> jax.Array:
-    """V."""
+    """V(x)."""
     return (x - 0.5) ** 2
 
 
@@ -52,12 +52,12 @@ def truth(lam: Any) -> Any:
 
 
 def closed_form(lam: Any) -> Any:
-    """What the published setting tends to."""
+    """The limit of the published setting as K grows."""
     return 8 * (8 * lam - 7) / (5 + 4 * lam) ** 3
 
 
 def estimates(size: str) -> dict[str, Estimate]:
-    """Contenders by name: the published setting by copies; what a small tau makes of it at x*; exact steps."""
+    """Contenders by name: the published setting by number of copies, a small tau at x*, and exact methods."""
 
     def from_anywhere(key: jax.Array, lam: jax.Array, **options: Any) -> jax.Array:
         at, own = jax.random.split(key)
@@ -66,7 +66,7 @@ def estimates(size: str) -> dict[str, Estimate]:
     def at_optimum(key: jax.Array, lam: jax.Array, **options: Any) -> jax.Array:
         return hypergradient(key, 1 / (1 + lam), lam, train_loss, val_loss, **options)[0]
 
-    def newton(key: jax.Array, lam: jax.Array, method: str) -> jax.Array:  # one step of the rate that leads to x*
+    def newton(key: jax.Array, lam: jax.Array, method: str) -> jax.Array:  # one step with the rate that leads to x*
         return at_optimum(key, lam, method=method, optimizer=optax.sgd(1 / (2 * (1 + lam))))
 
     def trained(key: jax.Array, lam: jax.Array, method: str) -> jax.Array:
@@ -92,17 +92,17 @@ def estimates(size: str) -> dict[str, Estimate]:
 
 def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """A row per seed and contender, with the sum and the sum of squares of its trials at each lambda; then trajectories."""
-    field = estimates(size)
+    contenders = estimates(size)
     for seed in range(seeds):
-        for number, (name, estimate) in enumerate(field.items()):
+        for number, (name, estimate) in enumerate(contenders.items()):
             if ("one dimension", name, seed) in done:
                 continue
             keys = jax.random.split(jax.random.key(1000 * seed + number), (len(LAMBDAS), TRIALS[size]))
             over = jax.jit(jax.vmap(jax.vmap(estimate, (0, None)), (0, 0)))
-            found = np.asarray(over(keys, jnp.asarray(LAMBDAS, jnp.float32)), float)
+            values = np.asarray(over(keys, jnp.asarray(LAMBDAS, jnp.float32)), float)
             yield {
                 "question": "one dimension", "contender": name, "seed": seed, "trials": TRIALS[size],
-                "sum": found.sum(1).tolist(), "squares": np.square(found).sum(1).tolist(),
+                "sum": values.sum(1).tolist(), "squares": np.square(values).sum(1).tolist(),
             }  # fmt: skip
     for k in COPIES[size][:3]:
         if ("trajectory", f"K = {k}", 0) not in done:
@@ -162,8 +162,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "spread of one trial",
         "farthest from the closed form, standard errors",
     ]
-    told = f"{moments(rows, names[0])[2]:,} trials at each of {len(LAMBDAS)} lambdas; errors are norms over them."
-    return f"{statistics.markdown(header, body)}\n\n{told} EvoGrad {'; '.join(verdicts) or 'not judged at this size'}."
+    trials = f"{moments(rows, names[0])[2]:,} trials at each of {len(LAMBDAS)} lambdas; errors are norms over them."
+    return f"{statistics.markdown(header, body)}\n\n{trials} EvoGrad {'; '.join(verdicts) or 'has no target at this size'}."
 
 
 def _held(holds: bool) -> str:

@@ -1,17 +1,17 @@
-"""What does int8 cost: quantised after training, or trained for it?
+"""What does int8 cost: with quantization after training, or with training for it?
 
-The pretrained ResNet-56 is distilled into a ResNet-8 on the CIFAR-10 image folder. For each seed, the file that would be
-deployed, an ONNX file run by onnxruntime in a process of its own:
+The pretrained ResNet-56 is distilled into a ResNet-8 on the CIFAR-10 image folder. For each seed, the figures are those of
+the file that would be deployed, an ONNX file run by onnxruntime in its own process:
 
 - `float32`: `compress --student resnet8 --budget 10e`, then `export --format onnx`;
-- `after training`: the same student, `export --format onnx --int8`, onnxruntime's quantiser on explore images;
-- `in the loop`: `compress ... --deploy int8`, as many steps, then `export --format onnx`: scored in int8 all along, and trained
-  rounded in the last quarter.
+- `after training`: the same student, `export --format onnx --int8`, with onnxruntime's quantizer on explore images;
+- `in the loop`: `compress ... --deploy int8` with as many steps, then `export --format onnx`. The student is scored in int8
+  throughout, and trained with rounding in the last quarter.
 
 Each run has a guard on accuracy, by which `evaluate` judges the file that computes what was certified. Accuracy is on the
-folder's 10,000 test images, which chose nothing. Differences are paired image by image: to the run in float32, which is another
-training, and to the same student without rounding. Files are timed in turns, and so are training steps of the arm that leads
-each run, as ratios to those in float32.
+folder's 10,000 test images, which were used for no choice. Differences are paired image by image: with the run in float32,
+which is another training, and with the same student without rounding. Files are timed in turns, and so are training steps of
+the leading arm of each run, as ratios to those in float32.
 """
 
 import base64
@@ -44,32 +44,32 @@ INTERVALS = (
     "Two kinds of intervals, both 95 %: over test images for the students of these seeds, and Student's t over "
     "seeds. Verdicts go by the interval over seeds."
 )
-FIRST_SEED = 60  # seeds 0, 40 and 50 showed what rounding cost, and led to how ranges are found and that it comes late
+FIRST_SEED = 60  # ranges and the late start of rounding were designed on seeds 0, 40 and 50
 EPOCHS = {"full": 10, "smoke": 0.02}
 GUARD = {"full": "accuracy >= 0.75", "smoke": "accuracy >= 0.05"}
 RUNS: dict[str, tuple[str, ...]] = {
     "float32": (),
     "loop": ("--deploy", "int8"),
 }
-FILES: dict[str, tuple[str, tuple[str, ...]]] = {  # the run that each comes of, and how it is exported
+FILES: dict[str, tuple[str, tuple[str, ...]]] = {  # the run that each file comes from, and the options of its export
     "float32": ("float32", ()),
     "after training": ("float32", ("--int8",)),
     "in the loop": ("loop", ()),
 }
 CONTENDERS = tuple(FILES)
-BATCHES, TURNS, PASSES = (1, 64), 10, 10  # of timing files
-STEPS = 10  # of each turn of timing training
+BATCHES, TURNS, PASSES = (1, 64), 10, 10  # of the timing of files
+STEPS = 10  # per turn of the timing of training
 TIMED = ("step", "p50_ms", "p50_ms_of_64")  # depend on the machine
-TARGET = -0.5  # points against the student in float32
-AT_ONCE = 1000
+TARGET = -0.5  # points, relative to the student in float32
+AT_ONCE = 1000  # images per call of a file
 
 
 def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
     """One row per seed and contender.
 
     Args:
-      seeds: of splits, initial parameters and batches, from FIRST_SEED.
-      size: full, or smoke: a fiftieth of an epoch, which proves nothing.
+      seeds: number of seeds from FIRST_SEED, each with its own splits, initial parameters and batches.
+      size: full, or smoke: a fiftieth of an epoch, whose figures mean nothing.
       done: keys of rows to skip; a seed with a missing row is measured again as a whole.
     """
     archive, onnx = datasets.cifar10_files()
@@ -96,7 +96,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
 
 
 def _rows(folder: Path, dataset: Dataset, runs: dict[str, Path], *, seed: int, size: str) -> Iterator[dict[str, Any]]:
-    """Of the files that come of a seed's runs, timed in turns."""
+    """The rows of the files of a seed's runs, timed in turns."""
     assert dataset.test_rows is not None
     inputs, labels = dataset.inputs[dataset.test_rows], dataset.labels[dataset.test_rows]
     outs = {contender: folder / f"{contender.replace(' ', '-')}-file" for contender in FILES}
@@ -106,21 +106,21 @@ def _rows(folder: Path, dataset: Dataset, runs: dict[str, Path], *, seed: int, s
         files = {name: opened.enter_context(open_exported(out / "model.onnx")) for name, out in outs.items()}
         turns: dict[tuple[str, int], list[float]] = {(name, batch): [] for name in files for batch in BATCHES}
         for _ in range(TURNS):
-            for (name, batch), found in turns.items():
-                found.extend(files[name].passes_ms(inputs[:batch], PASSES))
+            for (name, batch), times in turns.items():
+                times.extend(files[name].passes_ms(inputs[:batch], PASSES))
         starts = range(0, len(inputs), AT_ONCE)
-        said = {
+        predicted = {
             name: np.concatenate([file.outputs(inputs[i : i + AT_ONCE]) for i in starts]).argmax(axis=1)
             for name, file in files.items()
         }
-    times = steps_s(turns=TURNS if size == "full" else 1)
+    step_times = steps_s(turns=TURNS if size == "full" else 1)
     for contender, (run, options) in FILES.items():
         cost = json.loads((runs[run] / "report.json").read_text())["cost"]
         judged = ("evaluate", str(outs[contender]), "--of", str(runs[run]), "--guard", GUARD[size])
-        right = said[contender] == labels
+        right = predicted[contender] == labels
         yield {
             "seed": seed, "contender": contender, "steps": cost["steps"],
-            "step": float(np.median(np.divide(times[run], times["float32"]))),
+            "step": float(np.median(np.divide(step_times[run], step_times["float32"]))),
             "bytes": (outs[contender] / "model.onnx").stat().st_size, "accuracy": float(right.mean()),
             "p50_ms": float(np.median(turns[contender, 1])), "p50_ms_of_64": float(np.median(turns[contender, 64])),
             "guard": GUARD[size], "passes": None if options else _command(*judged) == 0,
@@ -130,7 +130,7 @@ def _rows(folder: Path, dataset: Dataset, runs: dict[str, Path], *, seed: int, s
 
 
 def unrounded(run: Path, inputs: np.ndarray) -> np.ndarray:
-    """The classes [N] that a run's int8 student would choose without any rounding."""
+    """The classes [N] that a run's int8 student predicts without any rounding."""
     network, variables = students.load(run)
     base = students.build({name: value for name, value in network.spec.items() if name != "deploy"})
     whole = Variables(variables.params, variables.stats[NETWORK_STATS])
@@ -143,12 +143,12 @@ def _packed(right: np.ndarray) -> str:
 
 
 def _unpacked(text: str) -> list[float]:
-    """In percent."""
+    """Correctness per image [N], 0 or 100 percent."""
     return list(100.0 * np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8)))
 
 
 def steps_s(*, turns: int) -> dict[str, list[float]]:
-    """Seconds that each run's leading arm trains for STEPS steps, in turns; the teacher and all scoring are left out."""
+    """Seconds of STEPS training steps of each run's leading arm, in turns, without teacher and scoring."""
     base = students.from_name("resnet8", (32, 32, 3), 10)
     networks = {run: students.with_precision(base, "int8" if options else "float32") for run, options in RUNS.items()}
     rng = np.random.default_rng(0)
@@ -168,31 +168,31 @@ def steps_s(*, turns: int) -> dict[str, list[float]]:
         return lambda: jax.block_until_ready(propose(state, batch, stretch))
 
     trajectories = {run: trajectory(run) for run in RUNS}
-    found: dict[str, list[float]] = {run: [] for run in RUNS}
+    seconds: dict[str, list[float]] = {run: [] for run in RUNS}
     for turn in range(-1, turns):  # the first compiles
         for run, train in trajectories.items():
             began = time.perf_counter()
             train()
             if turn >= 0:
-                found[run].append(time.perf_counter() - began)
-    return found
+                seconds[run].append(time.perf_counter() - began)
+    return seconds
 
 
 def _command(*options: str) -> int:
-    """The exit code of a command of ours: 0, or 3 where a guard is not met."""
+    """Runs a command; returns its exit code, 0, or 3 if a guard is not met."""
     done = subprocess.run([sys.executable, "-m", "ev3_distill", *options], stdout=sys.stderr, check=False)
     if done.returncode not in (0, 3):
-        raise RuntimeError(f"{options[0]} ended with {done.returncode}: see above")
+        raise RuntimeError(f"{options[0]} ended with exit code {done.returncode}: see above")
     return done.returncode
 
 
 def measures(row: dict[str, Any]) -> dict[str, float]:
-    """A row's numbers; what a guard says of a file, which not every file is asked, is none."""
+    """A row's numbers, without the guard, which is not evaluated for every file."""
     return {field: row[field] for field in ("steps", "bytes", "accuracy", *TIMED)}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Accuracy, size and latency of each file, and what int8 costs, paired."""
+    """Accuracy, size and latency of each file, and the paired cost of int8."""
     by = {contender: [row for row in rows if row["contender"] == contender] for contender in CONTENDERS}
     lines = []
     for contender, own in by.items():
@@ -208,14 +208,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             statistics.number(float(np.median([row["step"] for row in own])), 2),
             f"{sum(judged)} of {len(judged)}" if judged else "",
         ])  # fmt: skip
-    heads = ["file", "accuracy, %", "bytes", "p50 ms", "p50 ms, 64 at once", "a training step", "guard certified"]
-    told = [_less(contender, by, "float32") for contender in CONTENDERS[1:]]
-    told += [_less(contender, by, "itself in float32") for contender in CONTENDERS[2:]]
-    return statistics.markdown(heads, lines) + "\n\n" + "; ".join(filter(None, told)) + f". Guard: {rows[0]['guard']}."
+    heads = ["file", "accuracy, %", "bytes", "p50 ms", "p50 ms, 64 at once", "training step", "guard certified"]
+    compared = [_minus(contender, by, "float32") for contender in CONTENDERS[1:]]
+    compared += [_minus(contender, by, "itself in float32") for contender in CONTENDERS[2:]]
+    return (
+        statistics.markdown(heads, lines)
+        + "\n\n"
+        + "\n".join(f"- {text}" for text in filter(None, compared))
+        + f"\n\nGuard: {rows[0]['guard']}."
+    )
 
 
-def _less(contender: str, by: dict[str, list[dict[str, Any]]], other: str) -> str:
-    """Points of accuracy less those of another: per seed over images, and over seeds.
+def _minus(contender: str, by: dict[str, list[dict[str, Any]]], other: str) -> str:
+    """Points of accuracy minus those of another contender: per seed over images, and over seeds.
 
     The other is the run in float32, or the same student without rounding.
     """
@@ -233,4 +238,4 @@ def _less(contender: str, by: dict[str, list[dict[str, Any]]], other: str) -> st
         together = statistics.spread(statistics.paired(list(ours), list(theirs)), 2)
         over = f", these students together {together}; over seeds {statistics.spread(gain, 2)}"
     target = f"target ≥ {TARGET:g}: {statistics.verdict(gain, TARGET)}"
-    return f"{contender} less {other}, points, image by image: {each}{over}, {target}"
+    return f"{contender} minus {other}, points, image by image: {each}{over}, {target}"

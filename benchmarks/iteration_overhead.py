@@ -1,20 +1,22 @@
-"""What does a whole EV3 iteration cost, against the bare training loop and against the reference's way?
+"""What does a complete EV3 iteration cost, compared with a bare training loop and with the way of the public reference?
 
-One problem for all: scikit-learn's digits, an MLP 32-32, batches of 128, AdamW at 1e-3, cross entropy, the same initial
-parameters and the same batches. EV3 explores 100 steps at a time with one arm, without averaging, and assesses and decides
-on 512 and 1,024 examples. There are too few digits for that beside 1,024 to explore, so decide shares examples with the
-others: only speed counts here.
+All contenders solve one problem: scikit-learn's digits, an MLP 32-32, batches of 128, AdamW at 1e-3, cross entropy, the same
+initial parameters and the same batches. EV3 explores 100 steps at a time with one arm, without averaging, and assesses and
+decides on 512 and 1,024 examples. There are too few digits for that beside 1,024 to explore, so decide shares examples with
+the other splits: only speed matters here.
 
-`ev3` and `ev3 with ledger` are whole iterations through the host loop, the closing one included, with the AdamW of the
-zoo's arms; the second also writes its ledger rows to a file. `bare, one call` and `bare, calls of 100` are a scan of training
-steps in one jit with optax's own AdamW, called once or as often as EV3 iterates. `reference way` does what the public EV3
-code does (google-research/ev3), written anew from the description of how it spends its time: a jitted gradient per step, an
-optax update that is not jitted, and Python loops over candidates and batches with unpaired confidence intervals. It is spared
-that code's pandas frames and its growing concatenation, which recompiles with each batch. It is not the original, which was
-not timed beside it, and a busy machine slows its thousands of small calls more than it slows the others.
+- `ev3` and `ev3 with ledger` are complete iterations through the host loop, including the closing one, with the AdamW of the
+  default arms. The second one also writes its ledger rows to a file.
+- `bare, one call` and `bare, calls of 100` are a scan of training steps in one jit with optax's AdamW, called once or as
+  often as EV3 iterates.
+- `reference way` does what the public EV3 code (google-research/ev3) does, rewritten from the description of how it spends
+  its time: a jitted gradient per step, an optax update without jit, and Python loops over candidates and batches with
+  unpaired confidence intervals. It omits that code's pandas frames and its growing concatenation, which recompiles for every
+  batch. It is not the original, which was not timed beside it, and a busy machine slows its thousands of small calls more
+  than it slows the other contenders.
 
-All contenders take turns within one process, in another order each time. A ratio is taken within a turn. Speeds are in
-training steps per second, compilation excluded.
+All contenders take turns in one process, in varying order. A ratio is taken within a turn. Speeds are in training steps per
+second, without compilation.
 """
 
 import functools
@@ -51,50 +53,50 @@ INTERVALS = (
     "Medians over turns, with distribution-free 95 % intervals between order statistics; ratios are taken "
     "within a turn."
 )
-STEPS = {"full": (6000, 500), "smoke": (200, 100)}  # of a turn; the second is the reference way's, which is slow
+STEPS = {"full": (6000, 500), "smoke": (200, 100)}  # per turn; the second is that of the reference way, which is slow
 TARGETS = {"ev3 / bare": 0.9, "ev3 / reference way": 20.0}
 LEAST_TURNS = 7
 EXPLORE, ASSESS, DECIDE = 1024, 512, 1024
 CONFIG = EV3(batch_size=128, length=100, max_length=100)
 RATE = 1e-3
-OPTIMIZER = optax.adamw(RATE)  # as anybody would write it; the arms' own, see arms/optimizers.py, does the same faster
+OPTIMIZER = optax.adamw(RATE)  # the usual optimizer; arms/optimizers.py computes the same faster
 LOSS = losses.cross_entropy()
 SAMPLE = sampler(batch_size=CONFIG.batch_size)
 
-Work = Callable[[], PyTree]  # what is timed; returns trained parameters
-Contender = Callable[[Pools, int], Work]  # (pools, seed) -> work, all preparation done
+Work = Callable[[], PyTree]  # the timed function; returns trained parameters
+Contender = Callable[[Pools, int], Work]  # (pools, seed) -> work, with all preparation done
 
 
 def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
-    """One row per turn: the speed of every contender, side by side.
+    """One row per turn: the speed of every contender.
 
     Args:
-      seeds: turns, each with a seed of its own.
+      seeds: number of turns, each with its own seed.
       size: full or smoke.
       done: keys of rows to skip.
     """
     if size == "full" and seeds < LEAST_TURNS:
         raise InputError(
-            f"throughput needs at least {LEAST_TURNS} turns; got {seeds}: give --seeds {LEAST_TURNS} or more"
+            f"throughput needs at least {LEAST_TURNS} turns; got {seeds}: set --seeds {LEAST_TURNS} or more"
         )
     steps, reference_steps = STEPS[size]
     with tempfile.TemporaryDirectory() as directory:
-        field = contenders(steps, reference_steps, ledger=Path(directory) / "ledger.jsonl")
-        for contender, _ in field.values():
+        timed = contenders(steps, reference_steps, ledger=Path(directory) / "ledger.jsonl")
+        for contender, _ in timed.values():
             jax.block_until_ready(contender(problem(0), 0)())  # compiles
         for seed in range(seeds):
             if (seed,) in done:
                 continue
             pools, speed = problem(seed), {}
-            for i in range(len(field)):
-                name = list(field)[(seed + i) % len(field)]
-                contender, count = field[name]
+            for i in range(len(timed)):
+                name = list(timed)[(seed + i) % len(timed)]
+                contender, count = timed[name]
                 speed[name] = count / _seconds(contender(pools, seed))
-            yield {"seed": seed, "steps": steps, "steps_per_s": {name: round(speed[name], 1) for name in field}}
+            yield {"seed": seed, "steps": steps, "steps_per_s": {name: round(speed[name], 1) for name in timed}}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Speeds, and the ratios of record: medians over turns, with intervals between order statistics."""
+    """Speeds, and the ratios that have targets: medians over turns, with intervals between order statistics."""
     speeds = {name: [row["steps_per_s"][name] for row in rows] for name in rows[0]["steps_per_s"]}
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     bare = max((name for name in speeds if name.startswith("bare")), key=lambda name: medians[name].center)
@@ -121,9 +123,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def problem(seed: int) -> Pools:
-    """The three splits, of a permutation of the digits that goes round again where it ends."""
+    """The three splits of a permutation of the digits, which is repeated where it ends."""
     digits = load_data("digits")
-    chosen = np.resize(np.random.default_rng(seed).permutation(len(digits.labels)), EXPLORE + ASSESS + DECIDE)
+    repeated = np.resize(np.random.default_rng(seed).permutation(len(digits.labels)), EXPLORE + ASSESS + DECIDE)
 
     def split(rows: np.ndarray) -> Batch:
         n = len(rows)
@@ -131,14 +133,14 @@ def problem(seed: int) -> Pools:
         inputs, labels = jnp.asarray(digits.inputs[rows]), jnp.asarray(digits.labels[rows])
         return Batch(inputs, labels, {"logits": blank}, jnp.asarray(rows, jnp.int32), jnp.ones(n))
 
-    explore, assess, decide = np.split(chosen, [EXPLORE, EXPLORE + ASSESS])
+    explore, assess, decide = np.split(repeated, [EXPLORE, EXPLORE + ASSESS])
     examples = split(explore)
     views = examples._replace(teacher={"logits": examples.teacher["logits"][None]})
     return Pools(Resident(views, make_order(EXPLORE, seed)), split(assess), split(decide))
 
 
 def contenders(steps: int, reference_steps: int, *, ledger: Path) -> dict[str, tuple[Contender, int]]:
-    """Contenders by name, each with the number of steps that its work takes."""
+    """Contenders by name, each with the number of steps of its work."""
     network = students.from_name("mlp:hidden=32-32", (8, 8, 1), 10)
     distillation = Distillation(
         network, [gradient_arm("ce", network.apply, LOSS, adamw(RATE), average=None)], config=CONFIG
@@ -174,7 +176,7 @@ def _ev3(distillation: Distillation, steps: int, ledger: Ledger | None = None) -
 
 
 def _bare(network: Network, start: Callable[[Pools, int], Variables], steps: int, per_call: int) -> Contender:
-    """Nothing but training steps, `per_call` of them in one scan, in one jit."""
+    """Training steps alone, `per_call` of them in one jitted scan."""
 
     @jax.jit
     def train(
@@ -205,7 +207,7 @@ def _bare(network: Network, start: Callable[[Pools, int], Variables], steps: int
 
 
 def _reference(network: Network, start: Callable[[Pools, int], Variables], steps: int) -> Contender:
-    """Iterations in the public reference's way, except that weight decay sees the present parameters, as everywhere here."""
+    """Iterations like those of the public reference, except that weight decay uses the current parameters."""
     value_and_grad = jax.jit(functools.partial(jax.value_and_grad(_objective), apply=network.apply))
 
     @jax.jit
@@ -221,7 +223,7 @@ def _reference(network: Network, start: Callable[[Pools, int], Variables], steps
     def contender(pools: Pools, seed: int) -> Work:
         variables = start(pools, seed)
         visit = jax.jit(functools.partial(batch_rows, batch_size=CONFIG.batch_size))
-        chosen = [np.asarray(visit(pools.explore.order, np.int32(step))) for step in range(steps)]
+        visits = [np.asarray(visit(pools.explore.order, np.int32(step))) for step in range(steps)]
         examples = pools.explore.examples
         explore = jax.tree.map(np.asarray, examples._replace(teacher={"logits": examples.teacher["logits"][0]}))
         assess, decide = _batches(pools.assess), _batches(pools.decide)
@@ -230,7 +232,7 @@ def _reference(network: Network, start: Callable[[Pools, int], Variables], steps
             params, stats, opt_state = variables.params, variables.stats, OPTIMIZER.init(variables.params)
             for first in range(0, steps, CONFIG.length):
                 candidate = params
-                for at in chosen[first : first + CONFIG.length]:
+                for at in visits[first : first + CONFIG.length]:
                     batch = jax.tree.map(lambda leaf, at=at: leaf[at], explore)
                     _, gradient = value_and_grad(candidate, stats, batch)
                     updates, opt_state = OPTIMIZER.update(gradient, opt_state, candidate)
@@ -238,7 +240,9 @@ def _reference(network: Network, start: Callable[[Pools, int], Variables], steps
                 rivals = [params, candidate]
                 best = max(rivals, key=lambda rival: sum(interval(rival, stats, assess)))
                 low, high = interval(best, stats, decide)[0], interval(params, stats, decide)[1]
-                params = best if low > high else candidate  # all train on alike, whatever the outcome
+                params = (
+                    best if low > high else candidate
+                )  # every contender goes on with the candidate, whatever the outcome
             return params
 
         return work

@@ -1,11 +1,13 @@
-"""Does tuning the loss while a student trains find what a grid search finds? Temperature and mix, from bad starts.
+"""Does tuning the loss during training find what a grid search finds? Temperature and mix, from bad starts.
 
-On MNIST a student of 16 units and a teacher trained by labels on the same seed's explore split; on CIFAR-10 JPEGs a ResNet-8 of
-width 4 and the pretrained ResNet-56. Every run is one trajectory of the default arms' optimizer and its average iterate,
-without EV3 around it, so that nothing but the loss differs. The grid has 5 temperatures and 5 mixes: it costs 25 runs, a tuned
-run some 1.4. The best cell is the one that hindsight picks by mean test accuracy, which favours it. Controls: the final
-hyperparameters, frozen, from the start of a new run; the fixed loss of the default arm, trained for as many steps more as
-tuning costs; and a draw from the grid, the mean of all cells: what random search gets for one run.
+On MNIST, a student of 16 hidden units learns from a teacher that labels trained on the same seed's explore split. On CIFAR-10
+JPEGs, a ResNet-8 of width 4 learns from the pretrained ResNet-56. Every run is one trajectory of the default arms' optimizer
+and its average iterate, without EV3, so that only the loss differs. The grid has 5 temperatures and 5 mixes and costs 25
+runs; a tuned run costs some 1.4. The best cell is picked by hindsight, by mean test accuracy, which favors it.
+
+Controls: the final hyperparameters, frozen from the start of a new run; the fixed loss of the default arm, trained for as
+many additional steps as tuning costs; and a random cell of the grid, the mean of all cells, which is what random search
+reaches with one run.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -23,7 +25,7 @@ from ev3_distill.types import Network, Pools, PyTree, Variables
 
 KEY = ("data", "contender", "seed")  # identifies a row
 INTERVALS = "Intervals are Student's t, 95 %, over seeds; gains are paired by seed."
-FIRST_SEED = 3000  # how hyperparameters are tuned was chosen on others
+FIRST_SEED = 3000  # tuning was designed on other seeds
 
 
 class Subject(NamedTuple):
@@ -31,8 +33,8 @@ class Subject(NamedTuple):
 
     student: str
     steps: int
-    teacher_cost: int  # see growth_from_tiny.Subject
-    most: int = 1000  # seeds
+    teacher_cost: int  # training steps of a teacher that learns from labels alone; 0: the pretrained one
+    most: int = 1000  # limit on the number of seeds
 
 
 SUBJECTS = {
@@ -42,16 +44,16 @@ SUBJECTS = {
 GRID = {"full": ((1.0, 2.0, 4.0, 8.0, 20.0), (0.1, 0.3, 0.5, 0.7, 0.9)), "smoke": ((1.0, 4.0), (0.9,))}
 STARTS = ((1.0, 0.1), (20.0, 0.9), (4.0, 0.9))
 DEFAULT = (4.0, 0.9)
-COST = 1.4  # of a tuned run, in plain runs of as many steps
+COST = 1.4  # of a tuned run, in plain runs of the same number of steps
 TARGET = -0.2  # points that a tuned run may lose to the best cell
 
 
 def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
-    """One row per data set, contender and seed: accuracy on assess and on test, and the hyperparameters in the end.
+    """One row per data set, contender and seed: accuracy on assess and on test, and the final hyperparameters.
 
     Args:
-      seeds: from FIRST_SEED, each with splits, initial parameters and, but for the pretrained one, a teacher of its own; of a
-        subject that is dear `most` at most.
+      seeds: number of seeds from FIRST_SEED, each with its own splits, initial parameters and, unless it is pretrained, its
+        own teacher. A subject's `most` limits the number.
       size: full, or smoke: digits, short runs, a small grid.
       done: keys of rows to skip; a seed with a missing row is measured again as a whole.
 
@@ -84,23 +86,23 @@ class _Bench:
         self.fixed, self.tuned = _fixed(network), {start: _tuned(network, *start) for start in STARTS}
 
     def trained(self, pools: Pools, seed: int) -> Iterator[tuple[str, Variables, dict[str, float]]]:
-        """Contenders of one seed: the name, the student, and the hyperparameters that it came to where it tuned any."""
+        """Contenders of one seed: the name, the student, and its final hyperparameters if it tuned any."""
         for cell in self.cells:
             yield _cell(cell), self.fixed(pools, seed, self.steps, *cell), {}
         yield LONGER, self.fixed(pools, seed, round(COST * self.steps), *DEFAULT), {}
         for start, tune in self.tuned.items():
             student, shown = tune(pools, seed, self.steps)
-            found = float(shown["temperature"]), float(shown["mix"][0])
-            facts = {"temperature": round(found[0], 3), "mix": round(found[1], 3)}
+            final = float(shown["temperature"]), float(shown["mix"][0])
+            facts = {"temperature": round(final[0], 3), "mix": round(final[1], 3)}
             yield _from(start), student, facts
-            yield _frozen(start), self.fixed(pools, seed, self.steps, *found), facts
+            yield _frozen(start), self.fixed(pools, seed, self.steps, *final), facts
 
 
 LONGER = "default, longer"
 
 
 def cells(size: str) -> list[tuple[float, float]]:
-    """Of the grid: temperature and mix."""
+    """The grid's cells: temperature and mix."""
     return [(temperature, mix) for temperature in GRID[size][0] for mix in GRID[size][1]]
 
 
@@ -117,7 +119,7 @@ def _frozen(start: tuple[float, float]) -> str:
 
 
 def _fixed(network: Network) -> Callable[..., Variables]:
-    """(pools, seed, steps, temperature, mix) -> what a plain run proposes."""
+    """(pools, seed, steps, temperature, mix) -> the proposal of a plain run."""
 
     @jit
     def run(pools: Pools, seed: Any, steps: Any, temperature: Any, mix: Any) -> Variables:
@@ -129,7 +131,7 @@ def _fixed(network: Network) -> Callable[..., Variables]:
 
 
 def _tuned(network: Network, temperature: float, mix: float) -> Callable[..., tuple[Variables, dict[str, PyTree]]]:
-    """(pools, seed, steps) -> what a tuned run proposes, and its hyperparameters."""
+    """(pools, seed, steps) -> the proposal of a tuned run, and its hyperparameters."""
     arm = trajectories.tuned_arm_of(network, ("temperature", "mix"), temperature=temperature, mix=mix)
 
     @jit
@@ -142,7 +144,7 @@ def _tuned(network: Network, temperature: float, mix: float) -> Callable[..., tu
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """For each data set accuracies, and what tuning gains over each control, paired over seeds."""
+    """Per data set: accuracies, and the gain of tuning over each control, paired over seeds."""
     names = dict.fromkeys(row["data"] for row in rows)
     return "\n\n".join(_table_of(name, [row for row in rows if row["data"] == name]) for name in names)
 
@@ -156,7 +158,7 @@ def _table_of(name: str, rows: Sequence[dict[str, Any]]) -> str:
     best = max(grid, key=lambda name: np.mean([grid[name][seed] for seed in seeds]))
     controls = {
         f"the best cell ({best})": [grid[best][seed] for seed in seeds],
-        "the cell that assess picks": [_chosen(rows, seed) for seed in seeds],
+        "the cell that assess picks": [_picked_by_assess(rows, seed) for seed in seeds],
         "a cell drawn at random": [float(np.mean([by_seed[seed] for by_seed in grid.values()])) for seed in seeds],
     }
     if _cell(DEFAULT) in grid:
@@ -164,19 +166,19 @@ def _table_of(name: str, rows: Sequence[dict[str, Any]]) -> str:
     controls["the default, longer"] = [points[LONGER][seed] for seed in seeds]
     body = []
     for start in STARTS:
-        found = [row for row in rows if row["contender"] == _from(start)]
-        ends = ", ".join(f"{what} {np.mean([row[what] for row in found]):.2f}" for what in ("temperature", "mix"))
+        own = [row for row in rows if row["contender"] == _from(start)]
+        ends = ", ".join(f"{what} {np.mean([row[what] for row in own]):.2f}" for what in ("temperature", "mix"))
         body.append([_from(start), _mean(points[_from(start)], seeds), ends])
         body.append(["... frozen from the start of a new run", _mean(points[_frozen(start)], seeds), ""])
     body += [[name, statistics.plus_minus(statistics.mean(values), 2), ""] for name, values in controls.items()]
-    heads = ["contender", "test accuracy, % (95 % t interval)", "in the end"]
+    heads = ["contender", "test accuracy, % (95 % t interval)", "final values"]
     lines = [f"**{name}**, {len(seeds)} seeds; points are paired over them", statistics.markdown(heads, body)]
     for start in STARTS:
         ours = [points[_from(start)][seed] for seed in seeds]
         gains = {name: statistics.paired(ours, values) for name, values in controls.items()}
-        told = "; ".join(f"{statistics.spread(gain, 2)} over {name}" for name, gain in gains.items())
+        text = "; ".join(f"{statistics.spread(gain, 2)} over {name}" for name, gain in gains.items())
         verdict = statistics.verdict(next(iter(gains.values())), TARGET)
-        lines.append(f"{_from(start)}: {told}. Target ≥ {TARGET:g} over the best cell: {verdict}.")
+        lines.append(f"{_from(start)}: {text}. Target ≥ {TARGET:g} over the best cell: {verdict}.")
     return "\n\n".join(lines)
 
 
@@ -184,7 +186,7 @@ def _mean(by_seed: dict[int, float], seeds: Sequence[int]) -> str:
     return statistics.plus_minus(statistics.mean([by_seed[seed] for seed in seeds]), 2)
 
 
-def _chosen(rows: Sequence[dict[str, Any]], seed: int) -> float:
+def _picked_by_assess(rows: Sequence[dict[str, Any]], seed: int) -> float:
     """The test accuracy, in percent, of the cell that is best on assess."""
     mine = [row for row in rows if row["seed"] == seed and row["contender"].startswith("T =")]
     return 100 * float(max(mine, key=lambda row: row["assess"])["accuracy"])

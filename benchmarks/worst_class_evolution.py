@@ -1,21 +1,22 @@
-"""Does a population find what gradients do not? The worst class of a student that has converged, on MNIST made imbalanced.
+"""Can a population find what gradients do not? The worst class of a converged student on an imbalanced MNIST.
 
-Data, teacher and student are those of `guard_steering.py`, on seeds of their own. A student is trained to the end, by plain
-distillation (T = 4 and a tenth of cross entropy) or by the same with every class weighed alike; then each contender goes on
-from it at equal cost, by its bare trajectory without EV3:
+Data, teacher and student are those of `guard_steering.py`, with other seeds. A student is trained to convergence, by plain
+distillation (T = 4 and a tenth of cross entropy) or by the same with equal weight for every class. Then each contender
+continues from it at equal cost, by its bare trajectory without EV3:
 
-- gradient arms of the zoo on explore, in batches of 128, and the balanced ones on explore and assess together;
-- an evolution strategy on worst-class accuracy itself, which has no gradient, over the last layer's biases or over the last
-  layer, on batches of 2,048 of assess; and over the biases on explore, which the student has learned by heart, so that its
-  worst class shows less there. Three forward passes count as one step of training, so that a generation costs as many steps
-  of 128 as its members' examples make.
+- gradient arms on explore, in batches of 128, and the balanced ones also on explore and assess together;
+- an evolution strategy on worst-class accuracy itself, which has no gradient. It moves the biases of the last layer or the
+  whole last layer, on batches of 2,048 examples of assess. A third one moves the biases on explore, which the student has
+  memorized, so that the worst class is less visible there. Three forward passes count as one training step, so a generation
+  costs as many steps of 128 as its members' examples make.
 
-The same is asked of the student in integers (matrices of 8 bits, one scale each, symmetric): evolution, over the last layer, on
-the accuracy of the student as it will be quantised, beside gradient arms that know nothing of that.
+The same question is asked of the student in integers (8-bit matrices, one symmetric scale each): evolution of the last layer
+on the accuracy of the quantized student, beside gradient arms that do not know about quantization.
 
-An arm that learns from assess makes assess an optimistic judge of it, in a run of EV3; decide remains one.
+An arm that learns from assess makes assess an optimistic judge of it in an EV3 run. Decide is not affected.
 
-Figures are of the population, as in `guard_steering.py`. The best gradient arm is chosen with hindsight, by these very figures.
+Figures are those of the population, as in `guard_steering.py`. The best gradient arm is picked by hindsight, by these
+figures.
 """
 
 import dataclasses
@@ -47,18 +48,18 @@ FIRST_SEED = 4000  # rates and populations were chosen on seeds below 4000
 STARTS = ("kd4", "kd4-balanced")
 GRADIENTS = ("kd4", "ce", "kd4-balanced", "ce-balanced", "ce-half-balanced")
 BALANCED = ("kd4-balanced", "ce-balanced")
-BATCH = 2048  # that a population sees
+BATCH = 2048  # examples per generation
 BIASES, HEAD = parameters_named(r"\[1\]\['bias'\]"), parameters_named("head")
 WORST = ("evolution, last biases", "evolution, last layer", "evolution, last biases, on explore")
 INT8 = "evolution, as int8"
-COST = {"full": 8000, "smoke": 400}  # of the start, and of what follows
+COST = {"full": 8000, "smoke": 400}  # of the first training, and of each continuation
 FIGURES = {
     "worst_class_accuracy": "worst class",
     "accuracy": "accuracy",
     "int8_accuracy": "accuracy as int8",
 }
-ASKED = ((WORST[:2], "worst_class_accuracy"), ((INT8,), "int8_accuracy"))
-GENERATIONS = 768  # times pairs: about as many as the cost allows, along which the rate falls to zero
+COMPARED = ((WORST[:2], "worst_class_accuracy"), ((INT8,), "int8_accuracy"))
+GENERATIONS = 768  # times pairs: about the number that the cost allows; the rate falls to zero over them
 LEVELS = 127  # of int8 on each side of zero
 
 
@@ -66,8 +67,8 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     """One row per seed, start and contender.
 
     Args:
-      seeds: counted from FIRST_SEED.
-      size: full, or smoke: digits in the place of MNIST, and a twentieth of the cost.
+      seeds: number of seeds from FIRST_SEED.
+      size: full, or smoke: digits instead of MNIST, at a twentieth of the cost.
       done: keys of rows to skip.
     """
     source = datasets.required_source("digits" if size == "smoke" else "mnist")
@@ -77,33 +78,33 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
 def rows_of(
     dataset: Dataset, seeds: Sequence[int], size: str, done: Collection[tuple[Any, ...]] = ()
 ) -> Iterator[dict[str, Any]]:
-    """Rows of these very seeds."""
+    """The rows of given seeds."""
     shape, classes, cost = dataset.inputs.shape[1:], dataset.num_classes, COST[size]
     student, teacher = (
         students.from_name(name, shape, classes) for name in (guard_steering.STUDENT, guard_steering.TEACHER)
     )
-    in_int8 = dataclasses.replace(student, apply=quantised(student.apply))
-    teaches = Distillation(teacher, arms_named(teacher.apply, ("ce-slow",)))
-    begins = {start: trajectories.bare_trajectory(student, arms_named(student.apply, (start,))[0]) for start in STARTS}
-    goes_on = contenders(student)
+    in_int8 = dataclasses.replace(student, apply=quantized(student.apply))
+    trainer = Distillation(teacher, arms_named(teacher.apply, ("ce-slow",)))
+    first = {start: trajectories.bare_trajectory(student, arms_named(student.apply, (start,))[0]) for start in STARTS}
+    continued = contenders(student)
     for seed in seeds:
-        if all((seed, start, name) in done for start in STARTS for name in ("stays", *goes_on)):
+        if all((seed, start, name) in done for start in STARTS for name in ("stays", *continued)):
             continue
-        kept, left = guard_steering.imbalanced(dataset, seed)
-        blank = np.zeros((len(kept.labels), classes), np.float32)
-        pools, _ = batches.split(kept, blank, seed=seed, fractions=guard_steering.FRACTIONS)
-        taught = teaches.complete(pools, seed, budget=guard_steering.TEACHER_COST[size]).current.variables
-        logits = forward(teacher, taught)(np.asarray(kept.inputs))
-        pools, test = batches.split(kept, logits, seed=seed, fractions=guard_steering.FRACTIONS)
-        share = np.bincount(kept.labels, minlength=classes) / len(kept.labels)
-        inputs = np.concatenate([np.asarray(test.inputs), left.inputs])
-        labels = np.concatenate([np.asarray(test.targets), left.labels])
+        used, unused = guard_steering.imbalanced(dataset, seed)
+        blank = np.zeros((len(used.labels), classes), np.float32)
+        pools, _ = batches.split(used, blank, seed=seed, fractions=guard_steering.FRACTIONS)
+        teacher_variables = trainer.complete(pools, seed, budget=guard_steering.TEACHER_COST[size]).current.variables
+        logits = forward(teacher, teacher_variables)(np.asarray(used.inputs))
+        pools, test = batches.split(used, logits, seed=seed, fractions=guard_steering.FRACTIONS)
+        share = np.bincount(used.labels, minlength=classes) / len(used.labels)
+        inputs = np.concatenate([np.asarray(test.inputs), unused.inputs])
+        labels = np.concatenate([np.asarray(test.targets), unused.labels])
         for start in STARTS:
-            begun = begins[start](pools, seed, cost)
-            for name in ("stays", *goes_on):
+            trained = first[start](pools, seed, cost)
+            for name in ("stays", *continued):
                 if (seed, start, name) in done:
                     continue
-                variables = begun if name == "stays" else goes_on[name](begun, pools, seed, cost)
+                variables = trained if name == "stays" else continued[name](trained, pools, seed, cost)
                 figures = guard_steering.measured(forward(student, variables)(inputs), labels, share)
                 of_int8 = guard_steering.measured(forward(in_int8, variables)(inputs), labels, share)["accuracy"]
                 yield {
@@ -117,28 +118,28 @@ def rows_of(
 
 
 def contenders(student: Network) -> dict[str, Callable[..., Variables]]:
-    """By name, (student, pools, seed, steps of the usual batches) -> the student that the arm's trajectory from it proposes."""
+    """By name: (student, pools, seed, steps of the default batch size) -> the student that an arm's trajectory proposes."""
     usual = EV3().batch_size
-    found = {arm.name: _going_on(arm, "explore", usual) for arm in arms_named(student.apply, GRADIENTS)}
+    continued = {arm.name: _continuing(arm, "explore", usual) for arm in arms_named(student.apply, GRADIENTS)}
     for arm in arms_named(student.apply, BALANCED):
-        found[f"{arm.name}, with assess"] = _going_on(arm, "both", usual)
+        continued[f"{arm.name}, with assess"] = _continuing(arm, "both", usual)
     worst = steering.goal("worst_class_accuracy", 0).score
     of_biases = BIASES, EvolutionConfig(pairs=8, sigma=0.3), 0.1
     of_head = HEAD, EvolutionConfig(pairs=16, sigma=0.1), 0.03
-    asked = (
+    strategies = (
         (WORST[0], "assess", student.apply, worst, of_biases),
         (WORST[1], "assess", student.apply, worst, of_head),
         (WORST[2], "explore", student.apply, worst, of_biases),
-        (INT8, "assess", quantised(student.apply), example_scores.accuracy, of_head),
+        (INT8, "assess", quantized(student.apply), example_scores.accuracy, of_head),
     )
-    for name, where, apply, objective, (subspace, config, rate) in asked:
+    for name, where, apply, objective, (subspace, config, rate) in strategies:
         schedule = optax.cosine_decay_schedule(rate, GENERATIONS // config.pairs)
         arm = evolution_arm(name, apply, objective, optax.adam(schedule), config, subspace=subspace)
-        found[name] = _going_on(arm, where, BATCH)
-    return found
+        continued[name] = _continuing(arm, where, BATCH)
+    return continued
 
 
-def _going_on(arm: Arm, where: str, batch_size: int) -> Callable[..., Variables]:
+def _continuing(arm: Arm, where: str, batch_size: int) -> Callable[..., Variables]:
     @jax.jit
     def run(student: Variables, examples: PyTree, seed: int, steps: int) -> Variables:
         draw = draw_from(examples, batches.sampler(batch_size=batch_size), jax.random.key(seed))
@@ -150,7 +151,7 @@ def _going_on(arm: Arm, where: str, batch_size: int) -> Callable[..., Variables]
 
 
 def _examples(pools: Pools, where: str, seed: int) -> PyTree:
-    """What an arm learns from: explore, assess, or both."""
+    """The examples that an arm learns from: explore, assess, or both."""
     explore, assess = pools.explore.examples, pools.assess
     if where == "explore":
         return pools.explore
@@ -164,8 +165,8 @@ def _examples(pools: Pools, where: str, seed: int) -> PyTree:
     return batches.resident(inputs, labels, index, {"logits": np.concatenate(logits)[None]}, seed=seed)
 
 
-def quantised(apply: Apply) -> Apply:
-    """The forward pass with each matrix rounded to 255 multiples of its scale."""
+def quantized(apply: Apply) -> Apply:
+    """The forward pass with every matrix rounded to 255 multiples of its scale."""
 
     def rounded(leaf: jax.Array) -> jax.Array:
         if leaf.ndim < 2:
@@ -181,7 +182,7 @@ def quantised(apply: Apply) -> Apply:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Figures by start and contender, and evolution against the best gradient arm, paired by seed."""
-    told = []
+    parts = []
     for start in dict.fromkeys(row["start"] for row in rows):
         own = [row for row in rows if row["start"] == start]
         names = list(dict.fromkeys(row["contender"] for row in own))
@@ -196,17 +197,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             ]
             for name in names
         ]
-        told.append(
+        parts.append(
             f"From {start}, converged:\n\n"
             + statistics.markdown(["contender", *[f"{f}, %" for f in FIGURES.values()]], body)
         )
-        told.append("; ".join(_against(of, *asked) for asked in ASKED) + ".")
+        parts.append("\n".join(f"- {_against(of, *compared)}" for compared in COMPARED))
     n = len({row["seed"] for row in rows})
-    return "\n\n".join([f"Means over {n} seeds with 95 % t intervals, {rows[0]['cost']:,} steps each.", *told])
+    return "\n\n".join([f"Means over {n} seeds with 95 % t intervals, {rows[0]['cost']:,} steps each.", *parts])
 
 
 def _against(of: Mapping[str, Sequence[dict[str, Any]]], names: Sequence[str], figure: str) -> str:
-    """The best of these evolution strategies less the best gradient arm, both in hindsight."""
+    """The best of some evolution strategies minus the best gradient arm, both by hindsight."""
 
     def best(among: Sequence[str]) -> str:
         return max(among, key=lambda name: sum(row[figure] for row in of[name]))
@@ -214,6 +215,6 @@ def _against(of: Mapping[str, Sequence[dict[str, Any]]], names: Sequence[str], f
     ours, theirs = best(names), best([name for name in of if not name.startswith("evolution")])
     margin = statistics.paired(*[[100 * row[figure] for row in of[name]] for name in (ours, theirs)])
     return (
-        f"{FIGURES[figure]}: {ours} less {theirs}: {statistics.spread(margin, 2)} points, target > 0: "
+        f"{FIGURES[figure]}: {ours} minus {theirs}: {statistics.spread(margin, 2)} points, target > 0: "
         f"{statistics.verdict(margin, 0)}"
     )

@@ -16,7 +16,7 @@ def test_matrices_are_rounded_to_their_own_scale_and_vectors_are_not():
         return inputs, variables
 
     params = {"w": jnp.array([[127.0, -3.4], [0.6, 0.0]]), "b": jnp.array([0.123]), "zero": jnp.zeros((2, 2))}
-    worst_class_evolution.quantised(apply)(Variables(params, {}), jnp.zeros(1), train=False)
+    worst_class_evolution.quantized(apply)(Variables(params, {}), jnp.zeros(1), train=False)
     np.testing.assert_allclose(seen[0]["w"], [[127, -3], [1, 0]])
     np.testing.assert_array_equal(seen[0]["b"], params["b"])
     np.testing.assert_array_equal(seen[0]["zero"], params["zero"])
@@ -47,6 +47,6 @@ def test_the_table_compares_with_the_best_gradient_in_hindsight():
         for seed in range(3) for name, (worst, int8) in figures.items()
     ]  # fmt: skip
     text = worst_class_evolution.table(rows)
-    assert "worst class: evolution, last biases less kd4: 2.00 (2.00 to 2.00) points, target > 0: held" in text
-    assert "accuracy as int8: evolution, as int8 less ce-balanced: -0.50 (-0.50 to -0.50) points" in text
+    assert "worst class: evolution, last biases minus kd4: 2.00 (2.00 to 2.00) points, target > 0: held" in text
+    assert "accuracy as int8: evolution, as int8 minus ce-balanced: -0.50 (-0.50 to -0.50) points" in text
     assert "| kd4 | 83.00 ± " in text
