@@ -18,7 +18,7 @@ def test_simulation_detects_a_rule_that_overspends_its_error_budget(monkeypatch,
         ended = false_promotions._simulate("near-copies", rule, 60)(jax.random.split(jax.random.key(0), runs))
         return int(ended.false.sum())
 
-    assert promoted_falsely(40) <= 6  # beyond that with probability 2e-3 were the rate 0.05
+    assert promoted_falsely(40) <= 6  # beyond that with probability 2e-3 if the rate were 0.05
     monkeypatch.setattr(adapt, "level", lambda budget, closing: jnp.float32(0.4))
     assert promoted_falsely(40) >= 20
     false_promotions._simulate.cache_clear()
@@ -26,15 +26,17 @@ def test_simulation_detects_a_rule_that_overspends_its_error_budget(monkeypatch,
 
 def test_candidates_win_and_lose_the_documented_shares():
     key = jax.random.key(0)
-    run = false_promotions._begun(key, 0.9)
+    run = false_promotions._initial_run(key, 0.9)
     run = run._replace(champion=jax.tree.map(lambda h: jnp.where(jnp.arange(h.size) < 922, 1.0, 0.0), run.champion))
     for kind, won, lost in (
         ("near-copies", 0.03, 0.03),
         (false_promotions._BETTER, 0.04, 0.02),
         ("after gains", 0.05, 0.01),
     ):
-        made = [false_promotions._candidate(k, kind, run, jnp.int32(0))[0].decide for k in jax.random.split(key, 100)]
-        difference = np.stack(made) - np.asarray(run.champion.decide)
+        decides = [
+            false_promotions._candidate(k, kind, run, jnp.int32(0))[0].decide for k in jax.random.split(key, 100)
+        ]
+        difference = np.stack(decides) - np.asarray(run.champion.decide)
         np.testing.assert_allclose((difference > 0).mean(), won, atol=0.002)  # 5 standard errors
         np.testing.assert_allclose((difference < 0).mean(), lost, atol=0.002)
 
@@ -54,9 +56,9 @@ def test_table_pools_runs_and_judges_the_worst_rate():
     ]
     text = false_promotions.table(rows)
     assert "| equal | 0.2 (0.1 to 0.5) | 5.0 (4.1 to 6.0) |" in text  # intervals of Clopper and Pearson
-    assert "upper limit of 6.5 %: held" in text
+    assert "an upper limit of at most 6.5 %: held" in text
     assert "| iterations up to a promotion, mean | 5.0 | 7.0 |" in text
     assert "one of five: target ≥ 70 %: missed." in text
-    assert "upper limit of 6.5 %: missed" in false_promotions.table(
+    assert "an upper limit of at most 6.5 %: missed" in false_promotions.table(
         [*rows, row("false", "equal", "ev3, always asking", 30, 100)]
     )

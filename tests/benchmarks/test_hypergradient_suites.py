@@ -1,4 +1,4 @@
-"""What the suites about hypergradients measure is what they say, and their tables tell it."""
+"""The suites on hypergradients, rotation, tuning and example weights: their measurements and their tables."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def one_dimensional():
     return list(hypergradient_one_dimension.collect(seeds=1, size="smoke", done=[]))
 
 
-def test_one_dimension(one_dimensional):
+def test_exact_methods_match_the_true_hypergradient_in_one_dimension(one_dimensional):
     names = [row["contender"] for row in one_dimensional]
     done = [("one dimension", name, 0) for name in names] + [("trajectory", "K = 2", 0), ("trajectory", "K = 10", 0)]
     assert list(hypergradient_one_dimension.collect(seeds=1, size="smoke", done=done)) == []
@@ -35,14 +35,14 @@ def test_one_dimension(one_dimensional):
                 mean, hypergradient_one_dimension.truth(lams), atol=2e-3 if "guided" in name else 1e-4
             )
             assert std.max() < 1e-3 and n == 4
-    told = hypergradient_one_dimension.table(one_dimensional)
-    assert "| jvp at x*, Newton's rate | 0.00" in told and "4 trials at each of 20 lambdas" in told
+    text = hypergradient_one_dimension.table(one_dimensional)
+    assert "| jvp at x*, Newton's rate | 0.00" in text and "4 trials at each of 20 lambdas" in text
     paths = next(row for row in one_dimensional if row["question"] == "trajectory")
     assert np.shape(paths["evograd"]) == np.shape(paths["truth"]) == (5, 6, 2)
     assert paths["truth"][0][0] == paths["evograd"][0][0] == pytest.approx((-1.8, 0.2))
 
 
-def test_the_closed_form_is_an_integral():
+def test_closed_form_equals_its_integral_by_quadrature():
     """Over x from N(0, 1): -(1 / tau) <v, covariance of copy and slope> under Gaussian weights, by quadrature."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(20)
     for lam in (0.1, 1.0, 2.0):
@@ -76,19 +76,19 @@ def rows_of_costs():
     ]  # fmt: skip
 
 
-def test_table_and_plot(one_dimensional):
+def test_table_compares_methods_with_their_targets(one_dimensional):
     rows = one_dimensional + rows_of_costs()
-    told = hypergradient_methods.table(rows)
-    assert "jvp / plain KD: 1.10, target ≤ 1.15: held" in told
-    assert "jvp / reverse over reverse: 0.37, target ≤ 0.5: held" in told
-    assert "evograd, K = 64 / evograd, K = 2: 1.60, target ≤ 1.05: missed" in told
-    assert "jvp / reverse over reverse: 1.00 (1.00 to 1.00), target ≤ 0.7: missed" in told
-    assert "5 steps of tuned KD / 5 steps of plain KD: 1.30 (1.30 to 1.30), target ≤ 1.4: held" in told
-    assert "jvp: least 1.00000, target ≥ 0.999: held; guided: least 0.98000, target ≥ 0.99: missed" in told
+    text = hypergradient_methods.table(rows)
+    assert "jvp / plain KD: 1.10, target ≤ 1.15: held" in text
+    assert "jvp / reverse over reverse: 0.37, target ≤ 0.5: held" in text
+    assert "evograd, K = 64 / evograd, K = 2: 1.60, target ≤ 1.05: missed" in text
+    assert "jvp / reverse over reverse: 1.00 (1.00 to 1.00), target ≤ 0.7: missed" in text
+    assert "5 steps of tuned KD / 5 steps of plain KD: 1.30 (1.30 to 1.30), target ≤ 1.4: held" in text
+    assert "jvp: least 1.00000, target ≥ 0.999: held; guided: least 0.98000, target ≥ 0.99: missed" in text
     assert len(hypergradient_methods.plot(rows).axes) == 9
 
 
-def test_images_turn_as_pillow_turns_them():
+def test_rotation_matches_pillow_and_has_a_derivative():
     rng = np.random.default_rng(0)
     image = np.asarray(
         Image.fromarray(rng.integers(0, 256, (7, 7), np.uint8)).resize((28, 28), Image.Resampling.BICUBIC)
@@ -103,20 +103,20 @@ def test_images_turn_as_pillow_turns_them():
     assert jnp.isfinite(slope)
 
 
-def test_table_of_rotation():
+def test_rotation_table_judges_angle_and_accuracy():
     rows = [
         {"contender": name, "seed": i, "angle": angle, "last": angle, "accuracy": right, "path": [0.0, angle]}
         for name, angle, right in (("plain", 0.0, 0.82), ("carried", 29.5, 0.982))
         for i in range(2)
     ]
-    told = rotation_angle.table(rows)
-    assert "| carried | 29.50 ± 0.00 | 29.50 ± 0.00 | 98.20 ± 0.00 |" in told
-    assert "30 ± 2 degrees with a spread of at most 2: held; at least 98.1 %: held" in told
-    assert rotation_angle.table([]) == "MNIST is not at hand."
+    text = rotation_angle.table(rows)
+    assert "| carried | 29.50 ± 0.00 | 29.50 ± 0.00 | 98.20 ± 0.00 |" in text
+    assert "30 ± 2 degrees with a spread of at most 2: held; at least 98.1 %: held" in text
+    assert rotation_angle.table([]) == "MNIST is missing."
     assert len(rotation_angle.plot(rows).axes) == 1
 
 
-def test_table_of_tuning():
+def test_tuning_table_pairs_gains_over_the_best_cell():
     rows = [
         {"data": "mnist", "contender": name, "seed": i, "assess": right, "accuracy": right + 0.001 * i}
         for name, right in (
@@ -132,38 +132,38 @@ def test_table_of_tuning():
                 {"data": "mnist", "contender": name, "seed": i, "assess": 0, "accuracy": 0.939 + 0.001 * i, **found}
                 for i in range(3)
             ]
-    told = tuned_arm.table(rows)
-    assert told.startswith("**mnist**, 3 seeds") and told.count("**") == 2
-    assert "the best cell (T = 4, mix 0.9)" in told
-    assert "-0.10 (-0.10 to -0.10) over the best cell (T = 4, mix 0.9)" in told
-    assert "Target ≥ -0.2 over the best cell: held" in told
-    assert "temperature 3.00, mix 0.60" in told
+    text = tuned_arm.table(rows)
+    assert text.startswith("**mnist**, 3 seeds") and text.count("**") == 2
+    assert "the best cell (T = 4, mix 0.9)" in text
+    assert "-0.10 (-0.10 to -0.10) over the best cell (T = 4, mix 0.9)" in text
+    assert "Target ≥ -0.2 over the best cell: held" in text
+    assert "temperature 3.00, mix 0.60" in text
 
 
-def test_flipped_labels():
-    """Two classes in five labels are wrong, and each class is mistaken for two others, evenly."""
+def test_labels_are_flipped_to_two_classes_with_the_documented_rate():
+    """Two of five labels are wrong, and each class is mistaken for two others, evenly."""
     labels = jnp.asarray(np.random.default_rng(0).integers(0, 10, 20_000), jnp.int32)
-    given = np.asarray(example_weights.flip(labels, 3))
-    wrong = given != labels
+    flipped = np.asarray(example_weights.flip(labels, 3))
+    wrong = flipped != labels
     np.testing.assert_allclose(wrong.mean(), 0.4, atol=0.02)
     for label in range(10):
-        taken, counts = np.unique(given[wrong & (labels == label)], return_counts=True)
+        taken, counts = np.unique(flipped[wrong & (labels == label)], return_counts=True)
         assert len(taken) == 2 and label not in taken and abs(counts[0] / counts.sum() - 0.5) < 0.07
-    assert (given == example_weights.flip(labels, 3)).all() and (given != example_weights.flip(labels, 4)).any()
+    assert (flipped == example_weights.flip(labels, 3)).all() and (flipped != example_weights.flip(labels, 4)).any()
 
 
-def test_a_misled_teacher_takes_three_classes_for_the_next():
+def test_misled_teacher_takes_three_classes_for_the_next():
     labels = jnp.arange(10)
-    says = 9 * jnp.eye(10)[None] + jnp.arange(10.0)  # [V, N, K]: right, with second thoughts
+    says = 9 * jnp.eye(10)[None] + jnp.arange(10.0)  # [V, N, K]: right, with a second-best class
     misled = example_weights.mislead(says, labels)
     wanted = [label + 1 if label in example_weights.MISLED else label for label in range(10)]
     assert misled[0].argmax(-1).tolist() == wanted
-    np.testing.assert_array_equal(jnp.sort(misled, -1), jnp.sort(says, -1))  # as sure as it was
+    np.testing.assert_array_equal(jnp.sort(misled, -1), jnp.sort(says, -1))  # the same values
     sound = np.setdiff1d(np.arange(10), example_weights.MISLED)
     np.testing.assert_array_equal(misled[0, sound], says[0, sound])
 
 
-def test_auroc_by_hand():
+def test_auroc_matches_hand_computed_values():
     positive = np.array([True, True, False, False])
     assert example_weights.auroc(np.array([4.0, 3.0, 2.0, 1.0]), positive) == 1
     assert example_weights.auroc(np.array([1.0, 2.0, 3.0, 4.0]), positive) == 0
@@ -171,7 +171,7 @@ def test_auroc_by_hand():
     assert example_weights.auroc(np.ones(4), positive) == 0.5
 
 
-def test_noise_measures_every_contender(monkeypatch):
+def test_example_weights_measure_every_missing_contender(monkeypatch):
     subject = example_weights.SUBJECTS["smoke"]._replace(steps=20)
     monkeypatch.setitem(example_weights.SUBJECTS, "smoke", subject)
     digits = load_data("digits")
@@ -184,12 +184,12 @@ def test_noise_measures_every_contender(monkeypatch):
     steps = {row["contender"]: row["steps"] for row in rows}
     assert steps["KD, misled, longer"] == 28 and steps["weights"] == 20
     areas = {key: row.get("auroc") for key, row in zip(named, rows, strict=True)}
-    assert areas["teacher", "KD, misled"] == 1  # the teacher's loss by a label that is right
+    assert areas["teacher", "KD, misled"] == 1  # the teacher's loss on right labels
     assert areas["labels", "right labels"] is None is areas["labels", "known labels alone"]
     assert 0 <= areas["labels", "weights"] <= 1
 
 
-def test_table_of_noise():
+def test_example_weights_table_pairs_gains_and_judges_auroc():
     def row(wrong, contender, seed, accuracy, **more):
         return {"wrong": wrong, "contender": contender, "seed": seed, "accuracy": accuracy, "steps": 100} | more
 
@@ -199,8 +199,8 @@ def test_table_of_noise():
         for name in names
         for seed in range(3)
     ]
-    told = example_weights.table(rows)
-    assert "| weights | 91.10 ± 0.25 | 0.900 ± 0.025 | 100 |" in told
-    assert "1.00 (1.00 to 1.00) over labels as given (target > 0: held)" in told
-    assert "1.00 (1.00 to 1.00) over KD, misled (target > 0: held)" in told
-    assert told.count("Their least AUROC: 0.890, target ≥ 0.9: missed.") == 2
+    text = example_weights.table(rows)
+    assert "| weights | 91.10 ± 0.25 | 0.900 ± 0.025 | 100 |" in text
+    assert "1.00 (1.00 to 1.00) over labels as given (target > 0: held)" in text
+    assert "1.00 (1.00 to 1.00) over KD, misled (target > 0: held)" in text
+    assert text.count("Their smallest AUROC: 0.890, target ≥ 0.9: missed.") == 2
