@@ -1,15 +1,15 @@
 """What changed beyond noise between two results of one suite: every measurement of every group, at one error rate for all.
 
-A row's measurements are its numbers that are not in KEY, those within a table of names too, or what the suite's
-`measures(row)` says. A group is the rows that differ in the suite's `REPEATS` alone, by default in `seed`. Where at least two
-repetitions are on both sides, their differences are taken in pairs (Student's t), else all values are compared (Welch's t).
+A row's measurements are its numbers outside of KEY, those in a nested table included, or the suite's `measures(row)`. A group
+is the set of rows that differ only in the suite's `REPEATS`, by default `seed`. If both sides have at least two common
+repetitions, their differences are taken in pairs (Student's t); otherwise all values are compared (Welch's t).
 
 `changed` are differences whose p-value is at most 5 % after Holm's correction for the number of comparisons: their interval
-excludes zero at the level that the correction leaves. Of all comparisons in which nothing changed, at most 5 % name any change.
-Where all values are alike no t interval tells of chance; then p is that of the sign of the pairs, or of the two sets' order.
+excludes zero at the corrected level. If nothing changed, a comparison names any change with a probability of at most 5 %. If
+all values are alike, a t interval does not apply; then p is that of the sign of the pairs, or of the order of the two sets.
 
-No comparisons: what is one value in all repetitions of a group on both sides; settings, fields that are so in every group of
-a side; times, the suite's `TIMED`, where the machines differ; and what was measured once or is not finite.
+Not compared: fields with one value in all repetitions of a group on both sides; settings, which are constant in every group
+of a side; times, the suite's `TIMED`, if the machines differ; and values that were measured once or are not finite.
 """
 
 import math
@@ -26,37 +26,37 @@ from ev3_distill.benchmarks.results_folder import Results
 from ev3_distill.errors import InputError
 
 ALPHA = 1 - statistics.CONFIDENCE
-SHOWN = 20  # groups that are named where rows are on one side alone, at most
+SHOWN = 20  # largest number of groups listed if rows are on one side only
 SAME, SETTING = "the same", "a setting"
 _ROUNDING = 1e-9  # relative
-FIELD = " / "  # between the names of a field within a field
+FIELD = " / "  # between the names of nested fields
 
-Group = tuple[tuple[str, Any], ...]  # fields of KEY with their values, repetitions apart
+Group = tuple[tuple[str, Any], ...]  # fields of KEY without repetitions, with their values
 Repeat = tuple[Any, ...]
 
 
 class Difference(NamedTuple):
-    """After less before, of one measurement in one group."""
+    """After minus before, of one measurement in one group."""
 
     before: float  # means
     after: float
-    interval: statistics.Interval  # 95 %, by itself
-    of: str  # what stands behind it
-    p: float  # two-sided, before any correction; nan where nothing can be said
+    interval: statistics.Interval  # 95 %, without correction
+    of: str  # the number of values or pairs
+    p: float  # two-sided, without correction; NaN if there are too few values
 
 
 class Line(NamedTuple):
-    """A measurement of a group, or why it was not compared."""
+    """A measurement of a group, or the reason why it was not compared."""
 
     group: Group
     field: str
     difference: Difference
-    instead: str = ""  # why it is no comparison
+    instead: str = ""  # the reason why it was not compared
     adjusted: float = math.nan  # p after Holm's correction
 
     @property
     def changed(self) -> bool:
-        """Beyond noise."""
+        """Whether the difference is beyond noise."""
         return self.adjusted <= ALPHA
 
 
@@ -64,7 +64,7 @@ def compared(before: Results, after: Results) -> list[Line]:
     """Every measurement that both sides have, in the order of the rows.
 
     Raises:
-      InputError: the results are of two suites or sizes.
+      InputError: the results are of different suites or sizes.
     """
     for name in ("suite", "size"):
         if before.header[name] != after.header[name]:
@@ -89,7 +89,7 @@ def compared(before: Results, after: Results) -> list[Line]:
 
 
 def difference(before: Mapping[Repeat, float], after: Mapping[Repeat, float]) -> Difference:
-    """Of finite values by repetition."""
+    """The difference of finite values by repetition."""
     common = [repeat for repeat in before if repeat in after]
     if len(common) >= 2 or (common and min(len(before), len(after)) == 1):
         return _paired([before[repeat] for repeat in common], [after[repeat] for repeat in common])
@@ -118,12 +118,12 @@ def _unpaired(x: Sequence[float], y: Sequence[float]) -> Difference:
 
 
 def _alike(values: Any, *scales: Sequence[float]) -> bool:
-    """Whether they are one value, but for rounding."""
+    """Whether all values are the same up to rounding."""
     return bool(np.ptp(values) <= _ROUNDING * max(np.abs(scale).max() for scale in scales))
 
 
 def _certain(moved: float, least: float) -> float:
-    """p where the values leave nothing to chance."""
+    """The p-value if all values are alike: the smallest possible one if they moved."""
     return least if moved else 1.0
 
 
@@ -163,7 +163,7 @@ def _measured(results: Results) -> dict[Group, dict[str, dict[Repeat, float]]]:
 
 
 def measures(suite: ModuleType, row: Mapping[str, Any]) -> dict[str, float]:
-    """What a row measured, by field; nan where it is null."""
+    """A row's measurements by field; NaN for null."""
     found = suite.measures(row) if hasattr(suite, "measures") else dict(_numbers(row, suite.KEY))
     return {field: math.nan if value is None else float(value) for field, value in found.items()}
 
@@ -190,7 +190,7 @@ def _named(row: Mapping[str, Any], key: Sequence[str], repeats: Sequence[str]) -
 
 
 def _settings(sides: Sequence[Mapping[Group, Mapping[str, Mapping[Repeat, float]]]]) -> set[str]:
-    """Fields that have one value in each group of each side, and more than one repetition in some."""
+    """Fields with one value in each group of each side, and more than one repetition in some group."""
     varies, repeated = set(), set()
     for side in sides:
         for fields in side.values():
@@ -200,11 +200,11 @@ def _settings(sides: Sequence[Mapping[Group, Mapping[str, Mapping[Repeat, float]
     return repeated - varies
 
 
-# What is told.
+# Text.
 
 
 def table(before: Results, after: Results, names: tuple[str, str]) -> str:
-    """What changed, Markdown: the answer first.
+    """What changed, as Markdown, with the answer first.
 
     Args:
       before: one side.
@@ -248,14 +248,14 @@ def _sides(before: Results, after: Results) -> str:
 
 
 def _warnings(before: Results, after: Results) -> list[str]:
-    """What the figures cannot be held to."""
+    """Limits of the comparison."""
     told = []
     if before.header["machine"] != after.header["machine"]:
         told.append("**The machines differ: times are not compared.**")
     elif getattr(before.suite, "TIMED", ()):
-        told.append("Times follow what else ran on the machine, which no row tells.")
+        told.append("Times depend on the machine's other load, which is not recorded.")
     if before.header["code"] == after.header["code"] and before.header["versions"] == after.header["versions"]:
-        told.append("Code and versions are the same: a change is none of theirs.")
+        told.append("Code and versions are the same: they explain no change.")
     return [" ".join(told)] if told else []
 
 
@@ -272,7 +272,7 @@ def _differences(lines: Sequence[Line]) -> str:
 
 
 def _plain(lines: Sequence[Line]) -> str:
-    """Values that are no comparison, and why."""
+    """Values that are not compared, and why."""
     body = []
     for line in lines:
         means = (line.difference.before, line.difference.after)
@@ -281,7 +281,7 @@ def _plain(lines: Sequence[Line]) -> str:
 
 
 def _digits(*scales: float) -> int:
-    """Decimals that show two digits of the first scale that is not zero."""
+    """Number of decimals that show two digits of the first nonzero scale."""
     scale = next((abs(scale) for scale in scales if math.isfinite(scale) and scale), 1.0)
     return min(12, max(0, 1 - math.floor(math.log10(scale))))
 
@@ -295,7 +295,7 @@ def _of(group: Group) -> str:
 
 
 def _alone(before: Results, after: Results) -> list[str]:
-    """Rows without a partner, by group."""
+    """Rows on one side only, by group."""
     key, repeats, told = before.suite.KEY, _repeats(before.suite), []
     one, other = ({_named(row, key, repeats): None for row in side.rows} for side in (before, after))
     for name, alone in (("before", [x for x in one if x not in other]), ("after", [x for x in other if x not in one])):
@@ -310,11 +310,11 @@ def _alone(before: Results, after: Results) -> list[str]:
 
 
 def _not_compared(before: Results, after: Results, lines: Sequence[Line]) -> list[str]:
-    """Measurements that could not be, and fields that are no numbers."""
+    """Measurements that could not be compared, and fields that are not numbers."""
     told = [_plain(lines)] if lines else []
     if not hasattr(before.suite, "measures"):
         rows = [*before.rows, *after.rows]
         numbers = {field.split(FIELD)[0] for row in rows for field in measures(before.suite, row)}
         words = dict.fromkeys(field for row in rows for field in row if field not in numbers | {*before.suite.KEY})
-        told += [f"Fields that are no numbers: {', '.join(f'`{field}`' for field in words)}."] if words else []
+        told += [f"Fields that are not numbers: {', '.join(f'`{field}`' for field in words)}."] if words else []
     return ["## Not compared", *told] if told else []

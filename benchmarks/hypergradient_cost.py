@@ -127,18 +127,20 @@ def initial_student(network: Network, seed: int) -> Student:
     return Student(variables, OPTIMIZER.init(variables.params))
 
 
+def _random_batch(rng: np.random.Generator, n: int, shape: tuple[int, ...]) -> Batch:
+    return Batch(
+        jnp.asarray(rng.random((n, *shape)), jnp.float32), jnp.asarray(rng.integers(0, 10, n)),
+        {"logits": jnp.asarray(rng.normal(0, 3, (n, 10)), jnp.float32)}, jnp.arange(n), jnp.ones(n),
+    )  # fmt: skip
+
+
 def programs(name: str, size: str) -> tuple[dict[str, Any], Inputs, int]:
     """Jitted programs by name, their common inputs, and the number of the network's parameters."""
     shape = IMAGE[size]
     network = students.from_name(NETWORKS[size][name], shape, 10)
     student = initial_student(network, 0)
     rng, n = np.random.default_rng(0), BATCH[size]
-    batch, val = (
-        Batch(
-            jnp.asarray(rng.random((n, *shape)), jnp.float32), jnp.asarray(rng.integers(0, 10, n)),
-            {"logits": jnp.asarray(rng.normal(0, 3, (n, 10)), jnp.float32)}, jnp.arange(n), jnp.ones(n),
-        ) for _ in range(2)
-    )  # fmt: skip
+    batch, val = (_random_batch(rng, n, shape) for _ in range(2))
     params = student.variables.params
     # Only the shape of the gradient matters.
     inputs = Inputs(jax.random.key(0), student, initial_hyperparameters(size), batch, val, gradient=params)
