@@ -53,10 +53,7 @@ def evograd(
     Raises:
       ValueError: fewer than two copies, or an unknown distribution.
     """
-    if copies < 2:
-        raise ValueError(f"evograd compares at least 2 copies; got {copies}: use 2, as published, or more")
-    if noise not in NOISE_DISTRIBUTIONS:
-        raise ValueError(f"noise must be one of {', '.join(NOISE_DISTRIBUTIONS)}; got '{noise}': use one of these")
+    _check(copies, noise)
     params, hyper, train_loss, val_loss = problem
     keys = jax.random.split(key, copies)
 
@@ -69,8 +66,7 @@ def evograd(
     losses_K, slopes = jax.lax.map(evaluated, keys, batch_size=at_once)
     finite_K = finite_copies(losses_K, slopes)
     left = finite_K.sum()
-    weights_K = jax.nn.softmax(jnp.where(finite_K, -losses_K / tau, -jnp.inf))
-    weights_K = jnp.where(left > 0, weights_K, 0)
+    weights_K = _weights(losses_K, finite_K, left, tau)
 
     def add(i: jax.Array, total: PyTree) -> PyTree:
         return jax.tree.map(lambda x, e: x + weights_K[i].astype(x.dtype) * e, total, shift(keys[i]))
@@ -83,6 +79,19 @@ def evograd(
     discarded = (copies - left).astype(jnp.int32)
     gradient = jax.tree.map(lambda slope: _pulled(pull_K, weights_K, finite_K, slope), slopes)
     return gradient, HypergradientInfo(val, jnp.full_like(val, jnp.nan), discarded, left > 1)
+
+
+def _check(copies: int, noise: str) -> None:
+    if copies < 2:
+        raise ValueError(f"evograd compares at least 2 copies; got {copies}: use 2, as published, or more")
+    if noise not in NOISE_DISTRIBUTIONS:
+        raise ValueError(f"noise must be one of {', '.join(NOISE_DISTRIBUTIONS)}; got '{noise}': use one of these")
+
+
+def _weights(losses_K: jax.Array, finite_K: jax.Array, left: jax.Array, tau: float) -> jax.Array:
+    """Softmax of the negative losses over the `left` finite copies, [K]; 0 if there are none."""
+    weights_K = jax.nn.softmax(jnp.where(finite_K, -losses_K / tau, -jnp.inf))
+    return jnp.where(left > 0, weights_K, 0)
 
 
 def _shift(key: jax.Array, params: PyTree, sigma: float, noise: str) -> PyTree:

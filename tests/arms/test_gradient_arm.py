@@ -21,7 +21,7 @@ from ev3_distill.arms import (
 )
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.arms.optimizers import adamw
-from ev3_distill.arms.zoo import CONVOLUTIONAL, up_and_down
+from ev3_distill.arms.zoo import CONVOLUTIONAL, round_late, up_and_down
 from ev3_distill.config import EV3
 from ev3_distill.core import Algorithm, Objectives, initial_state, make_step
 from ev3_distill.core.explore import draw_from
@@ -362,6 +362,42 @@ def test_an_annealed_arm_stops_where_the_budget_ends():
         whole,
         START,
     )
+
+
+def first_step(name, spent=0.0):
+    """Largest change of a parameter in the first step of an arm of the zoo."""
+    (arm,) = arms_named(MLP.apply, [name])
+    state, _ = arm.propose(arm.init(START), DRAW, stretch(0, 1, spent=spent))
+    changes = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.iterate.params, START.params)
+    return max(jax.tree.leaves(changes))
+
+
+@pytest.mark.parametrize(("name", "size"), [("ce", 0.01), ("ce-slow", 0.001), ("kd4-fast", 0.03)])
+def test_learning_rates_of_the_zoo(name, size):
+    """Adam's first step has the size of its rate."""
+    np.testing.assert_allclose(first_step(name), size, rtol=0.02)
+
+
+def test_evolution_arms_take_a_generation_of_64_members_in_21_steps():
+    (arm,) = arms_named(MLP.apply, ["es-accuracy"])
+    state, _ = propose(arm, arm.init(START), 0, 41)
+    assert state.evolution.generation == 1 and state.unspent == 20
+    changes = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.evolution.mean, START.params)
+    np.testing.assert_allclose(max(jax.tree.leaves(changes)), 3e-3, rtol=0.02)
+
+
+def test_rounding_starts_at_three_quarters_of_the_budget():
+    assert [float(round_late(jnp.float32(spent))) for spent in (0.0, 0.74, 0.75, 1.0)] == [0, 0, 1, 1]
+
+
+def test_default_average_has_eta_8():
+    """Step i of t then has a weight proportional to i (i + 1) ... (i + 7)."""
+    arm = gradient_arm("a", linear_apply, squared, optax.sgd(0.1))
+    _, proposed = propose(arm, arm.init(linear_start()), 0, 30)
+    iterates, _ = trajectory(linear_start(), 0.1, 30)
+    weights = np.array([math.prod(range(i, i + 8)) for i in range(1, 31)], np.float64)
+    expected = np.tensordot(weights / weights.sum(), iterates, 1)
+    np.testing.assert_allclose(proposed.params["w"], expected, rtol=2e-4, atol=1e-5)
 
 
 def test_default_arms():

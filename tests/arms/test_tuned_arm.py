@@ -282,6 +282,31 @@ def test_held_out_batches_follow_the_step_alone():
     assert (one.inputs == examples.inputs[one.index]).all()
 
 
+def test_outer_step_every_five_steps_moves_numbers_by_a_fifth():
+    """Adam's first step has the size of its rate."""
+    arm = tuned_arm("tuned", apply, optax.adam(1e-2), TuningConfig(tune=("temperature", "weights")))
+    draw, held = drawing(split(0)), held_from(split(1), jax.random.key(1), batch_size=64)
+    start = arm.init(fresh())
+    propose = jax.jit(lambda state, where: arm.propose(state, draw, where, held)[0])
+    four, five = propose(start, stretch(0, 4)), propose(start, stretch(0, 5))
+    assert four.tuned.steps == 0 and five.tuned.steps == 1
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), five.tuned.free, start.tuned.free)
+    np.testing.assert_allclose(moved["temperature"], 0.2, rtol=1e-3)
+
+
+def test_held_out_gradient_is_computed_in_halves():
+    sizes = set()
+
+    def observed(variables, inputs, *, train, key=None):
+        sizes.add(len(inputs))
+        return apply(variables, inputs, train=train, key=key)
+
+    arm = tuned_arm("tuned", observed, optax.adam(1e-2), TuningConfig(every=1))
+    held = held_from(split(1), jax.random.key(1), batch_size=64)
+    jax.eval_shape(lambda state: arm.propose(state, drawing(split(0)), stretch(0, 1), held), arm.init(fresh()))
+    assert sizes == {32}  # of 32 training and 64 held-out examples
+
+
 def test_what_cannot_be_tuned():
     assert TUNABLE == ("temperature", "mix", "weights", "rate", "noise")
     with pytest.raises(InputError, match="temperature, mix, weights, rate, noise; got 'depth'"):

@@ -86,6 +86,12 @@ def test_outer_steps_and_their_average():
     np.testing.assert_allclose(averaged_values(hp.LOG, tuned), np.exp(tuned.average))
 
 
+def test_average_keeps_nine_tenths_by_default():
+    state = outer_step(outer_init(hp.FREE, 1.0, optax.sgd(1.0)), jnp.float32(1), optax.sgd(1.0))
+    assert state.free == 0
+    np.testing.assert_allclose(state.average, 0.9)
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     optimizer = optax.adam(0.1)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 from conftest import once
@@ -199,7 +200,25 @@ def test_what_makes_no_group_is_told(given, told_, monkeypatch):
         distributed.join_processes(*given)
 
 
-def test_meshes_are_of_devices_that_are_there():
+def test_processes_have_a_minute_to_connect_and_20_seconds_of_silence(monkeypatch):
+    options = {}
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *_, **named: options.update(named))
+    monkeypatch.setattr(distributed, "cores", lambda: 3)
+    monkeypatch.delenv("NPROC", raising=False)
+    distributed.join_processes(2, "localhost:1234", 0)
+    assert (options["initialization_timeout"], options["heartbeat_timeout_seconds"]) == (60, 20)
+    assert os.environ.pop("NPROC") == "4"  # threads of XLA at least
+
+
+def test_sums_in_fixed_order_are_for_up_to_eight_devices():
+    for devices in (1, 2, 4, 8):
+        spread = distributed.spread_over(SimpleNamespace(size=devices, axis_names=("pairs",)), fixed_order=True)
+        assert spread.parts * devices == 8
+    with pytest.raises(InputError, match="divides 8; got 16"):
+        distributed.spread_over(SimpleNamespace(size=16, axis_names=("pairs",)), fixed_order=True)
+
+
+def test_mesh_needs_devices_that_exist():
     assert distributed.make_mesh(1).size == 1
     with pytest.raises(InputError, match="got 99"):
         distributed.make_mesh(99)

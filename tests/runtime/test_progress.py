@@ -47,7 +47,7 @@ def count(clock, updates):
 
 
 def test_count_prints_plain_lines_every_five_seconds(clock, capsys):
-    count(clock, [(0, 200), (1, 300), (6, 500), (7, 600), (16, 1000)])
+    count(clock, [(0, 200), (1, 300), (4, 400), (6, 500), (7, 600), (16, 1000)])
     assert capsys.readouterr().err.splitlines() == [
         "teacher: 800 of 1,000 rows to do",
         "teacher: 50%, 500 of 1,000 rows, 50 rows/s, 10 s left",
@@ -87,7 +87,13 @@ def test_count_shows_a_bar_on_a_terminal(monkeypatch):
 
 def test_run_prints_promotions_at_once_and_other_rows_every_five_seconds(clock, capsys):
     with RunProgress("student", steps=400, seconds=None) as shown:
-        for now, changes in ((0, {}), (1, {"cost": 100}), (6, {"cost": 150}), (7, {"cost": 200, "verdict": "promote"})):
+        for now, changes in (
+            (0, {}),
+            (1, {"cost": 100}),
+            (4, {"cost": 120}),
+            (6, {"cost": 150}),
+            (7, {"cost": 200, "verdict": "promote"}),
+        ):
             clock.append(now)
             shown.row(ROW | changes)
     first, legend, *lines = capsys.readouterr().err.splitlines()
