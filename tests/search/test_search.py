@@ -78,7 +78,9 @@ def test_the_smallest_that_meets_the_guard_is_delivered(searched):
     }
     page = (run / "report.html").read_text()
     assert "<h2>Sizes</h2>" in page
-    assert f"Delivered: no. {delivered['number']} of the sizes below, the smallest that met all guards on decide" in page
+    assert (
+        f"Delivered: no. {delivered['number']} of the sizes below, the smallest that met all guards on decide" in page
+    )
     assert delivered["network"] in page
 
 
@@ -122,7 +124,10 @@ def test_a_size_gets_three_attempts_and_the_best_of_them_continues(cli, here, mo
     assert preferred["p_value"] > surer["p_value"]
     assert outcome["delivered"] == preferred["number"] and all(guard["certified"] for guard in report["guards"])
     page = (here / "run" / "report.html").read_text()
-    assert f"Delivered: no. {preferred['number']} of the sizes below, smaller than any that met all guards on decide" in page
+    assert (
+        f"Delivered: no. {preferred['number']} of the sizes below, smaller than any that met all guards on decide"
+        in page
+    )
     assert f"opened for no. {preferred['number']} and no. {surer['number']}; the second is delivered if" in page
 
 
