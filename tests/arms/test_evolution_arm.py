@@ -1,4 +1,4 @@
-"""Evolution at work: the arm, subspaces that move alone, and unrolled computations."""
+"""The evolution arm and its parameter subspaces."""
 
 import functools
 
@@ -7,16 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from toy_landscapes import KEY, arrays_like
+from toy_landscapes import KEY, random_variables
 
 from ev3_distill import students
 from ev3_distill.arms.evolution_arm import evolution_arm
 from ev3_distill.errors import InputError
-from ev3_distill.evolution import EvolutionConfig, UnrollConfig, noise_reuse, parameters_named
+from ev3_distill.evolution import EvolutionConfig, parameters_named
 from ev3_distill.tasks.classification import example_scores, steering
 from ev3_distill.types import Batch, Stretch
-
-# The arm.
 
 N, F, K = 64, 4, 3
 
@@ -33,7 +31,7 @@ def make_batch(seed):
 
 BATCH = make_batch(0)
 MLP = students.from_name("mlp:hidden=8", (F,), K)
-START = arrays_like(MLP)
+START = random_variables(MLP)
 
 
 def draw(step):
@@ -41,16 +39,16 @@ def draw(step):
 
 
 @functools.cache
-def proposing(arm):
+def compiled_propose(arm):
     return jax.jit(lambda state, stretch: arm.propose(state, draw, stretch))
 
 
 def propose(arm, state, start, steps):
-    return proposing(arm)(state, Stretch(jnp.int32(start), jnp.int32(steps), jnp.float32(0), jnp.float32(0)))
+    return compiled_propose(arm)(state, Stretch(jnp.int32(start), jnp.int32(steps), jnp.float32(0), jnp.float32(0)))
 
 
 @functools.cache
-def an_arm(objective=example_scores.accuracy, pairs=6, sigma=0.1, **options):
+def make_arm(objective=example_scores.accuracy, pairs=6, sigma=0.1, **options):
     return evolution_arm(
         "es", MLP.apply, objective, optax.adam(0.05), EvolutionConfig(pairs=pairs, sigma=sigma), **options
     )
@@ -64,9 +62,9 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_an_arm_improves_what_has_no_gradient(objective):
+def test_arm_improves_an_objective_without_gradient(objective):
     score = OBJECTIVES[objective]
-    arm = an_arm(score, pairs=24, sigma=0.2)
+    arm = make_arm(score, pairs=24, sigma=0.2)
     _, student = propose(arm, arm.init(START), 0, 16 * 60)
     before, after = (
         float(jnp.mean(score(MLP.apply(variables, BATCH.inputs, train=False)[0], BATCH)))
@@ -75,9 +73,9 @@ def test_an_arm_improves_what_has_no_gradient(objective):
     assert after > before + 0.1
 
 
-def test_a_trajectory_in_parts_is_the_whole():
-    """A generation of 6 pairs costs 4 steps; what is left of a stretch is spent in the next."""
-    arm = an_arm()
+def test_split_trajectory_spends_the_same_steps_as_a_whole_one():
+    """A generation of 6 pairs costs 4 steps; unspent steps of one stretch carry over to the next."""
+    arm = make_arm()
     state, student = propose(arm, arm.init(START), 0, 22)
     assert int(state.evolution.generation) == 5 and int(state.unspent) == 2
     in_parts = arm.init(START)
@@ -87,8 +85,8 @@ def test_a_trajectory_in_parts_is_the_whole():
     assert jax.tree.structure(last) == jax.tree.structure(student) == jax.tree.structure(START)
 
 
-def test_an_arm_that_rests_proposes_what_it_had():
-    arm = an_arm()
+def test_zero_steps_leave_state_and_student_unchanged():
+    arm = make_arm()
     state, student = propose(arm, arm.init(START), 0, 0)
     jax.tree.map(np.testing.assert_array_equal, (state, student), (arm.init(START), START))
 
@@ -103,59 +101,27 @@ def test_an_arm_that_rests_proposes_what_it_had():
         ("conv4:width=4", r"\['convs'\]\[0\]", ["['convs'][0]"]),
     ],
 )
-def test_a_subspace_moves_alone(family, name, moving):
+def test_subspace_changes_only_the_parameters_it_names(family, name, moving):
     shape = (16, 16, 1) if "conv" in family else (F,)
-    params = jax.tree.map(np.asarray, arrays_like(students.from_name(family, shape, K)).params)
-    part = parameters_named(name)(params)
-    assert 0 < len(part.selected) < len(jax.tree.leaves(params))
-    assert all(any(word in path for word in moving) for path in part.selected)
-    joined = part.join(jax.tree.map(lambda leaf: leaf + 1, part.selected))
+    params = jax.tree.map(np.asarray, random_variables(students.from_name(family, shape, K)).params)
+    subspace = parameters_named(name)(params)
+    assert 0 < len(subspace.selected) < len(jax.tree.leaves(params))
+    assert all(any(word in path for word in moving) for path in subspace.selected)
+    joined = subspace.join(jax.tree.map(lambda leaf: leaf + 1, subspace.selected))
     for path, leaf in jax.tree_util.tree_leaves_with_path(joined):
         before = dict(jax.tree_util.tree_leaves_with_path(params))[path]
-        expected = 1 if jax.tree_util.keystr(path) in part.selected else 0
+        expected = 1 if jax.tree_util.keystr(path) in subspace.selected else 0
         np.testing.assert_array_equal(leaf, before + expected)
 
 
-def test_a_subspace_that_is_none_is_told():
+def test_subspace_without_parameters_is_rejected():
     with pytest.raises(InputError, match="norms must match at least one parameter; the network has"):
-        an_arm(subspace=parameters_named("norms")).init(START)
+        make_arm(subspace=parameters_named("norms")).init(START)
 
 
-def test_an_arm_leaves_the_rest_of_the_student_alone():
-    arm = an_arm(subspace=parameters_named("head"))
+def test_arm_changes_only_its_subspace():
+    arm = make_arm(subspace=parameters_named("head"))
     _, student = propose(arm, arm.init(START), 0, 40)
     layers = student.params["layers"], START.params["layers"]
     np.testing.assert_array_equal(layers[0][0]["kernel"], layers[1][0]["kernel"])
     assert float(jnp.abs(layers[0][1]["kernel"] - layers[1][1]["kernel"]).max()) > 0
-
-
-# Unrolled computations.
-
-
-def test_noise_reuse_is_unbiased_along_an_episode():
-    """x_t = 0.9 x_(t-1) + theta, loss x_t^2 / 2 over 8 steps: quadratic in theta, so smoothing changes no gradient."""
-    horizon, window, theta = 8, 2, {"theta": jnp.array([0.4, -0.2])}
-
-    def advance(params, x, t):
-        x = 0.9 * x + params["theta"]
-        return x, 0.5 * (x * x).sum()
-
-    def mean_loss(params):
-        x, total = jnp.ones(2), 0.0
-        for t in range(horizon):
-            x, loss = advance(params, x, t)
-            total += loss
-        return total / horizon
-
-    pairs = 4000
-    config = UnrollConfig(pairs=pairs, sigma=0.1, horizon=horizon, window=window)
-    ours = noise_reuse(lambda key: jnp.ones(2), advance, config)
-    state = jax.jit(ours.init)(KEY, theta)
-    estimates = []
-    run = jax.jit(ours.estimate)
-    for _ in range(4):  # theta stays: the mean over a whole episode
-        gradient, state, _ = run(KEY, theta, state)
-        estimates.append(gradient["theta"])
-    assert sorted(np.unique(state.step)) == [0, 2, 4, 6] and (state.episode >= 1).all()
-    expected = jax.grad(mean_loss)(theta)["theta"]
-    np.testing.assert_allclose(np.mean(estimates, axis=0), expected, atol=0.1 * float(jnp.abs(expected).max()))
