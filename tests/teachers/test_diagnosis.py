@@ -260,7 +260,8 @@ def test_what_confirms_a_repair():
     assert _is_better(*outcomes(40, 0, 500, 460), chance=0.1)  # a gain of 0.04
     assert not _is_better(*outcomes(20, 0, 500, 480), chance=0.1)  # a gain of 0.02, p = 1e-6
     assert _is_better(*outcomes(11, 0, 20, 20), chance=0.1)  # p = 0.0005
-    assert not _is_better(*outcomes(9, 0, 20, 20), chance=0.1)  # p = 0.002
+    assert _is_better(*outcomes(10, 0, 20, 20), chance=0.1)  # p = 0.00098
+    assert not _is_better(*outcomes(9, 0, 20, 20), chance=0.1)  # p = 0.00195
     assert _is_better(*outcomes(100, 0, 50, 850), chance=0.01)  # a skill of 0.14
     assert not _is_better(*outcomes(60, 0, 10, 930), chance=0.01)  # a skill of 0.06
 
@@ -271,32 +272,40 @@ def test_a_teacher_near_chance_has_a_skill_below_a_tenth():
     assert not Diagnosis(accuracy=0.33, **kept | {"low": 0.32}).near_chance  # 0.1625
 
 
+def counting_teacher(template, images, labels, hit_rate):
+    """A teacher whose hit rate is a function of its preprocessing, and the examples on which each repaired one ran."""
+    label_of = {row.tobytes(): label for row, label in zip(images, labels, strict=True)}
+    counts = []
+
+    def behind(steps, count):
+        rate = hit_rate(steps)
+
+        def outputs(batch):
+            count[0] += len(batch)
+            truth = np.array([label_of[row.tobytes()] for row in batch])
+            luck = np.array([zlib.crc32(row.tobytes()) % 997 / 997 for row in batch])
+            return {"logits": np.eye(K)[np.where(luck < rate, truth, (truth + luck * 1e4).astype(int) % K)]}
+
+        def repaired(steps):
+            counts.append([0])
+            return behind(steps, counts[-1])
+
+        return dataclasses.replace(template, outputs=outputs, preprocessing=steps, with_preprocessing=repaired)
+
+    return behind(Preprocessing(**RIGHT), [0]), counts
+
+
 def test_a_candidate_runs_on_more_examples_as_long_as_it_looks_better(teacher):
     """On 16 where it is hopeless, on 64 where it is no better, on 256 where the gain is small; else on the test examples."""
     images, labels = data(1000)
-    label_of = {row.tobytes(): label for row, label in zip(images, labels, strict=True)}
+    start = Preprocessing(**RIGHT)
 
     def run(accuracy, gain):
         """The number of examples on which candidates ran, for candidates of a gain."""
-        counts = []
-
-        def behind(steps, hit_rate, counted):
-            seen = [0]
-            if counted:
-                counts.append(seen)
-
-            def outputs(batch):
-                seen[0] += len(batch)
-                truth = np.array([label_of[row.tobytes()] for row in batch])
-                luck = np.array([zlib.crc32(row.tobytes()) % 997 / 997 for row in batch])
-                return {"logits": np.eye(K)[np.where(luck < hit_rate, truth, (truth + luck * 1e4).astype(int) % K)]}
-
-            def repaired(steps):
-                return behind(steps, accuracy + gain, True)
-
-            return dataclasses.replace(teacher(), outputs=outputs, preprocessing=steps, with_preprocessing=repaired)
-
-        diagnose(behind(Preprocessing(**RIGHT), accuracy, False), images, labels, NAMES)
+        synthetic, counts = counting_teacher(
+            teacher(), images, labels, lambda steps: accuracy + gain * (steps != start)
+        )
+        diagnose(synthetic, images, labels, NAMES)
         return {count for (count,) in counts if count}
 
     assert run(0.9, -0.5) == {16}
@@ -305,6 +314,27 @@ def test_a_candidate_runs_on_more_examples_as_long_as_it_looks_better(teacher):
     assert run(0.5, 0.4) >= {1000}
     assert _screens(1000) == (16, 64, 256)
     assert _screens(40) == (10, 10, 20)
+
+
+def test_the_test_examples_judge_the_three_best_candidates(teacher):
+    """Ten or more repairs gain the same, and the test examples must not select among so many."""
+    images, labels = data(1000)
+    start = Preprocessing(**RIGHT)
+    synthetic, counts = counting_teacher(teacher(), images, labels, lambda steps: 0.5 + 0.4 * (steps != start))
+    assert diagnose(synthetic, images, labels, NAMES).remedy is not None
+    ran = [count for (count,) in counts]
+    assert sum(count >= 256 for count in ran) >= 10
+    assert ran.count(1000) == 3
+
+
+def test_three_repairs_at_most_are_combined(teacher):
+    """Each factor of 255 gains as much as the one before."""
+    images, labels = data(1000)
+    factors = {255.0**power: 0.1 + 0.12 * power for power in range(8)}
+    synthetic, _ = counting_teacher(teacher(), images, labels, lambda steps: factors.get(steps.scale or 1.0, 0.0))
+    remedy = diagnose(synthetic, images, labels, NAMES).remedy
+    assert remedy is not None
+    assert remedy.changes == {"scale": 255.0**3}
 
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
