@@ -1,4 +1,4 @@
-"""Networks that show features, and arms that learn features beside logits."""
+"""Networks that expose features, and arms with a feature loss in addition to the loss on logits."""
 
 import functools
 import re
@@ -51,7 +51,7 @@ class Small(nnx.Module):
 
 
 class Layered(nnx.Module):
-    """Its `features` are layers, not a method."""
+    """Its `features` attribute is a layer, not a method."""
 
     def __init__(self, *, rngs):
         self.features = nnx.Linear(2, 2, rngs=rngs)
@@ -65,7 +65,7 @@ TEACHER = {"block": (2, 2, 6), "embedding": (5,)}
 
 
 def make_split(seed):
-    """Labels and the teacher's features follow from the inputs."""
+    """A split whose labels and teacher features are functions of the inputs."""
     rng, fixed = np.random.default_rng(seed), np.random.default_rng(99)
     inputs = rng.normal(size=(N, *SHAPE)).astype(np.float32)
     block = patches(inputs) @ fixed.normal(size=(4, 6))
@@ -109,17 +109,17 @@ def start():
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_features_come_with_the_very_logits(train):
+def test_features_come_with_identical_logits(train):
     variables, pixels = start(), jnp.asarray(np.random.default_rng(0).integers(0, 256, (8, *SHAPE)), jnp.uint8)
     logits, after = SMALL.apply(variables, pixels / 255, train=train)
-    (same, found), also = SMALL.features(variables, pixels, train=train)
+    (same, features), also = SMALL.features(variables, pixels, train=train)
     np.testing.assert_array_equal(same, logits)
     jax.tree.map(np.testing.assert_array_equal, also, after)
-    assert {name: leaf.shape for name, leaf in found.items()} == {"stage": (8, 2, 2, 4), "pooled": (8, 4)}
+    assert {name: leaf.shape for name, leaf in features.items()} == {"stage": (8, 2, 2, 4), "pooled": (8, 4)}
     np.testing.assert_array_equal(SMALL.apply(variables, pixels, train=train)[0], logits)
 
 
-def test_networks_without_features():
+def test_networks_without_a_features_method_have_none():
     assert mlp((4,), K).features is None
     assert from_nnx(lambda rngs: Layered(rngs=rngs)).features is None
 
@@ -136,8 +136,8 @@ def trained(name):
 
 
 @pytest.mark.parametrize("name", ["fitnet:stage=block@0.02", "at:stage=block", "rkd:pooled=block*2", "sp:stage=block"])
-def test_an_arm_learns_features_beside_logits(name):
-    """Its loss on features falls below kd4's, and what it proposes is a student alone."""
+def test_arm_reduces_its_feature_loss(name):
+    """Its feature loss falls below that of kd4, and the proposal has only the variables of the student."""
     arm, (state, proposed) = arm_of(name), trained(name)
     assert arm.name == name
     assert jax.tree.structure(proposed) == jax.tree.structure(start())
@@ -145,43 +145,47 @@ def test_an_arm_learns_features_beside_logits(name):
     (kind, student, teacher, *_) = re.split("[:=*@]", name)
     compare, fitted = jax.jit(FEATURE_LOSSES[kind]().compare), []
     for of in (state.iterate, trained("kd4")[0].iterate):
-        (_, found), _ = SMALL.features(of, EXPLORE.inputs, train=True)
-        s, t = found[student], EXPLORE.teacher[teacher]
+        (_, features), _ = SMALL.features(of, EXPLORE.inputs, train=True)
+        s, t = features[student], EXPLORE.teacher[teacher]
         fitted.append(float(compare(s, t, EXPLORE.weight, regressor(s, t) if kind == "fitnet" else ())))
     assert fitted[0] < 0.9 * fitted[1]
-    begun = arm.init(start()).extra
-    assert all((a != b).all() for a, b in zip(jax.tree.leaves(state.extra), jax.tree.leaves(begun), strict=True))
-    assert bool(jax.tree.leaves(begun)) == (kind == "fitnet")
+    initial = arm.init(start()).extra
+    assert all((a != b).all() for a, b in zip(jax.tree.leaves(state.extra), jax.tree.leaves(initial), strict=True))
+    assert bool(jax.tree.leaves(initial)) == (kind == "fitnet")
 
 
 def regressor(student, teacher):
-    """The best there is."""
+    """The least-squares regressor from student features to teacher features."""
     rows = np.c_[np.asarray(student).reshape(-1, student.shape[-1]), np.ones(student.size // student.shape[-1])]
     solved = np.linalg.lstsq(rows, np.asarray(teacher).reshape(len(rows), -1), rcond=None)[0].astype(np.float32)
     return {"kernel": solved[:-1], "bias": solved[-1]}
 
 
-def test_the_loss_of_a_named_arm_is_the_weighted_sum():
-    """kd4's loss plus the weight times the feature loss, at a rate of its own; by what the students say.
+def test_loss_of_a_named_arm_is_the_weighted_sum():
+    """The loss is that of kd4 plus weight * feature loss, with its own learning rate.
 
-    A bias before BatchNorm has no gradient, and Adam makes full steps of what rounding leaves of it.
+    Outputs are compared, not parameters: a bias before BatchNorm has no gradient, and Adam turns its rounding errors
+    into full steps.
     """
     logits_loss = losses.mix((0.9, losses.kd(temperature=4.0)), (0.1, losses.cross_entropy()))
 
     def loss(outputs, batch):
-        logits, found = outputs
+        logits, features = outputs
         block = batch.teacher["block"]
-        return logits_loss(logits, batch) + 2.5 * FORMULAS["sp"].compare(found["pooled"], block, batch.weight, ())
+        return logits_loss(logits, batch) + 2.5 * FORMULAS["sp"].compare(features["pooled"], block, batch.weight, ())
 
-    made = gradient_arm("made", SMALL.features, loss, optax.adamw(0.003, weight_decay=1e-4))
-    arms = (made, *map(named, ("sp:pooled=block*2.5@0.003", "sp:pooled=block*2.3@0.003", "sp:pooled=block*2.5@0.0029")))
-    say = jax.jit(lambda student: SMALL.features(student, EXPLORE.inputs, train=True)[0])
-    wanted, same, *others = (ravel_pytree(say(propose(arm, arm.init(start()), 3)[1]))[0] for arm in arms)
+    by_hand = gradient_arm("by_hand", SMALL.features, loss, optax.adamw(0.003, weight_decay=1e-4))
+    arms = (
+        by_hand,
+        *map(named, ("sp:pooled=block*2.5@0.003", "sp:pooled=block*2.3@0.003", "sp:pooled=block*2.5@0.0029")),
+    )
+    outputs_of = jax.jit(lambda student: SMALL.features(student, EXPLORE.inputs, train=True)[0])
+    wanted, same, *others = (ravel_pytree(outputs_of(propose(arm, arm.init(start()), 3)[1]))[0] for arm in arms)
     assert abs(same - wanted).max() < 1e-5
     assert all(abs(other - wanted).max() > 1e-4 for other in others)
 
 
-def test_the_usual_weights():
+def test_default_weights_of_feature_losses():
     assert {name: make().weight for name, make in FEATURE_LOSSES.items()} == {
         "fitnet": 100,
         "at": 1000,
@@ -195,8 +199,8 @@ def test_the_usual_weights():
         assert float(loss(outputs, EXPLORE)) == 0.25 + expected
 
 
-def test_extra_goes_on_with_a_promotion():
-    """Through the step: where the student moves, regressor and optimizer go on from what was proposed."""
+def test_extra_parameters_continue_after_adoption():
+    """After a whole step that moves the student, regressor and optimizer continue from the proposal."""
     arm = arm_of("fitnet:stage=block@0.02")
     config = EV3(batch_size=8, length=40, max_length=40, eval_batch_size=N)
     algorithm = Algorithm(SMALL.apply, [arm], sample, Objectives(example_scores.probability, ACCURACY), config)
@@ -206,42 +210,44 @@ def test_extra_goes_on_with_a_promotion():
     after, decision = step(POOLS, begin(key), np.int32(1000))
     assert int(decision.verdict) in (ADOPT, PROMOTE)
     (state,) = after.arms.states
-    begun = arm.init(start())
+    initial = arm.init(start())
     assert int(state.age) == 40
-    own = sum(leaf.size for leaf in jax.tree.leaves(begun.extra))  # the last of the moments, which are one vector
+    own = sum(
+        leaf.size for leaf in jax.tree.leaves(initial.extra)
+    )  # the last entries of the moments, which are one vector
     changed = jax.tree.map(
         lambda a, b: bool((a != b).all()),
         (state.extra, state.opt_state[0].mu[-own:]),
-        (begun.extra, begun.opt_state[0].mu[-own:]),
+        (initial.extra, initial.opt_state[0].mu[-own:]),
     )
     assert all(jax.tree.leaves(changed))
     assert len(jax.tree.leaves(changed)) == 3
-    assert state.opt_state[0].mu.size == own + sum(leaf.size for leaf in jax.tree.leaves(begun.iterate.params))
+    assert state.opt_state[0].mu.size == own + sum(leaf.size for leaf in jax.tree.leaves(initial.iterate.params))
     again, _ = step(POOLS, after, np.int32(1000))
-    assert int(again.arms.states[0].age) in (40, 80)  # kept, or gone on with
+    assert int(again.arms.states[0].age) in (40, 80)  # not adopted, or adopted
 
 
-def test_without_extra_the_optimizer_sees_the_parameters_alone():
+def test_without_extra_the_optimizer_updates_only_the_parameters():
     (arm,) = arms_named(SMALL.apply, ["kd4"])
     state = arm.init(start())
     assert state.extra == ()
     assert state.opt_state[0].mu.size == sum(leaf.size for leaf in jax.tree.leaves(start().params))
 
 
-def test_features_asked():
+def test_teacher_features_are_parsed_from_arm_names():
     names = ["kd4", "at:stage=/layer3/Relu:0", "0.7*kd+0.3*ce", "rkd:pooled=a=b*2@1e-3", "sp:stage=/layer3/Relu:0@0.1"]
     assert teacher_features_of(names) == ("/layer3/Relu:0", "a=b")
-    assert teacher_features_of(["sp:pooled=x*2@fast"]) == ("x*2@fast",)  # no rate, so part of a name
+    assert teacher_features_of(["sp:pooled=x*2@fast"]) == ("x*2@fast",)  # not a rate, so part of the name
 
 
 @pytest.mark.parametrize(
     "name", ["at:stage=nothing", "at:nothing=block", "at:block=stage", "rkd:pooled=embedding@fast"]
 )
-def test_wrong_features_are_answered_with_the_right_ones(name):
-    with pytest.raises(InputError) as told:
+def test_error_for_wrong_features_lists_the_available_ones(name):
+    with pytest.raises(InputError) as error:
         named(name)
     for listed in (name, "pooled [4], stage [2, 2, 4]", "block [2, 2, 6], embedding [5]"):
-        assert listed in str(told.value)
+        assert listed in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -257,12 +263,12 @@ def test_wrong_features_are_answered_with_the_right_ones(name):
         ":",
     ],
 )
-def test_names_that_are_none(name):
+def test_malformed_arm_names_are_rejected(name):
     with pytest.raises(InputError, match="an arm that learns features is"):
         named(name)
 
 
-def test_features_that_nobody_shows():
+def test_missing_features_are_rejected():
     for changes in ({"network": None}, {"network": mlp((4,), K)}, {"network": from_nnx(lambda rngs: Small(rngs=rngs))}):
         with pytest.raises(InputError, match="the student has none; the teacher has block"):
             named("at:stage=block", **changes)

@@ -1,4 +1,4 @@
-"""Arms: trajectories that go on, weight decay on present parameters, averages, BatchNorm, dropout; and the zoo."""
+"""Gradient arms: trajectories, weight decay, iterate averages, BatchNorm, dropout; and the zoo of named arms."""
 
 import functools
 import math
@@ -88,9 +88,9 @@ def trajectory(start, rate, steps):
     w, mean = np.asarray(start.params["w"], np.float64), np.zeros(F)
     iterates, means = [], []
     for i in range(steps):
-        chosen = np.asarray(rows(i))
-        x = np.asarray(EXPLORE.inputs, np.float64)[chosen]
-        target = np.asarray(EXPLORE.teacher["logits"], np.float64)[chosen]
+        batch_rows = np.asarray(rows(i))
+        x = np.asarray(EXPLORE.inputs, np.float64)[batch_rows]
+        target = np.asarray(EXPLORE.teacher["logits"], np.float64)[batch_rows]
         w = w - rate * x.T @ (x @ w - target) / B
         mean = 0.5 * mean + 0.5 * x.mean(0)
         iterates.append(w)
@@ -127,7 +127,7 @@ DECAYED = {
 
 @pytest.mark.parametrize("trajectories", [[200], [100, 100]], ids=["one", "two"])
 @pytest.mark.parametrize("optimizer", DECAYED)
-def test_weight_decay_sees_the_present_parameters(optimizer, trajectories):
+def test_weight_decay_applies_to_the_current_parameters(optimizer, trajectories):
     arm = gradient_arm("a", MLP.apply, no_gradient, DECAYED[optimizer], average=None)
     state, at = arm.init(START), 0
     for steps in trajectories:
@@ -139,7 +139,7 @@ def test_weight_decay_sees_the_present_parameters(optimizer, trajectories):
 
 @pytest.mark.parametrize("optimizer", DECAYED)
 def test_weight_decay_over_two_adopted_iterations(optimizer):
-    """Through the step: assess favours small logits here, so both trajectories of 100 are adopted."""
+    """In whole steps: assess favors small logits here, so both trajectories of 100 steps are adopted."""
     arm = gradient_arm("a", MLP.apply, no_gradient, DECAYED[optimizer], average=None)
     config = EV3(batch_size=B, length=100, max_length=100)
     objectives = Objectives(lambda logits, split: -jnp.abs(logits).sum(-1), ACCURACY)
@@ -159,7 +159,7 @@ def test_weight_decay_over_two_adopted_iterations(optimizer):
 # Trajectories and averages.
 
 
-def test_without_an_average_the_last_iterate_is_proposed():
+def test_last_iterate_is_proposed_without_averaging():
     arm = gradient_arm("a", linear_apply, squared, optax.sgd(0.1), average=None)
     state, proposed = propose(arm, arm.init(linear_start()), 0, 30)
     iterates, means = trajectory(linear_start(), 0.1, 30)
@@ -170,7 +170,7 @@ def test_without_an_average_the_last_iterate_is_proposed():
 
 @pytest.mark.parametrize("split", [[30], [1, 12, 17]], ids=["whole", "in parts"])
 @pytest.mark.parametrize("eta", [1, 3, 8])
-def test_the_average_is_polynomial_decay_averaging(eta, split):
+def test_average_is_polynomial_decay_averaging(eta, split):
     """Shamir and Zhang's weights in closed form, in float64: step i of t weighs i (i + 1) ... (i + eta - 1)."""
     arm = gradient_arm("a", linear_apply, squared, optax.sgd(0.1), average=float(eta))
     state, at = arm.init(linear_start()), 0
@@ -182,13 +182,15 @@ def test_the_average_is_polynomial_decay_averaging(eta, split):
     weights /= weights.sum()
     np.testing.assert_allclose(proposed.params["w"], np.tensordot(weights, iterates, 1), rtol=2e-4, atol=1e-5)
     np.testing.assert_allclose(proposed.stats["mean"], np.tensordot(weights, means, 1), rtol=2e-4, atol=1e-5)
-    np.testing.assert_allclose(state.iterate.params["w"], iterates[-1], rtol=2e-4, atol=1e-5)  # it goes on from here
+    np.testing.assert_allclose(
+        state.iterate.params["w"], iterates[-1], rtol=2e-4, atol=1e-5
+    )  # the state keeps the last one
     assert int(proposed.stats["n"]) == 30  # an integer follows the iterate
     assert proposed.stats["n"].dtype == jnp.int32
     assert_same(proposed, state.average)
 
 
-def test_a_trajectory_in_parts_is_the_whole():
+def test_trajectory_in_parts_equals_the_whole():
     arm = gradient_arm("a", MLP.apply, squared, optax.adam(0.01))
     whole = propose(arm, arm.init(START), 0, 20)
     state = arm.init(START)
@@ -197,8 +199,8 @@ def test_a_trajectory_in_parts_is_the_whole():
     assert_same((state, proposed), whole)
 
 
-def test_a_fresh_start_forgets():
-    """init depends on the student alone: nothing of an earlier trajectory is in it, and its average starts anew."""
+def test_init_resets_optimizer_and_average():
+    """init depends only on the student: no optimizer state of an earlier trajectory, and a new average."""
     arm = gradient_arm("a", MLP.apply, squared, optax.adam(0.01))
     _, proposed = propose(arm, arm.init(START), 0, 5)
     fresh = arm.init(proposed)
@@ -210,8 +212,8 @@ def test_a_fresh_start_forgets():
         np.testing.assert_allclose(average, iterate, rtol=1e-5, atol=1e-7)
 
 
-def test_only_params_meet_a_gradient():
-    """An optimizer that would move everything it is given leaves the statistics alone."""
+def test_optimizer_updates_only_params():
+    """An optimizer that changes all its inputs does not change the statistics."""
     arm = gradient_arm("a", linear_apply, squared, DECAYED["sgd"], average=None)
     _, proposed = propose(arm, arm.init(linear_start()), 0, 3)
     _, means = trajectory(linear_start(), 0.1, 3)
@@ -251,14 +253,14 @@ def test_batch_norm_statistics_are_part_of_the_proposal():
         mean, var = 0.9 * mean + 0.1 * x.mean(0), 0.9 * var + 0.1 * x.var(0)
     np.testing.assert_allclose(proposed.stats["norm"]["mean"], mean, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(proposed.stats["norm"]["var"], var, rtol=1e-4, atol=1e-5)
-    # and the proposal is evaluated with them, not with the batch's own
+    # evaluation of the proposal uses them, not the statistics of the batch
     evaluate = jax.jit(lambda variables, inputs: network.apply(variables, inputs, train=False)[0])
     many = evaluate(proposed, POOLS.assess.inputs)
     np.testing.assert_allclose(evaluate(proposed, POOLS.assess.inputs[:1])[0], many[0], rtol=1e-4, atol=1e-6)
     assert not np.allclose(many, evaluate(Variables(proposed.params, start.stats), POOLS.assess.inputs))
 
 
-def test_averaged_batch_norm_statistics():
+def test_batch_norm_statistics_are_averaged():
     network = from_nnx(lambda rngs: Normed(rngs=rngs))
     arm = gradient_arm("a", network.apply, squared, optax.sgd(0.01), average=2.0)
     state, proposed = propose(arm, arm.init(network.init(jax.random.key(0))), 0, 12)
@@ -274,7 +276,7 @@ def test_averaged_batch_norm_statistics():
     np.testing.assert_allclose(state.iterate.stats["norm"]["mean"], means[-1], rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_follows_the_step_and_is_common_to_all_arms():
+def test_dropout_depends_on_the_step_and_is_common_to_all_arms():
     network = from_nnx(lambda rngs: Dropped(rngs=rngs))
     start = network.init(jax.random.key(0))
     inputs = EXPLORE.inputs[:B]
@@ -298,13 +300,13 @@ def test_dropout_follows_the_step_and_is_common_to_all_arms():
 
 
 @pytest.mark.parametrize("name", (*ARMS, *EVOLVING))
-def test_every_arm_of_the_zoo(name):
+def test_every_arm_of_the_zoo_meets_the_contract(name):
     (arm,) = arms_named(MLP.apply, [name])
     assert arm.name == name
     assert arm.length > 0
     start = arm.init(START)
     rested, same = propose(arm, start, 0, 0)
-    assert_same(rested, start)  # zero steps: nothing happens
+    assert_same(rested, start)  # zero steps change nothing
     assert_same(same, START)
     moved, proposed = propose(arm, start, 0, 60 if name in EVOLVING else 6)  # a generation takes 21 steps
     shape = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (start, START))
@@ -326,20 +328,20 @@ def test_default_names_follow_the_family_and_the_labels():
 
 
 @pytest.mark.parametrize("family", ["mlp", "resnet"])
-def test_labels_alone_always_compete(family):
-    """In the default portfolio, and so that they do not lead from the start, which they would by a first short race."""
+def test_default_portfolio_contains_a_label_only_arm_that_skips_the_race(family):
+    """Label-only arms are in the default portfolio but skip the first race, which they would win because it is short."""
     arms = arms_named(linear_apply, default_arm_names({"family": family}))
     assert [arm.name for arm in arms if arm.name.startswith("ce")]
     assert [arm.name for arm in arms if arm.races] == ["kd4" if family == "mlp" else "kd4-muon"]
 
 
-def test_where_rare_classes_must_count_arms_race_that_serve_them():
+def test_goal_on_the_worst_class_adds_balanced_arms_and_races_all():
     arms = arms_named(linear_apply, default_arm_names({"family": "mlp"}, goals=["accuracy", "worst_class_accuracy"]))
     assert all(arm.races for arm in arms)
     assert {"ce-balanced", "ce-half-balanced"} <= {arm.name for arm in arms}
 
 
-def test_arms_that_tune():
+def test_tuned_arm_reports_its_hyperparameters():
     (arm,) = arms_named(MLP.apply, ["tuned-temperature-mix"])
     assert arm.uses_held_out
     assert set(arm.hyperparameters(arm.init(START))) == {"temperature", "mix"}
@@ -347,14 +349,14 @@ def test_arms_that_tune():
         arms_named(MLP.apply, ["tuned-depth"])
 
 
-def test_an_annealed_arm_stops_where_the_budget_ends():
-    """Updates rise within the first twentieth of the budget and fall to nothing at its end."""
+def test_annealed_arm_stops_at_the_end_of_the_budget():
+    """The step size rises over the first twentieth of the budget and falls to zero at its end."""
     factors = [float(up_and_down(jnp.float32(spent))) for spent in (0, 0.025, 0.05, 0.525, 1)]
     np.testing.assert_allclose(factors, [0.05, 0.55, 1, 0.5, 0], atol=1e-6)
     arm = gradient_arm("a", MLP.apply, squared, optax.sgd(0.1), average=None, anneal=up_and_down)
     plain = gradient_arm("b", MLP.apply, squared, optax.sgd(0.1), average=None)
     at = functools.partial(arm.propose, arm.init(START), DRAW)
-    assert_same(at(stretch(0, 3, spent=1.0))[1], START)  # nothing moves any more
+    assert_same(at(stretch(0, 3, spent=1.0))[1], START)  # step size zero
     step, whole = (one.propose(one.init(START), DRAW, stretch(0, 1, spent=0.525))[1] for one in (arm, plain))
     jax.tree.map(
         lambda half, full, start: np.testing.assert_allclose(2 * (half - start), full - start, rtol=1e-3, atol=1e-6),
@@ -374,7 +376,7 @@ def first_step(name, spent=0.0):
 
 @pytest.mark.parametrize(("name", "size"), [("ce", 0.01), ("ce-slow", 0.001), ("kd4-fast", 0.03)])
 def test_learning_rates_of_the_zoo(name, size):
-    """Adam's first step has the size of its rate."""
+    """The first step of Adam equals the learning rate."""
     np.testing.assert_allclose(first_step(name), size, rtol=0.02)
 
 
@@ -391,7 +393,7 @@ def test_rounding_starts_at_three_quarters_of_the_budget():
 
 
 def test_default_average_has_eta_8():
-    """Step i of t then has a weight proportional to i (i + 1) ... (i + 7)."""
+    """The weight of step i is proportional to i (i + 1) ... (i + 7)."""
     arm = gradient_arm("a", linear_apply, squared, optax.sgd(0.1))
     _, proposed = propose(arm, arm.init(linear_start()), 0, 30)
     iterates, _ = trajectory(linear_start(), 0.1, 30)
@@ -400,28 +402,28 @@ def test_default_average_has_eta_8():
     np.testing.assert_allclose(proposed.params["w"], expected, rtol=2e-4, atol=1e-5)
 
 
-def test_default_arms():
+def test_default_arms_are_the_default_portfolio():
     assert tuple(arm.name for arm in default_arms(MLP.apply)) == DEFAULT
     assert set(DEFAULT) <= set(ARMS)
 
 
 @pytest.mark.parametrize("names", [["nonesuch"], ["kd", "ce", "kd"]])
-def test_arms_named_refuses(names):
+def test_unknown_or_repeated_arm_names_are_rejected(names):
     with pytest.raises(InputError, match=names[0]):
         arms_named(MLP.apply, names)
 
 
-def test_an_arm_of_mixed_losses_follows_their_weighted_sum():
+def test_arm_of_mixed_losses_minimizes_their_weighted_sum():
     text = "0.7*kd+0.3*ce@0.003"
     (named,) = arms_named(MLP.apply, [text])
     mix = losses.mix((0.7, losses.kd()), (0.3, losses.cross_entropy()))
-    made = gradient_arm(text, MLP.apply, mix, adamw(0.003))
-    outcome = [arm.propose(arm.init(START), DRAW, stretch(0, 5))[1] for arm in (named, made)]
+    by_hand = gradient_arm(text, MLP.apply, mix, adamw(0.003))
+    outcome = [arm.propose(arm.init(START), DRAW, stretch(0, 5))[1] for arm in (named, by_hand)]
     jax.tree.map(np.testing.assert_array_equal, *outcome)
     assert named.name == text
 
 
-def test_adamw_on_one_vector_is_adamw():
+def test_adamw_on_one_vector_agrees_with_optax():
     outcome = [
         gradient_arm("ce", MLP.apply, losses.cross_entropy(), optimizer, average=None)
         for optimizer in (adamw(0.01), optax.adamw(0.01, weight_decay=1e-4))
@@ -433,6 +435,6 @@ def test_adamw_on_one_vector_is_adamw():
 @pytest.mark.parametrize(
     "names", [["ce", "ce"], ["kd*0.5"], ["0.5*nothing"], ["-1*kd"], ["1*kd@fast"], ["1*kd@nan"], [""]]
 )
-def test_arms_that_cannot_be_named(names):
+def test_malformed_arm_names_are_rejected(names):
     with pytest.raises(InputError):
         arms_named(MLP.apply, names)

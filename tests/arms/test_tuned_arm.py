@@ -1,4 +1,4 @@
-"""Arms that tune their loss: without anything to tune they are plain ones; with it they leave bad starts; they resume."""
+"""Tuned arms: equal to plain arms with nothing to tune, they leave bad initial hyperparameters, and they resume."""
 
 import functools
 
@@ -22,15 +22,15 @@ N = 256
 
 
 def split(seed, *, wrong=1.0):
-    """Labels by a line that a teacher, in a share of the examples, sees the wrong way round."""
+    """Linearly separable classes; the teacher is wrong on a fraction `wrong` of the examples."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(N, 4)).astype(np.float32)
     y = (x[:, 0] > 0).astype(np.int32)
-    says = np.where(rng.random(N) < wrong, 1 - y, y)
+    predictions = np.where(rng.random(N) < wrong, 1 - y, y)
     return Batch(
         jnp.asarray(x),
         jnp.asarray(y),
-        {"logits": jnp.asarray(6 * np.eye(2, dtype=np.float32)[says])},
+        {"logits": jnp.asarray(6 * np.eye(2, dtype=np.float32)[predictions])},
         jnp.arange(N),
         jnp.ones(N),
     )
@@ -59,7 +59,7 @@ def stretch(start, steps):
 
 
 @functools.cache
-def rolled(*, wrong=1.0, steps=150, **options):
+def run_arm(*, wrong=1.0, steps=150, **options):
     arm = tuned_arm("tuned", apply, optax.adam(1e-2), TuningConfig(**options))
     draw, held = drawing(split(0, wrong=wrong)), held_from(split(1, wrong=wrong), jax.random.key(1), batch_size=64)
     propose = jax.jit(lambda state, where: arm.propose(state, draw, where, held))
@@ -70,8 +70,8 @@ def accuracy(variables, examples):
     return float((apply(variables, examples.inputs, train=False)[0].argmax(1) == examples.targets).mean())
 
 
-def test_with_nothing_to_tune_it_is_the_plain_arm():
-    _, _, (state, student) = rolled(tune=(), wrong=0.0)
+def test_arm_with_nothing_to_tune_equals_the_plain_arm():
+    _, _, (state, student) = run_arm(tune=(), wrong=0.0)
     loss = losses.mix((0.9, losses.kd(temperature=4.0)), (0.1, losses.cross_entropy()))
     plain = gradient_arm("kd4", apply, loss, optax.adam(1e-2))
     draw = drawing(split(0, wrong=0.0))
@@ -80,7 +80,7 @@ def test_with_nothing_to_tune_it_is_the_plain_arm():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), state.trajectory, after)
 
 
-def test_annealed_it_is_the_plain_arm_that_is_annealed():
+def test_annealed_arm_with_nothing_to_tune_equals_the_plain_arm():
     loss, schedule = (
         losses.mix((0.9, losses.kd(temperature=4.0)), (0.1, losses.cross_entropy())),
         lambda spent: 1 - spent,
@@ -96,8 +96,8 @@ def test_annealed_it_is_the_plain_arm_that_is_annealed():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), tuned, annealed)
 
 
-def test_a_convolutional_student_tunes_by_the_optimizer_that_it_learns_by():
-    """Muon, which makes the first step of every kernel as long as any: Adam has no such."""
+def test_tuned_arm_of_a_convolutional_student_uses_muon():
+    """The state of the optimizer is that of Muon, and the hyperparameters change."""
     student = resnet((8, 8, 1), 2, depth=8, width=2)
     (arm,) = arms_named(student.apply, ["tuned-temperature-mix"], network=student)
     rng = np.random.default_rng(0)
@@ -113,32 +113,32 @@ def test_a_convolutional_student_tunes_by_the_optimizer_that_it_learns_by():
     def draw(step):
         return batch, jax.random.key(step)
 
-    begun = arm.init(student.init(jax.random.key(0)))
+    initial = arm.init(student.init(jax.random.key(0)))
     where = Stretch(jnp.int32(0), jnp.int32(10), jnp.float32(0.1), jnp.float32(0.01))
-    after, proposed = jax.jit(lambda state: arm.propose(state, draw, where, draw))(begun)
+    after, proposed = jax.jit(lambda state: arm.propose(state, draw, where, draw))(initial)
     names = {str(path) for path, _ in jax.tree_util.tree_leaves_with_path(after.trajectory.opt_state)}
     assert any("muon" in name for name in names)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((after.tuned, proposed)))
     assert any(
         float(jnp.abs(x - y).max()) > 0
-        for x, y in zip(*map(jax.tree.leaves, (begun.tuned.free, after.tuned.free)), strict=True)
+        for x, y in zip(*map(jax.tree.leaves, (initial.tuned.free, after.tuned.free)), strict=True)
     )
 
 
 @pytest.mark.parametrize("method", ["jvp", "guided"])
-def test_it_leaves_a_teacher_that_is_wrong(method):
-    arm, _, (state, student) = rolled(tune=("temperature", "mix"), every=2, method=method)
-    shown = arm.hyperparameters(state)
-    assert set(shown) == {"temperature", "mix"} and state.tuned.steps == 75
-    assert shown["mix"][1] > 0.3 and shown["temperature"] > 0  # from .1
-    _, _, (_, untuned) = rolled(tune=())
+def test_mix_moves_away_from_a_wrong_teacher(method):
+    arm, _, (state, student) = run_arm(tune=("temperature", "mix"), every=2, method=method)
+    hyperparameters = arm.hyperparameters(state)
+    assert set(hyperparameters) == {"temperature", "mix"} and state.tuned.steps == 75
+    assert hyperparameters["mix"][1] > 0.3 and hyperparameters["temperature"] > 0  # starts at 0.1
+    _, _, (_, untuned) = run_arm(tune=())
     test = split(2)
     assert accuracy(untuned, test) < 0.2 < 0.5 < accuracy(student, test)
 
 
-def test_weights_find_where_the_teacher_is_wrong():
+def test_weights_are_lower_where_the_teacher_is_wrong():
     options = {"tune": ("weights",), "steps": 400, "every": 2, "wrong": 0.4}
-    _, _, (state, student) = rolled(**options)
+    _, _, (state, student) = run_arm(**options)
     examples = split(0, wrong=0.4)
     weights = net_weights(
         state.tuned.free["weights"], label_losses(apply(student, examples.inputs, train=False)[0], examples)
@@ -147,85 +147,87 @@ def test_weights_find_where_the_teacher_is_wrong():
     assert weights[wrong, 0].max() < weights[~wrong, 0].min()
 
 
-def test_a_rate_that_is_too_small_grows():
+def test_small_learning_rate_grows():
     arm = tuned_arm("tuned", apply, optax.sgd(1e-4), TuningConfig(tune=("rate",), every=1))
     draw, held = drawing(split(0, wrong=0.0)), held_from(split(1, wrong=0.0), jax.random.key(1), batch_size=64)
     state, _ = jax.jit(lambda state: arm.propose(state, draw, stretch(0, 100), held))(arm.init(fresh()))
     assert arm.hyperparameters(state)["rate"] > 3
 
 
-def shaken(examples, deviation, seed):
+def with_noise(examples, deviation, seed):
     noise = jax.random.normal(jax.random.key(seed), examples.inputs.shape)
     return examples._replace(inputs=examples.inputs + deviation * noise)
 
 
-def tuned_on(examples, held_out, begun, where, **options):
-    """The student that an arm proposes, and the hyperparameters that it shows."""
+def tuned_on(examples, held_out, initial, where, **options):
+    """The student that an arm proposes, and the hyperparameters that it reports."""
     arm = tuned_arm("tuned", apply, optax.adam(1e-2), TuningConfig(every=2, **options))
     held = held_from(held_out, jax.random.key(1), batch_size=64)
-    state, student = jax.jit(lambda state: arm.propose(state, drawing(examples), where, held))(arm.init(begun))
+    state, student = jax.jit(lambda state: arm.propose(state, drawing(examples), where, held))(arm.init(initial))
     return student, arm.hyperparameters(state)
 
 
-def test_noise_grows_where_held_out_examples_are_noisy():
-    """And helps a student that knows 16 clean examples by heart."""
-    few, held_out = jax.tree.map(lambda leaf: leaf[:16], split(0, wrong=0.0)), shaken(split(1, wrong=0.0), 1.0, 7)
+def test_noise_grows_if_held_out_examples_are_noisy():
+    """The noise also helps a student that has overfitted 16 clean examples."""
+    few, held_out = jax.tree.map(lambda leaf: leaf[:16], split(0, wrong=0.0)), with_noise(split(1, wrong=0.0), 1.0, 7)
     overfitted, _ = tuned_on(few, held_out, fresh(), stretch(0, 200), tune=())
-    student, shown = tuned_on(few, held_out, overfitted, stretch(200, 200), tune=("noise",), noise=0.3)
-    assert set(shown) == {"noise"} and shown["noise"].shape == ()
-    assert shown["noise"] > 1
-    test = shaken(split(2, wrong=0.0), 1.0, 8)
+    student, hyperparameters = tuned_on(few, held_out, overfitted, stretch(200, 200), tune=("noise",), noise=0.3)
+    assert set(hyperparameters) == {"noise"} and hyperparameters["noise"].shape == ()
+    assert hyperparameters["noise"] > 1
+    test = with_noise(split(2, wrong=0.0), 1.0, 8)
     before, after = (losses.cross_entropy()(apply(x, test.inputs, train=False)[0], test) for x in (overfitted, student))
     assert after < 0.75 * before
 
 
-def test_noise_goes_where_it_only_hurts():
-    """A young student and many examples, clean as those held out."""
-    _, shown = tuned_on(split(0, wrong=0.0), split(1, wrong=0.0), fresh(), stretch(0, 200), tune=("noise",), noise=1.0)
-    assert shown["noise"] < 0.25
+def test_noise_shrinks_if_it_only_hurts():
+    """An untrained student and many examples, which are as clean as the held-out ones."""
+    _, hyperparameters = tuned_on(
+        split(0, wrong=0.0), split(1, wrong=0.0), fresh(), stretch(0, 200), tune=("noise",), noise=1.0
+    )
+    assert hyperparameters["noise"] < 0.25
 
 
-def test_without_noise_to_tune_there_is_none():
+def test_no_noise_is_drawn_unless_it_is_tuned():
     def program(tune, noise):
         arm = tuned_arm("tuned", apply, optax.adam(1e-2), TuningConfig(tune=tune, noise=noise))
         draw = drawing(split(0))
         return str(jax.make_jaxpr(lambda state: arm.propose(state, draw, stretch(0, 9), draw))(arm.init(fresh())))
 
-    of_normals = "erf_inv"
+    normal_draw = "erf_inv"
     assert program(("temperature", "mix"), 0.1) == program(("temperature", "mix"), 9.0)
-    assert of_normals not in program(("temperature", "mix", "weights", "rate"), 0.1)
-    assert of_normals in program(("temperature", "noise"), 0.1)
+    assert normal_draw not in program(("temperature", "mix", "weights", "rate"), 0.1)
+    assert normal_draw in program(("temperature", "noise"), 0.1)
 
 
-def test_dropout_is_what_it_was_beside_noise():
-    """Noise too weak for any digit leaves the trajectory of a student whose dropout has the step's key."""
+def test_noise_does_not_change_dropout():
+    """Noise below float precision does not change the trajectory of a student with dropout."""
 
-    def dropping(variables, inputs, *, train, key=None):
+    def dropout_apply(variables, inputs, *, train, key=None):
         hidden = jnp.tanh(inputs @ variables.params["w"])
-        kept = jax.random.bernoulli(jax.random.fold_in(key, 0), 0.5, hidden.shape) if train else 0.5
-        return (hidden * kept) @ variables.params["out"], variables
+        mask = jax.random.bernoulli(jax.random.fold_in(key, 0), 0.5, hidden.shape) if train else 0.5
+        return (hidden * mask) @ variables.params["out"], variables
 
     def student(tune):
-        arm = tuned_arm("tuned", dropping, optax.adam(1e-2), TuningConfig(tune=tune, noise=1e-20, every=1000))
+        arm = tuned_arm("tuned", dropout_apply, optax.adam(1e-2), TuningConfig(tune=tune, noise=1e-20, every=1000))
         draw = drawing(split(0, wrong=0.0))
         return jax.jit(lambda state: arm.propose(state, draw, stretch(0, 30), draw))(arm.init(fresh()))[1].params
 
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), student(("noise",)), student(()))
 
 
-def test_an_outer_step_of_noise_is_the_slope_of_the_training_step_just_made():
-    """By finite differences of whole steps of the arm, in float64: its two losses must see the same noise."""
+def test_outer_gradient_of_noise_agrees_with_finite_differences():
+    """By finite differences of whole steps of the arm, in float64: both losses must use the same noise."""
     with jax.enable_x64(True):
         widen = functools.partial(
             jax.tree.map, lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
         )
         draw, held = drawing(widen(split(0))), held_from(widen(split(1)), jax.random.key(1), batch_size=64)
-        outer, begun = optax.sgd(1.0), widen(fresh())
+        outer, initial = optax.sgd(1.0), widen(fresh())
 
         def after(noise):
             config = TuningConfig(tune=("noise",), noise=1.0, outer_optimizer=outer, every=1)
             arm = tuned_arm("tuned", apply, optax.sgd(0.1), config)
-            state = arm.init(begun)
+            state = arm.init(initial)
             free = {"noise": jnp.log(noise)}
             state = state._replace(tuned=state.tuned._replace(free=free, average=free))
             return arm.propose(state, draw, stretch(3, 1), held)
@@ -241,15 +243,15 @@ def test_an_outer_step_of_noise_is_the_slope_of_the_training_step_just_made():
         np.testing.assert_allclose(at - state.tuned.free["noise"], slope, rtol=1e-5)
 
 
-def test_noise_on_bytes_is_noise_on_what_networks_take_them_as():
-    def taking(variables, inputs, *, train, key=None):
+def test_noise_on_bytes_equals_noise_on_scaled_inputs():
+    def scaled_apply(variables, inputs, *, train, key=None):
         return apply(variables, inputs / 255 if inputs.dtype == jnp.uint8 else inputs, train=train, key=key)
 
     rng = np.random.default_rng(0)
     images = split(0)._replace(inputs=jnp.asarray(rng.integers(0, 256, (N, 4)), jnp.uint8))
 
     def after(examples):
-        arm = tuned_arm("tuned", taking, optax.adam(1e-2), TuningConfig(tune=("noise",), every=2))
+        arm = tuned_arm("tuned", scaled_apply, optax.adam(1e-2), TuningConfig(tune=("noise",), every=2))
         draw = drawing(examples)
         return jax.jit(lambda state: arm.propose(state, draw, stretch(0, 20), draw))(arm.init(fresh()))
 
@@ -258,21 +260,21 @@ def test_noise_on_bytes_is_noise_on_what_networks_take_them_as():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), of_bytes, of_numbers)
 
 
-def test_it_goes_on_where_it_was():
-    arm, propose, (whole, student) = rolled(tune=("temperature", "mix"))
+def test_trajectory_in_parts_equals_the_whole():
+    arm, propose, (whole, student) = run_arm(tune=("temperature", "mix"))
     half, _ = propose(arm.init(fresh()), stretch(0, 70))
     rest, same = propose(half, stretch(70, 80))
     jax.tree.map(np.testing.assert_array_equal, (rest, same), (whole, student))
 
 
 def test_zero_steps_change_nothing():
-    arm, propose, _ = rolled(tune=("temperature", "mix"))
-    begun = arm.init(fresh())
-    state, student = propose(begun, stretch(5, 0))
-    jax.tree.map(np.testing.assert_array_equal, (state, student), (begun, fresh()))
+    arm, propose, _ = run_arm(tune=("temperature", "mix"))
+    initial = arm.init(fresh())
+    state, student = propose(initial, stretch(5, 0))
+    jax.tree.map(np.testing.assert_array_equal, (state, student), (initial, fresh()))
 
 
-def test_held_out_batches_follow_the_step_alone():
+def test_held_out_batches_depend_only_on_the_step():
     examples = split(1)
     held = held_from(examples, jax.random.key(0), batch_size=16)
     one, _ = held(jnp.int32(3))
@@ -283,7 +285,7 @@ def test_held_out_batches_follow_the_step_alone():
 
 
 def test_outer_step_every_five_steps_moves_numbers_by_a_fifth():
-    """Adam's first step has the size of its rate."""
+    """The first step of Adam equals the learning rate."""
     arm = tuned_arm("tuned", apply, optax.adam(1e-2), TuningConfig(tune=("temperature", "weights")))
     draw, held = drawing(split(0)), held_from(split(1), jax.random.key(1), batch_size=64)
     start = arm.init(fresh())
@@ -304,10 +306,10 @@ def test_held_out_gradient_is_computed_in_halves():
     arm = tuned_arm("tuned", observed, optax.adam(1e-2), TuningConfig(every=1))
     held = held_from(split(1), jax.random.key(1), batch_size=64)
     jax.eval_shape(lambda state: arm.propose(state, drawing(split(0)), stretch(0, 1), held), arm.init(fresh()))
-    assert sizes == {32}  # of 32 training and 64 held-out examples
+    assert sizes == {32}  # a batch is 32 training examples or half of 64 held-out ones
 
 
-def test_what_cannot_be_tuned():
+def test_unknown_hyperparameters_are_rejected():
     assert TUNABLE == ("temperature", "mix", "weights", "rate", "noise")
     with pytest.raises(InputError, match="temperature, mix, weights, rate, noise; got 'depth'"):
         TuningConfig(tune=("depth",))
