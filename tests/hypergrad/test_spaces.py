@@ -1,4 +1,4 @@
-"""Hyperparameters stay in range, move as plain SGD moves their free numbers, and lower the held-out loss."""
+"""Hyperparameter spaces, outer steps, tunable losses, and held-out losses in parts."""
 
 import operator
 
@@ -23,7 +23,7 @@ from ev3_distill.hypergrad import spaces as hp
 from ev3_distill.tasks.classification import losses
 from ev3_distill.types import Batch, Variables
 
-few = settings(deadline=None, max_examples=25)
+few_examples = settings(deadline=None, max_examples=25)
 RANGES = {
     "POSITIVE": st.floats(1e-3, 1e3),
     "LOG": st.floats(1e-3, 1e3),
@@ -33,9 +33,9 @@ RANGES = {
 
 
 @pytest.mark.parametrize("name", RANGES)
-@few
+@few_examples
 @given(st.data())
-def test_bijections_lead_there_and_back(name, data):
+def test_bijections_round_trip(name, data):
     value = data.draw(RANGES[name])
     bijection = getattr(hp, name)
     free = bijection.inverse(jnp.float32(value))
@@ -43,9 +43,9 @@ def test_bijections_lead_there_and_back(name, data):
     np.testing.assert_allclose(bijection.forward(free), value, rtol=2e-3)
 
 
-@few
+@few_examples
 @given(st.lists(st.floats(1e-3, 1), min_size=2, max_size=5))
-def test_the_simplex_there_and_back(parts):
+def test_simplex_round_trips(parts):
     shares = jnp.asarray(parts, jnp.float32) / sum(parts)
     free = hp.SIMPLEX.inverse(shares)
     assert free.shape == (len(parts) - 1,)
@@ -57,16 +57,16 @@ SPACE = {"temperature": hp.POSITIVE, "mix": hp.SIMPLEX, "rate": hp.LOG}
 HYPER = {"temperature": 4.0, "mix": jnp.array([0.9, 0.1]), "rate": 0.01}
 
 
-def test_spaces():
+def test_nested_space_round_trips():
     free = hp.unconstrain(SPACE, HYPER)
     assert {name: x.shape for name, x in free.items()} == {"temperature": (), "mix": (1,), "rate": ()}
     back = hp.constrain(SPACE, free)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), back, HYPER)
 
 
-@few
+@few_examples
 @given(st.floats(-50, 50), st.integers(1, 5))
-def test_no_step_leaves_the_range(size, steps):
+def test_outer_steps_stay_in_range(size, steps):
     optimizer = optax.sgd(1.0)
     tuned = outer_init(SPACE, HYPER, optimizer)
     for _ in range(steps):
@@ -76,7 +76,7 @@ def test_no_step_leaves_the_range(size, steps):
     np.testing.assert_allclose(hyper["mix"].sum(), 1, rtol=1e-6)
 
 
-def test_outer_steps_and_their_average():
+def test_outer_steps_follow_sgd_and_keep_an_average():
     optimizer = optax.sgd(0.5)
     tuned = outer_init(hp.FREE, 1.0, optimizer)
     for _ in range(2):
@@ -86,26 +86,26 @@ def test_outer_steps_and_their_average():
     np.testing.assert_allclose(averaged_values(hp.LOG, tuned), np.exp(tuned.average))
 
 
-def test_average_keeps_nine_tenths_by_default():
+def test_average_decays_by_nine_tenths_by_default():
     state = outer_step(outer_init(hp.FREE, 1.0, optax.sgd(1.0)), jnp.float32(1), optax.sgd(1.0))
     assert state.free == 0
     np.testing.assert_allclose(state.average, 0.9)
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+def test_non_finite_gradient_changes_nothing(bad):
     optimizer = optax.adam(0.1)
     tuned = outer_init(SPACE, HYPER, optimizer)
     gradient = jax.tree.map(jnp.ones_like, tuned.free) | {"rate": jnp.float32(bad)}
     after = outer_step(tuned, gradient, optimizer)
     jax.tree.map(np.testing.assert_array_equal, after, tuned)
-    fine = gradient | {"rate": jnp.float32(1)}
-    jax.tree.map(np.testing.assert_array_equal, outer_step(tuned, fine, optimizer, valid=jnp.bool_(False)), tuned)
-    assert outer_step(tuned, gradient | {"rate": jnp.float32(1)}, optimizer).steps == 1
+    finite = gradient | {"rate": jnp.float32(1)}
+    jax.tree.map(np.testing.assert_array_equal, outer_step(tuned, finite, optimizer, valid=jnp.bool_(False)), tuned)
+    assert outer_step(tuned, finite, optimizer).steps == 1
 
 
 def batch(seed, n=64):
-    """Two classes that a line separates, a teacher that is wrong, and labels that are right."""
+    """Two linearly separable classes with correct labels and a teacher that is always wrong."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, 3))
     y = (x[:, 0] > 0).astype(np.int32)
@@ -119,26 +119,27 @@ def batch(seed, n=64):
     )
 
 
-def test_distillation_is_kd_and_ce_of_weighted_examples():
-    of = batch(0)
+def test_distillation_is_a_mix_of_weighted_kd_and_ce():
+    data = batch(0)
     logits = jax.random.normal(jax.random.key(0), (64, 2))
     weights = jax.random.uniform(jax.random.key(1), (64,))
-    got = tunable_loss.distillation({"temperature": 3.0, "mix": jnp.array([0.2, 0.8]), "weights": weights})(logits, of)
-    weighted = of._replace(weight=weights)
-    want = 0.2 * losses.kd(temperature=3.0)(logits, weighted) + 0.8 * losses.cross_entropy()(logits, weighted)
-    np.testing.assert_allclose(got, want, rtol=1e-6)
-    each = jnp.stack([weights, jnp.ones(64)], 1)
-    got = tunable_loss.distillation({"temperature": 3.0, "mix": jnp.array([0.2, 0.8]), "weights": each})(logits, of)
-    want = 0.2 * losses.kd(temperature=3.0)(logits, weighted) + 0.8 * losses.cross_entropy()(logits, of)
-    np.testing.assert_allclose(got, want, rtol=1e-6)
-    plain = tunable_loss.distillation({"temperature": 3.0, "mix": jnp.array([0.2, 0.8])})(logits, of)
-    want = 0.2 * losses.kd(temperature=3.0)(logits, of) + 0.8 * losses.cross_entropy()(logits, of)
-    np.testing.assert_allclose(plain, want, rtol=1e-6)
+    hyper = {"temperature": 3.0, "mix": jnp.array([0.2, 0.8])}
+    loss = tunable_loss.distillation(hyper | {"weights": weights})(logits, data)
+    weighted = data._replace(weight=weights)
+    expected = 0.2 * losses.kd(temperature=3.0)(logits, weighted) + 0.8 * losses.cross_entropy()(logits, weighted)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    weights_per_loss = jnp.stack([weights, jnp.ones(64)], 1)
+    loss = tunable_loss.distillation(hyper | {"weights": weights_per_loss})(logits, data)
+    expected = 0.2 * losses.kd(temperature=3.0)(logits, weighted) + 0.8 * losses.cross_entropy()(logits, data)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    loss = tunable_loss.distillation(hyper)(logits, data)
+    expected = 0.2 * losses.kd(temperature=3.0)(logits, data) + 0.8 * losses.cross_entropy()(logits, data)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["jvp", "guided", "evograd"])
-def test_tuning_turns_from_a_teacher_that_is_wrong(method):
-    """Plain SGD outer steps on a student in training: the mix leaves the teacher for the labels."""
+def test_tuning_moves_the_mix_away_from_a_wrong_teacher(method):
+    """SGD outer steps during training move the mix from the teacher to the labels."""
     train, val = batch(0), batch(1)
     inner, outer, space = optax.sgd(0.5), optax.sgd(20.0), {"mix": hp.SIMPLEX, "temperature": hp.POSITIVE}
     tuned = outer_init(space, {"mix": jnp.array([0.5, 0.5]), "temperature": 2.0}, outer)
@@ -167,27 +168,29 @@ def test_tuning_turns_from_a_teacher_that_is_wrong(method):
     assert ((val.inputs @ params["w"]).argmax(1) == val.targets).mean() > 0.9
 
 
-def test_noise_on_inputs():
+def test_input_noise_is_scaled_by_the_standard_deviation_of_the_batch():
     x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (500, 4, 5)), jnp.float32)
     key, other = jax.random.split(jax.random.key(0))
     noise = tunable_loss.add_noise(x, 0.5, key) - x
     assert abs(noise.mean()) < 0.05 and abs(noise.std() / (0.5 * x.std()) - 1) < 0.02
     np.testing.assert_allclose(tunable_loss.add_noise(x, 1.0, key) - x, 2 * noise, rtol=1e-3, atol=1e-4)
     assert not jnp.allclose(tunable_loss.add_noise(x, 0.5, other), tunable_loss.add_noise(x, 0.5, key), atol=0.1)
-    assert (tunable_loss.add_noise(jnp.full((3, 2), 7.0), 0.5, key) == 7).all()  # there is no unit to measure noise by
-    assert (jax.grad(lambda x: tunable_loss.add_noise(x, 0.5, key).sum())(x) == 1).all()  # the unit counts as data
+    constant = jnp.full((3, 2), 7.0)  # standard deviation 0
+    assert (tunable_loss.add_noise(constant, 0.5, key) == 7).all()
+    gradient = jax.grad(lambda x: tunable_loss.add_noise(x, 0.5, key).sum())(x)
+    assert (gradient == 1).all()  # the standard deviation is not differentiated
 
 
-def test_noise_on_bytes_is_on_numbers_up_to_1():
-    of_bytes = jnp.asarray(np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3)), jnp.uint8)
+def test_noise_on_bytes_applies_after_scaling_to_1():
+    pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3)), jnp.uint8)
     key = jax.random.key(0)
-    noisy = tunable_loss.add_noise(of_bytes, 0.1, key)
+    noisy = tunable_loss.add_noise(pixels, 0.1, key)
     assert noisy.dtype == jnp.float32
-    np.testing.assert_array_equal(noisy, tunable_loss.add_noise(of_bytes.astype(jnp.float32) / 255, 0.1, key))
+    np.testing.assert_array_equal(noisy, tunable_loss.add_noise(pixels.astype(jnp.float32) / 255, 0.1, key))
 
 
 def noisy_losses(space):
-    """A small network's parameters, and its losses where training inputs have noise of a strength in `space`, in float64."""
+    """Parameters of a small network, and its losses with tunable input noise, in float64."""
     train, val = (of._replace(inputs=of.inputs.astype(float)) for of in (batch(0, 16), batch(1, 16)))
     first, second = jax.random.split(jax.random.key(0))
     params = {"w": jax.random.normal(first, (3, 6)), "out": jax.random.normal(second, (6, 2))}
@@ -205,15 +208,15 @@ def noisy_losses(space):
     return params, train_loss, student_val_loss(apply, {}, val, losses.cross_entropy())
 
 
-def test_the_slope_of_noise_is_exact():
-    """Forward over reverse through the network, reverse over reverse, and central differences."""
+def test_hypergradient_of_input_noise_is_exact():
+    """Forward over reverse, reverse over reverse and central differences agree."""
     with jax.enable_x64(True):
         space = {"temperature": hp.LOG, "mix": hp.SIMPLEX, "noise": hp.LOG}
         free = hp.unconstrain(space, {"temperature": 2.0, "mix": jnp.array([0.3, 0.7]), "noise": 0.4})
         params, train_loss, val_loss = noisy_losses(space)
         inner, key, h = optax.adam(0.1, eps=1e-3), jax.random.key(0), 1e-5
 
-        def after(noise):
+        def val_loss_after_step(noise):
             gradient = jax.grad(train_loss)(params, free | {"noise": noise}, 0)
             updates, _ = inner.update(gradient, inner.init(params), params)
             return val_loss(optax.apply_updates(params, updates))
@@ -224,7 +227,8 @@ def test_the_slope_of_noise_is_exact():
                 method: hypergradient(key, params, free, train_loss, val_loss, method=method, optimizer=inner)[0]
                 for method in ("jvp", "unrolled")
             }
-            return exact, (after(free["noise"] + h) - after(free["noise"] - h)) / (2 * h)
+            above, below = val_loss_after_step(free["noise"] + h), val_loss_after_step(free["noise"] - h)
+            return exact, (above - below) / (2 * h)
 
         exact, difference = slopes()
         assert difference.dtype == jnp.float64 and abs(difference) > 1e-4
@@ -232,16 +236,16 @@ def test_the_slope_of_noise_is_exact():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), exact["jvp"], exact["unrolled"])
 
 
-def test_inputs_as_they_are_where_nothing_else_is_said():
-    """What a training pass sees is its own: the held-out pass, and the batch in the loss, are as they were."""
-    of, seen = batch(0, 4)._replace(inputs=jnp.arange(12.0).reshape(4, 3)), []
+def test_inputs_of_changes_only_the_inputs_of_the_training_pass():
+    """The held-out pass and the batch passed to the loss stay the same."""
+    of, passes = batch(0, 4)._replace(inputs=jnp.arange(12.0).reshape(4, 3)), []
 
     def apply(variables, inputs, *, train, key=None):
-        seen.append((train, inputs))
+        passes.append((train, inputs))
         return inputs[:, :2], variables
 
-    def loss(hyper, logits, told):
-        assert told is of
+    def loss(hyper, logits, loss_batch):
+        assert loss_batch is of
         return logits.sum()
 
     for inputs_of, factor in ((None, 1), (lambda hyper, of: hyper * of.inputs, 3)):
@@ -249,16 +253,14 @@ def test_inputs_as_they_are_where_nothing_else_is_said():
         val_loss = student_val_loss(apply, {}, of, lambda logits, of: logits.sum(), batch_statistics=False)
         assert train_loss({}, jnp.float32(3), 0) == factor * of.inputs[:, :2].sum()
         assert val_loss({}) == of.inputs[:, :2].sum()
-    assert [train for train, _ in seen] == [True, False] * 2
-    assert seen[0][1] is of.inputs and seen[3][1] is of.inputs
+    assert [train for train, _ in passes] == [True, False] * 2
+    assert passes[0][1] is of.inputs and passes[3][1] is of.inputs
 
 
-def halves_of(parts, seen=None):
-    """A network that sees its batch's mean, as BatchNorm does, and the loss of held-out examples in parts."""
+def losses_in_parts(parts):
+    """Parameters, train and held-out losses, and the expected held-out loss of a network that subtracts the batch mean."""
 
     def apply(variables, inputs, *, train, key=None):
-        if seen is not None:
-            seen.append(len(inputs))
         return jnp.tanh((inputs - inputs.mean(0)) @ variables.params["w"]), variables
 
     def loss(hyper, logits, of):
@@ -268,61 +270,59 @@ def halves_of(parts, seen=None):
         return losses.cross_entropy()(apply(Variables(params, {}), of.inputs, train=True)[0], of)
 
     train, val = batch(0, 12), batch(1, 12)
-    made = (
-        student_train_loss(apply, {}, train, loss),
-        student_val_loss(apply, {}, val, losses.cross_entropy(), parts=parts),
-    )
+    train_loss = student_train_loss(apply, {}, train, loss)
+    val_loss = student_val_loss(apply, {}, val, losses.cross_entropy(), parts=parts)
     params = {"w": jax.random.normal(jax.random.key(0), (3, 2))}
     rows = np.split(np.arange(12), parts)
 
-    def wanted(params):
+    def expected(params):
         return jnp.stack([of_whole(params, jax.tree.map(operator.itemgetter(of), val)) for of in rows]).mean()
 
-    return params, made, wanted
+    return params, (train_loss, val_loss), expected
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
-def test_a_held_out_loss_in_parts_is_the_mean_of_theirs(parts):
-    params, (_, val_loss), wanted = halves_of(parts)
+def test_held_out_loss_is_the_mean_over_its_parts(parts):
+    params, (_, val_loss), expected = losses_in_parts(parts)
     tangent = {"w": jnp.ones((3, 2))}
-    for of in (val_loss, jax.jit(val_loss)):
-        np.testing.assert_allclose(of(params), wanted(params), rtol=1e-6)
-        value, gradient = jax.value_and_grad(of)(params)
-        np.testing.assert_allclose(value, wanted(params), rtol=1e-6)
-        np.testing.assert_allclose(gradient["w"], jax.grad(wanted)(params)["w"], rtol=1e-5, atol=1e-7)
-        along = jax.jvp(of, (params,), (tangent,))[1]
+    for loss in (val_loss, jax.jit(val_loss)):
+        np.testing.assert_allclose(loss(params), expected(params), rtol=1e-6)
+        value, gradient = jax.value_and_grad(loss)(params)
+        np.testing.assert_allclose(value, expected(params), rtol=1e-6)
+        np.testing.assert_allclose(gradient["w"], jax.grad(expected)(params)["w"], rtol=1e-5, atol=1e-7)
+        along = jax.jvp(loss, (params,), (tangent,))[1]
         np.testing.assert_allclose(along, jnp.vdot(gradient["w"], tangent["w"]), rtol=1e-5)
-    assert parts == 1 or not np.isclose(wanted(params), halves_of(1)[2](params), rtol=1e-4)
+    assert parts == 1 or not np.isclose(expected(params), losses_in_parts(1)[2](params), rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["jvp", "t1t2", "forward"])
-def test_every_method_takes_a_held_out_loss_in_parts(method):
-    params, (train_loss, val_loss), _ = halves_of(2)
-    given = jax.random.key(0), params, jnp.float32(1.3), train_loss, val_loss
-    exact, _ = hypergradient(*given, method="unrolled", optimizer=optax.sgd(0.1))
+def test_all_methods_support_a_held_out_loss_in_parts(method):
+    params, (train_loss, val_loss), _ = losses_in_parts(2)
+    inputs = jax.random.key(0), params, jnp.float32(1.3), train_loss, val_loss
+    exact, _ = hypergradient(*inputs, method="unrolled", optimizer=optax.sgd(0.1))
     assert abs(exact) > 1e-4
-    np.testing.assert_allclose(hypergradient(*given, method=method, optimizer=optax.sgd(0.1))[0], exact, rtol=1e-4)
+    np.testing.assert_allclose(hypergradient(*inputs, method=method, optimizer=optax.sgd(0.1))[0], exact, rtol=1e-4)
 
 
-def test_a_held_out_gradient_in_parts_keeps_the_passes_of_none():
-    """At most half of the widest array of the whole batch is ever there."""
+def test_held_out_gradient_in_parts_has_no_array_of_the_whole_batch():
+    """With two parts, the compiled gradient has no logits of the whole batch."""
 
-    def widest(parts):
-        params, (_, val_loss), _ = halves_of(parts)
+    def has_whole_batch(parts):
+        params, (_, val_loss), _ = losses_in_parts(parts)
         text = jax.jit(jax.grad(val_loss)).lower(params).compile().as_text()
-        return "f32[12,2]" in text  # the logits of the whole batch
+        return "f32[12,2]" in text  # logits of the whole batch
 
-    assert widest(1) and not widest(2)
+    assert has_whole_batch(1) and not has_whole_batch(2)
 
 
-def test_weights_of_examples():
-    of = batch(0)._replace(index=jnp.arange(64)[::-1])
-    assert (tunable_loss.table_weights(jnp.arange(100.0), of) == jnp.arange(64.0)[::-1]).all()
+def test_example_weights_from_a_table_and_from_a_network():
+    data = batch(0)._replace(index=jnp.arange(64)[::-1])
+    assert (tunable_loss.table_weights(jnp.arange(100.0), data) == jnp.arange(64.0)[::-1]).all()
     net = tunable_loss.weight_net(jax.random.key(0), inputs=2, outputs=3, hidden=16)
-    seen = jnp.array([[0.0, 1.0], [1e3, 1e30]])
-    assert (tunable_loss.net_weights(net, seen) == 0.5).all()
+    features = jnp.array([[0.0, 1.0], [1e3, 1e30]])
+    assert (tunable_loss.net_weights(net, features) == 0.5).all()
     net["w2"] = jax.random.normal(jax.random.key(1), (16, 3))
-    weights = tunable_loss.net_weights(net, seen)
+    weights = tunable_loss.net_weights(net, features)
     assert weights.shape == (2, 3) and ((weights >= 0) & (weights <= 1)).all() and jnp.unique(weights).size > 2
-    slopes = jax.grad(lambda net, seen: tunable_loss.net_weights(net, seen).sum(), (0, 1))(net, seen)
+    slopes = jax.grad(lambda net, features: tunable_loss.net_weights(net, features).sum(), (0, 1))(net, features)
     assert any((leaf != 0).any() for leaf in jax.tree.leaves(slopes[0])) and (slopes[1] == 0).all()
