@@ -1,13 +1,21 @@
 """Rules for judging a stage of a search: each is a function of evidence or of ledger rows."""
 
+import dataclasses
+import inspect
 import types
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from random_walks import CONFIG, OBJECTIVES, POOLS, WALKERS, apply_threshold, sample, threshold
 from scipy import stats
 
-from ev3_distill.config import EV3
+from ev3_distill.config import EV3, Compress
+from ev3_distill.core import Algorithm, initial_state, make_step
 from ev3_distill.search import search, stage
+from ev3_distill.search.archive import Entry
+from ev3_distill.search.policy import SearchPolicy
 from ev3_distill.search.stage import (
     falls_behind,
     first_check,
@@ -113,11 +121,60 @@ def test_a_student_leads_by_more_than_one_standard_error(differences, expected):
     assert leads(*evidence, run) is expected
 
 
-def test_the_patience_of_a_search_is_the_one_that_help_names():
-    import inspect
-
-    assert f"A search for a size uses {search.PATIENCE:g}." in inspect.getsource(EV3)
+class SearchStarted(Exception):
+    """Holds the config with which a search starts."""
 
 
-def test_no_more_candidates_than_the_certificate_accounts_for():
-    assert stage.MAX_CANDIDATES == 2  # `SearchPolicy.candidates` returns one or two
+def config_of_search(monkeypatch, config):
+    """The config with which `run_search` starts its first stage."""
+
+    def start(directory, config, *args, **options):
+        raise SearchStarted(config)
+
+    monkeypatch.setattr(search, "StageRunner", start)
+    with pytest.raises(SearchStarted) as started:
+        search.run_search(Path(), config, types.SimpleNamespace(steps=100), ("ce",), None, teacher={})
+    return started.value.args[0]
+
+
+def steps_until_stuck(patience):
+    """The global step after which a student that does not move is stuck, on trajectories of two steps."""
+    algorithm = Algorithm(
+        apply_threshold, WALKERS[:1], sample, OBJECTIVES, dataclasses.replace(CONFIG, patience=patience)
+    )
+    pools = POOLS._replace(seen=POOLS.assess)
+    state = initial_state(jax.random.key_data(jax.random.key(0)), threshold(8), pools, algorithm)
+    step, stuck = make_step(algorithm), False
+    while not stuck:
+        state, decision = step(pools, state, np.int32(10**6))
+        stuck = bool(decision.stuck)
+    return int(decision.position)
+
+
+def test_a_size_is_stuck_after_thirty_initial_trajectories_without_gain(monkeypatch):
+    """The default patience of a search is 6, as the help text says: six times five trajectories, here of two steps."""
+    config = config_of_search(monkeypatch, Compress(start="mlp:hidden=3"))
+    assert steps_until_stuck(config.ev3.patience) == 62
+    assert f"A search for a size uses {config.ev3.patience:g}." in inspect.getsource(EV3)
+
+
+def test_a_search_keeps_the_patience_of_its_config(monkeypatch):
+    config = Compress(start="mlp:hidden=3", ev3=EV3(patience=9.0))
+    assert config_of_search(monkeypatch, config).ev3.patience == 9.0
+
+
+@pytest.mark.parametrize(
+    ("p_values", "numbers"), [((0.02, 0.01, 0.005, 0.001), [0, 3]), ((0.001, 0.01, 0.02, 0.03), [0])]
+)
+def test_at_most_two_students_are_candidates(p_values, numbers, tmp_path):
+    """Among four that decide proves, the smallest, and the smallest or best of larger ones that decide is surer of."""
+    entries = [
+        Entry(i, f"net {i}", {}, 10 + i, "", "", 0, 100, 0.9, 0.8, 0, float(i), met=False, p_value=p_value)
+        for i, p_value in enumerate(p_values)
+    ]
+    policy = SearchPolicy(types.SimpleNamespace(directory=tmp_path, entries=entries, candidate_level=0.05))
+    candidates = policy.candidates()
+    assert [entry.number for entry in candidates] == numbers
+    assert (
+        len(candidates) <= stage.MAX_CANDIDATES
+    )  # the number by which `required_levels` divides the error probability
