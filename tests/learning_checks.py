@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from random_walks import RUN_KEY, B, N, rolled, sample
+from random_walks import RUN_KEY, B, N, run_arms, sample
 
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.config import EV3
@@ -93,7 +93,7 @@ def learned(pools, steps):
     state = SimpleNamespace(
         arms=SimpleNamespace(states=tuple(arm.init(START) for arm in LEARNERS)), clock=SimpleNamespace(position=0)
     )
-    return rolled(LEARNERS, state, pools, steps)
+    return run_arms(LEARNERS, state, pools, steps)
 
 
 def proposals_of(trained, pools=LEARNABLE):

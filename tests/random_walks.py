@@ -1,4 +1,4 @@
-"""Random-walk arms on students that are thresholds: everything that a step does can be computed by hand."""
+"""Random-walk arms whose students are thresholds, so that every result of a step can be computed by hand."""
 
 import functools
 from typing import NamedTuple
@@ -34,20 +34,20 @@ def row(tree, i):
     return jax.tree.map(lambda leaf: np.asarray(leaf[i]), tree)
 
 
-def untouched(state):
-    """The part of a state that an iteration without adoption, promotion or rollback must leave bit-identical."""
+def parts_kept_by_rejection(state):
+    """The parts of a state that must stay bit-identical in an iteration without adoption, promotion or rollback."""
     arms = state.arms
     return state.key, state.current, state.champion, (arms.states, arms.wins, arms.promotions, arms.leader)
 
 
-def replaced(state, **groups):
-    """The state with some fields of its groups replaced, such as clock={"cost": 3}."""
+def replace_fields(state, **groups):
+    """A copy of the state with fields of its groups replaced, for example clock={"cost": 3}."""
     return state._replace(**{name: getattr(state, name)._replace(**fields) for name, fields in groups.items()})
 
 
-# A student is a threshold t: it is right on examples of label 0 whose input is below t, and on those of label 1 whose input is
-# above it. Inputs are n + 1/2, so t = 7 is right on 7 examples of label 0. The student's statistics say what the arms do, so
-# that one compiled step serves all tests with the same number of arms.
+# A student is a threshold t. It is right on examples of label 0 whose input is below t, and on examples of label 1 whose
+# input is above t. Inputs are n + 1/2, so t = 7 is right on 7 examples of label 0. The speed and the health of each arm are
+# stored in the student's statistics, so that one compiled step serves all tests with the same number of arms.
 
 B, N = 4, 64
 RUN_KEY = jax.random.key(5)
@@ -83,7 +83,7 @@ def sample(examples, step):
     return jax.tree.map(lambda leaf: leaf[rows(step)], examples)
 
 
-def rolled(arms, state, pools, steps):
+def run_arms(arms, state, pools, steps):
     """Proposals of the arms after `steps` steps each."""
     draw = explore.draw_from(pools.explore, sample, RUN_KEY)
     stretches = [Stretch(state.clock.position, n, jnp.float32(0), jnp.float32(0)) for n in steps]
@@ -98,13 +98,13 @@ LOG = 64
 class Walk(NamedTuple):
     student: Variables
     age: jax.Array  # steps since the arm was last initialized
-    log: jax.Array  # [LOG, B] index of the examples seen at each global step, -1 if none
-    keys: jax.Array  # [LOG, 2] the keys seen
-    sick: jax.Array  # nan or infinite, or 0
+    log: jax.Array  # [LOG, B] indices of the examples used at each global step, -1 if none
+    keys: jax.Array  # [LOG, 2] the keys used at each global step
+    poison: jax.Array  # NaN or infinite for a broken state, else 0
 
 
 def walker(i):
-    """The i-th arm: its threshold moves by speed[i] at every step, and it records the examples and keys that it sees."""
+    """The i-th arm. Each step moves its threshold by speed[i] and logs the indices and the key of the batch."""
 
     def init(variables):
         log, keys = jnp.full((LOG, B), -1, jnp.int32), jnp.zeros((LOG, 2), jnp.uint32)
@@ -141,7 +141,7 @@ OBJECTIVES = Objectives(example_scores.accuracy, ACCURACY)
 
 @functools.cache
 def compiled(arms):
-    """The initial state and the step for 1 or 4 arms."""
+    """Jitted functions for a run with 1 or 4 arms: the initial state and the step."""
     algorithm = Algorithm(apply_threshold, WALKERS[:arms], sample, OBJECTIVES, CONFIG)
 
     def start(variables, pools):
@@ -155,7 +155,7 @@ def begin(speeds, pools=POOLS, *, t=8, health=None):
 
 
 def steps_from(state, remaining, pools=POOLS):
-    """Iterates; `remaining` lists the remaining budget at each iteration."""
+    """Runs one iteration for each remaining budget in `remaining`; returns the states and the decisions."""
     states, decisions = [], []
     for left in remaining:
         limit = int(state.clock.cost) + left
@@ -170,9 +170,9 @@ def t_of(state):
 
 
 @jax.jit
-def explored(state, steps):
-    """Proposals of all four walkers."""
-    return rolled(WALKERS, state, POOLS, steps)
+def proposals_at(state, steps):
+    """Proposals of all four walkers; `steps` [4] lists the steps of each."""
+    return run_arms(WALKERS, state, POOLS, steps)
 
 
 MANY = 10**6

@@ -1,4 +1,4 @@
-"""Decisions: exact tests, an error budget that no path through the tree of tests exceeds, and ties to the incumbent."""
+"""Decisions: exact paired tests, an error budget that holds for every sequence of outcomes, ties, when to test."""
 
 import functools
 
@@ -17,7 +17,7 @@ DEPTH = 12
 
 
 def budget(tests, promotions, delta=0.05):
-    """What is left after so many tests, promotions first."""
+    """The error budget after `tests` tests, of which the first `promotions` promoted."""
     left = adapt.initial_budget(delta)
     for i in range(tests):
         left = adapt.spend(left, jnp.bool_(False), jnp.bool_(True), jnp.bool_(i < promotions))
@@ -28,10 +28,10 @@ def budget(tests, promotions, delta=0.05):
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def counted(wins, losses, n):
-    """Of n examples the candidate alone is right on the first `wins`, the champion alone on the next `losses`."""
+def mcnemar_of_counts(wins, losses, n):
+    """McNemar's test on n examples: only the candidate is right on `wins` of them, only the champion on `losses`."""
     row = jnp.arange(n)
-    both = row % 2 == 0  # where they agree
+    both = row % 2 == 0  # where they agree, both are right on even rows and wrong on odd rows
     only_candidate, only_champion = row < wins, (row >= wins) & (row < wins + losses)
     agree = ~only_candidate & ~only_champion & both
     return paired_tests.mcnemar(
@@ -45,12 +45,12 @@ LARGE = [(w, n - w) for n in (100, 1000, 4000, 10_000) for z in (-4, -1, 0, 0.5,
 
 
 @pytest.mark.parametrize(("grid", "n"), [(SMALL, 40), (LARGE, 20_000)], ids=["small", "large"])
-def test_mcnemar_is_the_exact_binomial_test(grid, n):
+def test_mcnemar_agrees_with_the_exact_binomial_test(grid, n):
     for w, losses in grid:
-        got_wins, got_losses, p_value = counted(w, losses, n)
+        got_wins, got_losses, p_value = mcnemar_of_counts(w, losses, n)
         assert (int(got_wins), int(got_losses)) == (w, losses)
         want = binomtest(w, w + losses, 0.5, alternative="greater").pvalue if w + losses else 1.0
-        rounding = 1e-5 + 2e-6 * (w + losses)  # of float32; never to the candidate's advantage
+        rounding = 1e-5 + 2e-6 * (w + losses)  # of float32; it never favors the candidate
         assert want * (1 - 1e-6) - 1e-30 <= float(p_value) <= min(want * (1 + 2 * rounding) + 1e-30, 1), (w, losses)
 
 
@@ -63,56 +63,58 @@ def test_mcnemar_counts_nan_as_wrong():
     assert float(p_value) == pytest.approx(0.5, rel=3e-5)  # P(Bin(3, 1/2) >= 2)
 
 
-def test_mcnemar_of_a_student_that_is_nan_everywhere():
+def test_mcnemar_p_value_is_one_for_a_student_that_is_nan_everywhere():
     assert float(paired_tests.mcnemar(jnp.full(9, jnp.nan), jnp.ones(9))[2]) == 1
     assert float(paired_tests.mcnemar(jnp.full(9, jnp.nan), jnp.zeros(9))[2]) == 1
 
 
 @pytest.mark.parametrize("pairs", range(6))
-def test_a_tie_never_beats_any_level(pairs):
-    assert float(counted(pairs, pairs, 40)[2]) > 0.5
+def test_p_value_of_a_tie_exceeds_every_level(pairs):
+    assert float(mcnemar_of_counts(pairs, pairs, 40)[2]) > 0.5
     assert float(adapt.level(budget(0, 0, 0.49), jnp.bool_(True))) < 0.5
 
 
 # The error budget.
 
 
-def first_false(left, depth, better, closing):
-    """Largest probability, by a union bound, that a false promotion is made below a node, over all that can follow.
+def false_promotion_bound(left, depth, better, closing):
+    """Union bound on the probability of a false promotion at or below a node of the tree of test outcomes.
 
     Args:
-      left: the budget at the node.
-      depth: how many tests may follow at most.
-      better, closing: [nodes] bool, of each node in the order they are met: whether its candidate is truly better,
-        whether it ends the run.
+      left: the error budget at the node.
+      depth: maximum number of tests after this one.
+      better, closing: iterators of bool over the nodes in depth-first order: whether a node's candidate is truly
+        better, and whether the node ends the run.
     """
     ends = depth == 0 or next(closing)
     level = float(adapt.level(left, jnp.bool_(ends)))
-    good = next(better)
-    own = 0.0 if good else level
+    truly_better = next(better)
+    own = 0.0 if truly_better else level
     if ends:
         return own
-    kept, promoted = (adapt.spend(left, jnp.bool_(False), jnp.bool_(True), jnp.bool_(to)) for to in (False, True))
-    below = first_false(kept, depth - 1, better, closing)
-    if good:  # behind a false promotion nothing more is counted: the first one was made
-        below += first_false(promoted, depth - 1, better, closing)
+    not_promoted, promoted = (
+        adapt.spend(left, jnp.bool_(False), jnp.bool_(True), jnp.bool_(outcome)) for outcome in (False, True)
+    )
+    below = false_promotion_bound(not_promoted, depth - 1, better, closing)
+    if truly_better:  # below a false promotion nothing is added: only the first one counts
+        below += false_promotion_bound(promoted, depth - 1, better, closing)
     return own + below
 
 
 @pytest.mark.parametrize("goodness", [0.0, 0.3, 0.7])
 @pytest.mark.parametrize("stop", [0.0, 0.3])
-def test_levels_of_a_tree_sum_to_at_most_delta(goodness, stop):
-    """Whatever candidates are met, and wherever runs end, the levels that count towards a first false promotion."""
+def test_levels_along_all_test_outcomes_sum_to_at_most_delta(goodness, stop):
+    """The bound on a first false promotion holds for random candidates and random ends of runs."""
     for seed in range(5):
         rng = np.random.default_rng(seed)
         better, closing = iter(rng.random(1000) < goodness), iter(rng.random(1000) < stop)
-        most = first_false(adapt.initial_budget(0.05), 6, better, closing)
-        assert most <= 0.05 * (1 + 1e-5)
+        bound = false_promotion_bound(adapt.initial_budget(0.05), 6, better, closing)
+        assert bound <= 0.05 * (1 + 1e-5)
         if goodness == 0:
-            assert most == pytest.approx(0.05)  # and the budget is not left lying about
+            assert bound == pytest.approx(0.05)  # the whole budget is used
 
 
-def test_levels_by_hand():
+def test_levels_agree_with_hand_computation():
     c = adapt.SHARE
     for tests, promotions, want in [(0, 0, 1), (1, 0, 1 - c), (1, 1, c), (3, 1, c * (1 - c) ** 2)]:
         left = budget(tests, promotions, 0.05)
@@ -123,12 +125,12 @@ def test_levels_by_hand():
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.booleans(), max_size=100), st.floats(0.001, 0.999), st.booleans())
-def test_a_level_is_a_probability_however_long_the_run(promoted, delta, closing):
+def test_level_stays_between_zero_and_delta_in_long_runs(promoted, delta, closing):
     left = adapt.initial_budget(delta)
     for outcome in promoted:
         left = adapt.spend(left, jnp.bool_(False), jnp.bool_(True), jnp.bool_(outcome))
     got = float(adapt.level(left, jnp.bool_(closing)))
-    assert 0 <= got <= delta * (1 + 1e-6)  # false for nan
+    assert 0 <= got <= delta * (1 + 1e-6)  # also fails for NaN
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,7 @@ def test_a_level_is_a_probability_however_long_the_run(promoted, delta, closing)
         (True, True, True, (5, 3, 0.0)),
     ],
 )
-def test_spend(closing, tested, promoted, want):
+def test_spend_counts_tests_and_reduces_the_budget(closing, tested, promoted, want):
     before = ErrorBudget(jnp.int32(4), jnp.int32(2), jnp.float32(0.25))
     after = adapt.spend(before, jnp.bool_(closing), jnp.bool_(tested), jnp.bool_(promoted))
     assert (int(after.tests), int(after.promotions)) == want[:2]
@@ -153,11 +155,11 @@ RUNS, EXAMPLES, TESTS, DELTA = 3000, 128, 16, 0.2
 
 
 @jax.jit
-def simulated(key, redraw):
-    """Many runs, each reusing one finite decide split, a third of the tests being of truly better candidates.
+def simulate_runs(key, redraw):
+    """Simulates runs of TESTS tests that each reuse one decide split; a third of the candidates are truly better.
 
-    The other candidates are no better than the champion in truth: they differ from it on a share `redraw` of the examples.
-    Returns the budgets at the end and whether each run promoted one of these, [RUNS].
+    The other candidates are null: no better than the champion on the population. Their outcomes are redrawn on a
+    fraction `redraw` of the examples. Returns the final budgets and whether each run promoted a null candidate, [RUNS].
     """
     truth = 0.6
     p_values = jax.vmap(lambda a, b: paired_tests.mcnemar(a, b)[2])
@@ -189,20 +191,20 @@ def simulated(key, redraw):
 
 
 @pytest.mark.parametrize("redraw", [1.0, 0.2])
-def test_false_promotions_stay_within_the_budget(redraw):
-    paths, false = simulated(jax.random.key(0), redraw)
+def test_rate_of_false_promotions_is_at_most_delta(redraw):
+    paths, false = simulate_runs(jax.random.key(0), redraw)
     assert float(false.mean()) <= DELTA + 3 * (DELTA * (1 - DELTA) / RUNS) ** 0.5
-    assert float(paths.promotions.mean()) > 0.5  # the truly better ones do get through
+    assert float(paths.promotions.mean()) > 0.5  # truly better candidates are promoted
 
 
-# Which proposal, and whether to test it.
+# Selection of a proposal, and whether to test it.
 
 choose = jax.jit(adapt.choose)
 NAN = float("nan")
 
 
-def best(rows, active, leader, takeover, current=0):
-    """Scores [P, N] by both objectives -> the row chosen, or none; whether exploration moves."""
+def choose_by_scores(rows, active, leader, takeover, current=0):
+    """The selected row, None if no proposal is active, and whether exploration moves; for scores [P, N] of both kinds."""
     rows, active = np.asarray(rows, np.float32), np.asarray(active)
     current = np.broadcast_to(np.float32(current), rows.shape[1:])
     choice = choose(
@@ -213,52 +215,53 @@ def best(rows, active, leader, takeover, current=0):
 
 @pytest.mark.parametrize("takeover", [0.0, 1.0])
 @pytest.mark.parametrize("leader", [0, 1, 2])
-def test_a_tie_among_proposals_goes_to_the_leader(leader, takeover):
-    assert best([[1, 0, 1, 0]] * 3, [True] * 3, leader, takeover) == (leader, True)  # example by example
+def test_tie_among_proposals_goes_to_the_leader(leader, takeover):
+    same_scores = [[1, 0, 1, 0]] * 3
+    assert choose_by_scores(same_scores, [True] * 3, leader, takeover) == (leader, True)
     same_mean = [[1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 0]]
-    assert best(same_mean, [True] * 3, leader, takeover) == (leader, True)
+    assert choose_by_scores(same_mean, [True] * 3, leader, takeover) == (leader, True)
 
 
-def test_a_tie_with_the_current_student_keeps_it():
-    assert best([[0, 0], [0, 0]], [True, True], 0, 0.0) == (0, False)
-    assert best([[1, 1], [1, 1]], [True, True], 0, 0.0, current=1) == (0, False)
-    assert best([[0, 1], [1, 1]], [True, True], 0, 0.0, current=1) == (1, False)
-    assert best([[0, 1], [1, 1]], [True, True], 0, 0.0, current=0.5) == (1, True)
+def test_tie_with_the_current_student_keeps_it():
+    assert choose_by_scores([[0, 0], [0, 0]], [True, True], 0, 0.0) == (0, False)
+    assert choose_by_scores([[1, 1], [1, 1]], [True, True], 0, 0.0, current=1) == (0, False)
+    assert choose_by_scores([[0, 1], [1, 1]], [True, True], 0, 0.0, current=1) == (1, False)
+    assert choose_by_scores([[0, 1], [1, 1]], [True, True], 0, 0.0, current=0.5) == (1, True)
 
 
-def test_a_challenger_needs_the_takeover_margin():
+def test_challenger_needs_the_takeover_margin():
     # Row 1 beats row 0 on 2 of 8 examples: mean gain 1/4, standard error sqrt(3/16) / sqrt(7) = 0.164, ratio 1.53.
     rows = [[0] * 8, [1, 1, 0, 0, 0, 0, 0, 0]]
-    assert best(rows, [True, True], 0, 0.0) == (1, True)
-    assert best(rows, [True, True], 0, 1.5) == (1, True)
-    assert best(rows, [True, True], 0, 1.55) == (0, False)
-    assert best(rows, [True, True], 1, 1.55) == (1, True)  # the leader itself needs no margin
+    assert choose_by_scores(rows, [True, True], 0, 0.0) == (1, True)
+    assert choose_by_scores(rows, [True, True], 0, 1.5) == (1, True)
+    assert choose_by_scores(rows, [True, True], 0, 1.55) == (0, False)
+    assert choose_by_scores(rows, [True, True], 1, 1.55) == (1, True)  # the leader itself needs no margin
 
 
 @pytest.mark.parametrize(
     ("rows", "active", "leader", "want"),
     [
-        ([[1, 0], [NAN, NAN]], [True, False], 1, (0, True)),  # an inactive leader gives way
+        ([[1, 0], [NAN, NAN]], [True, False], 1, (0, True)),  # an inactive leader is passed over
         ([[NAN, NAN], [0, 0], [1, 1]], [False, True, True], 0, (2, True)),
-        ([[1, NAN], [0, 1]], [True, True], 1, (1, True)),  # a nan score never wins, however good the rest
-        ([[1, NAN], [0, 1]], [True, True], 0, (1, True)),  # not even for the leader
-        ([[1, 1], [0, 1]], [False, True], 1, (1, True)),  # nor does an inactive row with scores
+        ([[1, NAN], [0, 1]], [True, True], 1, (1, True)),  # a row with a NaN score never wins
+        ([[1, NAN], [0, 1]], [True, True], 0, (1, True)),  # even if it is the leader's
+        ([[1, 1], [0, 1]], [False, True], 1, (1, True)),  # an inactive row with finite scores never wins
         ([[1, 1], [0, 1]], [False, True], 0, (1, True)),
         ([[NAN, NAN], [NAN, 1]], [False, False], 0, (None, False)),
     ],
 )
-def test_the_choice_among_broken_proposals(rows, active, leader, want):
-    assert best(rows, active, leader, 1.0) == want
+def test_broken_and_inactive_proposals_are_never_selected(rows, active, leader, want):
+    assert choose_by_scores(rows, active, leader, 1.0) == want
 
 
 @pytest.mark.parametrize("leader", [0, 1])
-def test_nothing_moves_where_all_scores_are_nan(leader):
-    assert best([[NAN, NAN], [NAN, 1]], [True, True], leader, 1.0)[1] is False
+def test_exploration_does_not_move_if_all_scores_are_nan(leader):
+    assert choose_by_scores([[NAN, NAN], [NAN, 1]], [True, True], leader, 1.0)[1] is False
 
 
 @pytest.mark.parametrize("broken", ["promise", "select"])
-def test_a_student_with_a_nan_score_of_one_kind_never_wins(broken):
-    """Finite parameters may still overflow: one example's logits are then not finite, and so is its select score."""
+def test_student_with_a_nan_in_select_or_promise_never_wins(broken):
+    """Finite parameters may overflow in the forward pass; then one example has a NaN score of one kind."""
     scores = np.float32([[1, 1, 1], [0, 0, 1], [0, 0, 0]])
     poisoned = scores.copy()
     poisoned[0, 0] = NAN
@@ -269,42 +272,42 @@ def test_a_student_with_a_nan_score_of_one_kind_never_wins(broken):
         assert not (choice.moves and int(choice.row) == 0)
 
 
-def worth(p_assess, cost, tested_cost, closing, path=(0, 0)):
+def promotion_test_runs(p_assess, cost, tested_cost, closing, path=(0, 0)):
     closing = jnp.bool_(closing)
     alpha = adapt.level(budget(*path), closing)
     due = adapt.due(jnp.int32(cost), jnp.int32(tested_cost), closing)
     return bool(due & adapt.worth_testing(jnp.float32(p_assess), alpha, closing))
 
 
-def test_a_test_is_worth_making_only_where_assess_predicts_success():
-    assert worth(1e-9, 100, 0, closing=False)
-    assert not worth(0.4, 100, 0, closing=False)
-    for path in [(0, 0), (3, 1), (6, 6)]:  # at the very level that the test would have
+def test_promotion_test_runs_only_if_assess_predicts_success():
+    assert promotion_test_runs(1e-9, 100, 0, closing=False)
+    assert not promotion_test_runs(0.4, 100, 0, closing=False)
+    for path in [(0, 0), (3, 1), (6, 6)]:  # p-values just below and just above the level of the test
         alpha = float(adapt.level(budget(*path), jnp.bool_(False)))
-        assert worth(0.99 * alpha, 10**6, 1, closing=False, path=path)
-        assert not worth(1.01 * alpha, 10**6, 1, closing=False, path=path)
+        assert promotion_test_runs(0.99 * alpha, 10**6, 1, closing=False, path=path)
+        assert not promotion_test_runs(1.01 * alpha, 10**6, 1, closing=False, path=path)
 
 
-def test_a_test_waits_after_the_last_one():
-    assert not worth(0.0, 100, 100, closing=False)
-    assert worth(0.0, 10_000, 100, closing=False)
+def test_next_promotion_test_waits_until_the_cost_has_grown():
+    assert not promotion_test_runs(0.0, 100, 100, closing=False)
+    assert promotion_test_runs(0.0, 10_000, 100, closing=False)
 
 
-def test_the_closing_iteration_asks_where_assess_sees_a_gain():
-    assert worth(0.4, 100, 100, closing=True)
-    assert not worth(0.5, 100, 100, closing=True)
-    assert not worth(1.0, 100, 0, closing=True)  # nothing differs: there is nothing to prove
+def test_closing_iteration_runs_a_promotion_test_for_any_gain_on_assess():
+    assert promotion_test_runs(0.4, 100, 100, closing=True)
+    assert not promotion_test_runs(0.5, 100, 100, closing=True)
+    assert not promotion_test_runs(1.0, 100, 0, closing=True)  # a tie on assess is not tested
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.2])
-def test_what_proves_is_what_the_p_value_says(alpha):
-    """The shortcut for a candidate that is not ahead changes nothing."""
+def test_proves_agrees_with_the_p_value(alpha):
+    """The shortcut for candidates with no more wins than losses does not change the outcome."""
     rng = np.random.default_rng(0)
-    told = set()
+    outcomes = set()
     for _ in range(60):
         candidate, champion = (rng.random((2, 40)) < rng.random((2, 1))).astype(np.float32)
         proof = bool(paired_tests.proves(candidate, champion, alpha))
         assert proof == bool(paired_tests.mcnemar(candidate, champion)[2] <= alpha)
-        told.add(proof)
-    assert told == {False, True}
+        outcomes.add(proof)
+    assert outcomes == {False, True}
     assert not paired_tests.proves(candidate, candidate, alpha)

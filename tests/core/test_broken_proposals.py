@@ -28,10 +28,10 @@ from random_walks import (
     assert_same,
     begin,
     finite,
+    parts_kept_by_rejection,
     row,
     steps_from,
     t_of,
-    untouched,
 )
 
 from ev3_distill.types import ADOPT, KEEP, PROMOTE
@@ -92,7 +92,7 @@ def test_when_every_proposal_is_broken_nothing_moves_and_the_run_goes_on():
         assert (decision.verdict, decision.selected, decision.promoted_arm) == (KEEP, -1, -1)
         assert decision.discarded == (decision.steps > 0).sum()
         assert np.isnan(decision.scores).all()
-        assert_same(untouched(state), untouched(start))
+        assert_same(parts_kept_by_rejection(state), parts_kept_by_rejection(start))
         assert finite(state)
     assert [int(state.clock.iteration) for state in states] == [1, 2, 3, 4]
     assert 0 < int(states[0].clock.cost) < int(states[2].clock.cost)

@@ -18,10 +18,10 @@ from random_walks import (
     assert_same,
     begin,
     differ,
-    explored,
     finite,
     ladder,
     make_split,
+    proposals_at,
     threshold,
 )
 
@@ -181,7 +181,7 @@ def test_the_average_is_the_mean_of_the_active_rows():
 )
 def test_an_average_needs_two_sound_proposals(steps, active):
     start = begin((1, 3, 5, 5), health=(SOUND, SOUND, NAN_STUDENT, SOUND))
-    made = explored(start, jnp.array(steps))
+    made = proposals_at(start, jnp.array(steps))
     assert made.active.tolist() == [steps[0] > 0, steps[1] > 0, False, False, active]
     if active:
         assert float(made.variables.params["t"][4]) == 8 + (3 + 9) / 2
