@@ -1,4 +1,4 @@
-"""Broken proposals: discarded alone, never averaged, and without a trace in what goes on."""
+"""Broken proposals are discarded, never averaged, and leave the state of the run unchanged."""
 
 import numpy as np
 import pytest
@@ -38,27 +38,30 @@ from ev3_distill.types import ADOPT, KEEP, PROMOTE
 
 
 @pytest.mark.parametrize("broken", [[NAN_LOSS], [SICK], [NAN_LOSS, SICK]], ids=["student", "optimizer state", "both"])
-def test_a_non_finite_proposal_is_discarded_alone(broken):
+def test_broken_proposal_does_not_affect_healthy_arms(broken):
     """The healthy arms' proposals, their average and their states agree bit by bit with and without broken ones."""
-    alone, beside = proposals_of((GOOD, SLOW)), proposals_of((GOOD, SLOW, *broken))
-    assert alone.active.tolist() == beside.active.tolist() == [True, False, True, False, False, True]
+    without_broken, with_broken = proposals_of((GOOD, SLOW)), proposals_of((GOOD, SLOW, *broken))
+    assert without_broken.active.tolist() == with_broken.active.tolist() == [True, False, True, False, False, True]
     for i in (0, 2, 5):
-        assert_same(row(alone.variables, i), row(beside.variables, i))
-        assert finite(row(beside.variables, i))
-    assert_same((alone.arm_states[0], alone.arm_states[2]), (beside.arm_states[0], beside.arm_states[2]))
-    broken_states = [beside.arm_states[LEARNERS.index(arm)] for arm in broken]
+        assert_same(row(without_broken.variables, i), row(with_broken.variables, i))
+        assert finite(row(with_broken.variables, i))
+    assert_same(
+        (without_broken.arm_states[0], without_broken.arm_states[2]),
+        (with_broken.arm_states[0], with_broken.arm_states[2]),
+    )
+    broken_states = [with_broken.arm_states[LEARNERS.index(arm)] for arm in broken]
     assert not any(finite(arm_state) for arm_state in broken_states)
 
 
-def test_a_proposal_with_a_healthy_student_and_a_broken_optimizer_is_discarded():
-    made = proposals_of((GOOD, SICK))
-    assert finite(row(made.variables, 3))  # the student is in order
-    assert made.active.tolist() == [True] + 5 * [False]  # nor is there an average of one
+def test_finite_student_with_a_broken_optimizer_is_discarded():
+    proposals = proposals_of((GOOD, SICK))
+    assert finite(row(proposals.variables, 3))  # the student itself is finite
+    assert proposals.active.tolist() == [True] + 5 * [False]  # one proposal makes no average
 
 
-def test_a_run_beside_broken_arms():
-    """Four iterations: broken arms are counted, never win, and leave a finite state."""
-    first = state = begin_beset(LEARNABLE)  # a broken one leads
+def test_run_with_broken_arms_improves_and_stays_finite():
+    """Over four iterations broken arms are counted and never win, and every state is finite."""
+    first = state = begin_beset(LEARNABLE)  # a broken arm leads at the start
     discarded = 0
     for _ in range(4):
         state, decision = step_beset(LEARNABLE, state, np.int32(MANY))
@@ -73,7 +76,7 @@ def test_a_run_beside_broken_arms():
     assert float(state.current.evidence.select.mean()) > float(first.current.evidence.select.mean())
 
 
-def test_broken_walkers_never_win_and_are_not_averaged():
+def test_broken_proposals_never_win_and_are_not_averaged():
     start = begin((1, 1, 20, 4), health=(SOUND, NAN_STUDENT, NAN_STATE, SOUND))
     (state,), (decision,) = steps_from(start, [MANY])
     assert decision.discarded == 2
@@ -85,7 +88,7 @@ def test_broken_walkers_never_win_and_are_not_averaged():
     assert finite(state)
 
 
-def test_when_every_proposal_is_broken_nothing_moves_and_the_run_goes_on():
+def test_run_continues_unchanged_if_every_proposal_is_broken():
     start = begin((9, 9, 9, 9), health=(NAN_STUDENT, INF_STATE, NAN_STATE, NAN_STUDENT))
     states, decisions = steps_from(start, [MANY, MANY, MANY, 0])
     for state, decision in zip(states, decisions, strict=True):
@@ -99,15 +102,14 @@ def test_when_every_proposal_is_broken_nothing_moves_and_the_run_goes_on():
     assert bool(states[3].closed)
 
 
-def test_an_arm_recovers_from_a_broken_iteration():
-    """It goes on from the state before it: here the inputs of the first two batches are nan."""
+def test_arm_recovers_after_a_broken_iteration():
+    """The arm restarts from its last accepted state. The inputs of the first two batches are NaN here."""
     inputs = LEARNABLE.explore.inputs.at[: 2 * B].set(NAN)
     pools = LEARNABLE._replace(explore=LEARNABLE.explore._replace(inputs=inputs))
     state, verdicts = begin_good(pools), []
     for _ in range(2):
-        state, decision = step_good(
-            pools, state, state.clock.cost + LENGTH
-        )  # longer ones would meet these batches again
+        limit = state.clock.cost + LENGTH  # longer trajectories would use the NaN batches again
+        state, decision = step_good(pools, state, limit)
         verdicts.append((int(decision.discarded), int(decision.verdict) in (ADOPT, PROMOTE)))
     assert verdicts == [(1, False), (0, True)]
     assert finite(state)

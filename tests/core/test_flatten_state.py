@@ -25,7 +25,7 @@ def assert_same_bits(got, want):
 
 @settings(deadline=None, max_examples=30)
 @given(trees)
-def test_round_trip(tree):
+def test_unflatten_restores_every_tree_bit_for_bit(tree):
     tree = jax.tree.map(jnp.asarray, tree)
     flattening = Flattening(tree)
     flat = flattening.flatten(tree)
@@ -36,7 +36,7 @@ def test_round_trip(tree):
     assert_same_bits(flattening.unflatten(jax.device_get(flat)), tree)
 
 
-def test_under_jit_from_shapes_alone():
+def test_flattening_from_shapes_works_under_jit():
     tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": (jnp.int32(7), jnp.array([True, False])), "c": jnp.float32(0.5)}
     flattening = Flattening(jax.eval_shape(lambda: tree))
     assert_same_bits(jax.jit(flattening.unflatten)(jax.jit(flattening.flatten)(tree)), tree)

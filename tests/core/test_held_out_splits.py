@@ -1,4 +1,4 @@
-"""Held-out splits: no gradient meets them, each is evaluated whole; averages of proposals; the whole core on nulls."""
+"""Held-out splits get no gradients and are evaluated completely; averages of proposals; false promotions of whole runs."""
 
 import ast
 import inspect
@@ -37,7 +37,7 @@ from ev3_distill.types import ADOPT, PROMOTE, Arm, Pools, Proposals, Variables
 CORE = Path(ev3_distill.core.__file__).parent
 
 
-# Held-out splits never meet a gradient.
+# No gradients on held-out splits.
 
 
 def scrambled(split):
@@ -52,13 +52,13 @@ def scrambled(split):
 
 def test_proposals_do_not_depend_on_assess_or_decide():
     other = LEARNABLE._replace(assess=scrambled(LEARNABLE.assess), decide=scrambled(LEARNABLE.decide))
-    here, there = proposals_of((GOOD, SLOW)), proposals_of((GOOD, SLOW), other)
-    assert_same(here, there)
-    assert differ(here, proposals_of((GOOD, SLOW), LEARNABLE._replace(explore=scrambled(LEARNABLE.explore))))
+    proposals, proposals_other_splits = proposals_of((GOOD, SLOW)), proposals_of((GOOD, SLOW), other)
+    assert_same(proposals, proposals_other_splits)
+    assert differ(proposals, proposals_of((GOOD, SLOW), LEARNABLE._replace(explore=scrambled(LEARNABLE.explore))))
 
 
-def test_no_gradient_of_an_iteration_reaches_a_held_out_split():
-    """Forward derivatives of a whole, adopted iteration: zero along assess and decide, not along explore."""
+def test_iteration_has_zero_derivative_along_held_out_splits():
+    """The forward derivative of an adopted iteration is zero along assess and decide, but not along explore."""
     start = begin_good(LEARNABLE)
     at = {name: (getattr(LEARNABLE, name).inputs, getattr(LEARNABLE, name).teacher) for name in LEARNABLE._fields[:3]}
 
@@ -75,15 +75,15 @@ def test_no_gradient_of_an_iteration_reaches_a_held_out_split():
         tangents = {
             other: jax.tree.map(lambda leaf, on=other == name: jnp.full_like(leaf, on), at[other]) for other in at
         }
-        (_, verdict), (moves, _) = derivative(tangents)
+        (_, verdict), (derivatives, _) = derivative(tangents)
         assert int(verdict) in (ADOPT, PROMOTE)
-        floats = [leaf for leaf in jax.tree.leaves(moves) if leaf.dtype == jnp.float32]
+        floats = [leaf for leaf in jax.tree.leaves(derivatives) if leaf.dtype == jnp.float32]
         assert len(floats) > 10
         assert any(bool((leaf != 0).any()) for leaf in floats) == (name == "explore")
 
 
-def test_the_core_never_receives_the_test_split():
-    assert Pools._fields == ("explore", "assess", "decide", "seen")  # the last is some of explore
+def test_core_never_receives_the_test_split():
+    assert Pools._fields == ("explore", "assess", "decide", "seen")  # seen is a part of explore
     for module in (adapt, allocate, assess, explore, step_module):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             assert "test" not in inspect.signature(function).parameters, f"{module.__name__}.{name}"
@@ -96,8 +96,8 @@ def test_the_core_never_receives_the_test_split():
 
 
 @pytest.mark.parametrize("n", [1, 4, 5, 6, 23, 25])
-def test_a_held_out_split_is_evaluated_whole_in_order_once(n):
-    """Five at a time: every example's logits are its own, and none is dropped, repeated or padded."""
+def test_every_example_is_evaluated_exactly_once_in_order(n):
+    """In chunks of five, each example gets its own logits, and none is dropped, repeated or padded."""
 
     def network(variables, inputs, *, train, key=None):
         assert not train
@@ -109,7 +109,7 @@ def test_a_held_out_split_is_evaluated_whole_in_order_once(n):
     np.testing.assert_array_equal(logits, network(threshold(2), inputs, train=False)[0])
 
 
-def test_outputs_may_be_a_tree_of_any_shapes():
+def test_tree_of_outputs_does_not_depend_on_the_chunk_size():
     def network(variables, inputs, *, train, key=None):
         x = inputs[:, 0]
         return {"value": x, "box": (x[:, None, None] * jnp.ones((2, 3)), x[:, None] > 5)}, variables
@@ -120,16 +120,18 @@ def test_outputs_may_be_a_tree_of_any_shapes():
     assert_same(chunked, whole)
 
 
-def test_chunks_change_no_score():
+def test_scores_do_not_depend_on_the_chunk_size():
     split = LEARNABLE.assess
-    once = assess.outputs_of(NETWORK.apply, START, split.inputs, batch_size=1000)
+    unchunked = assess.outputs_of(NETWORK.apply, START, split.inputs, batch_size=1000)
     for batch_size in (7, 49, 50):
         chunked = assess.outputs_of(NETWORK.apply, START, split.inputs, batch_size=batch_size)
-        np.testing.assert_allclose(chunked, once, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(chunked, unchunked, rtol=1e-5, atol=1e-6)
         objectives = Objectives(example_scores.log_likelihood, ACCURACY)
         evidence = assess.score(NETWORK.apply, START, split, objectives, batch_size=batch_size)
-        np.testing.assert_allclose(evidence.select, example_scores.log_likelihood(once, split), rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(evidence.promise, example_scores.accuracy(once, split))
+        np.testing.assert_allclose(
+            evidence.select, example_scores.log_likelihood(unchunked, split), rtol=1e-5, atol=1e-6
+        )
+        np.testing.assert_array_equal(evidence.promise, example_scores.accuracy(unchunked, split))
 
 
 def test_assess_scores_every_proposal_on_every_example():
@@ -151,7 +153,7 @@ def test_assess_scores_every_proposal_on_every_example():
     assert np.isnan(evidence.promise[2:]).all()
 
 
-def test_paired():
+def test_paired_returns_mean_and_standard_error_of_differences():
     scores, reference = jnp.array([[1.0, 0, 1, 1], [0, 0, 0, 0]]), jnp.array([0.0, 0, 1, 0])
     mean, se = paired(scores, reference)
     np.testing.assert_allclose(mean, [0.5, -0.25])
@@ -163,7 +165,7 @@ def test_paired():
 # Averages of proposals.
 
 
-def test_the_average_is_the_mean_of_the_active_rows():
+def test_average_is_the_mean_of_the_active_rows():
     rng = np.random.default_rng(0)
     leaves = rng.normal(size=(4, 3, 2)).astype(np.float32)
     leaves[1] = NAN
@@ -172,19 +174,19 @@ def test_the_average_is_the_mean_of_the_active_rows():
     got = explore.mean_of(variables, jnp.array([True, False, True, False]))
     np.testing.assert_allclose(got.params["w"], (leaves[0] + leaves[2]) / 2, rtol=1e-6)
     assert got.stats["n"].dtype == jnp.int32
-    nothing = explore.mean_of(variables, jnp.zeros(4, bool))
-    assert finite(nothing)
+    empty_mean = explore.mean_of(variables, jnp.zeros(4, bool))
+    assert finite(empty_mean)
 
 
 @pytest.mark.parametrize(
     ("steps", "active"), [((3, 3, 0, 0), True), ((3, 0, 0, 0), False), ((0, 0, 0, 0), False), ((3, 0, 3, 0), False)]
 )
-def test_an_average_needs_two_sound_proposals(steps, active):
+def test_average_needs_two_healthy_proposals(steps, active):
     start = begin((1, 3, 5, 5), health=(SOUND, SOUND, NAN_STUDENT, SOUND))
-    made = proposals_at(start, jnp.array(steps))
-    assert made.active.tolist() == [steps[0] > 0, steps[1] > 0, False, False, active]
+    proposals = proposals_at(start, jnp.array(steps))
+    assert proposals.active.tolist() == [steps[0] > 0, steps[1] > 0, False, False, active]
     if active:
-        assert float(made.variables.params["t"][4]) == 8 + (3 + 9) / 2
+        assert float(proposals.variables.params["t"][4]) == 8 + (3 + 9) / 2
 
 
 @pytest.mark.parametrize(
@@ -197,17 +199,17 @@ def test_an_average_needs_two_sound_proposals(steps, active):
         ({"a": np.array([1.0], jnp.bfloat16), "b": np.array([np.inf], jnp.bfloat16)}, False),
     ],
 )
-def test_all_finite(tree, want):
+def test_all_finite_detects_nan_and_inf_in_any_leaf(tree, want):
     assert bool(explore.all_finite(jax.tree.map(jnp.asarray, tree))) == want
 
 
-# The whole core on nulls.
+# False promotions of whole runs.
 
 
-def test_promotions_of_null_students_stay_within_the_error_budget():
-    """Whole runs in a world where every student is right on a random 60 % of the population: none is truly better.
+def test_rate_of_runs_with_a_false_promotion_is_at_most_delta():
+    """Every student is right on a random 60 % of the population, so none is truly better and every promotion is false.
 
-    Each arm proposes an unrelated student each time, assess picks the best of them by luck, and every promotion is false.
+    Each arm proposes an unrelated student in each iteration, and assess selects among them by chance.
     """
     runs, n, iterations, delta = 1000, 96, 6, 0.3
 
@@ -221,32 +223,32 @@ def test_promotions_of_null_students_stay_within_the_error_budget():
         right = jnp.where(bits < np.uint32(0.6 * 2**32), 1.0, -1.0)
         return jnp.stack([right, jnp.zeros_like(right)], 1), variables
 
-    def drawer(i):
+    def random_arm(i):
         def propose(state, draw, stretch):
             start, steps = stretch.start, stretch.steps
             bits = hashed(jax.random.key_data(draw(start)[1])[0] + np.uint32(i))
-            fresh = jax.lax.bitcast_convert_type((bits >> 9) | np.uint32(0x3F800000), jnp.float32)  # finite: 1 to 2
-            return state, Variables({"seed": jnp.where(steps > 0, fresh, state)}, {})
+            seed = jax.lax.bitcast_convert_type((bits >> 9) | np.uint32(0x3F800000), jnp.float32)  # finite: 1 to 2
+            return state, Variables({"seed": jnp.where(steps > 0, seed, state)}, {})
 
         return Arm(str(i), lambda variables: variables.params["seed"], propose)
 
-    arms = [drawer(i) for i in range(2)]
+    arms = [random_arm(i) for i in range(2)]
     config = EV3(batch_size=1, length=1, max_length=1, exploration=1.0, delta=delta, eval_batch_size=n)
     objectives = Objectives(example_scores.accuracy, ACCURACY)
     algorithm = Algorithm(apply, arms, lambda pool, step: pool, objectives, config)
     step = make_step(algorithm)
 
     def run(key):
-        names = jax.random.randint(key, (2, n), 0, 2**22).astype(jnp.float32)  # exact in float32
-        pools = Pools(make_split(jnp.zeros(1)), make_split(names[0]), make_split(names[1]))
+        examples = jax.random.randint(key, (2, n), 0, 2**22).astype(jnp.float32)  # exact in float32
+        pools = Pools(make_split(jnp.zeros(1)), make_split(examples[0]), make_split(examples[1]))
         start = Variables({"seed": jnp.float32(1.5)}, {})
         state = initial_state(jax.random.key_data(key), start, pools, algorithm)
-        state, decisions = jax.lax.scan(lambda state, left: step(pools, state, left), state, lefts)
+        state, decisions = jax.lax.scan(lambda state, left: step(pools, state, left), state, limits)
         return state.budget, decisions.promotion.tested.sum()
 
-    lefts = jnp.where(jnp.arange(iterations) < iterations - 1, MANY, 0)
+    limits = jnp.where(jnp.arange(iterations) < iterations - 1, MANY, 0)
     budget, tested = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), runs))
     false = float((budget.promotions > 0).mean())
     assert false <= delta + 3 * (delta * (1 - delta) / runs) ** 0.5
-    assert float(tested.mean()) > 0.5  # decide was asked, often enough for the bound to mean something
+    assert float(tested.mean()) > 0.5  # enough tests for the bound to be meaningful
     assert float(budget.left.max()) <= delta * (1 + 1e-5)

@@ -1,4 +1,4 @@
-"""Each constant that steers a run shows in behavior, and a change by a factor of two would show as well."""
+"""Behavior that pins each steering constant: a test fails if its constant changes by a factor of two."""
 
 import dataclasses
 
@@ -14,48 +14,51 @@ from ev3_distill.types import ArmsState, Evidence, GoalEvidence
 
 
 def scores(mean, se, n=100):
-    """Scores [n] whose mean and standard error are these."""
+    """Scores [n] with the given mean and standard error."""
     spread = np.tile([1.0, -1.0], n // 2) * se * (n - 1) ** 0.5
     return np.float32(mean + spread)
 
 
-def test_a_promotion_test_spends_four_fifths_of_the_error_budget():
+def test_promotion_test_spends_four_fifths_of_the_error_budget():
     budget = adapt.initial_budget(0.05)
     assert float(adapt.level(budget, jnp.bool_(False))) == pytest.approx(0.04)
     promoted, failed = (adapt.spend(budget, jnp.bool_(False), jnp.bool_(True), jnp.bool_(x)) for x in (True, False))
     assert (float(promoted.left), float(failed.left)) == pytest.approx((0.04, 0.01))
 
 
-def test_the_cost_grows_by_half_between_promotion_tests():
+def test_cost_grows_by_half_between_promotion_tests():
     due = [bool(adapt.due(jnp.int32(cost), jnp.int32(100), jnp.bool_(False))) for cost in (149, 151)]
     assert due == [False, True]
 
 
 @pytest.mark.parametrize(("loss_se", "moves"), [(1.5, True), (2.5, False)])
-def test_a_smoother_leader_may_lose_two_standard_errors(loss_se, moves):
+def test_proposal_may_lose_two_standard_errors_of_the_promise(loss_se, moves):
     proposal = Evidence(select=np.ones((1, 100), np.float32), promise=scores(-loss_se * 0.01, 0.01)[None])
     current = Evidence(np.zeros(100, np.float32), np.zeros(100, np.float32))
     choice = adapt.choose(proposal, current, jnp.ones(1, bool), jnp.int32(0), takeover=jnp.float32(0))
     assert bool(choice.moves) == moves
 
 
-def test_the_p_value_of_betting():
-    """Of 20 and of 6 differences of 1: the mean over the nine bets b of (1 + b)^20, computed outside."""
+def test_p_value_of_betting_agrees_with_precomputed_values():
+    """For n differences of 1, the p-value is 1 / mean over the nine bets b of (1 + b)^n, precomputed for n = 20 and 6."""
     for n, p_value in ((20, 1.41644e-05), (6, 0.11535)):
         assert float(paired_tests.betting(jnp.ones(n), jnp.zeros(n))[2]) == pytest.approx(p_value, rel=1e-3)
 
 
 @pytest.mark.parametrize(("risk", "ruling"), [(2.5, 0), (3.5, prioritise.PROMISE)])
-def test_a_goal_within_three_standard_errors_rules(risk, ruling):
+def test_goal_within_three_standard_errors_rules(risk, ruling):
     assert int(prioritise.ruling_of(jnp.array([risk, 9.0]))) == ruling
 
 
-@pytest.mark.parametrize(("below_se", "breaks"), [(0.75, False), (1.5, True)])
-def test_a_proposal_may_lie_one_standard_error_below_a_goal(below_se, breaks):
+@pytest.mark.parametrize(("standard_errors_below", "breaks"), [(0.75, False), (1.5, True)])
+def test_proposal_may_lie_one_standard_error_below_a_goal(standard_errors_below, breaks):
     def evidence(score):
         return Evidence(score, score, GoalEvidence(score[..., None, :], score[..., None, :], jnp.zeros(1, jnp.int32)))
 
-    current, proposal = evidence(np.full(100, 0.5, np.float32)), evidence(scores(0.5 - below_se * 0.01, 0.01)[None])
+    current, proposal = (
+        evidence(np.full(100, 0.5, np.float32)),
+        evidence(scores(0.5 - standard_errors_below * 0.01, 0.01)[None]),
+    )
     assert bool(prioritise.breaks(proposal, current, jnp.array([0.5]))[0]) == breaks
 
 
@@ -64,17 +67,17 @@ def test_odds_of_challengers_fall_by_e_within_two_standard_errors():
     draw = jax.vmap(
         lambda key: allocate.active_arms(key, arms, racers=(True,) * 3, spent=allocate.Spent(0.0, 0.0), exploration=1.0)
     )
-    often = np.asarray(draw(jax.random.split(jax.random.key(0), 20_000))).mean(0)
-    assert often[1] / often[2] == pytest.approx(np.e, rel=0.05)
+    rates = np.asarray(draw(jax.random.split(jax.random.key(0), 20_000))).mean(0)
+    assert rates[1] / rates[2] == pytest.approx(np.e, rel=0.05)
 
 
-def test_a_resting_arm_returns_to_level_by_15_percent_an_iteration():
+def test_resting_arm_returns_to_level_by_15_percent_an_iteration():
     value = allocate.next_values(jnp.array([0.0, -4.0]), jnp.array([True, False]), jnp.ones((2, 8)))
     np.testing.assert_allclose(value, [0, -3.4], rtol=1e-6)
 
 
 def test_patience_lasts_at_least_five_initial_trajectories():
-    """A student that does not move, on trajectories of 2 steps: with a patience of 2 it is stuck after 2 x 5 x 2 steps."""
+    """With trajectories of 2 steps and a patience of 2, a student without gains is stuck after more than 2 x 5 x 2 steps."""
     config = dataclasses.replace(CONFIG, patience=2.0)
     algorithm = Algorithm(apply_threshold, WALKERS[:1], sample, OBJECTIVES, config)
     pools = POOLS._replace(seen=POOLS.assess)
@@ -87,7 +90,7 @@ def test_patience_lasts_at_least_five_initial_trajectories():
 
 
 @pytest.mark.parametrize(("cost", "tested"), [(105, False), (115, True)])
-def test_the_cost_grows_by_a_tenth_between_tests_of_all_goals(cost, tested):
+def test_cost_grows_by_a_tenth_between_tests_of_all_goals(cost, tested):
     objectives = OBJECTIVES._replace(goals=(goal("accuracy", 0.1),))
     algorithm = Algorithm(apply_threshold, WALKERS[:1], sample, objectives, CONFIG, stop_level=0.05)
     state = initial_state(jax.random.key_data(jax.random.key(0)), threshold(60), POOLS, algorithm)
