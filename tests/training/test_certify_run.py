@@ -1,4 +1,4 @@
-"""Certification knows no task: a regression with one metric of its own gets a certificate, without tables of classes."""
+"""Certification is independent of the task: a regression is certified by a metric of its own, without class tables."""
 
 import json
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ SCALAR = jax.ShapeDtypeStruct((1,), jnp.float32)
 
 
 def closeness(outputs, targets):
-    """1 at the target, 0 from a distance of 1 on."""
+    """1 at the target, 0 at a distance of 1 or more."""
     return (1 - abs(outputs - targets)).clip(0, 1)[:, 0]
 
 
@@ -52,7 +52,7 @@ def regression():
     )
 
 
-def test_a_regression_is_certified_by_its_own_metric(here, regression):
+def test_regression_is_certified_by_its_own_metric(here, regression):
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(100, 1)).astype(np.float32)
     targets = inputs + rng.uniform(-0.2, 0.2, size=(100, 1)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""A run that is killed or interrupted, at any moment and any number of times, ends as if it had not been."""
+"""A run that is killed or interrupted at any moment, any number of times, ends with the same results once resumed."""
 
 import os
 import random
@@ -12,28 +12,28 @@ from conftest import SMALL, assert_same_run, rows_without_times, variables_of
 
 KILLS = 9
 PIECES = 3
-LONGEST = 300  # seconds; a process that lives longer hangs
+LONGEST = 300  # seconds; after that, a process counts as hanging
 
 
 def start(run):
-    """The run in a process of its own: from its start, or on from where it was."""
-    begun = (run / "config.toml").exists()
-    argv = ["--resume", run] if begun else [*SMALL, "--out", run]
+    """Starts or resumes the run in a process of its own."""
+    exists = (run / "config.toml").exists()
+    argv = ["--resume", run] if exists else [*SMALL, "--out", run]
     command = [sys.executable, "-m", "ev3_distill", "compress", *map(str, argv)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def wait(process, reached):
-    """Waits until `reached()`; whether the process still lived then."""
-    began = time.perf_counter()
+    """Waits until `reached()` or the end of the process; returns whether the process is still alive."""
+    started = time.perf_counter()
     while process.poll() is None and not reached():
-        assert time.perf_counter() - began < LONGEST, "the process hangs"
+        assert time.perf_counter() - started < LONGEST, "the process hangs"
         time.sleep(0.0005)
     return process.poll() is None
 
 
 def half_written(run):
-    """Checkpoints that orbax is writing."""
+    """Checkpoints that Orbax is writing."""
     return [
         *run.glob("checkpoints/*.orbax-checkpoint-tmp*"),
         *run.glob("teacher/checkpoints/*.orbax-checkpoint-tmp*"),
@@ -45,8 +45,8 @@ def count_rows(run):
     return sum(path.read_bytes().count(b"\n") for path in paths if path.exists())
 
 
-def some_moment(rng, run):
-    """A predicate that turns true at a random moment of the run's life, and a name for it."""
+def random_moment(rng, run):
+    """A name for a random moment of the run, and a predicate that becomes true at that moment."""
     kind = rng.choice(("time", "row", "checkpoint", "stage"))
     if kind == "time":
         until = time.perf_counter() + rng.uniform(0.0, 9.0)
@@ -64,45 +64,45 @@ def some_moment(rng, run):
 
 
 @pytest.mark.parametrize("piece", range(PIECES))
-def test_kill_at_random_moments(piece, finished, tmp_path):
+def test_run_killed_at_random_moments_ends_with_the_same_results(piece, finished, tmp_path):
     rng = random.Random(piece)
     kills, torn, number = [], 0, 0
     run = tmp_path / "0"
     while len(kills) < KILLS // PIECES or not torn:
         process = start(run)
-        kind, reached = some_moment(rng, run)
-        if len(kills) >= KILLS // PIECES - 1 and not torn:  # at least one within the writing of a checkpoint
+        kind, reached = random_moment(rng, run)
+        if len(kills) >= KILLS // PIECES - 1 and not torn:  # at least one kill while a checkpoint is being written
             kind, reached = "checkpoint", lambda run=run: bool(half_written(run))
         if wait(process, reached):
             if kind != "checkpoint":
                 time.sleep(rng.uniform(0, 0.03))
             process.kill()
-        _, told = process.communicate()
+        _, error = process.communicate()
         if process.returncode == -signal.SIGKILL:
             kills.append(kind)
             torn += bool(half_written(run))
         else:
-            assert process.returncode == 0, told
+            assert process.returncode == 0, error
             assert_same_run(finished, run)
             number += 1
             run = tmp_path / str(number)
-        assert len(kills) < 3 * KILLS, "no kill falls into the writing of a checkpoint"
+        assert len(kills) < 3 * KILLS, "no kill occurred while a checkpoint was being written"
     process = start(run)
-    _, told = process.communicate()
-    assert process.returncode == 0, told
+    _, error = process.communicate()
+    assert process.returncode == 0, error
     assert_same_run(finished, run)
 
 
 @pytest.mark.parametrize("stage", ["teacher/ledger.jsonl", "ledger.jsonl"])
-def test_interrupt_tells_how_to_resume(stage, finished, tmp_path):
+def test_interrupt_prints_how_to_resume(stage, finished, tmp_path):
     run = tmp_path / "run"
     process = start(run)
     assert wait(process, lambda: (run / stage).exists() and count_rows(run.joinpath(stage).parent) >= 3)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate()
+    _, error = process.communicate()
     assert process.returncode == 130
-    assert told.splitlines()[-1] == f"ev3-distill: interrupted; resume with: ev3-distill compress --resume {run}"
-    assert "Traceback" not in told
+    assert error.splitlines()[-1] == f"ev3-distill: interrupted; resume with: ev3-distill compress --resume {run}"
+    assert "Traceback" not in error
     seen = count_rows(run)
     again = start(run)
     assert again.wait() == 0, again.communicate()[1]
@@ -111,8 +111,8 @@ def test_interrupt_tells_how_to_resume(stage, finished, tmp_path):
     assert_same_run(finished, run)
 
 
-def test_interrupt_saves_what_the_ledger_has(monkeypatch, cli, here, random_logits):
-    """Ctrl-C between an iteration and its row, with no checkpoint due: ledger and checkpoint agree, nothing is lost."""
+def test_interrupt_saves_a_checkpoint_of_the_last_ledger_row(monkeypatch, cli, here, random_logits):
+    """After Ctrl-C between an iteration and its row, with no checkpoint due, ledger and checkpoint agree."""
     from ev3_distill.training import run_loop, train
 
     options = ("--student", "mlp:hidden=8", "--arms", "ce", "--budget", "8000", "--teacher", f"logits:{random_logits}")
@@ -130,15 +130,15 @@ def test_interrupt_saves_what_the_ledger_has(monkeypatch, cli, here, random_logi
         answer = cli("compress", *options, "--out", "run")
     assert answer.code == 130
     assert "resume with: ev3-distill compress --resume run" in answer.err
-    kept = len(rows_without_times(here / "run/ledger.jsonl"))
-    assert 3 <= kept < len(rows_without_times(here / "whole/ledger.jsonl"))
-    assert [path.name for path in (here / "run/checkpoints").iterdir()] == [str(kept)]
+    saved = len(rows_without_times(here / "run/ledger.jsonl"))
+    assert 3 <= saved < len(rows_without_times(here / "whole/ledger.jsonl"))
+    assert [path.name for path in (here / "run/checkpoints").iterdir()] == [str(saved)]
 
     iterations = []
     with monkeypatch.context() as patch:
         patch.setattr(train.RunProgress, "row", lambda self, row: iterations.append(row["iteration"]))
         assert cli("compress", "--resume", "run").code == 0
-    assert iterations[0] == kept + 1
+    assert iterations[0] == saved + 1
     assert newest(here / "run") == newest(here / "whole")
     assert_same_run(here / "whole", here / "run")
 
@@ -147,7 +147,7 @@ def newest(run):
     return max(int(path.name) for path in (run / "checkpoints").iterdir())
 
 
-def test_interrupt_before_anything_is_written(monkeypatch, cli, here):
+def test_early_interrupt_leaves_no_files(monkeypatch, cli, here):
     from ev3_distill.training import run_reader as room
 
     def load(source, **options):
@@ -159,7 +159,7 @@ def test_interrupt_before_anything_is_written(monkeypatch, cli, here):
     assert not list(here.iterdir())
 
 
-def test_one_seed_is_one_run_and_another_is_another(cli, here, finished):
+def test_seed_determines_the_run(cli, here, finished):
     assert cli("compress", *SMALL, "--out", "again").code == 0
     assert_same_run(finished, here / "again")
     assert cli("compress", *SMALL, "--seed", 1, "--out", "other").code == 0
@@ -175,8 +175,8 @@ def test_resume_of_a_finished_run_changes_nothing(cli, here, finished):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
-def test_a_finished_teacher_is_not_trained_again(monkeypatch, cli, here, random_logits):
-    """Nor are its logits computed again."""
+def test_resume_does_not_train_a_finished_teacher_again(monkeypatch, cli, here, random_logits):
+    """Its logits are not computed again either."""
     from ev3_distill.teachers import targets
     from ev3_distill.training.train import run_loop
 

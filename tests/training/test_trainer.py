@@ -1,4 +1,4 @@
-"""The host loop: a budget that is met, runs that resume bit by bit, one compilation, and what is delivered."""
+"""The host loop: exact budgets, bitwise resumption, a single compilation, and selection of the delivered student."""
 
 import functools
 import logging
@@ -27,7 +27,7 @@ STUDENT = mlp((F,), K, hidden=(8,))
 
 
 def make_split(seed, n):
-    """Examples of a noisy linear rule, with the logits of a teacher who knows it."""
+    """Examples of a noisy linear rule, with the logits of a teacher that follows the rule exactly."""
     rng = np.random.default_rng(seed)
     inputs = rng.normal(size=(n, F))
     logits = 3 * inputs @ np.random.default_rng(99).normal(size=(F, K))
@@ -42,7 +42,7 @@ def make_split(seed, n):
 
 
 def views(batch):
-    """As a resident split keeps them: one view."""
+    """The layout of a resident split, with one view."""
     return batch._replace(teacher={"logits": batch.teacher["logits"][None]})
 
 
@@ -64,7 +64,7 @@ ARMS = (
 RUN = Distillation(STUDENT, ARMS, config=CONFIG)
 
 
-SEED = 1  # of a run that proves its champion on 80 examples; not every one does, in so few steps
+SEED = 1  # of a run with a promotion; with 80 examples and so few steps, not every seed has one
 
 
 @functools.cache
@@ -78,26 +78,26 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("budget", [0, 1, 2, 3, 7, 50, 200])
-def test_the_budget_is_spent_to_the_last_step(budget):
+def test_budget_is_spent_exactly(budget):
     outcome = finished(budget=budget)
     for state, decision in outcome:
         assert int(state.clock.cost) == int(decision.cost) <= budget
     last, closing = outcome[-1]
     assert int(last.clock.cost) == budget
     assert [bool(state.closed) for state, _ in outcome] == [False] * (len(outcome) - 1) + [True]
-    assert int(closing.steps.sum()) == 0  # the closing iteration trains nobody
+    assert int(closing.steps.sum()) == 0  # the closing iteration trains no arm
     assert all(int(decision.steps.sum()) > 0 for _, decision in outcome[:-1])
     assert list(RUN.run(POOLS, last, budget=budget)) == []
     assert list(RUN.run(POOLS, last, budget=budget + 100)) == []
 
 
-def test_a_run_learns():
+def test_run_improves_its_champion():
     start, (last, _) = RUN.begin(POOLS, SEED), finished()[-1]
     assert float(last.champion.decide.mean()) > float(start.champion.decide.mean()) + 0.1
     assert int(last.budget.promotions) >= 1
 
 
-def test_the_ledger_is_consistent():
+def test_decisions_agree_with_states():
     before, spent, promoted = RUN.begin(POOLS, SEED), 0, 0
     for state, decision in finished():
         spent += int(decision.steps.sum())
@@ -110,12 +110,12 @@ def test_the_ledger_is_consistent():
             == int(before.clock.position) + int(decision.steps.max())
         )
         assert int(state.budget.promotions) == promoted
-        assert int(state.arms.promotions.sum()) <= promoted  # the rest were averages
+        assert int(state.arms.promotions.sum()) <= promoted  # the others promoted averages
         assert int(state.budget.tests) == int(before.budget.tests) + int(decision.promotion.tested)
         assert float(decision.champion_score) == pytest.approx(float(state.champion.decide.mean()))
         assert CONFIG.length <= float(decision.length) == float(state.arms.length) <= CONFIG.max_length
         scores = RUN.evaluator.evaluate(state.champion.variables, POOLS.decide).promise
-        np.testing.assert_array_equal(scores, state.champion.decide)  # what is written is true of the champion
+        np.testing.assert_array_equal(scores, state.champion.decide)  # recorded scores are those of the champion
         assert_same(
             RUN.evaluator.evaluate(state.champion.variables, POOLS.assess).promise, state.champion.evidence.promise
         )
@@ -125,42 +125,42 @@ def test_the_ledger_is_consistent():
         before = state
 
 
-def test_a_run_resumes_bit_by_bit_from_any_state():
+def test_run_resumes_bit_by_bit_from_any_state():
     outcome = finished()
     for i in range(0, len(outcome), 2):
-        kept = jax.tree.map(np.array, outcome[i][0])  # as from a file
-        assert_same(list(RUN.run(POOLS, kept, budget=200)), outcome[i + 1 :])
+        restored = jax.tree.map(np.array, outcome[i][0])  # as restored from a file
+        assert_same(list(RUN.run(POOLS, restored, budget=200)), outcome[i + 1 :])
 
 
-def test_another_process_would_make_the_same_run():
-    """Nothing but the state is carried: a new Distillation, compiled anew, goes on alike."""
+def test_new_trainer_continues_identically_from_a_state():
+    """A new Distillation, compiled again, continues identically from the state alone."""
     outcome = finished()
     state, rest = outcome[2][0], outcome[3:]
     again = list(distill(STUDENT, POOLS, ARMS, budget=200, config=CONFIG, state=state))
     assert_same(again, rest)
 
 
-def test_the_draw_that_learns_fastest_begins():
-    """Of as many as a twentieth of the budget pays for; their cost counts, and all but the parameters is as without them."""
-    begun, scores = [RUN.begin(POOLS, 1, draw=draw) for draw in range(5)], []
-    for state in begun:
+def test_fastest_learning_initialization_starts_the_run():
+    """At most a twentieth of the budget is spent on initializations; the cost counts, and only the parameters differ."""
+    starts, scores = [RUN.begin(POOLS, 1, draw=draw) for draw in range(5)], []
+    for state in starts:
         after, decision = next(RUN.run(POOLS, state, budget=660))
         scores.append((float(after.current.evidence.promise.mean()), float(after.current.evidence.select.mean())))
     one = int(decision.cost)
     assert one == 6 and len(set(scores)) == 5  # mse 4 steps, ce 2
-    best = begun[scores.index(max(scores))]
-    drawn = RUN.begin_best(POOLS, 1, budget=660)
-    assert int(drawn.clock.cost) == int(drawn.clock.start_cost) == 5 * one <= 660 // 20 < 6 * one
-    assert_same(drawn._replace(clock=best.clock), best)
+    best = starts[scores.index(max(scores))]
+    best_start = RUN.begin_best(POOLS, 1, budget=660)
+    assert int(best_start.clock.cost) == int(best_start.clock.start_cost) == 5 * one <= 660 // 20 < 6 * one
+    assert_same(best_start._replace(clock=best.clock), best)
     assert_same(
         RUN.begin_best(POOLS, 1, budget=2 * 20 * CONFIG.length - 1), RUN.begin(POOLS, 1)
-    )  # none to compare with
+    )  # too small for a second initialization
     assert int(RUN.begin_best(POOLS, 1, budget=10**6).clock.cost) == 8 * one
-    last, _ = list(RUN.run(POOLS, drawn, budget=660))[-1]
+    last, _ = list(RUN.run(POOLS, best_start, budget=660))[-1]
     assert int(last.clock.cost) == 660 == int(last.arms.cost.sum()) + 5 * one
 
 
-def test_a_network_that_normalises_is_drawn_once():
+def test_network_with_batch_norm_is_initialized_once():
     network = resnet((8, 8, 1), K, depth=8, width=2)
     inputs = jnp.zeros((N, 8, 8, 1))
     explore, assess, decide = (split._replace(inputs=inputs) for split in (views(make_split(0, N)), *POOLS[1:3]))
@@ -169,14 +169,14 @@ def test_a_network_that_normalises_is_drawn_once():
     assert int(run.begin_best(pools, 0, budget=10**4).clock.cost) == 0
 
 
-def test_seeds_make_runs():
+def test_seed_determines_the_initialization():
     assert_same(RUN.begin(POOLS, 3), RUN.begin(POOLS, 3))
     one, other = (jax.tree.leaves(RUN.begin(POOLS, seed).current.variables.params) for seed in (3, 4))
     assert any((a != b).any() for a, b in zip(one, other, strict=True))
 
 
-def test_nothing_is_compiled_while_a_run_goes_on(caplog):
-    """Lengths, active arms and the budget are data: after the first iteration of the first run there is nothing to compile."""
+def test_only_the_first_iteration_compiles(caplog):
+    """Lengths, active arms and the budget are data: only the first iteration of the first run compiles."""
     fresh = Distillation(STUDENT, ARMS[:1], config=CONFIG)
     running = fresh.run(POOLS, fresh.begin(POOLS, 0), budget=150)
     first = next(running)
@@ -184,24 +184,24 @@ def test_nothing_is_compiled_while_a_run_goes_on(caplog):
     with caplog.at_level(logging.DEBUG), jax.log_compiles():
         lengths = {int(decision.steps.sum()) for _, decision in running}
         other = list(fresh.run(POOLS, first[0], budget=77))
-    assert len(lengths) > 2  # of different lengths, the closing one's 0 among them
+    assert len(lengths) > 2  # several lengths, including 0 of the closing iteration
     assert len(other) > 1
     assert [record.getMessage() for record in caplog.records if "ompiling" in record.getMessage()] == []
     assert fresh.compile_s == spent > 0
     with caplog.at_level(logging.DEBUG), jax.log_compiles():
         jax.jit(lambda x: x + 41)(np.arange(7))
-    assert any("ompiling" in record.getMessage() for record in caplog.records)  # it would have been seen
+    assert any("ompiling" in record.getMessage() for record in caplog.records)  # the log would have shown a compilation
 
 
-def test_wall_time_is_a_budget():
+def test_run_ends_at_its_wall_time_limit():
     (last, decision), *more = RUN.run(POOLS, RUN.begin(POOLS, 0), seconds=0.0)
     assert more == []
     assert (int(last.clock.cost), int(decision.steps.sum()), bool(last.closed)) == (0, 0, True)
     outcome = list(RUN.run(POOLS, RUN.begin(POOLS, 0), budget=40, seconds=600))
-    assert int(outcome[-1][0].clock.cost) == 40  # whichever ends first
+    assert int(outcome[-1][0].clock.cost) == 40  # the first limit reached ends the run
 
 
-def test_what_is_delivered():
+def test_better_student_on_decide_is_delivered():
     state = finished()[-1][0]
     assert RUN.evaluator.select(POOLS, state, "champion")[0] == "champion"
     champion = state.champion.variables
@@ -209,18 +209,18 @@ def test_what_is_delivered():
         state._replace(current=state.current._replace(variables=variables))
         for variables in (jax.tree.map(lambda leaf: -leaf, champion), champion)
     )
-    for current in (worse, same):  # a tie goes to the champion
+    for current in (worse, same):  # the champion wins ties
         name, variables = RUN.evaluator.select(POOLS, current)
         assert name == "champion"
         assert_same(variables, champion)
-    humbled = worse._replace(champion=state.champion._replace(decide=jnp.zeros(N)))
-    name, variables = RUN.evaluator.select(POOLS, humbled)
+    weak_champion = worse._replace(champion=state.champion._replace(decide=jnp.zeros(N)))
+    name, variables = RUN.evaluator.select(POOLS, weak_champion)
     assert name == "current"
     assert_same(variables, worse.current.variables)
-    assert RUN.evaluator.select(POOLS, humbled, "champion")[0] == "champion"
+    assert RUN.evaluator.select(POOLS, weak_champion, "champion")[0] == "champion"
 
 
-class Own(nnx.Module):
+class CustomStudent(nnx.Module):
     def __init__(self, rngs):
         self.hidden, self.norm = nnx.Linear(64, 12, rngs=rngs), nnx.BatchNorm(12, rngs=rngs)
         self.drop, self.out = nnx.Dropout(0.1, rngs=rngs), nnx.Linear(12, 10, rngs=rngs)
@@ -229,11 +229,11 @@ class Own(nnx.Module):
         return self.out(self.drop(nnx.relu(self.norm(self.hidden(x.reshape(len(x), -1))))))
 
 
-def test_an_own_student_and_own_logits_take_a_few_lines():
+def test_custom_student_and_logits_are_distilled():
     dataset = ev3.load_data("digits")
     own_logits = 8 * np.eye(10, dtype=np.float32)[dataset.labels]
     pools, test = ev3.split(dataset, own_logits, seed=0)
-    student = ev3.from_nnx(Own)
+    student = ev3.from_nnx(CustomStudent)
     arms = [ev3.gradient_arm("own", student.apply, cross_entropy, optax.adam(0.01))]
     for state, decision in ev3.distill(student, pools, arms, budget=150, config=ev3.EV3(batch_size=64, length=25)):
         last, verdict = state, decision
