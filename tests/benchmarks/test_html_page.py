@@ -1,4 +1,4 @@
-"""Pages of benches: Markdown as it stands, nothing of a user's becomes a tag, and a real browser shows them whole."""
+"""Pages of benchmarks: rendering of Markdown, escaping of user text, and layout in a real browser."""
 
 import json
 import re
@@ -26,7 +26,7 @@ ALONE = [
 PAPER = 672  # px across A4 without its margins of 16 mm
 
 
-def test_blocks_by_hand():
+def test_blocks_of_markdown_agree_with_hand_written_ones():
     text = "A `b|c` and\n**d** <e>.\n\n## F `g`\n\n- one\n  two\n- three\n\n| h | i |\n| --- | ---: |\n| j\\|k | 1 |\n| l |\n"
     paragraph, heading, items, table = html_page.blocks(text)
     assert paragraph.texts == [[("", "A "), ("code", "b|c"), ("", " and "), ("strong", "d"), ("", " <e>.")]]
@@ -37,28 +37,28 @@ def test_blocks_by_hand():
 
 
 @pytest.mark.parametrize("text", ["", "|", "| a |\nno rule", "** a", "` `` b", "- ", "##", "| a |\n| --- |"])
-def test_any_text_has_blocks(text):
+def test_malformed_markdown_is_parsed_without_error(text):
     html_page.blocks(text)
 
 
-def test_a_name_ends_no_cell():
+def test_pipes_and_newlines_in_cells_are_escaped():
     (table,) = html_page.blocks(statistics.markdown(["a", "b"], [["x | y\nz", "1"]]))
     assert table.rows[1] == [[("", "x | y z")], [("", "1")]]
 
 
 def of(suite):
-    """A suite's page, of its rows of record."""
+    """The page of a suite's committed results."""
     results = results_folder.read(RESULTS / suite, benchmarks.SUITES)
     return results_folder.html(results, results.suite.table(results.rows))
 
 
 @pytest.mark.parametrize("suite", ["growth", "safety"])
-def test_a_page_is_whole_and_asks_for_nothing(suite):
+def test_page_is_complete_and_self_contained(suite):
     html = of(suite)
-    found, results = Page(html), results_folder.read(RESULTS / suite, benchmarks.SUITES)
-    assert found.tags.count("h1") == 1 and ("lang", "en") in found.attributes
-    assert found.tags.count("svg") == hasattr(results.suite, "plot") == (("role", "img") in found.attributes)
-    assert not {"script", "link", "iframe", "object", "base", "img", "a"} & set(found.tags)
+    page, results = Page(html), results_folder.read(RESULTS / suite, benchmarks.SUITES)
+    assert page.tags.count("h1") == 1 and ("lang", "en") in page.attributes
+    assert page.tags.count("svg") == hasattr(results.suite, "plot") == (("role", "img") in page.attributes)
+    assert not {"script", "link", "iframe", "object", "base", "img", "a"} & set(page.tags)
     assert not re.search(r"https?:|wss?:|//\w|@import|url\((?!#)", html)
     assert "default-src 'none'" in html
     assert html.count("<th ") == html.count('<th scope="') and "<th>" not in html
@@ -66,31 +66,31 @@ def test_a_page_is_whole_and_asks_for_nothing(suite):
         results.header["command"], results.header["code"], f"{len(results.rows):,}", seeds_text(results.header),
         results.header["machine"]["cpu"], f"jax {results.header['versions']['jax']}", "How to reproduce",
     ):  # fmt: skip
-        assert shown in found.text
+        assert shown in page.text
     cells = [cell.strip().replace("`", "") for cell in results.suite.table(results.rows).split("|") if "\n" not in cell]
-    assert all(" ".join(cell.split()) in found.text for cell in cells if not re.fullmatch(r"[\s:-]*", cell))
+    assert all(" ".join(cell.split()) in page.text for cell in cells if not re.fullmatch(r"[\s:-]*", cell))
     assert html == of(suite)
 
 
-def test_what_a_user_named_is_no_tag():
-    """In tables, headings and plots, and in what the rows stand on."""
+def test_user_text_is_escaped():
+    """In tables, headings, plots and the metadata of results."""
     results = results_folder.read(RESULTS / "growth", benchmarks.SUITES)
-    found = [{**row, "data": HOSTILE} for row in results.rows]
+    rows = [{**row, "data": HOSTILE} for row in results.rows]
     basis = {**results.header, "command": HOSTILE, "code": HOSTILE, "versions": {HOSTILE: HOSTILE}}
     basis["machine"] = {"cpu": HOSTILE, "cores": HOSTILE, "accelerator": HOSTILE}
     suite = results.suite
-    html = html_page.of_results(HOSTILE, suite.table(found), suite.plot(found), basis, len(found))
-    # the question; heading and plot; machine, versions, code; command twice
+    html = html_page.of_results(HOSTILE, suite.table(rows), suite.plot(rows), basis, len(rows))
+    # title; heading and plot; machine, versions, code; command twice
     assert "<script" not in html and html.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 10
     assert "script" not in Page(html).tags
     html = html_page.of_comparison(
-        HOSTILE, comparison.table(*[results._replace(rows=found)] * 2, (HOSTILE, "`<b>`")), HOSTILE
+        HOSTILE, comparison.table(*[results._replace(rows=rows)] * 2, (HOSTILE, "`<b>`")), HOSTILE
     )
     assert "<script" not in html and "<b>" not in html and not {"script", "b"} & set(Page(html).tags)
 
 
-def test_render_gives_what_is_in_the_repository(tmp_path, cli):
-    """Tables follow from their rows: none is typed. And nothing is written beside them but a page."""
+def test_render_reproduces_committed_tables(tmp_path, cli):
+    """Committed tables are generated from their rows, and rendering writes no other files than table, plot and page."""
     for path in RESULTS.iterdir():
         results = results_folder.read(path, benchmarks.SUITES)
         assert results_folder.table_text(results) == (path / "table.md").read_text(), path.name
@@ -111,7 +111,7 @@ def test_render_gives_what_is_in_the_repository(tmp_path, cli):
     }
 
 
-def test_render_tells_rows_that_their_suite_does_not_know(tmp_path, cli):
+def test_render_rejects_rows_with_missing_fields(tmp_path, cli):
     (tmp_path / "rows.jsonl").write_text(
         json.dumps(BASIS | {"suite": "guards"}) + '\n{"seed": 0, "contender": "EV3"}\n'
     )
@@ -124,7 +124,7 @@ def test_render_tells_rows_that_their_suite_does_not_know(tmp_path, cli):
 
 
 def chromium(place, *options):
-    """Its standard output; it can reach no one."""
+    """Runs Chromium without network access; returns its standard output."""
     command = [
         CHROMIUM,
         *ALONE,
@@ -136,32 +136,33 @@ def chromium(place, *options):
 
 
 FRAMES = """<!DOCTYPE html><body><script>
-const told = [];
+const results = [];
 addEventListener("load", () => {
   for (const frame of document.querySelectorAll("iframe")) {
     const paper = frame.name.startsWith("paper "), page = frame.contentDocument;
     const out = [...page.querySelectorAll("main *")].filter(box => (paper || !box.closest(".scroll")) &&
       !box.closest("svg *") && box.getBoundingClientRect().right > frame.width);
-    told.push({name: frame.name, width: +frame.width, inside: frame.contentWindow.innerWidth,
-      scroll: html_page.documentElement.scrollWidth, out: out.map(box => box.outerHTML.slice(0, 80)),
+    results.push({name: frame.name, width: +frame.width, inside: frame.contentWindow.innerWidth,
+      scroll: page.documentElement.scrollWidth, out: out.map(box => box.outerHTML.slice(0, 80)),
       requests: frame.contentWindow.performance.getEntriesByType("resource").length});
   }
-  document.body.innerHTML = "<pre id=told>" + JSON.stringify(told).replaceAll("&", "&amp;").replaceAll("<", "&lt;") + "</pre>";
+  document.body.innerHTML = "<pre id=results>" +
+    JSON.stringify(results).replaceAll("&", "&amp;").replaceAll("<", "&lt;") + "</pre>";
 });
 </script>"""
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Bench pages of record, a comparison and a run's report, as files."""
+    """A folder with pages of committed results, of a comparison and of a run."""
     place = tmp_path_factory.mktemp("pages")
     texts = {suite: of(suite) for suite in ("growth", "safety", "search")}
     results = results_folder.read(RESULTS / "growth", benchmarks.SUITES)
     moved = [{**row, "accuracy": row["accuracy"] + 0.01 * row["seed"] * (row["width"] == 8)} for row in results.rows]
-    told = comparison.table(
+    comparison_text = comparison.table(
         results, results._replace(rows=moved[5:]), ("results/growth", "a/folder/with/quite/a/long/name" * 3)
     )
-    texts["compared"] = html_page.of_comparison("growth", told, "ev3-distill bench --compare one other")
+    texts["compared"] = html_page.of_comparison("growth", comparison_text, "ev3-distill bench --compare one other")
     ledger = make_rows()
     texts["run"] = report.render(make_report(ledger), ledger)
     for name, text in texts.items():
@@ -170,10 +171,10 @@ def pages(tmp_path_factory):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-def test_a_browser_shows_pages_whole(pages):
-    """At 375 and 1280 px nothing but what is in a box of its own goes beyond the page; on paper nothing is left out."""
+def test_pages_fit_the_window_in_a_browser(pages):
+    """At 375 and 1280 px only elements in scrollable boxes exceed the page; in print no element does."""
     names = sorted(path.stem for path in pages.glob("*.html"))
-    for name in names:  # as printed: the rules for paper are on, those for screens are off
+    for name in names:  # print layout: print rules on, screen rules off
         printed = (pages / f"{name}.html").read_text().replace("@media print", "@media all")
         (pages / f"paper {name}.htm").write_text(printed.replace("@media screen", "@media not all"))
     shown = [(f"{name}.html", width) for name in names for width in (375, 1280)]
@@ -185,16 +186,18 @@ def test_a_browser_shows_pages_whole(pages):
     (pages / "frames.htm").write_text(FRAMES + "".join(frames))
     address = (pages / "frames.htm").as_uri()
     dom = chromium(pages, "--allow-file-access-from-files", "--dump-dom", "--virtual-time-budget=20000", address)
-    told = json.loads(re.search(r'<pre id="told">(.*?)</pre>', dom, re.S)[1].replace("&lt;", "<").replace("&amp;", "&"))
-    assert [(one["name"], one["width"]) for one in told] == shown
-    for one in told:
-        assert one["inside"] == one["width"] >= one["scroll"] and one["out"] == [] and one["requests"] == 0, one
+    text = re.search(r'<pre id="results">(.*?)</pre>', dom, re.S)[1].replace("&lt;", "<").replace("&amp;", "&")
+    results = json.loads(text)
+    assert [(result["name"], result["width"]) for result in results] == shown
+    for result in results:
+        assert result["inside"] == result["width"] >= result["scroll"], result
+        assert (result["out"], result["requests"]) == ([], 0), result
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 @pytest.mark.parametrize("name", ["growth", "run"])
-def test_a_browser_draws_and_prints_pages(pages, name):
-    """To be looked at in pytest's own folder."""
+def test_browser_renders_and_prints_pages(pages, name):
+    """Screenshots and a PDF stay in the temporary folder of pytest for inspection."""
     address = (pages / f"{name}.html").as_uri()
     for width, height in ((375, 2600), (1280, 1800)):
         shot = pages / f"{name}-{width}.png"

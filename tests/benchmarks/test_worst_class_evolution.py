@@ -1,4 +1,4 @@
-"""The bench of evolution on what has no gradient: what it quantises, and what its table says."""
+"""Benchmark of evolution on objectives without gradient: quantization, training examples and table."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +8,7 @@ from ev3_distill.data import batches
 from ev3_distill.types import Pools, Variables
 
 
-def test_matrices_are_rounded_to_their_own_scale_and_vectors_are_not():
+def test_matrices_are_quantized_per_tensor_and_vectors_are_not():
     seen = []
 
     def apply(variables, inputs, *, train):
@@ -22,8 +22,8 @@ def test_matrices_are_rounded_to_their_own_scale_and_vectors_are_not():
     np.testing.assert_array_equal(seen[0]["zero"], params["zero"])
 
 
-def test_what_an_arm_learns_from():
-    """Of 4 examples on explore and 2 on assess."""
+def test_arm_learns_from_the_named_splits():
+    """4 examples on explore and 2 on assess."""
     logits = np.arange(12.0, dtype=np.float32).reshape(6, 2)
     explore = batches.resident(
         np.zeros((4, 3), np.float32), np.zeros(4, int), np.arange(4), {"logits": logits[:4][None]}, seed=0
@@ -37,7 +37,7 @@ def test_what_an_arm_learns_from():
         np.testing.assert_array_equal(examples.targets, [int(i > 3) for i in index])
 
 
-def test_the_table_compares_with_the_best_gradient_in_hindsight():
+def test_table_compares_with_the_best_gradient_arm_in_hindsight():
     figures = {"stays": (0.80, 0.90), "kd4": (0.82, 0.90), "ce-balanced": (0.81, 0.91)}
     figures |= dict.fromkeys(worst_class_evolution.GRADIENTS[1:3], (0.7, 0.8)) | {"ce-half-balanced": (0.7, 0.8)}
     figures |= {name: (0.84, 0.88) for name in worst_class_evolution.WORST} | {worst_class_evolution.INT8: (0.8, 0.905)}

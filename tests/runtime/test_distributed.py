@@ -1,4 +1,4 @@
-"""Populations on many devices and in several processes: the same trajectory, little sent, and an end when one of them dies."""
+"""Populations on several devices and processes: equal trajectories, little communication, failure if a process dies."""
 
 import json
 import os
@@ -15,9 +15,9 @@ from processes import ROOT, free_port
 from ev3_distill.errors import InputError
 from ev3_distill.runtime import distributed
 
-SILENCE_S = 4  # in these tests
+SILENCE_S = 4  # timeout for a dead process in these tests
 
-# What a process runs: argv is a JSON object of what to do. It prints a JSON object.
+# Program of a process. Its argument is a JSON object of options; it prints a JSON object of results.
 WORK = """
 import hashlib, json, os, sys
 import jax, jax.numpy as jnp, numpy as np, optax
@@ -25,9 +25,9 @@ from ev3_distill.runtime import distributed as sharding
 from ev3_distill.evolution import EvolutionConfig, evolution
 from ev3_distill import students
 
-asked = json.loads(sys.argv[1])
-sharding.PEER_TIMEOUT_S = asked.get("silence", 20)
-sharding.join_processes(*asked.get("start", [1]))
+options = json.loads(sys.argv[1])
+sharding.PEER_TIMEOUT_S = options.get("silence", 20)
+sharding.join_processes(*options.get("start", [1]))
 network = students.from_name("mlp:hidden=16-8", (12,), 3)
 rng = np.random.default_rng(0)
 shapes = jax.eval_shape(network.init, jax.random.key(0))
@@ -50,45 +50,45 @@ def run(devices, fixed, rank, generations, pairs=13):
     def trajectory(key, params):
         def generation(state, _):
             return strategy.step(jax.random.wrap_key_data(key), state, fitness)
-        state, told = jax.lax.scan(generation, strategy.init(params), None, length=generations)
-        return jax.flatten_util.ravel_pytree(state.mean)[0], told
+        state, info = jax.lax.scan(generation, strategy.init(params), None, length=generations)
+        return jax.flatten_util.ravel_pytree(state.mean)[0], info
 
     key = np.asarray(jax.random.key_data(jax.random.key(7)))
     arguments = sharding.replicate((key, params), mesh)
     return jax.jit(sharding.on_all_devices(trajectory, mesh)), arguments
 
 
-found = {}
-for devices, fixed, rank in asked["runs"]:
-    program, arguments = run(devices, fixed, rank, asked["generations"])
+results = {}
+for devices, fixed, rank in options["runs"]:
+    program, arguments = run(devices, fixed, rank, options["generations"])
     program = program.lower(*arguments).compile()
-    for turn in range(asked.get("turns", 1)):
+    for turn in range(options.get("turns", 1)):
         with sharding.watch_peers():
-            mean, told = program(*arguments)
+            mean, info = program(*arguments)
             mean = np.asarray(mean.addressable_data(0))
-        if turn == 0 and asked.get("dies") == jax.process_index():
+        if turn == 0 and options.get("dies") == jax.process_index():
             os._exit(1)
-    broken = int(np.asarray(told.failed.addressable_data(0)).sum())
+    broken = int(np.asarray(info.failed.addressable_data(0)).sum())
     digest = hashlib.sha256(mean.tobytes()).hexdigest()
-    found[f"{devices} {fixed} {rank}"] = [digest, mean.tolist(), broken, program.as_text()]
-print(json.dumps(found))
+    results[f"{devices} {fixed} {rank}"] = [digest, mean.tolist(), broken, program.as_text()]
+print(json.dumps(results))
 """
 
 
-def begin(asked, devices=1):
+def launch(options, devices=1):
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     files = {name: tempfile.TemporaryFile("w+") for name in ("stdout", "stderr")}  # noqa: SIM115  pipes would fill up
-    return subprocess.Popen([sys.executable, "-c", WORK, json.dumps(asked)], env=environment, **files), files
+    return subprocess.Popen([sys.executable, "-c", WORK, json.dumps(options)], env=environment, **files), files
 
 
-def outcomes(*begun, timeout=300):
-    """(exit code, standard output, standard error) of processes, none of which is left behind."""
+def outcomes(*processes, timeout=300):
+    """(exit code, standard output, standard error) of each process; all processes have ended afterwards."""
     try:
-        codes = [process.wait(timeout=timeout) for process, _ in begun]
+        codes = [process.wait(timeout=timeout) for process, _ in processes]
     finally:
         texts = []
-        for process, files in begun:
+        for process, files in processes:
             process.kill()
             process.wait()
             for file in files.values():
@@ -98,11 +98,11 @@ def outcomes(*begun, timeout=300):
     return list(zip(codes, texts[::2], texts[1::2], strict=True))
 
 
-def told(*begun):
-    """What processes print that do as they were asked."""
-    found = outcomes(*begun)
-    assert [code for code, _, _ in found] == [0] * len(found), found[0][2][-2000:] + found[-1][2][-2000:]
-    return [json.loads(out.strip().splitlines()[-1]) for _, out, _ in found]
+def results_of(*processes):
+    """The JSON results of processes, all of which must succeed."""
+    ends = outcomes(*processes)
+    assert [code for code, _, _ in ends] == [0] * len(ends), ends[0][2][-2000:] + ends[-1][2][-2000:]
+    return [json.loads(out.strip().splitlines()[-1]) for _, out, _ in ends]
 
 
 RUNS = [[1, True, None], [8, True, None], *[[d, True, 1] for d in (1, 2, 4, 8)], [8, False, 1]]
@@ -110,42 +110,44 @@ RUNS = [[1, True, None], [8, True, None], *[[d, True, 1] for d in (1, 2, 4, 8)],
 
 @pytest.fixture(scope="module")
 def trajectories(tmp_path_factory):
-    """20 generations of 13 pairs, some members broken, on 1, 2, 4 and 8 devices of one process."""
+    """20 generations of 13 pairs, some with NaN fitness, on 1, 2, 4 and 8 devices of one process."""
 
     def make(place):
-        (place / "told.json").write_text(json.dumps(told(begin({"runs": RUNS, "generations": 20}, devices=8))[0]))
+        (place / "results.json").write_text(
+            json.dumps(results_of(launch({"runs": RUNS, "generations": 20}, devices=8))[0])
+        )
 
-    return json.loads((once(tmp_path_factory, "trajectories", make) / "told.json").read_text())
+    return json.loads((once(tmp_path_factory, "trajectories", make) / "results.json").read_text())
 
 
 @pytest.mark.parametrize(("devices", "rank"), [(2, 1), (4, 1), (8, 1), (8, None)])
-def test_in_fixed_order_a_trajectory_is_the_same_bit_by_bit(trajectories, devices, rank):
-    """13 pairs divide by no number of devices."""
+def test_trajectories_in_fixed_order_are_bitwise_equal(trajectories, devices, rank):
+    """13 pairs are not a multiple of any of these numbers of devices."""
     one, several = (trajectories[f"{count} True {rank}"] for count in (1, devices))
     assert one[0] == several[0] and one[2] == several[2] > 0
 
 
-def test_in_free_order_it_is_the_same_within_rounding(trajectories):
+def test_trajectories_in_free_order_agree_within_rounding(trajectories):
     one, several = (trajectories[f"{devices} {fixed} 1"] for devices, fixed in ((1, True), (8, False)))
     assert several[1] == pytest.approx(one[1], rel=1e-5, abs=1e-5)
 
 
-def test_two_processes_go_where_one_goes(trajectories):
-    """Two real processes of one device each, joined over the loopback."""
+def test_two_processes_follow_the_trajectory_of_one(trajectories):
+    """Two processes of one device each, connected over the loopback interface."""
     coordinator = f"127.0.0.1:{free_port()}"
-    asked = {"runs": [[2, True, 1]], "generations": 20}
-    found = told(*[begin({**asked, "start": [2, coordinator, i]}) for i in (0, 1)])
+    options = {"runs": [[2, True, 1]], "generations": 20}
+    results = results_of(*[launch({**options, "start": [2, coordinator, i]}) for i in (0, 1)])
     alone = trajectories["1 True 1"]
-    assert [of_process["2 True 1"][0] for of_process in found] == [alone[0]] * 2
+    assert [of_process["2 True 1"][0] for of_process in results] == [alone[0]] * 2
 
 
 @pytest.mark.parametrize("dies", [0, 1])
-def test_a_process_that_dies_ends_the_others(dies):
+def test_death_of_a_process_ends_the_others(dies):
     coordinator = f"127.0.0.1:{free_port()}"
-    asked = {"runs": [[2, True, 1]], "generations": 3, "turns": 10**9, "dies": dies, "silence": SILENCE_S}
-    found = outcomes(*[begin({**asked, "start": [2, coordinator, i]}) for i in (0, 1)], timeout=60)
-    assert found[dies][0] == 1
-    code, _, err = found[1 - dies]
+    options = {"runs": [[2, True, 1]], "generations": 3, "turns": 10**9, "dies": dies, "silence": SILENCE_S}
+    ends = outcomes(*[launch({**options, "start": [2, coordinator, i]}) for i in (0, 1)], timeout=60)
+    assert ends[dies][0] == 1
+    code, _, err = ends[1 - dies]
     assert code != 0
     assert "start all anew" in err or "another task died" in err, err[:3000]
 
@@ -154,13 +156,13 @@ COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-p
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-def test_little_is_sent(trajectories, fixed):
-    """Per generation, by the arrays that collectives bring to a device: a scalar per member, and a vector of parameters.
+def test_communication_is_bounded(trajectories, fixed):
+    """A device receives one scalar per member and one vector of parameters per generation.
 
-    In fixed order that vector comes in parts twice, which is what a ring's all-reduce sends, too.
+    In fixed order it receives the vector in parts and twice, as in a ring all-reduce.
     """
     program, size = trajectories[f"8 {fixed} 1"][3], len(trajectories["1 True 1"][1])
-    brought = []
+    received = []
     for shapes, kind in COLLECTIVE.findall(program):
         numbers = 0
         for dims in re.findall(r"f32\[([\d,]*)\]", shapes):
@@ -168,22 +170,22 @@ def test_little_is_sent(trajectories, fixed):
             for n in filter(None, dims.split(",")):
                 count *= int(n)
             numbers += count
-        brought.append((kind, numbers))
-    members = 2 * 16  # 13 pairs, filled up to 8 devices' 2
-    assert ("all-gather", members) in brought
-    total = 4 * sum(numbers for _, numbers in brought)
+        received.append((kind, numbers))
+    members = 2 * 16  # 13 pairs, padded to 2 on each of 8 devices
+    assert ("all-gather", members) in received
+    total = 4 * sum(numbers for _, numbers in received)
     assert total <= 4 * members + 4 * (size if not fixed else 2 * (size + 8))
 
 
 # Starting.
 
 
-def test_one_process_is_started_without_further_ado():
+def test_single_process_needs_no_coordinator():
     assert distributed.join_processes() == distributed.join_processes(1) == (0, 1)
 
 
 @pytest.mark.parametrize(
-    ("given", "told_"),
+    ("group", "message"),
     [
         ((0, "a:1", 0), "--processes must be a positive number"),
         (("many", "a:1", 0), "--processes must be a positive number"),
@@ -194,23 +196,23 @@ def test_one_process_is_started_without_further_ado():
         ((2, "localhost:1234", 2), "needs its own number from 0 to 1; got 2"),
     ],
 )
-def test_what_makes_no_group_is_told(given, told_, monkeypatch):
+def test_invalid_process_groups_are_rejected(group, message, monkeypatch):
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
-    with pytest.raises(InputError, match=re.escape(told_)):
-        distributed.join_processes(*given)
+    with pytest.raises(InputError, match=re.escape(message)):
+        distributed.join_processes(*group)
 
 
-def test_processes_have_a_minute_to_connect_and_20_seconds_of_silence(monkeypatch):
+def test_timeouts_are_60_s_to_connect_and_20_s_without_heartbeat(monkeypatch):
     options = {}
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *_, **named: options.update(named))
     monkeypatch.setattr(distributed, "cores", lambda: 3)
     monkeypatch.delenv("NPROC", raising=False)
     distributed.join_processes(2, "localhost:1234", 0)
     assert (options["initialization_timeout"], options["heartbeat_timeout_seconds"]) == (60, 20)
-    assert os.environ.pop("NPROC") == "4"  # threads of XLA at least
+    assert os.environ.pop("NPROC") == "4"  # number of XLA threads, at least 4
 
 
-def test_sums_in_fixed_order_are_for_up_to_eight_devices():
+def test_fixed_order_is_limited_to_eight_devices():
     for devices in (1, 2, 4, 8):
         spread = distributed.spread_over(SimpleNamespace(size=devices, axis_names=("pairs",)), fixed_order=True)
         assert spread.parts * devices == 8
@@ -218,7 +220,7 @@ def test_sums_in_fixed_order_are_for_up_to_eight_devices():
         distributed.spread_over(SimpleNamespace(size=16, axis_names=("pairs",)), fixed_order=True)
 
 
-def test_mesh_needs_devices_that_exist():
+def test_mesh_rejects_missing_devices():
     assert distributed.make_mesh(1).size == 1
     with pytest.raises(InputError, match="got 99"):
         distributed.make_mesh(99)

@@ -1,4 +1,4 @@
-"""Callables of the user, named as MODULE:FUNCTION."""
+"""User callables, given as MODULE:FUNCTION."""
 
 import sys
 
@@ -18,12 +18,12 @@ def folder(here, monkeypatch):
         del sys.modules[name]
 
 
-def test_a_function_in_the_working_directory_is_loaded(folder):
+def test_function_in_the_working_directory_is_loaded(folder):
     assert load_callable("mine_for_user_code:double", rule="r")(3) == 6
     assert load_callable("math:sqrt", rule="r")(9) == 3
 
 
-def test_a_module_of_a_package_is_loaded(folder):
+def test_module_of_a_package_is_loaded(folder):
     (folder / "mine_for_user_code_package").mkdir()
     (folder / "mine_for_user_code_package" / "__init__.py").touch()
     (folder / "mine_for_user_code_package" / "part.py").write_text("def make(): return 'made'\n")
@@ -43,13 +43,13 @@ def test_a_module_of_a_package_is_loaded(folder):
         ("math:", "which fails with AttributeError"),
     ],
 )
-def test_what_cannot_be_loaded_is_refused(folder, name, message):
+def test_names_that_cannot_be_loaded_are_rejected(folder, name, message):
     with pytest.raises(InputError, match=message):
         load_callable(name, rule="r")
 
 
 @pytest.mark.parametrize("name", ["json", "sys"])
-def test_a_file_hidden_by_another_module_is_reported(folder, name):
+def test_file_hidden_by_another_module_is_reported(folder, name):
     (folder / f"{name}.py").write_text("def make(): ...\n")
     with pytest.raises(InputError, match=rf"{name}\.py is hidden by another module, .*; rename your file"):
         load_callable(f"{name}:make", rule="r")
