@@ -1,4 +1,4 @@
-"""Errors of runs: full disks and damaged files lose nothing, and a run with other inputs or options is refused."""
+"""Errors of runs: recovery from full disks and damaged files, and rejection of other inputs or options."""
 
 import os
 import resource
@@ -14,7 +14,7 @@ from refused_inputs import refused, save_npz
 # The run directory.
 
 
-def test_an_occupied_directory_is_refused(cli, here):
+def test_occupied_directory_is_rejected(cli, here):
     (here / "run").mkdir()
     (here / "run" / "thesis.tex").write_text("mine")
     (here / "file").write_text("mine")
@@ -24,7 +24,7 @@ def test_an_occupied_directory_is_refused(cli, here):
             refused(cli, here, command, "--out", name, says=says)
 
 
-def test_a_directory_that_cannot_be_created_is_refused(cli, here, random_logits):
+def test_directory_that_cannot_be_created_is_rejected(cli, here, random_logits):
     (here / "file").write_text("mine")
     argv = ["compress", "--teacher", f"logits:{random_logits}", "--out", "file/run"]
     refused(
@@ -35,7 +35,7 @@ def test_a_directory_that_cannot_be_created_is_refused(cli, here, random_logits)
     )
 
 
-def test_an_empty_directory_or_one_of_a_killed_start_counts_as_new(here, finished):
+def test_empty_directory_or_one_of_a_killed_start_counts_as_new(here, finished):
     from ev3_distill.training import run_dir
 
     (here / "run").mkdir()
@@ -45,7 +45,7 @@ def test_an_empty_directory_or_one_of_a_killed_start_counts_as_new(here, finishe
     run_dir.refuse_occupied(here / "run")
     run_dir.refuse_occupied(here / "new")
     (here / "run" / ".vimrc").write_text("mine")
-    with run_dir.lock_run(here / "run"):  # cleans up what is half written, and nothing else
+    with run_dir.lock_run(here / "run"):  # removes half-written files and nothing else
         assert sorted(path.name for path in (here / "run").iterdir()) == [".vimrc", "given.json"]
     with pytest.raises(run_dir.InputError, match="is neither"):
         run_dir.refuse_occupied(here / "run")
@@ -66,20 +66,20 @@ def test_resume_needs_a_run(cli, here):
         (["--config", "same.toml"], "--config"),
     ],
 )
-def test_resume_refuses_another_configuration(cli, here, finished, options, changed):
+def test_resume_rejects_another_configuration(cli, here, finished, options, changed):
     shutil.copy(finished / "config.toml", here / "same.toml")
     says = f"a resumed run keeps its configuration; got another {changed}: resume without it, or start a new run with --out"
     refused(cli, here, "compress", "--resume", finished, *options, says=says)
 
 
-def test_resume_refuses_a_run_of_the_other_command(cli, here, finished):
+def test_resume_rejects_a_run_of_the_other_command(cli, here, finished):
     says = "teach --resume needs a run of teach; .*run is a run of compress: use compress --resume"
     refused(cli, here, "teach", "--resume", finished, says=says)
     says = "compress --resume needs a run of compress; .*teacher is a run of teach: use teach --resume"
     refused(cli, here, "compress", "--resume", finished / "teacher", says=says)
 
 
-def test_a_run_belongs_to_one_process_at_a_time(cli, here, finished):
+def test_run_is_locked_by_one_process(cli, here, finished):
     from ev3_distill.training import run_dir
 
     holder = "import sys; from pathlib import Path; from ev3_distill.training import run_dir\n"
@@ -89,12 +89,12 @@ def test_a_run_belongs_to_one_process_at_a_time(cli, here, finished):
         assert process.stdout.readline() == "held\n"
         says = f"only one process at a time may work in a run; another one works in {finished}: wait for it"
         refused(cli, here, "compress", "--resume", finished, says=says)
-        process.kill()  # the lock goes with its holder
+        process.kill()  # the lock is released with its process
     with run_dir.lock_run(finished):
         pass
 
 
-def test_resume_refuses_data_that_changed(cli, here, monkeypatch, random_logits):
+def test_resume_rejects_changed_data(cli, here, monkeypatch, random_logits):
     """Before the teacher is trained, and after its logits are stored."""
     from ev3_distill.training.train import run_loop
 
@@ -114,7 +114,7 @@ def test_resume_refuses_data_that_changed(cli, here, monkeypatch, random_logits)
             refused(cli, here, "compress", "--resume", name, says=says)
 
 
-def test_evaluate_refuses_data_that_changed(cli, here, finished):
+def test_evaluate_rejects_changed_data(cli, here, finished):
     shutil.copytree(finished, here / "run")
     config = (here / "run" / "config.toml").read_text()
     save_npz(here / "data.npz", rows=90, inputs=np.ones((90, 8, 8)), labels=np.arange(90) % 10)
@@ -127,7 +127,7 @@ def test_evaluate_refuses_data_that_changed(cli, here, finished):
 
 @pytest.fixture
 def interrupted(cli, here, monkeypatch, finished):
-    """A copy of the finished run as it was before its end: with checkpoints, without results."""
+    """A copy of the finished run with checkpoints but without results, as if it had been interrupted."""
     shutil.copytree(finished, here / "run")
     for name in ("report.json", "report.html"):
         (here / "run" / name).unlink()
@@ -167,7 +167,7 @@ def test_resume_needs_one_readable_checkpoint(cli, here, interrupted):
     assert len(checkpoints(interrupted)) == 3
 
 
-def test_resume_refuses_a_ledger_shorter_than_its_checkpoint(cli, interrupted):
+def test_resume_rejects_a_ledger_shorter_than_its_checkpoint(cli, interrupted):
     ledger = interrupted / "ledger.jsonl"
     ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:3]))
     answer = cli("compress", "--resume", interrupted)
@@ -180,14 +180,14 @@ def test_resume_refuses_a_ledger_shorter_than_its_checkpoint(cli, interrupted):
 
 
 def compress(*argv, limit=resource.RLIM_INFINITY):
-    """Runs compress in a process of its own, whose files may have at most `limit` bytes."""
+    """Runs compress in a process of its own, with a limit on file size in bytes."""
     code = "import resource, sys; from ev3_distill.cli.main import main; "
     code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {resource.RLIM_INFINITY})); main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "compress", *map(str, argv)]
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
-def assert_told_of_a_full_disk(process, run):
+def assert_full_disk_is_reported(process, run):
     assert process.returncode == 2, process.stderr
     assert "Traceback" not in process.stderr
     assert process.stderr.splitlines()[-1] == (
@@ -196,27 +196,27 @@ def assert_told_of_a_full_disk(process, run):
     )
 
 
-@pytest.mark.parametrize("room", [40, 400])  # KiB: full while the teacher trains, while the student does
-def test_a_run_survives_a_full_disk(room, finished, tmp_path):
+@pytest.mark.parametrize("free_kib", [40, 400])  # KiB: full during training of the teacher, of the student
+def test_run_resumes_after_a_full_disk(free_kib, finished, tmp_path):
     disk, run = tmp_path / "disk", tmp_path / "disk" / "run"
     with small_disk(disk, "16m"):
         ballast = disk / "ballast"
         free = shutil.disk_usage(disk).free
-        ballast.write_bytes(bytes(free - room * 1024))
-        assert_told_of_a_full_disk(compress(*SMALL, "--out", run), run)
+        ballast.write_bytes(bytes(free - free_kib * 1024))
+        assert_full_disk_is_reported(compress(*SMALL, "--out", run), run)
         ballast.unlink()
-        again = compress("--resume", run)
-        assert again.returncode == 0, again.stderr
+        resumed = compress("--resume", run)
+        assert resumed.returncode == 0, resumed.stderr
         assert_same_run(finished, run)
 
 
-def test_a_run_survives_a_limit_on_file_size(finished, tmp_path, monkeypatch):
+def test_run_resumes_after_a_limit_on_file_size(finished, tmp_path, monkeypatch):
     """EFBIG instead of ENOSPC: a file of teacher outputs, 43 kB, is the first that is too large."""
     run = tmp_path / "run"
     monkeypatch.setenv("EV3_DISTILL_CACHE", str(tmp_path / "cache"))
-    assert_told_of_a_full_disk(compress(*SMALL, "--out", run, limit=40_000), run)
-    again = compress("--resume", run)
-    assert again.returncode == 0, again.stderr
+    assert_full_disk_is_reported(compress(*SMALL, "--out", run, limit=40_000), run)
+    resumed = compress("--resume", run)
+    assert resumed.returncode == 0, resumed.stderr
     assert_same_run(finished, run)
 
 
@@ -237,7 +237,7 @@ def test_evaluate_and_report_need_a_finished_run(cli, here, interrupted):
     refused(cli, here, "report", interrupted, says=r"a run needs a readable report.json; .*: name another run")
 
 
-def test_evaluate_refuses_data_of_other_shapes(cli, here, finished):
+def test_evaluate_rejects_data_of_other_shapes(cli, here, finished):
     save_npz(here / "vectors.npz")
     save_npz(here / "more.npz", inputs=np.zeros((60, 8, 8)), labels=np.arange(60) % 12)
     says = r"takes inputs of shape \[8, 8, 1\] and knows 10 classes; npz:vectors.npz has \[4\] and 3: name data like"
@@ -246,11 +246,11 @@ def test_evaluate_refuses_data_of_other_shapes(cli, here, finished):
     refused(cli, here, "evaluate", finished, "--data", "npz:more.npz", says=says)
 
 
-def test_evaluate_refuses_a_bad_confidence(cli, here, finished):
+def test_evaluate_rejects_a_bad_confidence(cli, here, finished):
     refused(cli, here, "evaluate", finished, "--confidence", "1.5", says="confidence must lie between 0 and 1")
 
 
-def test_a_process_of_its_own_reports_the_same_error(here):
+def test_separate_process_reports_the_same_error(here):
     process = compress("--budget", "ten", "--out", here / "run")
     assert (process.returncode, process.stdout) == (2, "")
     assert process.stderr.startswith("ev3-distill: error: a budget must be a positive number of steps")

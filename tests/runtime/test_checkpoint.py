@@ -113,9 +113,9 @@ def test_damaged_file_falls_back_to_the_checkpoint_before(how, tmp_path, names):
             middle = len(content) // 2
             path.write_bytes(content[:middle] + bytes([content[middle] ^ 0x10]) + content[middle + 1 :])
         manager = Checkpoints(folder)
-        found = manager.restore(state())
-        assert found is not None
-        iteration, restored, warnings = found
+        result = manager.restore(state())
+        assert result is not None
+        iteration, restored, warnings = result
         assert bits(restored) == bits(state(iteration))
         assert iteration == 2 - len(warnings)
         if warnings:

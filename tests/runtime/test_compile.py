@@ -33,7 +33,7 @@ def test_convolutions_are_not_passed_to_the_single_core_library():
 
 
 @CPU
-def test_xla_flags_of_the_user_win(monkeypatch):
+def test_xla_flags_of_the_user_take_precedence(monkeypatch):
     assert compile.compiler_options()
     compile.compiler_options.cache_clear()
     monkeypatch.setenv("XLA_FLAGS", f"--{compile.FUSION}=LIBRARY_FUSION_TYPE_DOT")

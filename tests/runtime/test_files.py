@@ -8,7 +8,7 @@ import pytest
 from ev3_distill.runtime.files import atomic_directory, atomic_write, cache_root, sha256_of
 
 
-def test_a_file_is_replaced_when_the_block_ends(tmp_path):
+def test_file_is_replaced_when_the_block_ends(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"old")
     with atomic_write(path) as file:
@@ -20,7 +20,7 @@ def test_a_file_is_replaced_when_the_block_ends(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
@@ -30,7 +30,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_directory_appears_when_the_block_ends(tmp_path):
+def test_directory_appears_when_the_block_ends(tmp_path):
     path = tmp_path / "new" / "a"
     with atomic_directory(path) as temporary:
         (temporary / "file").write_text("content")
@@ -42,7 +42,7 @@ def test_a_directory_appears_when_the_block_ends(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_directory_is_overwritten_and_leftovers_of_killed_processes_go(tmp_path):
+def test_directory_is_overwritten_and_leftovers_of_killed_processes_are_removed(tmp_path):
     path, stale = tmp_path / "a", tmp_path / ".a.123.tmp"
     for directory in (path, stale):
         directory.mkdir()
@@ -56,7 +56,7 @@ def test_a_directory_is_overwritten_and_leftovers_of_killed_processes_go(tmp_pat
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_cache_directory(monkeypatch):
+def test_cache_directory_follows_the_environment(monkeypatch):
     monkeypatch.setenv("EV3_DISTILL_CACHE", "~/own")
     assert cache_root() == Path.home() / "own"
     monkeypatch.delenv("EV3_DISTILL_CACHE")

@@ -34,7 +34,7 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def test_a_recorded_opening_continues_and_another_is_rejected(here):
+def test_recorded_opening_continues_and_another_is_rejected(here):
     assert sealed_split.read_openings(here) == []
     assert sealed_split.open_split(here, "ab" * 32, ["accuracy"], confidence=0.95) == 0
     (row,) = sealed_split.read_openings(here)
@@ -61,11 +61,11 @@ def test_a_recorded_opening_continues_and_another_is_rejected(here):
     assert (here / "opened.json").read_bytes() == before
     assert sealed_split.open_split(here, "ab" * 32, ["ece"], confidence=0.95, reopen=True) == 1
     assert sealed_split.open_split(here, "ab" * 32, ["brier"], confidence=0.95, reopen=True) == 2
-    assert sealed_split.open_split(here, "ab" * 32, ["ece"], confidence=0.95) == 1  # goes on
+    assert sealed_split.open_split(here, "ab" * 32, ["ece"], confidence=0.95) == 1  # the opening continues
     assert sealed_split.open_split(here, "ab" * 32, ["accuracy"], confidence=0.95) == 0
 
 
-def test_an_opening_for_several_students_continues_for_each(here):
+def test_opening_for_several_students_continues_for_each(here):
     one, other, third = ("ab" * 32, "cd" * 32, "ef" * 32)
     assert sealed_split.open_split(here, one, ["accuracy"], confidence=0.95, others=[other]) == 0
     (row,) = sealed_split.read_openings(here)
@@ -94,7 +94,7 @@ def test_digest_depends_on_all_arrays():
         assert tree_digest(other) != digest
 
 
-def test_a_run_records_its_opening(run):
+def test_run_records_its_opening(run):
     (row,) = read(run / "opened.json")["openings"]
     assert row["student"] == tree_digest(students.load(run)[1]) == read(run / "certificate.json")["student"]
     assert row["claims"] == ["accuracy", "agreement"]
@@ -145,7 +145,7 @@ def test_other_claims_need_a_reopening_with_wider_bounds(run, cli):
     more = cli("evaluate", run, "--guard", "ece <= 0.9", "--reopen")
     assert "opened 2 times before" in more.out
     assert read(run / "certificate-3.json")["reopened"] == 2
-    assert cli("evaluate", run).out.startswith("accuracy: ")  # the run's own certificate, as before
+    assert cli("evaluate", run).out.startswith("accuracy: ")  # still the certificate of the run
 
 
 def test_other_data_do_not_reopen_the_split(run, cli, here):
@@ -175,7 +175,7 @@ def test_another_student_is_rejected(run, cli):
         assert "a sealed split certifies only the students that it was opened for" in answer.err
 
 
-def test_a_run_without_a_record_counts_its_own_opening(run, cli):
+def test_run_without_a_record_counts_its_own_opening(run, cli):
     (run / "opened.json").unlink()
     assert cli("evaluate", run).code == 0
     assert cli("evaluate", run, "--guard", "ece <= 0.9").code == 2
@@ -198,7 +198,7 @@ main(sys.argv[2:])
 
 
 @pytest.mark.parametrize("moment", ["outputs_on", "write_certificate", "report_content"])
-def test_a_resume_finishes_a_killed_opening(run, finished, here, moment):
+def test_resume_finishes_a_killed_opening(run, finished, here, moment):
     """The run before its report is resumed, killed after the split was opened, and resumed again."""
     for name in ("report.json", "report.html", "certificate.json"):
         (run / name).unlink()
@@ -217,7 +217,7 @@ def test_a_resume_finishes_a_killed_opening(run, finished, here, moment):
     assert read(run / "certificate.json") == read(finished / "certificate.json")
 
 
-def test_a_resume_does_not_certify_another_student(run, cli):
+def test_resume_does_not_certify_another_student(run, cli):
     for name in ("report.json", "report.html", "certificate.json"):
         (run / name).unlink()
     record = read(run / "opened.json")
@@ -229,7 +229,7 @@ def test_a_resume_does_not_certify_another_student(run, cli):
     assert not (run / "report.json").exists()
 
 
-def test_a_damaged_record_is_an_error(run, cli):
+def test_damaged_record_is_an_error(run, cli):
     (run / "opened.json").write_text("{")
     answer = cli("evaluate", run)
     assert answer.code == 2
@@ -255,7 +255,7 @@ def shares_of(metrics, reopened, *, family=FAMILY, num_classes=10):
     return sealed_split.shares_when_reopened(metrics, reopened, family=family, num_classes=num_classes)
 
 
-def test_shares_of_reopened_splits_sum_to_at_most_one_over_everything_that_could_be_claimed():
+def test_shares_of_all_possible_claims_sum_to_at_most_one():
     single = [name for name in FAMILY if name not in PATTERNS]
     tops = [f"top{k}_accuracy" for k in range(2, 300)]
     classes = [f"{name}({k})" for name in ("precision", "recall") for k in range(10)]
@@ -265,9 +265,9 @@ def test_shares_of_reopened_splits_sum_to_at_most_one_over_everything_that_could
         functions = [f"own:score{j}_{i}" for i in range(j % 3)]
         shares = shares_of([*names, *functions], j)
         for metric in ("cost", "latency_ms"):
-            spent[metric] += shares.pop(metric)  # about something new each time
+            spent[metric] += shares.pop(metric)  # a new metric each time
         assert shares["accuracy"] == 1 / len(FAMILY)
-        spent |= shares  # the same bounds as the time before
+        spent |= shares  # the same bounds as before
     assert 0.97 < sum(spent.values()) <= 1 + 1e-9
 
 
@@ -280,7 +280,7 @@ def test_share_of_a_family_of_metrics_is_divided_among_its_members():
     assert shares_of(["own:a", "own:b"], 1)["own:a"] == pytest.approx(part / 4)
 
 
-def test_the_documentation_states_the_size_of_the_family():
+def test_documentation_states_the_size_of_the_family():
     page = (Path(__file__).parents[2] / "docs" / "explanation" / "promise.md").read_text()
     assert f"each of the {len(FAMILY)} metrics" in " ".join(page.split())
     assert f"gets delta / {len(FAMILY)}" in " ".join(page.split())
@@ -288,7 +288,7 @@ def test_the_documentation_states_the_size_of_the_family():
 
 @pytest.fixture
 def extra_metric(monkeypatch):
-    """Adds a row to the table after the run was made."""
+    """Adds a metric to the table after the run was made."""
     row = Metric("extra_accuracy", "extra accuracy", bound=metric_bounds.accuracy)
     monkeypatch.setitem(METRICS, row.name, row)
     assert len(sealed_split.claimable_metrics()) == len(FAMILY) + 1
@@ -303,7 +303,7 @@ def reopened_level(run, cli):
     return binom.sf(hits - 1, claim["n"], claim["lower_bound"])
 
 
-def test_a_new_metric_does_not_change_the_level_of_a_reopened_certificate(run, cli, extra_metric):
+def test_new_metric_does_not_change_the_level_of_a_reopened_certificate(run, cli, extra_metric):
     assert tuple(read(run / "opened.json")["openings"][0]["family"]) == FAMILY
     assert reopened_level(run, cli) == pytest.approx(0.05 / len(FAMILY))
     assert tuple(read(run / "opened.json")["openings"][1]["family"]) == FAMILY
@@ -320,7 +320,7 @@ def test_runs_older_than_the_family_entry_keep_its_original_size(run, cli, extra
 
 
 @pytest.mark.parametrize("metric", ["extra_accuracy", "recall(3)"])
-def test_a_metric_younger_than_the_first_opening_cannot_be_claimed_from_the_same_split(run, cli, extra_metric, metric):
+def test_metric_added_after_the_first_opening_cannot_be_claimed_from_the_same_split(run, cli, extra_metric, metric):
     content = read(run / "opened.json")
     del content["openings"][0]["family"]
     (run / "opened.json").write_text(json.dumps(content))
@@ -332,7 +332,7 @@ def test_a_metric_younger_than_the_first_opening_cannot_be_claimed_from_the_same
     assert cli("evaluate", run, "--guard", f"{metric} >= 0.1", "--data", "digits").code == 0
 
 
-def test_a_new_metric_is_claimed_by_new_runs(run, cli, extra_metric):
+def test_new_metric_is_claimed_by_new_runs(run, cli, extra_metric):
     (run / "opened.json").unlink()
     student = read(run / "certificate.json")["student"]
     assert sealed_split.open_split(run, student, ["extra_accuracy"], confidence=0.95) == 0
