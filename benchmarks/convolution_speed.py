@@ -266,7 +266,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [[name, statistics.spread(estimate, 1)] for name, estimate in medians.items()]
     compared = []
     for name, target in TARGETS.items():
-        one, other = (f"{name.partition(':')[0]}: {who}" for who in name.partition(": ")[2].split(" / "))
+        one, other = (f"{name.partition(':')[0]}: {of}" for of in name.partition(": ")[2].split(" / "))
         if one in times and other in times:
             ratio = statistics.median([b / a for a, b in zip(times[one], times[other], strict=True)])
             compared.append([name, statistics.spread(ratio, 2), f"≥ {target:g}: {statistics.verdict(ratio, target)}"])

@@ -272,11 +272,11 @@ def plot(rows: Sequence[dict[str, Any]]) -> "Figure":
 
 
 def _draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    for contender, colour in zip(CONTENDERS, ("#8c6d4f", "#6b7480", "#d9822b", "#20639b", "#3c8d5a"), strict=True):
+    for contender, color in zip(CONTENDERS, ("#8c6d4f", "#6b7480", "#d9822b", "#20639b", "#3c8d5a"), strict=True):
         own = [row for row in rows if row["contender"] == contender]
         sizes = sorted({row["params"] for row in own})
         means = [statistics.mean([100 * row["accuracy"] for row in own if row["params"] == p]) for p in sizes]
-        axes.plot(sizes, [mean.center for mean in means], marker="o", ms=4, color=colour, label=contender)
+        axes.plot(sizes, [mean.center for mean in means], marker="o", ms=4, color=color, label=contender)
     axes.set_xscale("log")
     axes.set_xlabel("parameters")
     axes.set_ylabel("test accuracy, %")

@@ -74,7 +74,7 @@ def _conv(c_in: int, c_out: int, stride: int, folded: bool) -> "list[torch.nn.Mo
 
 
 def load_teacher(path: Path | str) -> "torch.nn.Module":
-    """The network of an ONNX file, in eval mode: normalised inputs [B, 3, H, W] to logits [B, K].
+    """The network of an ONNX file, in eval mode: normalized inputs [B, 3, H, W] to logits [B, K].
 
     The file must hold a CIFAR ResNet that was exported with BatchNorm folded into the convolutions. Depth, width and K follow
     from the shapes of its initializers.

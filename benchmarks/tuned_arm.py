@@ -63,7 +63,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     for name, subject in SUBJECTS[size].items():
         contenders = [*map(_cell, cells(size)), LONGER, *(of(start) for start in STARTS for of in (_from, _frozen))]
         of_subject = range(min(seeds, subject.most))
-        missing = [seed for seed in of_subject if not all((name, who, seed) in done for who in contenders)]
+        missing = [seed for seed in of_subject if not all((name, contender, seed) in done for contender in contenders)]
         if not missing:
             continue
         dataset, teach = problems.problem(name, subject.teacher_cost)

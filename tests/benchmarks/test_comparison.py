@@ -1,4 +1,4 @@
-"""Comparisons: what is beyond noise by hand and by scipy, what is no comparison, and what is told of damaged folders."""
+"""Comparisons of results: tests of differences by hand and by SciPy, excluded fields, and errors for damaged folders."""
 
 import json
 import math
@@ -19,25 +19,25 @@ BASIS = {
     "suite": "toy", "size": "full", "seeds": 9, "command": "ev3-distill bench toy --seeds 9", "code": "0123456789ab",
     "machine": {"cpu": "Abacus", "cores": 2, "accelerator": None}, "versions": {"python": "3.11.7", "jax": "0.10.2"},
 }  # fmt: skip
-TOY = SimpleNamespace(KEY=("seed", "contender"), TIMED=("seconds",), table=lambda found: "a table")
+TOY = SimpleNamespace(KEY=("seed", "contender"), TIMED=("seconds",), table=lambda rows: "a table")
 
 
 def results(values, **basis):
-    """Rows of contenders, with a field x of the values, from seed 0."""
-    found = [
+    """Results with one row per contender and value: field x, seeds from 0."""
+    rows = [
         {"seed": seed, "contender": contender, "x": x}
         for contender, of in values.items()
         for seed, x in (of.items() if isinstance(of, dict) else enumerate(of))
     ]
-    return results_folder.Results(TOY, BASIS | basis, found)
+    return results_folder.Results(TOY, BASIS | basis, rows)
 
 
-def told(before, after):
+def table_text(before, after):
     return comparison.table(before, after, ("one", "other"))
 
 
-def test_holm_by_hand():
-    """The least of four by 4, the next by 3; the third would fall below the second and is held up to it."""
+def test_holm_agrees_with_hand_computed_values():
+    """The smallest of four is multiplied by 4, the next by 3; the third is raised to the second to stay monotone."""
     assert statistics.holm([0.04, 0.01, 0.022, 0.021]) == pytest.approx([0.063, 0.04, 0.063, 0.063])
     assert statistics.holm([0.5, 0.6]) == [1, 1]
     assert statistics.holm([]) == []
@@ -45,45 +45,45 @@ def test_holm_by_hand():
 
 def test_welch_agrees_with_scipy():
     x, y = [3.0, 5.0, 4.0, 8.0, 5.0], [1.0, 2.0, 4.0]
-    found, expected = statistics.welch(x, y), stats.ttest_ind(x, y, equal_var=False)
-    assert found.center == pytest.approx(5 - 7 / 3)
-    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    result, expected = statistics.welch(x, y), stats.ttest_ind(x, y, equal_var=False)
+    assert result.center == pytest.approx(5 - 7 / 3)
+    assert (result.low, result.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
     assert statistics.welch([2.0, 2.0], [1.0, 1.0])[:3] == (1, 1, 1)
 
 
-def test_pairs_by_hand():
+def test_paired_difference_agrees_with_hand_computed_values():
     """Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t = 3.464 with 2 degrees of freedom, p = 0.0742."""
-    found = comparison.difference({(0,): 10.0, (1,): 20.0, (2,): 30.0}, {(2,): 33.0, (1,): 22.0, (0,): 11.0})
-    assert (found.before, found.after, found.of) == (20, 22, "3 pairs")
+    result = comparison.difference({(0,): 10.0, (1,): 20.0, (2,): 30.0}, {(2,): 33.0, (1,): 22.0, (0,): 11.0})
+    assert (result.before, result.after, result.of) == (20, 22, "3 pairs")
     half = 4.302653 / math.sqrt(3)
-    assert found.interval[:3] == pytest.approx((2, 2 - half, 2 + half))
-    assert found.p == pytest.approx(0.074180, abs=1e-6)
+    assert result.interval[:3] == pytest.approx((2, 2 - half, 2 + half))
+    assert result.p == pytest.approx(0.074180, abs=1e-6)
 
 
-def test_seeds_that_are_no_pairs_are_compared_by_welch():
+def test_unpaired_seeds_are_compared_by_welch():
     before, after = {(0,): 1.0, (1,): 2.0, (2,): 4.0}, {(7,): 9.0, (8,): 9.5}
-    found = comparison.difference(before, after)
-    assert found.of == "3 and 2"
+    result = comparison.difference(before, after)
+    assert result.of == "3 and 2"
     expected = stats.ttest_ind([9.0, 9.5], [1.0, 2.0, 4.0], equal_var=False)
-    assert found.p == pytest.approx(expected.pvalue)
+    assert result.p == pytest.approx(expected.pvalue)
 
 
 @pytest.mark.parametrize(
     ("before", "after", "p"),
     [
-        ([1.0] * 6, [1.3] * 6, 2 / 2**6),  # all pairs one way: 2 of 64 sets of signs
-        ([0.3, 0.5, 0.9, 0.1, 0.2, 0.4], [0.4, 0.6, 1.0, 0.2, 0.3, 0.5], 2 / 2**6),  # alike but for rounding
+        ([1.0] * 6, [1.3] * 6, 2 / 2**6),  # all pairs have the same sign: 2 of 64 sets of signs
+        ([0.3, 0.5, 0.9, 0.1, 0.2, 0.4], [0.4, 0.6, 1.0, 0.2, 0.3, 0.5], 2 / 2**6),  # equal up to rounding
         ([0.3, 0.4], [0.3, 0.4], 1.0),
         ([1.0], [2.0], math.nan),
     ],
 )
-def test_differences_without_noise(before, after, p):
-    found = comparison.difference(*({(i,): x for i, x in enumerate(side)} for side in (before, after)))
-    assert found.p == pytest.approx(p, nan_ok=True)
+def test_constant_differences_are_tested_by_signs(before, after, p):
+    result = comparison.difference(*({(i,): x for i, x in enumerate(side)} for side in (before, after)))
+    assert result.p == pytest.approx(p, nan_ok=True)
 
 
-def test_sets_without_noise_count_their_orders():
-    """Three of one value and three of another: 2 of the 20 ways to deal them are as far apart."""
+def test_unpaired_constants_are_tested_by_permutation():
+    """Three of one value and three of another: 2 of the 20 assignments to groups are as far apart."""
     assert comparison.difference({(i,): 1.0 for i in range(3)}, {(i,): 2.0 for i in range(7, 10)}).p == pytest.approx(
         0.1
     )
@@ -94,7 +94,7 @@ def noise(seed, shift=0.0, n=9):
     return np.random.default_rng(seed).normal(shift, 1, n).tolist()
 
 
-def test_a_known_change_is_found_and_nothing_else():
+def test_only_the_real_change_is_reported():
     quiet = {f"c{i}": noise(i) for i in range(10)}
     before, after = (
         {**quiet, "moved": noise(50)},
@@ -102,7 +102,7 @@ def test_a_known_change_is_found_and_nothing_else():
     )
     lines = comparison.compared(results(before), results(after))
     assert [line.group for line in lines if line.changed] == [(("contender", "moved"),)]
-    text = told(results(before), results(after))
+    text = table_text(results(before), results(after))
     assert text.startswith(
         "**1 of 11 comparisons changed** beyond noise: p at most 0.05 after Holm's correction for all 11."
     )
@@ -111,8 +111,8 @@ def test_a_known_change_is_found_and_nothing_else():
     )
 
 
-def test_chance_alone_names_a_change_in_few_comparisons():
-    """Of 200 without any change, by 20 measurements each, at most 5 % name one: 17 and more have a probability below 2 %."""
+def test_false_changes_are_reported_in_few_comparisons():
+    """Of 200 pairs of results from pure noise, at most 5 % report a change; P(17 or more) is below 2 %."""
     named = 0
     for i in range(200):
         sides = [results({f"c{j}": noise((k, i, j), n=5) for j in range(20)}) for k in range(2)]
@@ -120,7 +120,7 @@ def test_chance_alone_names_a_change_in_few_comparisons():
     assert named <= 16
 
 
-def test_a_single_comparison_needs_no_correction_and_many_do():
+def test_correction_depends_on_the_number_of_comparisons():
     moved = [0.0, 0.1, -0.1, 0.2, 0.05], [1.0, 0.3, 0.9, 0.4, 1.4]
     p = stats.ttest_rel(*moved).pvalue
     assert 0.05 / 5 < p < 0.05
@@ -132,7 +132,7 @@ def test_a_single_comparison_needs_no_correction_and_many_do():
         assert lines[0].adjusted == pytest.approx(min(1, (1 + others) * p))
 
 
-def test_what_is_no_comparison():
+def test_fields_without_comparison_state_the_reason():
     def row(seed, **fields):
         return {
             "seed": seed,
@@ -148,50 +148,50 @@ def test_what_is_no_comparison():
     before = results_folder.Results(TOY, BASIS, [row(seed) for seed in range(3)])
     after = before._replace(rows=[row(seed, lr=2, y=1.0, of={"a": math.nan}) for seed in range(3)])
     other = {**BASIS, "machine": {"cpu": "Slide rule", "cores": 1, "accelerator": None}, "code": "ba9876543210"}
-    found = {line.field: line.instead for line in comparison.compared(before, after._replace(header=other))}
-    assert found == {
+    reasons = {line.field: line.instead for line in comparison.compared(before, after._replace(header=other))}
+    assert reasons == {
         "steps": "the same", "lr": "a setting", "of / a": "not finite: 3 of 6 values", "seconds": "a time on another machine"
     }  # fmt: skip
     assert {line.field: line.instead for line in comparison.compared(before, after)}["seconds"] == ""
-    text = told(before, after._replace(header=other))
+    text = table_text(before, after._replace(header=other))
     assert "0 of 0 comparisons" in text and "**The machines differ: times are not compared.**" in text
     assert "| machine | Abacus, 2 cores | Slide rule, 1 cores | differs |" in text
     assert "| code | 0123456789ab | ba9876543210 | differs |" in text and "| jax | 0.10.2 | 0.10.2 | the same |" in text
     assert "| contender c: lr | 1 | 2 | a setting |" in text and "numbers: `why`." in text
-    assert "Code and versions are the same" in told(before, after)
+    assert "Code and versions are the same" in table_text(before, after)
 
 
-def test_rows_on_one_side_alone_are_named():
+def test_rows_on_only_one_side_are_listed():
     before, after = results({"a": [1.0, 2.0, 3.0], "b": [1.0]}), results({"a": {1: 2.0, 2: 4.0, 5: 1.0}})
-    text = told(before, after)
+    text = table_text(before, after)
     assert "Only before, 2:\n\n- contender a, seed 0\n- contender b, seed 0" in text
     assert "Only after, 1:\n\n- contender a, seed 5" in text
-    many = told(results({f"c{i}": [1.0] for i in range(30)}), before)
+    many = table_text(results({f"c{i}": [1.0] for i in range(30)}), before)
     assert "- contender c19, seed 0\n- and 10 groups more" in many
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "benchmarks" / "results").iterdir()))
-def test_results_of_record_equal_themselves(name):
-    """Every suite says of its rows what was measured; times are named as such."""
-    found = results_folder.read(ROOT / "benchmarks" / "results" / name, benchmarks.SUITES)
-    lines = comparison.compared(found, found)
+def test_committed_results_equal_themselves(name):
+    """Every suite compares some of its fields, and declares its fields of time as TIMED."""
+    result = results_folder.read(ROOT / "benchmarks" / "results" / name, benchmarks.SUITES)
+    lines = comparison.compared(result, result)
     assert lines and not any(line.changed for line in lines)
     assert all(line.difference.interval.center == 0 for line in lines)
     timed = {
-        field for row in found.rows for field in row if field.endswith(("seconds", "_s")) or field.startswith("ms_")
+        field for row in result.rows for field in row if field.endswith(("seconds", "_s")) or field.startswith("ms_")
     }
-    assert timed <= set(getattr(found.suite, "TIMED", ()))
-    assert comparison.table(found, found, ("a", "a")).startswith("**0 of ")
+    assert timed <= set(getattr(result.suite, "TIMED", ()))
+    assert comparison.table(result, result, ("a", "a")).startswith("**0 of ")
 
 
-def test_suites_tell_what_a_comparison_goes_by():
+def test_repeated_fields_are_part_of_the_key():
     for suite in benchmarks.SUITES.values():
         assert set(getattr(suite, "REPEATS", ("seed",))) <= set(suite.KEY)
 
 
-def write(place, found):
+def write(place, result):
     place.mkdir()
-    lines = [found.header, *found.rows]
+    lines = [result.header, *result.rows]
     (place / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return place
 
@@ -201,7 +201,7 @@ def toy(monkeypatch):
     monkeypatch.setitem(benchmarks.SUITES, "toy", TOY)
 
 
-def test_the_command_compares_and_writes_a_page(toy, tmp_path, cli):
+def test_command_compares_and_writes_a_page(toy, tmp_path, cli):
     one = write(tmp_path / "one", results({HOSTILE: [1.0, 2.0, 3.5], "a|b": [1.0, 2.0, 1.0]}))
     other = write(tmp_path / "other", results({HOSTILE: [2.0, 2.0, 3.0], "a|b": [1.5, 2.0, 1.0]}))
     answer = cli("bench", "--compare", one, other, "--out", tmp_path / "page.html")
@@ -234,7 +234,7 @@ def damaged(place, how):
         (lambda lines: [lines[0].replace('"full"', '"smoke"'), *lines[1:]], "within one size; got full and smoke"),
     ],
 )
-def test_damaged_folder_is_refused_with_its_line(toy, tmp_path, cli, how, error):
+def test_error_for_a_damaged_folder_names_the_line(toy, tmp_path, cli, how, error):
     one, other = (write(tmp_path / name, results({"a": [1.0, 2.0, 3.0]})) for name in ("one", "other"))
     answer = cli("bench", "--compare", one, damaged(other, how))
     assert (answer.code, answer.out) == (2, "")
@@ -243,7 +243,7 @@ def test_damaged_folder_is_refused_with_its_line(toy, tmp_path, cli, how, error)
     assert re.search(error, line), line
 
 
-def test_wrong_folders_and_options_are_refused(toy, tmp_path, cli, monkeypatch):
+def test_wrong_folders_and_options_are_rejected(toy, tmp_path, cli, monkeypatch):
     one = write(tmp_path / "one", results({"a": [1.0, 2.0]}))
     (tmp_path / "empty").mkdir()
     monkeypatch.setitem(benchmarks.SUITES, "toil", TOY)
