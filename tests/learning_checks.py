@@ -1,4 +1,4 @@
-"""Learners: arms that train a small network, sound ones and broken ones, for what needs gradients."""
+"""Gradient arms that train a small network, healthy and broken, with the data and compiled functions for their tests."""
 
 import functools
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ LENGTH = 6
 
 
 def learnable(seed, n):
+    """`n` examples whose labels are the argmax of linear teacher logits."""
     rng = np.random.default_rng(seed)
     inputs = rng.normal(size=(n, F))
     logits = inputs @ np.random.default_rng(99).normal(size=(F, K))
@@ -39,7 +40,7 @@ LEARNABLE = Pools(learnable(0, N), learnable(1, 50), learnable(2, 50))
 START = NETWORK.init(jax.random.key(1))
 
 
-def squared(logits, batch):
+def squared_error(logits, batch):
     return jnp.square(logits - batch.teacher["logits"]).mean()
 
 
@@ -47,8 +48,8 @@ def nan_loss(logits, batch):
     return logits.sum() * jnp.nan
 
 
-def poisoned(optimizer):
-    """The same updates, but a state that is not finite."""
+def with_infinite_state(optimizer):
+    """An optimizer with the same updates, but an infinite number in its state after one update."""
 
     def init(params):
         return optimizer.init(params), jnp.float32(0)
@@ -61,19 +62,19 @@ def poisoned(optimizer):
 
 
 ADAM = optax.adam(0.05, eps_root=1e-8)  # differentiable where the second moment is 0
-GOOD = gradient_arm("good", NETWORK.apply, squared, ADAM)
-SLOW = gradient_arm("slow", NETWORK.apply, squared, optax.sgd(0.01), average=None)
-TWIN = gradient_arm("twin", NETWORK.apply, squared, ADAM)
+GOOD = gradient_arm("good", NETWORK.apply, squared_error, ADAM)
+SLOW = gradient_arm("slow", NETWORK.apply, squared_error, optax.sgd(0.01), average=None)
+TWIN = gradient_arm("twin", NETWORK.apply, squared_error, ADAM)
 NAN_LOSS = gradient_arm("nan", NETWORK.apply, nan_loss, ADAM)
-SICK = gradient_arm("sick", NETWORK.apply, squared, poisoned(ADAM))
-LEARNERS = (GOOD, NAN_LOSS, SLOW, SICK, TWIN)
+INF_OPT_STATE = gradient_arm("sick", NETWORK.apply, squared_error, with_infinite_state(ADAM))
+LEARNERS = (GOOD, NAN_LOSS, SLOW, INF_OPT_STATE, TWIN)
 OBJECTIVES = Objectives(example_scores.probability, ACCURACY)
 LEARNING = EV3(batch_size=B, length=LENGTH, max_length=100, eval_batch_size=16)
 
 
 @functools.cache
-def learning(arms):
-    """The initial state and the step of learners."""
+def compiled(arms):
+    """The compiled functions for the initial state and one step of these arms."""
     algorithm = Algorithm(NETWORK.apply, arms, sample, OBJECTIVES, LEARNING)
 
     def start(pools):
@@ -82,19 +83,20 @@ def learning(arms):
     return jax.jit(start), make_step(algorithm)
 
 
-BESET = (NAN_LOSS, GOOD, SICK)
-begin_beset, step_beset = learning(BESET)
-begin_good, step_good = learning((GOOD,))
+WITH_BROKEN = (NAN_LOSS, GOOD, INF_OPT_STATE)
+begin_with_broken, step_with_broken = compiled(WITH_BROKEN)
+begin_good, step_good = compiled((GOOD,))
 
 
 @jax.jit
-def learned(pools, steps):
-    """Proposals of all learners, from the start."""
+def propose_all(pools, steps):
+    """Proposals of all `LEARNERS` from their initial states, after the steps [A] of each."""
     state = SimpleNamespace(
         arms=SimpleNamespace(states=tuple(arm.init(START) for arm in LEARNERS)), clock=SimpleNamespace(position=0)
     )
     return run_arms(LEARNERS, state, pools, steps)
 
 
-def proposals_of(trained, pools=LEARNABLE):
-    return learned(pools, jnp.array([LENGTH * (arm in trained) for arm in LEARNERS]))
+def proposals_of(active, pools=LEARNABLE):
+    """Proposals where only the arms in `active` train."""
+    return propose_all(pools, jnp.array([LENGTH * (arm in active) for arm in LEARNERS]))

@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 from learning_checks import (
     GOOD,
+    INF_OPT_STATE,
     LEARNABLE,
     LEARNERS,
     LENGTH,
     NAN_LOSS,
-    SICK,
     SLOW,
-    begin_beset,
     begin_good,
+    begin_with_broken,
     proposals_of,
-    step_beset,
     step_good,
+    step_with_broken,
 )
 from random_walks import (
     INF_STATE,
@@ -37,7 +37,9 @@ from random_walks import (
 from ev3_distill.types import ADOPT, KEEP, PROMOTE
 
 
-@pytest.mark.parametrize("broken", [[NAN_LOSS], [SICK], [NAN_LOSS, SICK]], ids=["student", "optimizer state", "both"])
+@pytest.mark.parametrize(
+    "broken", [[NAN_LOSS], [INF_OPT_STATE], [NAN_LOSS, INF_OPT_STATE]], ids=["student", "optimizer state", "both"]
+)
 def test_broken_proposal_does_not_affect_healthy_arms(broken):
     """The healthy arms' proposals, their average and their states agree bit by bit with and without broken ones."""
     without_broken, with_broken = proposals_of((GOOD, SLOW)), proposals_of((GOOD, SLOW, *broken))
@@ -54,17 +56,17 @@ def test_broken_proposal_does_not_affect_healthy_arms(broken):
 
 
 def test_finite_student_with_a_broken_optimizer_is_discarded():
-    proposals = proposals_of((GOOD, SICK))
+    proposals = proposals_of((GOOD, INF_OPT_STATE))
     assert finite(row(proposals.variables, 3))  # the student itself is finite
     assert proposals.active.tolist() == [True] + 5 * [False]  # one proposal makes no average
 
 
 def test_run_with_broken_arms_improves_and_stays_finite():
     """Over four iterations broken arms are counted and never win, and every state is finite."""
-    first = state = begin_beset(LEARNABLE)  # a broken arm leads at the start
+    first = state = begin_with_broken(LEARNABLE)  # a broken arm leads at the start
     discarded = 0
     for _ in range(4):
-        state, decision = step_beset(LEARNABLE, state, np.int32(MANY))
+        state, decision = step_with_broken(LEARNABLE, state, np.int32(MANY))
         assert int(decision.discarded) == (np.asarray(decision.steps)[[0, 2]] > 0).sum()
         discarded += int(decision.discarded)
         assert int(decision.selected) == 1

@@ -90,30 +90,30 @@ def test_lock_is_visible_to_readers(tmp_path):
 
 
 def test_finished_run_is_shown_and_missing_run_is_an_error(finished, cli, here):
-    answer = cli("report", finished, "--live")
-    assert answer.code == 0
-    assert re.search(r"^student: 100%, 1,5\d\d steps, iteration \d+; champion [\d.]+% on decide, ", answer.out, re.M)
-    assert answer.out.startswith("champion: the best student so far")
+    result = cli("report", finished, "--live")
+    assert result.code == 0
+    assert re.search(r"^student: 100%, 1,5\d\d steps, iteration \d+; champion [\d.]+% on decide, ", result.out, re.M)
+    assert result.out.startswith("champion: the best student so far")
     promotions = [row for row in lines_of(finished) if row["verdict"] == "promote"]
-    assert len(re.findall(r"^student: [\d,]+ steps: promote \w+, [\d.]+% on decide$", answer.out, re.M)) == len(
+    assert len(re.findall(r"^student: [\d,]+ steps: promote \w+, [\d.]+% on decide$", result.out, re.M)) == len(
         promotions
     )
-    assert "Report: " in answer.out
+    assert "Report: " in result.out
     refused = cli("report", here, "--live")
     assert refused.code == 2
     assert "report --live follows a run; " in refused.err
 
 
 def test_killed_run_is_followed_until_its_process_ends(tmp_path):
-    """One follower has a terminal, the other has not. Ctrl-C ends a follower, not the run."""
+    """One follower has a terminal, the other writes to a pipe. Ctrl-C stops the follower, not the run."""
     run = tmp_path / "run"
     options = [*SMALL, "--out", run]
     options[options.index("--budget") + 1] = "4m"
     running = subprocess.Popen(command("compress", *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         ledger = run / "ledger.jsonl"
-        until(lambda: ledger.exists() and ledger.stat().st_size > 0, running)
-        ours, theirs = pty.openpty()
+        wait_until(lambda: ledger.exists() and ledger.stat().st_size > 0, running)
+        terminal, child_end = pty.openpty()
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
         handle_interrupts = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # even if ignored
         words = [
@@ -124,23 +124,23 @@ def test_killed_run_is_followed_until_its_process_ends(tmp_path):
             str(run),
             "--live",
         ]
-        on_terminal = subprocess.Popen(words, stdout=theirs, env=environment)
-        os.close(theirs)
+        on_terminal = subprocess.Popen(words, stdout=child_end, env=environment)
+        os.close(child_end)
         plain = subprocess.Popen(command("report", run, "--live"), stdout=subprocess.PIPE, text=True)
         output = b""
         while b"error budget left" not in output:
-            output += os.read(ours, 4096)
+            output += os.read(terminal, 4096)
         on_terminal.send_signal(signal.SIGINT)
         while True:
             try:
-                output += os.read(ours, 4096)
+                output += os.read(terminal, 4096)
             except OSError:  # the other end is closed
                 break
         assert on_terminal.wait() == 130
         assert re.search(r"student: \d+%", output.decode(errors="replace"))
         assert running.poll() is None
         rows = ledger.stat().st_size
-        until(lambda: ledger.stat().st_size > rows, running)
+        wait_until(lambda: ledger.stat().st_size > rows, running)
     finally:
         running.kill()
         running.wait()
@@ -150,7 +150,7 @@ def test_killed_run_is_followed_until_its_process_ends(tmp_path):
     assert out.endswith(f"No process works in {run}; resume it with: ev3-distill compress --resume {run}\n")
 
 
-def until(condition, process):
+def wait_until(condition, process):
     start = time.monotonic()
     while not condition():
         assert process.poll() is None

@@ -122,19 +122,19 @@ def test_table_of_tests_has_one_line_per_test(rows, html):
         assert 100 * test["bound"] - 0.01 <= bound <= 100 * test["bound"]
 
 
-def test_chart_marks_the_verdicts(report, rows):
+def test_chart_marks_each_kind_of_verdict(report, rows):
     def legend(rows):
         svg = re.search(r'<div class="wide">(.*?)</div>', report_page.render(report, rows), re.S)[1]
         return [re.sub("<.*?>", "", text) for text in re.findall(r"<text.*?</text>", svg, re.S)]
 
-    everything = {"teacher, on test", "current, on assess", "champion, on decide", "adopted", "promoted", "rolled back"}
-    assert everything <= set(legend(rows))
+    labels = {"teacher, on test", "current, on assess", "champion, on decide", "adopted", "promoted", "rolled back"}
+    assert labels <= set(legend(rows))
     quiet = [{**row, "verdict": "keep"} for row in rows]
     assert not {"adopted", "promoted", "rolled back"} & set(legend(quiet))
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_page_of_few_iterations(report, number):
+def test_page_renders_with_zero_to_two_iterations(report, number):
     page = Page(report_page.render(report, make_rows(number)))
     assert page.tags.count("svg") == (3 if number else 0)
     assert ("There was no iteration." in page.text) == (number == 0)
@@ -154,7 +154,7 @@ def test_steps_that_selected_initial_parameters_are_shown(report, rows):
     assert "of which to select initial parameters 400" in page_text(changed(report, "cost.drawing", 400), rows)
 
 
-def test_missing_optional_values(report, rows):
+def test_page_renders_without_optional_values(report, rows):
     text = page_text(changed(report, "teacher.params", None), rows)
     assert "times fewer" not in text
     assert "Compression \u2013" in text

@@ -71,12 +71,12 @@ def test_each_claim_is_shown_in_its_unit(report):
         ({"guard": "bytes <= 9", "metric": "bytes", "point": 2440, "bound": 2440, "certified": False}, ", 2,440 bytes"),
     ],
 )
-def test_guard_lines(guard, shown):
+def test_guard_line_ends_with_its_proven_bound(guard, shown):
     assert guard_line(guard).endswith(shown)
 
 
 @pytest.mark.parametrize("number", [3, 40])
-def test_table_of_classes(report, number):
+def test_class_table_states_its_simultaneous_bounds(report, number):
     rows = [{"name": HOSTILE, "point": 0.9, "lower_bound": 0.8777, "n": 1234}]
     rows += [{"name": f"c{i}", "point": None, "lower_bound": 0.0, "n": 0} for i in range(number - 1)]
     tables = [{"of": "class", "metric": "accuracy", "confidence": 0.95, "rows": rows}]
@@ -94,8 +94,8 @@ def test_table_of_classes(report, number):
 
 
 def test_correction_for_a_reopened_split_is_stated(report):
-    again = changed(report, "certificate", {**report["certificate"], "reopened": 2})
-    assert "The sealed split had been opened 2 times before; the bounds are corrected for it." in page_text(again)
+    reopened = changed(report, "certificate", {**report["certificate"], "reopened": 2})
+    assert "The sealed split had been opened 2 times before; the bounds are corrected for it." in page_text(reopened)
     assert "had been opened" not in page_text(report)
     both = changed(report, "certificate", {**report["certificate"], "reopened": 1, "among": 2})
     assert (
@@ -134,7 +134,7 @@ def test_correction_for_a_reopened_split_is_stated(report):
         ("count", None, "\u2013"),
     ],
 )
-def test_number_formats(function, value, shown):
+def test_numbers_are_formatted_and_rounded_safely(function, value, shown):
     assert getattr(number_format, function)(value) == shown
 
 

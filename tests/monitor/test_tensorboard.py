@@ -1,4 +1,4 @@
-"""TensorBoard events have the scalars of the ledger, each step once, even if a run is killed and resumed."""
+"""TensorBoard events contain the scalars of the ledger, once per step, even if a run is killed and resumed."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ ROW = {"cost": 30, "champion_accuracy": 0.5, "current_accuracy": None, "length":
        "tuned": {"ce": {"rate": 0.5, "weights": [1.0, 2.0]}}}  # fmt: skip
 
 
-def test_scalars_of_a_ledger_row():
+def test_scalars_are_the_numbers_of_a_ledger_row():
     assert scalars_of(ROW) == {
         "champion_accuracy": 0.5,
         "length": 8.0,
@@ -28,25 +28,25 @@ def test_scalars_of_a_ledger_row():
 def test_missing_packages_are_an_error(cli, here, monkeypatch):
     monkeypatch.setitem(sys.modules, "clu", None)
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    answer = cli("compress", "--out", "run", "--tensorboard", "events")
-    assert answer.code == 2
-    assert "--tensorboard needs the packages clu and tensorflow" in answer.err
-    assert "pip install 'ev3-distill[tensorboard]'" in answer.err
+    result = cli("compress", "--out", "run", "--tensorboard", "events")
+    assert result.code == 2
+    assert "--tensorboard needs the packages clu and tensorflow" in result.err
+    assert "pip install 'ev3-distill[tensorboard]'" in result.err
     assert list(here.iterdir()) == []
 
 
 def steps_in(folder):
     import tensorflow
 
-    found = []
+    steps = []
     for path in sorted(folder.glob("events.out.tfevents.*")):
         for event in tensorflow.compat.v1.train.summary_iterator(str(path)):
-            found += [(event.step, value.tag) for value in event.summary.value]
-    return found
+            steps += [(event.step, value.tag) for value in event.summary.value]
+    return steps
 
 
-def costs_of(lines):
-    """Costs without repetition: the closing row has the cost of the row before."""
+def distinct_costs(lines):
+    """Distinct costs of ledger rows. The closing row repeats the cost of the row before it."""
     return sorted({json.loads(line)["cost"] for line in lines})
 
 
@@ -56,13 +56,13 @@ def test_each_step_is_written_once(finished, tmp_path):
     lines = (finished / "ledger.jsonl").read_text().splitlines(keepends=True)
     run, out = tmp_path / "run", tmp_path / "events"
     run.mkdir()
-    for whole in (5, 3, len(lines)):  # killed after five rows, resumed from the third
-        (run / "ledger.jsonl").write_text("".join(lines[:whole]) + lines[-1][:40] * (whole < len(lines)))
+    for complete in (5, 3, len(lines)):  # killed after five rows, resumed from the third
+        (run / "ledger.jsonl").write_text("".join(lines[:complete]) + lines[-1][:40] * (complete < len(lines)))
         scalars = Scalars(run, out)
         scalars.write()
         scalars.close()
     steps = [step for step, tag in steps_in(out / "student") if tag == "champion_accuracy"]
-    assert steps == costs_of(lines)
+    assert steps == distinct_costs(lines)
     assert {"score/ce", "steps/mse", "length", "promoted"} <= {tag for _, tag in steps_in(out / "student")}
 
 
@@ -71,7 +71,7 @@ def test_run_writes_events(cli, here):
     pytest.importorskip("tensorflow", reason="needs tensorflow, of the extra tensorboard")
     options = ("--network", "mlp:hidden=8", "--budget", "300", "--out", "run", "--tensorboard", "events")
     assert cli("teach", *options).code == 0
-    costs = costs_of((here / "run/ledger.jsonl").read_text().splitlines())
+    costs = distinct_costs((here / "run/ledger.jsonl").read_text().splitlines())
     assert [step for step, tag in steps_in(here / "events/student") if tag == "champion_accuracy"] == costs
     assert cli("teach", "--resume", "run", "--tensorboard", "events").code == 0
     assert [step for step, tag in steps_in(here / "events/student") if tag == "champion_accuracy"] == costs

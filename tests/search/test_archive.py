@@ -1,4 +1,4 @@
-"""The archive of a search: every entry holds the scores of its own student; selection, Pareto front and picks."""
+"""The archive of a search: scores of each entry, selection, Pareto front and picks."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.search.archive import Archive, Entry, Measurement, best, pareto_front, pick, select
 from ev3_distill.types import Variables
 
-TRUTH = np.random.default_rng(0).random(40)
+DIFFICULTY = np.random.default_rng(0).random(40)
 
 
 def student(size, value):
@@ -24,8 +24,8 @@ def student(size, value):
 
 def measure(variables):
     """Scores that depend on the student alone."""
-    share = float(jnp.tanh(variables.params["w"].sum()) ** 2)
-    return Measurement((share > TRUTH).astype(np.float32), int(share > 0.5), share, 1 - share)
+    fraction = float(jnp.tanh(variables.params["w"].sum()) ** 2)
+    return Measurement((fraction > DIFFICULTY).astype(np.float32), int(fraction > 0.5), fraction, 1 - fraction)
 
 
 def entry(number, params, accuracy, bound, met=False, goals_met=0):
@@ -44,7 +44,7 @@ events = st.lists(
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(events)
-def test_every_entry_has_the_scores_of_its_own_student(tmp_path, history):
+def test_each_entry_has_the_scores_of_its_own_student(tmp_path, history):
     """Even if the current student trains, grows or rolls back in between."""
     (tmp_path / "archive.json").unlink(missing_ok=True)
     archive, added = Archive(tmp_path, confidence=0.95), {}
@@ -80,7 +80,7 @@ def test_every_entry_has_the_scores_of_its_own_student(tmp_path, history):
         assert one.params == variables.params["w"].size
         assert one.accuracy == scores.correct.mean()
         low = (
-            binomtest(int(scores.correct.sum()), len(TRUTH), alternative="greater")
+            binomtest(int(scores.correct.sum()), len(DIFFICULTY), alternative="greater")
             .proportion_ci(0.95, method="exact")
             .low
         )
@@ -90,13 +90,13 @@ def test_every_entry_has_the_scores_of_its_own_student(tmp_path, history):
 
 def test_adding_a_stage_again_keeps_its_entry(tmp_path):
     """A resumed search adds its stages again."""
-    facts = {"number": 3, "network": "net", "spec": {}, "origin": "begun", "meets": lambda _: False}
-    first = Archive(tmp_path, confidence=0.9).add(student(2, 0.5), measure, cost=10, **facts)
+    fields = {"number": 3, "network": "net", "spec": {}, "origin": "trained", "meets": lambda _: False}
+    first = Archive(tmp_path, confidence=0.9).add(student(2, 0.5), measure, cost=10, **fields)
     archive = Archive(tmp_path, confidence=0.9)
-    assert archive.add(student(2, 0.7), measure, cost=20, **facts) == first
+    assert archive.add(student(2, 0.7), measure, cost=20, **fields) == first
     assert archive.entries == [first]
     assert json.loads((tmp_path / "archive.json").read_text())["entries"] == [first.as_dict()]
-    assert first.as_dict()["how"] == "begun"  # its name in files
+    assert first.as_dict()["how"] == "trained"  # the key in files
 
 
 ENTRIES = [
@@ -108,12 +108,12 @@ ENTRIES = [
 ]
 
 
-def test_pareto_front():
+def test_pareto_front_has_no_dominated_entry():
     assert [one.number for one in pareto_front(ENTRIES)] == [1, 2]
     assert pareto_front([]) == []
 
 
-def test_the_smallest_that_met_its_goals_is_selected():
+def test_select_takes_the_smallest_student_that_met_its_goals():
     assert select(ENTRIES).number == 2
     assert select([dataclasses.replace(one, met=False) for one in ENTRIES]).number == best(ENTRIES).number == 2
     assert select([entry(1, 100, 0.7, 0.6), entry(2, 90, 0.7, 0.6)]).number == 2
@@ -134,7 +134,7 @@ def test_pick_takes_the_highest_bound_that_meets_the_conditions(conditions, numb
 
 
 @pytest.mark.parametrize(
-    ("conditions", "says"),
+    ("conditions", "message"),
     [
         ("size<=3", "a pick is conditions on params, accuracy, bound, joined by commas; got 'size<=3': try"),
         ("params=3", "got 'params=3'"),
@@ -142,7 +142,7 @@ def test_pick_takes_the_highest_bound_that_meets_the_conditions(conditions, numb
         ("params<=99", "got 'params<=99', and students of 100 parameters with 70.0%, 200 parameters with 90.0%: ask"),
     ],
 )
-def test_bad_picks_are_refused(conditions, says):
+def test_invalid_picks_are_rejected(conditions, message):
     with pytest.raises(InputError) as error:
         pick(ENTRIES, conditions)
-    assert says in str(error.value)
+    assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""Rules for judging a stage of a search: each is a function of evidence or of ledger rows."""
+"""Rules for the stages of a search, as functions of evidence or of ledger rows."""
 
 import dataclasses
 import inspect
@@ -29,7 +29,7 @@ from ev3_distill.types import Evidence
 
 
 def ledger(*risks, every=250):
-    """Rows of a size that started at global step 1000 and cost 1200, with its distance above its goals."""
+    """Ledger rows of a size that started at step 1000 and cost 1200; `risks` are its margins above its goals."""
     return [
         {"position": 1000 + every * i, "cost": 1200 + every * i, "risks": {"accuracy": risk, "worst": 9.0}}
         for i, risk in enumerate(risks, 1)
@@ -39,11 +39,11 @@ def ledger(*risks, every=250):
 @pytest.mark.parametrize(
     ("risks", "steps", "until", "behind"),
     [
-        ((-12.0, -8.0), 500, 1200 + 500 * 4, False),  # 4 more with each of two doublings: level
-        ((-12.0, -8.0), 500, 1200 + 500 * 2, True),  # with one doubling: 4 below
-        ((-12.0, -8.0), 500, 1200 + 1420, False),  # with one and a half: 2 below, which may be chance
+        ((-12.0, -8.0), 500, 1200 + 500 * 4, False),  # +4 with each of two doublings: reaches 0
+        ((-12.0, -8.0), 500, 1200 + 500 * 2, True),  # one doubling: 4 below
+        ((-12.0, -8.0), 500, 1200 + 1420, False),  # one and a half doublings: 2 below, within chance
         ((-3.0, -3.5), 500, 10**6, True),  # does not rise
-        ((-1.0, -1.5), 500, 10**6, False),  # does not rise, but is near
+        ((-1.0, -1.5), 500, 10**6, False),  # does not rise, but is close
         ((-12.0,), 500, 1300, False),  # too early
         ((-12.0, -8.0, -1.0, 3.0), 500, 1200 + 500 * 2, True),  # later rows are ignored
         ((-12.0, -8.0, -7.0, -6.0), 1000, 1200 + 1000 * 3, True),
@@ -68,26 +68,26 @@ def test_without_goals_no_size_falls_behind():
     assert not falls_behind(rows, 1000, 500, until=1300)
 
 
-def certified_share(level, n=400, sealed=900, threshold=0.8, claim=0.025):
-    """Of students that decide proves exactly at a level, the share for which the sealed split proves the guard."""
+def fraction_certified(level, n=400, sealed=900, threshold=0.8, claim=0.025):
+    """Fraction of students, each proven on `decide` at exactly this level, whose guard the sealed split proves."""
     rng = np.random.default_rng(0)
     margin = stats.norm.isf(level) * (threshold * (1 - threshold) / n) ** 0.5
     accuracy = threshold + margin + rng.normal(size=20000) * (threshold * (1 - threshold) / n) ** 0.5
-    share = rng.binomial(sealed, accuracy) / sealed
-    bound = share - stats.norm.isf(claim) * (threshold * (1 - threshold) / sealed) ** 0.5
+    fraction = rng.binomial(sealed, accuracy) / sealed
+    bound = fraction - stats.norm.isf(claim) * (threshold * (1 - threshold) / sealed) ** 0.5
     return (bound >= threshold).mean()
 
 
 @pytest.mark.parametrize("probability", [0.5, 0.9])
-def test_decide_at_the_required_level_predicts_the_sealed_split(probability):
+def test_required_level_predicts_the_result_on_the_sealed_split(probability):
     level = required_level(0.025, 400 / 900, probability)
-    assert certified_share(level) == pytest.approx(probability, abs=0.02)
+    assert fraction_certified(level) == pytest.approx(probability, abs=0.02)
 
 
 def test_guards_are_met_once_nine_of_ten_sealed_splits_would_prove_them():
     met, candidate = required_levels(0.025, 400 / 900, 1)
-    assert certified_share(met) == pytest.approx(0.9, abs=0.02)
-    assert certified_share(candidate, claim=0.025 / 2) == pytest.approx(0.5, abs=0.02)  # one of two candidates
+    assert fraction_certified(met) == pytest.approx(0.9, abs=0.02)
+    assert fraction_certified(candidate, claim=0.025 / 2) == pytest.approx(0.5, abs=0.02)  # one of two candidates
     assert required_levels(0.025, 400 / 900, 3) == pytest.approx((met / 3, candidate / 3))
 
 
@@ -103,19 +103,19 @@ def test_a_growing_size_may_use_a_tenth_of_the_remaining_budget():
 def test_a_trial_takes_a_tenth_of_the_cost_so_far():
     assert trial_steps(5000, 10**6, length=50) == 500
     assert trial_steps(100, 10**6, length=50) == 100  # at least two initial trajectories
-    assert trial_steps(5000, 300, length=50) == 300  # at most what each may have
+    assert trial_steps(5000, 300, length=50) == 300  # at most the steps left for each
 
 
 @pytest.mark.parametrize(("differences", "expected"), [(1.2, True), (0.8, False)])
 def test_a_student_leads_by_more_than_one_standard_error(differences, expected):
-    """Of 400 examples, 100 differ: more of them in favor of one student by some standard errors of the difference."""
+    """The students differ on 100 of 400 examples; one is ahead by some standard errors of that difference."""
     n, discordant = 400, 100
     ahead = round((discordant + differences * discordant**0.5) / 2)
     ours, theirs = np.zeros(n), np.zeros(n)
     ours[:ahead] = 1
     theirs[ahead:discordant] = 1
     evidence = [Evidence(promise, promise) for promise in (ours, theirs)]
-    objectives = types.SimpleNamespace(thresholds=np.zeros(0))  # no goals: the promise decides
+    objectives = types.SimpleNamespace(thresholds=np.zeros(0))  # no goals, so the promise decides
     evaluator = types.SimpleNamespace(objectives=objectives)
     run = types.SimpleNamespace(distillation=types.SimpleNamespace(evaluator=evaluator))
     assert leads(*evidence, run) is expected
@@ -167,7 +167,7 @@ def test_a_search_keeps_the_patience_of_its_config(monkeypatch):
     ("p_values", "numbers"), [((0.02, 0.01, 0.005, 0.001), [0, 3]), ((0.001, 0.01, 0.02, 0.03), [0])]
 )
 def test_at_most_two_students_are_candidates(p_values, numbers, tmp_path):
-    """Among four that decide proves, the smallest, and the smallest or best of larger ones that decide is surer of."""
+    """Of four students proven on `decide`: the smallest, and possibly a larger one with a lower p-value."""
     entries = [
         Entry(i, f"net {i}", {}, 10 + i, "", "", 0, 100, 0.9, 0.8, 0, float(i), met=False, p_value=p_value)
         for i, p_value in enumerate(p_values)
