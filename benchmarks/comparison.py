@@ -82,8 +82,8 @@ def compared(before: Results, after: Results) -> list[Line]:
             if field in other.get(group, {}):
                 time, setting = field.split(FIELD)[0] in times, field in settings
                 lines.append(_line(group, field, fields[field], other[group][field], time=time, setting=setting))
-    asked = [i for i, line in enumerate(lines) if not line.instead]
-    for i, adjusted in zip(asked, statistics.holm([lines[i].difference.p for i in asked]), strict=True):
+    tested = [i for i, line in enumerate(lines) if not line.instead]
+    for i, adjusted in zip(tested, statistics.holm([lines[i].difference.p for i in tested]), strict=True):
         lines[i] = lines[i]._replace(adjusted=adjusted)
     return lines
 
@@ -212,14 +212,14 @@ def table(before: Results, after: Results, names: tuple[str, str]) -> str:
       names: of the folders.
     """
     lines = compared(before, after)
-    asked = [line for line in lines if not math.isnan(line.adjusted)]
-    changed = [line for line in asked if line.changed]
-    rest = [line for line in asked if not line.changed]
+    tested = [line for line in lines if not math.isnan(line.adjusted)]
+    changed = [line for line in tested if line.changed]
+    rest = [line for line in tested if not line.changed]
     settings = [line for line in lines if line.instead == SETTING]
     same = sum(line.instead == SAME for line in lines)
     parts = [
-        f"**{len(changed)} of {len(asked)} comparisons changed** beyond noise: p at most {ALPHA:.2g} after Holm's correction "
-        f"for all {len(asked)}. Differences are after less before, with a 95 % interval, each by itself."
+        f"**{len(changed)} of {len(tested)} comparisons changed** beyond noise: p at most {ALPHA:.2g} after Holm's correction "
+        f"for all {len(tested)}. Differences are after less before, with a 95 % interval, each by itself."
         + (f" Beside them {same:,} have one value in all repetitions of both sides." if same else ""),
         f"Before: `{names[0]}`; after: `{names[1]}`.",
         _sides(before, after),
@@ -249,14 +249,14 @@ def _sides(before: Results, after: Results) -> str:
 
 def _warnings(before: Results, after: Results) -> list[str]:
     """Limits of the comparison."""
-    told = []
+    texts = []
     if before.header["machine"] != after.header["machine"]:
-        told.append("**The machines differ: times are not compared.**")
+        texts.append("**The machines differ: times are not compared.**")
     elif getattr(before.suite, "TIMED", ()):
-        told.append("Times depend on the machine's other load, which is not recorded.")
+        texts.append("Times depend on the machine's other load, which is not recorded.")
     if before.header["code"] == after.header["code"] and before.header["versions"] == after.header["versions"]:
-        told.append("Code and versions are the same: they explain no change.")
-    return [" ".join(told)] if told else []
+        texts.append("Code and versions are the same: they explain no change.")
+    return [" ".join(texts)] if texts else []
 
 
 def _differences(lines: Sequence[Line]) -> str:
@@ -296,7 +296,7 @@ def _of(group: Group) -> str:
 
 def _alone(before: Results, after: Results) -> list[str]:
     """Rows on one side only, by group."""
-    key, repeats, told = before.suite.KEY, _repeats(before.suite), []
+    key, repeats, texts = before.suite.KEY, _repeats(before.suite), []
     one, other = ({_named(row, key, repeats): None for row in side.rows} for side in (before, after))
     for name, alone in (("before", [x for x in one if x not in other]), ("after", [x for x in other if x not in one])):
         groups: dict[Group, list[str]] = {}
@@ -305,16 +305,16 @@ def _alone(before: Results, after: Results) -> list[str]:
         counted = "/".join(field for field in key if field in repeats)
         items = [f"- {_of(group) + ', ' if group else ''}{counted} {', '.join(of)}" for group, of in groups.items()]
         items = items[:SHOWN] + ([f"- and {len(items) - SHOWN} groups more"] if len(items) > SHOWN else [])
-        told += [f"Only {name}, {len(alone)}:", "\n".join(items)] if alone else []
-    return ["## Rows on one side alone", *told] if told else []
+        texts += [f"Only {name}, {len(alone)}:", "\n".join(items)] if alone else []
+    return ["## Rows on one side alone", *texts] if texts else []
 
 
 def _not_compared(before: Results, after: Results, lines: Sequence[Line]) -> list[str]:
     """Measurements that could not be compared, and fields that are not numbers."""
-    told = [_plain(lines)] if lines else []
+    texts = [_plain(lines)] if lines else []
     if not hasattr(before.suite, "measures"):
         rows = [*before.rows, *after.rows]
         numbers = {field.split(FIELD)[0] for row in rows for field in measures(before.suite, row)}
         words = dict.fromkeys(field for row in rows for field in row if field not in numbers | {*before.suite.KEY})
-        told += [f"Fields that are not numbers: {', '.join(f'`{field}`' for field in words)}."] if words else []
-    return ["## Not compared", *told] if told else []
+        texts += [f"Fields that are not numbers: {', '.join(f'`{field}`' for field in words)}."] if words else []
+    return ["## Not compared", *texts] if texts else []

@@ -247,7 +247,7 @@ def _table_of(name: str, rows: Sequence[dict[str, Any]]) -> str:
 
 def _synergy(rows: Sequence[dict[str, Any]], sizes: Sequence[int]) -> str:
     """The gain from adding the grown student to the teacher, by size, at equal steps."""
-    told = []
+    texts = []
     for width in sizes:
         by_seed = [
             {row["seed"]: 100 * row["accuracy"] for row in rows if row["contender"] == name and row["width"] == width}
@@ -255,8 +255,8 @@ def _synergy(rows: Sequence[dict[str, Any]], sizes: Sequence[int]) -> str:
         ]
         seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
         margin = statistics.paired(*[[of[seed] for seed in seeds] for of in by_seed])
-        told.append(f"{statistics.spread(margin, 2)} at width {width}")
-    return ", ".join(told)
+        texts.append(f"{statistics.spread(margin, 2)} at width {width}")
+    return ", ".join(texts)
 
 
 def plot(rows: Sequence[dict[str, Any]]) -> "Figure":
