@@ -47,11 +47,11 @@ EXPECTED = {  # labels 0, 0, 2, -1: right, wrong, tied (the first class wins), n
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_scores_by_hand(name):
+def test_scores_agree_with_hand_computation(name):
     np.testing.assert_allclose(score(name, LOGITS, [0, 0, 2, -1]), EXPECTED[name], rtol=1e-5)
 
 
-def test_agreement_by_hand():
+def test_agreement_agrees_with_hand_computation():
     teacher = [[5, 0, 1], [5, 0, 1], [0, 1, 1], [1, 0, 9]]  # classes 0, 0, 1 (the first of a tie), 2
     np.testing.assert_array_equal(score("agreement", LOGITS, [-1, 1, 2, 0], teacher), [1, 0, 1, 1])
 
@@ -93,7 +93,7 @@ def test_logits_of_minus_infinity_never_win(name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_score_depends_on_its_own_example_only(name):
+def test_score_depends_only_on_its_own_example(name):
     logits, teacher, labels = np.array(LOGITS), np.eye(N, K), np.array([0, 0, 2, 1])
     expected = score(name, logits, labels, teacher)
     broken = logits.copy()
@@ -146,13 +146,13 @@ def test_sharpness_tends_to_accuracy():
     assert default[0] + default[1] == pytest.approx(1)
 
 
-def test_margin_of_two_classes_only_tells_right_from_wrong():
+def test_margin_of_two_classes_depends_only_on_correctness():
     scores = OBJECTIVES["margin"](jnp.array([[1e-3, 0.0], [90.0, 5.0], [1.0, 2.0], [7.0, 7.0]]), make_split([0] * 4))
-    sure = 1 / (1 + math.exp(-3))
-    np.testing.assert_allclose(scores, [sure, sure, 1 - sure, 0.5], rtol=1e-4)
+    if_correct = 1 / (1 + math.exp(-3))
+    np.testing.assert_allclose(scores, [if_correct, if_correct, 1 - if_correct, 0.5], rtol=1e-4)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
-def test_errors_name_the_rule_the_value_and_the_way_out(bad):
+def test_errors_state_rule_value_and_fix(bad):
     with pytest.raises(ValueError, match=f"sharpness must be .*; got {bad}: .+"):
         example_scores.margin(sharpness=bad)

@@ -66,13 +66,13 @@ HAND = [  # one example of any weight, two classes, label 0: name, hyperparamete
 
 
 @pytest.mark.parametrize(("name", "kwargs", "student", "teacher", "expected"), HAND)
-def test_two_classes_by_hand(name, kwargs, student, teacher, expected):
+def test_losses_of_two_classes_agree_with_hand_computation(name, kwargs, student, teacher, expected):
     rows = np.array([1] + [0] * (B - 1))
     value, _ = run(name, kwargs, np.tile(student, (B, 1)), make_batch(np.tile(teacher, (B, 1)), 1 - rows, rows))
     assert value == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-def test_a_negated_score_averages_labeled_examples():
+def test_negated_score_averages_labeled_examples():
     """The Brier score by hand. Examples without label or weight do not count; a confidently wrong one has gradient 0."""
     q = np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.2, 0.2, 0.6], [1 / 3, 1 / 3, 1 / 3]], np.float32)
     batch = make_batch(np.zeros_like(q), np.array([0, 2, -1, 1]), [1.0, 3.0, 1.0, 0.0])
@@ -156,7 +156,7 @@ BROKEN += [("jsd", {"beta": bad}) for bad in (0.0, 1.0, 1.5)]
 
 
 @pytest.mark.parametrize(("name", "kwargs"), BROKEN)
-def test_errors_name_the_rule_the_value_and_the_way_out(name, kwargs):
+def test_errors_state_rule_value_and_fix(name, kwargs):
     ((key, bad),) = kwargs.items()
     with pytest.raises(ValueError, match=f"{key} must be .*; got {bad}: .+"):
         LOSSES[name](**kwargs)
@@ -176,11 +176,11 @@ def test_mix_rejects_no_loss_and_negative_weights():
     ("power", "shares"),
     [(1.0, [0.25, 0.25, 0.25, 0.25, 1, 1, 0]), (0.5, [0.5, 0.5, 0.5, 0.5, 1, 1, 0]), (0.0, [1, 1, 1, 1, 1, 1, 0])],
 )
-def test_balanced_by_hand(power, shares):
+def test_balanced_weights_agree_with_hand_computation(power, shares):
     """Four examples of one class, one of another, one without a label, one of weight 0."""
     batch = make_batch(np.zeros((7, 3)), [0, 0, 0, 0, 1, -1, 2], [1, 1, 1, 1, 1, 1, 0])
-    weighed = losses.balanced(lambda logits, batch: batch.weight, power=power)
-    np.testing.assert_allclose(weighed(batch.teacher["logits"], batch), shares)
+    balanced_weights = losses.balanced(lambda logits, batch: batch.weight, power=power)
+    np.testing.assert_allclose(balanced_weights(batch.teacher["logits"], batch), shares)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

@@ -181,7 +181,7 @@ def test_label_losses_are_zero_without_labels(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_examples_count_by_their_weight(name):
+def test_loss_is_a_weighted_mean_over_examples(name):
     student, teacher, labels, weight = draw()
     value, gradient = run(name, {}, student, make_batch(teacher, labels, weight))
     scaled, _ = run(name, {}, student, make_batch(teacher, labels, 7 * weight))
@@ -195,7 +195,7 @@ def test_examples_count_by_their_weight(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_weight_two_equals_the_example_twice(name):
+def test_weight_three_equals_the_example_three_times(name):
     student, teacher, labels, _ = draw()
     once = [0, 1, 2, 3, 0, 0]  # row 0 three times
     repeated, _ = run(name, {}, student[once], make_batch(teacher[once], labels[once]))

@@ -27,17 +27,17 @@ SINGLE = [name for name, row in METRICS.items() if row.bound and not row.pattern
 FAMILIES = ("top2_accuracy", "drop(top3_accuracy)", "precision(3)", "recall(3)")
 
 
-def claimed(metric, outputs=OUTPUTS, confidence=0.9, costs=COSTS, class_names=()):
+def claim_of(metric, outputs=OUTPUTS, confidence=0.9, costs=COSTS, class_names=()):
     return bounds_of([metric], outputs, costs=costs, class_names=class_names)[metric](confidence)
 
 
 @pytest.mark.parametrize("metric", [*SINGLE, *FAMILIES])
-def test_claims_bound_the_point_on_the_side_that_the_row_names(metric):
-    claim, row = claimed(metric), find_metric(metric).row
+def test_bound_is_on_the_worse_side_of_the_point(metric):
+    claim, row = claim_of(metric), find_metric(metric).row
     assert claim.metric == metric
     assert (claim.upper_bound is None) == row.higher_is_better
     assert (claim.lower_bound is not None) == row.higher_is_better
-    wide, narrow = (claimed(metric, confidence=confidence) for confidence in (0.99, 0.6))
+    wide, narrow = (claim_of(metric, confidence=confidence) for confidence in (0.99, 0.6))
     if row.higher_is_better:
         assert wide.lower_bound <= claim.lower_bound <= narrow.lower_bound <= claim.point
     else:
@@ -54,7 +54,7 @@ def test_points_agree_with_scikit_learn():
     from sklearn import metrics
 
     answers = LOGITS.argmax(1)
-    point = {name: claimed(name).point for name in SINGLE}
+    point = {name: claim_of(name).point for name in SINGLE}
     assert point["accuracy"] == pytest.approx(metrics.accuracy_score(LABELS, answers))
     assert point["agreement"] == pytest.approx((answers == TEACHER.argmax(1)).mean())
     assert point["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(LABELS, answers))
@@ -69,41 +69,41 @@ def test_points_agree_with_scikit_learn():
         rel=1e-5,
     )
     for k in (2, 3):
-        assert claimed(f"top{k}_accuracy").point == pytest.approx(metrics.top_k_accuracy_score(LABELS, LOGITS, k=k))
+        assert claim_of(f"top{k}_accuracy").point == pytest.approx(metrics.top_k_accuracy_score(LABELS, LOGITS, k=k))
     groups = [(answers == LABELS)[OUTPUTS.groups == g].mean() for g in range(3)]
     assert point["worst_group_accuracy"] == pytest.approx(min(groups))
 
 
-def test_bounds_by_hand():
+def test_bounds_agree_with_hand_computation():
     hits = LOGITS.argmax(1) == LABELS
-    assert claimed("accuracy").lower_bound == clopper_pearson_lower(hits.sum(), 400, confidence=0.9)
+    assert claim_of("accuracy").lower_bound == clopper_pearson_lower(hits.sum(), 400, confidence=0.9)
     top = in_top_k(LOGITS, LABELS, 2).sum()
-    assert claimed("top2_accuracy").lower_bound == clopper_pearson_lower(top, 400, confidence=0.9)
-    worst = min(clopper_pearson_lower(hits[own].sum(), own.sum(), confidence=0.9) for own in ONE_HOT.T)
-    assert claimed("worst_class_accuracy").lower_bound == worst
+    assert claim_of("top2_accuracy").lower_bound == clopper_pearson_lower(top, 400, confidence=0.9)
+    worst = min(clopper_pearson_lower(hits[of_class].sum(), of_class.sum(), confidence=0.9) for of_class in ONE_HOT.T)
+    assert claim_of("worst_class_accuracy").lower_bound == worst
     paid = COSTS[LABELS, LOGITS.argmax(1)]
-    claim = claimed("cost")
+    claim = claim_of("cost")
     assert claim.point == pytest.approx(paid.mean())
     assert claim.upper_bound == mean_upper(paid, -1, 9, confidence=0.9)
     for costs in (None, COSTS[:4]):
         with pytest.raises(ValueError, match="needs costs"):
-            claimed("cost", costs=costs)
+            claim_of("cost", costs=costs)
 
 
-def test_accuracy_drop_by_hand():
+def test_accuracy_drop_agrees_with_hand_computation():
     # of 100: both right 80, only the teacher 10, only the student 4, neither 6
     labels = np.zeros(100, int)
     teacher = np.eye(2)[np.repeat([0, 0, 1, 1], [80, 10, 4, 6])]
     student = np.eye(2)[np.repeat([0, 1, 0, 1], [80, 10, 4, 6])]
-    claim = claimed("drop(accuracy)", Outputs(student, labels, {"logits": teacher}))
+    claim = claim_of("drop(accuracy)", Outputs(student, labels, {"logits": teacher}))
     assert (claim.point, claim.lower_bound, claim.n) == (pytest.approx(0.06), None, 100)
     lost = stats.binomtest(10, 100, alternative="less").proportion_ci(0.95, method="exact").high
     won = stats.binomtest(4, 100, alternative="greater").proportion_ci(0.95, method="exact").low
     assert claim.upper_bound == pytest.approx(lost - won, rel=1e-6)
     # of the two greatest of two logits the label is always one
-    assert claimed("drop(top2_accuracy)", Outputs(student, labels, {"logits": teacher})).point == 0
+    assert claim_of("drop(top2_accuracy)", Outputs(student, labels, {"logits": teacher})).point == 0
     with pytest.raises(ValueError, match="needs the teacher"):
-        claimed("drop(accuracy)", Outputs(student, labels))
+        claim_of("drop(accuracy)", Outputs(student, labels))
 
 
 def test_bound_of_the_accuracy_drop_covers_the_truth():
@@ -111,7 +111,7 @@ def test_bound_of_the_accuracy_drop_covers_the_truth():
     draws = rng.choice(4, p=[0.85, 0.07, 0.03, 0.05], size=(400, 500))  # both right, lost, won, both wrong
     labels = np.zeros(500, int)
     bounds = [
-        claimed(
+        claim_of(
             "drop(accuracy)", Outputs(np.eye(2)[row % 2], labels, {"logits": np.eye(2)[row // 2]}), 0.95
         ).upper_bound
         for row in draws
@@ -119,12 +119,12 @@ def test_bound_of_the_accuracy_drop_covers_the_truth():
     assert (np.array(bounds) < 0.04).mean() <= 0.08  # 0.05 and 2.8 standard errors
 
 
-def test_worst_class_by_hand():
+def test_worst_class_agrees_with_hand_computation():
     labels, answers = np.repeat([0, 1], [10, 20]), np.repeat([0, 1, 1, 0], [9, 1, 15, 5])
-    claim = claimed("worst_class_accuracy", Outputs(np.eye(2)[answers], labels))
+    claim = claim_of("worst_class_accuracy", Outputs(np.eye(2)[answers], labels))
     assert (claim.point, claim.n) == (0.75, 10)
     assert claim.lower_bound == min(clopper_pearson_lower(k, n, confidence=0.9) for k, n in ((9, 10), (15, 20)))
-    absent = claimed("worst_class_accuracy", Outputs(np.eye(3)[answers], labels))
+    absent = claim_of("worst_class_accuracy", Outputs(np.eye(3)[answers], labels))
     assert (absent.point, absent.lower_bound, absent.n) == (0.75, 0, 0)
 
 
@@ -137,20 +137,20 @@ def test_bound_of_the_worst_class_covers_the_truth():
         bounds = []
         for _ in range(400):
             answers = np.where(rng.random(600) < truth[labels], labels, (labels + 1) % 10)
-            bounds.append(claimed("worst_class_accuracy", Outputs(np.eye(10)[answers], labels), 0.95).lower_bound)
+            bounds.append(claim_of("worst_class_accuracy", Outputs(np.eye(10)[answers], labels), 0.95).lower_bound)
         assert (np.array(bounds) > 0.8).mean() <= 0.08  # 0.05 and 2.8 standard errors
 
 
 def test_worst_group_needs_groups():
     for groups in (None, np.full(400, -1)):
         with pytest.raises(InputError, match=r"needs groups; .*: guard worst_class_accuracy"):
-            claimed("worst_group_accuracy", OUTPUTS._replace(groups=groups))
+            claim_of("worst_group_accuracy", OUTPUTS._replace(groups=groups))
     some = OUTPUTS._replace(groups=np.where(LABELS < 2, 0, -1))
-    assert claimed("worst_group_accuracy", some._replace(num_groups=1)).n == (LABELS < 2).sum()
-    absent = claimed("worst_group_accuracy", some._replace(num_groups=2))
+    assert claim_of("worst_group_accuracy", some._replace(num_groups=1)).n == (LABELS < 2).sum()
+    absent = claim_of("worst_group_accuracy", some._replace(num_groups=2))
     assert (absent.n, absent.lower_bound) == (0, 0)
     with pytest.raises(ValueError, match="pass num_groups="):
-        claimed("worst_group_accuracy", OUTPUTS._replace(num_groups=2))
+        claim_of("worst_group_accuracy", OUTPUTS._replace(num_groups=2))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -165,11 +165,11 @@ def test_logits_without_a_prediction_count_against_the_student(bad):
                 "balanced_accuracy": 0.8, "macro_f1": 8 / 9 / 2, "brier": 0.2, "top2_accuracy": 0.8,
                 "drop(accuracy)": 0.2, "cost": 0.6}  # fmt: skip
     costs = np.array([[0.0, 3.0], [1.0, 0.0]])
-    points = {name: claimed(name, outputs, costs=costs).point for name in (*expected, "ece")}
+    points = {name: claim_of(name, outputs, costs=costs).point for name in (*expected, "ece")}
     assert points == pytest.approx(expected | {"ece": 0.2}, abs=2e-4)
     # no student agrees with a teacher that predicts no class, not even one that predicts none either
-    assert claimed("agreement", outputs._replace(teacher={"logits": logits})).point == 0.8
-    assert claimed("drop(accuracy)", outputs._replace(teacher={"logits": logits})).point == 0
+    assert claim_of("agreement", outputs._replace(teacher={"logits": logits})).point == 0.8
+    assert claim_of("drop(accuracy)", outputs._replace(teacher={"logits": logits})).point == 0
 
 
 def test_one_nan_or_inf_voids_a_prediction_but_minus_inf_does_not():
@@ -190,23 +190,23 @@ def test_metrics_of_labels_use_labeled_examples_only():
     first = Outputs(LOGITS[:300], LABELS[:300], {"logits": TEACHER[:300]}, OUTPUTS.groups[:300], 3)
     for metric in (*SINGLE, *FAMILIES):
         if metric != "agreement":
-            assert claimed(metric, some) == claimed(metric, first)
-    assert claimed("agreement", some).n == 400
+            assert claim_of(metric, some) == claim_of(metric, first)
+    assert claim_of("agreement", some).n == 400
     with pytest.raises(InputError, match="needs labeled examples"):
-        claimed("ece", OUTPUTS._replace(targets=np.full(400, -1)))
+        claim_of("ece", OUTPUTS._replace(targets=np.full(400, -1)))
 
 
 def test_scale_of_logits_changes_calibration_but_not_accuracy():
     """Twice the logits are the true log-odds, twenty times are overconfident; the predictions are the same."""
     sure = OUTPUTS._replace(student=20 * LOGITS)
-    assert claimed("accuracy", sure) == claimed("accuracy")
+    assert claim_of("accuracy", sure) == claim_of("accuracy")
     calibrated = OUTPUTS._replace(student=2 * LOGITS)
-    assert claimed("ece", calibrated).point < 0.1 < 0.17 < min(claimed("ece").point, claimed("ece", sure).point)
-    assert claimed("brier", calibrated).point < min(claimed("brier").point, claimed("brier", sure).point)
+    assert claim_of("ece", calibrated).point < 0.1 < 0.17 < min(claim_of("ece").point, claim_of("ece", sure).point)
+    assert claim_of("brier", calibrated).point < min(claim_of("brier").point, claim_of("brier", sure).point)
     huge = OUTPUTS._replace(student=np.float32(1e30) * LOGITS)
-    wrong = 1 - claimed("accuracy").point
-    assert claimed("ece", huge).point == pytest.approx(wrong)
-    assert claimed("brier", huge).point == pytest.approx(wrong)
+    wrong = 1 - claim_of("accuracy").point
+    assert claim_of("ece", huge).point == pytest.approx(wrong)
+    assert claim_of("brier", huge).point == pytest.approx(wrong)
 
 
 def test_bound_of_latency_is_an_order_statistic():
@@ -215,7 +215,7 @@ def test_bound_of_latency_is_an_order_statistic():
     assert claim.upper_bound == 60  # P[Binomial(101, 1/2) >= 60] = 0.037, >= 59 is 0.057
 
 
-# Functions of one's own.
+# Metrics that are user functions.
 
 OWN = """
 import numpy as np
@@ -245,18 +245,18 @@ def broken(logits, labels):
 
 
 @pytest.fixture
-def own(here):
+def user_metrics(here):
     (here / "own_metric.py").write_text(OWN)
 
 
-def test_user_metric_by_hand(own):
+def test_user_metric_agrees_with_hand_computation(user_metrics):
     expected = 1 - np.abs(LOGITS.argmax(1) - LABELS) / 4
-    claim = claimed("own_metric:near")
+    claim = claim_of("own_metric:near")
     assert claim.point == pytest.approx(expected.mean())
     assert claim.lower_bound == mean_lower(expected, 0, 1, confidence=0.9)
-    silent = LOGITS.copy()
-    silent[0] = np.nan
-    assert claimed("own_metric:near", OUTPUTS._replace(student=silent)).point == pytest.approx(
+    without_prediction = LOGITS.copy()
+    without_prediction[0] = np.nan
+    assert claim_of("own_metric:near", OUTPUTS._replace(student=without_prediction)).point == pytest.approx(
         (expected.sum() - expected[0]) / 400
     )
 
@@ -273,12 +273,12 @@ def test_user_metric_by_hand(own):
         ("own_metric:broken", r"own_metric:broken fails with AttributeError: .*missing"),
     ],
 )
-def test_unusable_user_metrics_are_rejected(own, name, message):
+def test_unusable_user_metrics_are_rejected(user_metrics, name, message):
     with pytest.raises(InputError, match=message):
-        claimed(name)
+        claim_of(name)
 
 
-def test_function_named_imports_from_the_working_directory(own):
+def test_function_named_imports_from_the_working_directory(user_metrics):
     assert function_named("own_metric:near")(LOGITS, LABELS).shape == (400,)
 
 
@@ -328,8 +328,8 @@ OF_CLASSES = Outputs(np.eye(4)[ANSWERS], TRUTH)
         ("precision(2)", 0, 2),
     ],
 )
-def test_precision_and_recall_by_hand(metric, hits, n):
-    claim = claimed(metric, OF_CLASSES)
+def test_precision_and_recall_agree_with_hand_computation(metric, hits, n):
+    claim = claim_of(metric, OF_CLASSES)
     assert (claim.metric, claim.point, claim.n) == (metric, hits / n, n)
     assert claim.lower_bound == clopper_pearson_lower(hits, n, confidence=0.9)
 
@@ -339,35 +339,35 @@ def test_precision_and_recall_agree_with_scikit_learn():
 
     answers = LOGITS.argmax(1)
     for k in range(5):
-        assert claimed(f"recall({k})").point == pytest.approx(metrics.recall_score(k == LABELS, answers == k))
-        assert claimed(f"precision({k})").point == pytest.approx(metrics.precision_score(k == LABELS, answers == k))
+        assert claim_of(f"recall({k})").point == pytest.approx(metrics.recall_score(k == LABELS, answers == k))
+        assert claim_of(f"precision({k})").point == pytest.approx(metrics.precision_score(k == LABELS, answers == k))
 
 
-def test_a_class_that_never_occurs_or_is_never_predicted_has_the_bound_zero():
+def test_bound_is_zero_for_a_class_that_never_occurs_or_is_never_predicted():
     for metric in ("recall(2)", "recall(3)", "precision(3)"):
-        claim = claimed(metric, OF_CLASSES)
+        claim = claim_of(metric, OF_CLASSES)
         assert (claim.point, claim.lower_bound, claim.n) == (0, 0, 0)
 
 
-def test_a_class_is_found_by_its_name_before_its_number():
+def test_class_name_takes_precedence_over_class_number():
     names = ("cat", "0", "wild dog", "x")
-    assert claimed("recall(cat)", OF_CLASSES, class_names=names).n == 10
-    assert claimed("recall(0)", OF_CLASSES, class_names=names).n == 22
-    assert claimed("precision(wild dog)", OF_CLASSES, class_names=names).n == 2
-    assert claimed("precision(1)", OF_CLASSES, class_names=names).n == 16
+    assert claim_of("recall(cat)", OF_CLASSES, class_names=names).n == 10
+    assert claim_of("recall(0)", OF_CLASSES, class_names=names).n == 22
+    assert claim_of("precision(wild dog)", OF_CLASSES, class_names=names).n == 2
+    assert claim_of("precision(1)", OF_CLASSES, class_names=names).n == 16
     for argument in ("bird", "4", "-1", "1.0"):
         with pytest.raises(
             InputError, match=rf"needs a class .* got '{argument}': use one of cat, 0, wild dog, x, or a"
         ):
-            claimed(f"recall({argument})", OF_CLASSES, class_names=names)
+            claim_of(f"recall({argument})", OF_CLASSES, class_names=names)
 
 
 def test_examples_without_prediction_or_label_do_not_count_for_precision():
     logits, labels = np.eye(2)[[0, 0, 1, 0]], np.array([0, 0, 0, -1])
     logits[0] = np.nan
-    claim = claimed("precision(0)", Outputs(logits, labels))
+    claim = claim_of("precision(0)", Outputs(logits, labels))
     assert (claim.point, claim.n) == (1, 1)
-    assert claimed("recall(0)", Outputs(logits, labels)).point == pytest.approx(1 / 3)
+    assert claim_of("recall(0)", Outputs(logits, labels)).point == pytest.approx(1 / 3)
 
 
 def test_bounds_of_precision_and_recall_cover_the_truth():
@@ -379,6 +379,6 @@ def test_bounds_of_precision_and_recall_cover_the_truth():
     for draw in rng.choice(4, p=joint, size=(2000, 40)):
         outputs = Outputs(np.eye(2)[np.isin(draw, (0, 2)).astype(int)], (draw < 2).astype(int))
         for metric, value in truth.items():
-            above[metric] += claimed(metric, outputs, 0.9).lower_bound > value
+            above[metric] += claim_of(metric, outputs, 0.9).lower_bound > value
     assert all(count <= stats.binom.isf(0.001, 2000, 0.1) for count in above.values()), above
     assert all(count >= 0.03 * 2000 for count in above.values()), above  # and is not needlessly loose

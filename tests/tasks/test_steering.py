@@ -34,7 +34,7 @@ def examples(n=400, seed=0, sharpness=1.5):
 
 
 def ece(q, hits):
-    """Bin by bin, in a loop."""
+    """Expected calibration error, computed bin by bin in a loop."""
     own_bin = np.minimum((q * BINS).astype(int), BINS - 1)
     return sum(abs((hits - q)[own_bin == b].sum()) for b in range(BINS)) / len(q)
 
@@ -92,13 +92,14 @@ def test_spread_of_the_scores_is_the_standard_error_of_the_metric(metric):
 
 
 @pytest.mark.parametrize("metric", STEERING)
-def test_a_student_with_nan_logits_meets_no_goal(metric):
+def test_student_with_nan_logits_meets_no_goal(metric):
     logits, split = examples()
     for broken in (jnp.full_like(logits, jnp.nan), logits.at[3].set(jnp.nan)):
         one = goal(metric, 0.0 if metric not in LOWER_IS_BETTER else 1.0)
         mean = float(one.score(broken, split).mean())
         sound = float(one.score(logits, split).mean())
-        assert np.isnan(mean) or mean <= sound + 1e-6 or metric == "ece"  # one example less may be calibrated better
+        # Dropping one example may reduce the calibration error.
+        assert np.isnan(mean) or mean <= sound + 1e-6 or metric == "ece"
     assert not float(goal(metric, 0.3).p_value(jnp.full_like(logits, jnp.nan), split)) <= 0.05
 
 
@@ -145,22 +146,22 @@ def test_p_value_is_small_for_met_goals_and_large_for_missed_ones(metric):
     assert float(goal(metric, hard).p_value(logits, split)) > 0.5
 
 
-def test_top_of_one_is_accuracy():
+def test_top_1_accuracy_is_accuracy():
     logits, split = examples()
     np.testing.assert_array_equal(top_k(1)(logits, split), example_scores.accuracy(logits, split))
     assert float(top_k(K)(logits, split).mean()) == 1
 
 
-def test_metrics_that_training_can_steer():
+def test_goal_requires_a_metric_that_training_can_steer():
     assert all(steers(metric) for metric in STEERING)
     assert not any(steers(metric) for metric in ("params", "latency_ms", "topk_accuracy", "accurate"))
     with pytest.raises(ValueError, match=r"a goal needs one of the metrics accuracy, .*; got 'params'"):
         goal("params", 3)
 
 
-def test_worst_group_by_hand():
+def test_worst_group_agrees_with_hand_computation():
     logits, split = examples()
-    groups = np.random.default_rng(1).integers(0, 4, len(split.targets)) * 3  # numbers may be left out
+    groups = np.random.default_rng(1).integers(0, 4, len(split.targets)) * 3  # group numbers may have gaps
     of_groups = split._replace(group=jnp.asarray(groups, jnp.int32))
     hits = np.asarray(example_scores.accuracy(logits, split))
     shares = {g: hits[groups == g].mean() for g in set(groups.tolist())}
@@ -173,7 +174,7 @@ def test_worst_group_by_hand():
         one.score(logits, split)
 
 
-def test_mean_cost_by_hand():
+def test_mean_cost_agrees_with_hand_computation():
     logits, split = examples()
     costs = np.random.default_rng(2).uniform(0, 5, (K, K))
     one = goal("cost", 1.5, costs=costs)
@@ -188,8 +189,7 @@ def test_mean_cost_by_hand():
         goal("cost", 1.5)
 
 
-def test_a_user_metric_runs_inside_a_jitted_program(tmp_path, monkeypatch):
-    """It runs inside a jitted program, and only on finite logits."""
+def test_user_metric_runs_under_jit_and_is_nan_for_broken_logits(tmp_path, monkeypatch):
     (tmp_path / "my_metric.py").write_text(
         "def margin(logits, labels):\n    return (logits[range(len(labels)), labels] > 0)\n"
     )
@@ -203,7 +203,7 @@ def test_a_user_metric_runs_inside_a_jitted_program(tmp_path, monkeypatch):
     assert np.isfinite(np.delete(broken, 3)).all()
 
 
-def test_calibration_bins_are_fifteen():
+def test_calibration_error_uses_fifteen_bins():
     """Pairs of a hit and a miss cancel within a bin of width 1/15 and not between two of them."""
     labels = np.array([0, 1])
 

@@ -1,4 +1,4 @@
-"""A toy task beside classification, regression with one real output, takes no change in core, training or certify."""
+"""A toy regression task with one real output runs without changes to core, training or certify."""
 
 import json
 
@@ -81,14 +81,14 @@ def run(tmp_path_factory):
     return directory
 
 
-def test_promotions_are_proven_by_betting(run):
+def test_promotions_are_proved_by_betting(run):
     rows = list(read_rows(run / "ledger.jsonl"))
     promoted = [row for row in rows if row["verdict"] == "promote"]
     assert promoted and rows[-1][f"champion_{METRIC}"] > rows[0][f"current_{METRIC}"] + 0.2
     assert all(row["test"]["p_value"] <= row["test"]["alpha"] and row["test"]["bound"] is None for row in promoted)
 
 
-def test_the_student_is_certified(run):
+def test_student_is_certified(run):
     certificate = json.loads((run / "certificate.json").read_text())
     (claim,) = certificate["claims"]
     assert claim["metric"] == METRIC and 0.7 < claim["lower_bound"] < claim["point"] <= 1
