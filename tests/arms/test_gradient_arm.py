@@ -380,6 +380,18 @@ def test_learning_rates_of_the_zoo(name, size):
     np.testing.assert_allclose(first_step(name), size, rtol=0.02)
 
 
+def test_learning_rate_of_muon():
+    """Biases train with Adam at a quarter of the rate 0.05; the schedule peaks at a twentieth of the budget.
+
+    The first step of Adam with Nesterov momentum is 1 + 0.9 * 0.1 / (1 - 0.9^2) times the learning rate.
+    """
+    (arm,) = arms_named(MLP.apply, ["ce-muon"])
+    state, _ = arm.propose(arm.init(START), DRAW, stretch(0, 1, spent=0.05))
+    changes = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.iterate.params, START.params)
+    biases = [change for change, x in zip(*map(jax.tree.leaves, (changes, START.params)), strict=True) if x.ndim == 1]
+    np.testing.assert_allclose(max(biases), 0.05 / 4 * (1 + 0.09 / 0.19), rtol=0.02)
+
+
 def test_evolution_arms_take_a_generation_of_64_members_in_21_steps():
     (arm,) = arms_named(MLP.apply, ["es-accuracy"])
     state, _ = propose(arm, arm.init(START), 0, 41)

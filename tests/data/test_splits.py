@@ -96,6 +96,13 @@ def test_the_number_of_examples_named_by_the_error_suffices(n, test_rows, seed):
     assert len(rows["explore"]) >= 2
 
 
+def test_explore_has_at_least_two_examples():
+    quarters = Fractions(0.25, 0.25, 0.25, 0.25)
+    with pytest.raises(InputError, match=r"got 7 examples, too few for explore: give at least 8"):
+        split_rows(np.zeros(7, int), None, seed=0, fractions=quarters)
+    assert len(split_rows(np.zeros(8, int), None, seed=0, fractions=quarters)["explore"]) == 2
+
+
 def test_a_negative_seed_is_refused():
     with pytest.raises(InputError, match="seed must not be negative; got -1"):
         split_rows(np.arange(100) % 2, None, seed=-1)
