@@ -400,6 +400,21 @@ def test_evolution_arms_take_a_generation_of_64_members_in_21_steps():
     np.testing.assert_allclose(max(jax.tree.leaves(changes)), 3e-3, rtol=0.02)
 
 
+def test_members_of_evolution_arms_deviate_by_two_hundredths():
+    members = []
+
+    def recording_apply(variables, inputs, **options):
+        jax.debug.callback(members.append, jax.tree.leaves(variables.params))
+        return MLP.apply(variables, inputs, **options)
+
+    (arm,) = arms_named(recording_apply, ["es-accuracy"])
+    jax.block_until_ready(propose(arm, arm.init(START), 0, 21))
+    jax.effects_barrier()
+    deviations = [x - y for leaves in members for x, y in zip(leaves, jax.tree.leaves(START.params), strict=True)]
+    assert len(members) == 64
+    assert np.concatenate([np.ravel(x) for x in deviations]).std() == pytest.approx(0.02, rel=0.1)
+
+
 def test_rounding_starts_at_three_quarters_of_the_budget():
     assert [float(round_late(jnp.float32(spent))) for spent in (0.0, 0.74, 0.75, 1.0)] == [0, 0, 1, 1]
 
