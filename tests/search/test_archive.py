@@ -146,3 +146,7 @@ def test_invalid_picks_are_rejected(conditions, message):
     with pytest.raises(InputError) as error:
         pick(ENTRIES, conditions)
     assert message in str(error.value)
+
+
+def test_a_score_above_one_half_counts_as_correct():
+    assert Measurement(np.array([0.0, 0.3, 0.4, 0.6, 0.9]), 0, 0.0, 1.0).rank[-1] == pytest.approx(2 / 5)
