@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -136,8 +137,17 @@ def test_no_module_of_ours_is_imported_from_the_top_level():
                 assert not names & {module.split(".")[0] for module in modules}, (path, modules)
 
 
+def test_the_installed_package_has_one_name_at_top_level():
+    """What `pip show -f ev3-distill` lists, where it is installed from a wheel."""
+    records = [found for found in metadata.distributions(name="ev3-distill") if found.read_text("RECORD")]
+    names = {path.parts[0] for found in records for path in found.files if path.parts[0] != ".."}
+    if not names or any(name.startswith("__editable__") for name in names):
+        pytest.skip("ev3-distill is not installed from a wheel here")
+    assert {name for name in names if not name.endswith(".dist-info")} == {"ev3_distill"}
+
+
 def test_a_wheel_installs_one_name_at_top_level(tmp_path):
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools", minversion="77", reason="pyproject.toml needs setuptools 77 to build")
     for name in ("ev3_distill", *FOLDERS):
         shutil.copytree(
             ROOT / name,
