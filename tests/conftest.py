@@ -54,17 +54,6 @@ if SHARED.is_dir():
     os.environ.setdefault("EV3_DISTILL_DATA", str(SHARED))  # for commands as well
 
 
-LONG_MODULES = (
-    *("test_resume.py", "test_search.py", "test_devices.py", "test_distributed_processes.py"),
-    "test_families_as_users_run_them.py",
-)
-
-
-def pytest_collection_modifyitems(items):
-    """Runs the modules with the longest tests first: otherwise one worker waits for the last test of another."""
-    items.sort(key=lambda item: item.path.name not in LONG_MODULES)
-
-
 class Answer(NamedTuple):
     code: int
     out: str
