@@ -17,14 +17,14 @@ def test_table_picks_the_grid_point_by_held_out_accuracy():
         quality_row(1, "grid T=4 alpha=0.9", 0.89, held_out=0.6),
         quality_row(1, "grid T=1 alpha=0.9", 0.91, held_out=0.7),
     ]
-    told = default_quality.table(rows)
-    assert "| best of the grid | 89.50 ± 19.06 | 87.50 | 200 |" in told
-    assert "| KD, T = 4 | 88.50 ± 6.35 | 86.50 | 100 |" in told
-    assert "EV3 minus best of the grid, paired: 1.00 (-11.71 to 13.71) points at 0.75 times the cost" in told
-    assert "at no more than 0.33: missed, by its cost." in told
+    table = default_quality.table(rows)
+    assert "| best of the grid | 89.50 ± 19.06 | 87.50 | 200 |" in table
+    assert "| KD, T = 4 | 88.50 ± 6.35 | 86.50 | 100 |" in table
+    assert "EV3 minus best of the grid, paired: 1.00 (-11.71 to 13.71) points at 0.75 times the cost" in table
+    assert "at no more than 0.33: missed, by its cost." in table
     assert (
         "EV3 minus KD, T = 4, paired: 2.00 (2.00 to 2.00) points at 1.50 times the cost; target > 0 at no more than 1.5: held."
-        in told
+        in table
     )
 
 

@@ -13,7 +13,7 @@ from ev3_distill.errors import InputError
 
 
 @pytest.mark.parametrize(
-    ("suite", "seeds", "size", "told"),
+    ("suite", "seeds", "size", "expected"),
     [
         (
             "swiftness",
@@ -27,13 +27,13 @@ from ev3_distill.errors import InputError
         ("throughput", 0, "full", "at least 1; got 0"),
     ],
 )
-def test_unknown_suite_size_or_no_seeds_is_refused(suite, seeds, size, told):
-    with pytest.raises(InputError, match=told):
+def test_unknown_suite_size_or_no_seeds_is_refused(suite, seeds, size, expected):
+    with pytest.raises(InputError, match=expected):
         benchmarks.run_suite(suite, seeds=seeds, size=size)
 
 
 class Toy(SimpleNamespace):
-    """A suite that counts what it measures and stops, if told, like a killed process."""
+    """A suite that counts what it measures and stops, if asked to, like a killed process."""
 
     KEY = ("seed",)
 

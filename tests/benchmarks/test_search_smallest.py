@@ -11,12 +11,17 @@ def test_table_compares_each_search_with_the_single_runs_of_its_seed():
     """Each against the runs alone of its own seed; the last accuracy is beyond them."""
 
     def alone(seed, params, bound):
-        told = {"params": params, "accuracy": bound + 0.0196, "bound": bound, "steps": 100}  # a standard error of 0.01
-        return {"data": "d", "seed": seed, "run": f"alone {params}", **told}
+        result = {
+            "params": params,
+            "accuracy": bound + 0.0196,
+            "bound": bound,
+            "steps": 100,
+        }  # a standard error of 0.01
+        return {"data": "d", "seed": seed, "run": f"alone {params}", **result}
 
     def searched(seed, aim, params, bound):
-        told = {"params": params, "bound": bound, "exit": 0 if bound >= aim else 3, "steps": 100, "sizes": []}
-        return {"data": "d", "seed": seed, "run": f"search {aim}", **told}
+        result = {"params": params, "bound": bound, "exit": 0 if bound >= aim else 3, "steps": 100, "sizes": []}
+        return {"data": "d", "seed": seed, "run": f"search {aim}", **result}
 
     bounds = {0: {10: 0.6, 20: 0.8, 40: 0.9}, 1: {10: 0.71, 20: 0.75, 40: 0.9}}
     rows = [alone(seed, params, bound) for seed, of_seed in bounds.items() for params, bound in of_seed.items()]

@@ -60,7 +60,7 @@ def test_paired_rejects_different_lengths():
 
 
 @pytest.mark.parametrize(
-    ("center", "low", "high", "told"),
+    ("center", "low", "high", "expected"),
     [
         (2, 1, 3, "held"),
         (2, 0.9, 3, "held, but the interval reaches below"),
@@ -68,8 +68,8 @@ def test_paired_rejects_different_lengths():
         (0.8, 0.7, 0.9, "missed"),
     ],
 )
-def test_verdict_compares_the_interval_with_the_target(center, low, high, told):
-    assert statistics.verdict(statistics.Interval(center, low, high, 9, 0.95), 1) == told
+def test_verdict_compares_the_interval_with_the_target(center, low, high, expected):
+    assert statistics.verdict(statistics.Interval(center, low, high, 9, 0.95), 1) == expected
 
 
 def test_one_value_gets_no_verdict():
