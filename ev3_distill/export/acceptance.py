@@ -1,6 +1,6 @@
 """Acceptance of an exported file: it is run again, and accepted only if its outputs equal the student's."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,30 @@ CHUNK = 64  # examples per pass
 Predict = Callable[[np.ndarray], np.ndarray]  # inputs [N, ...] -> outputs [N, ...]
 
 
-def task_of(class_names: Sequence[str]) -> Task:
-    """The task of a run with these classes; every run so far is a classification."""
-    return classification(len(class_names))
+TASKS: dict[str, Callable[[int], Task]] = {"classification": classification}  # number of classes -> task
+
+
+def task_of(class_names: Sequence[str], name: str = "classification") -> Task:
+    """The task with these classes.
+
+    Args:
+      class_names: of the run's data.
+      name: of the task. Exported files are about classification, and so are runs whose report names no task.
+
+    Raises:
+      InputError: the task is not one that can be exported and evaluated.
+    """
+    if name not in TASKS:
+        raise InputError(
+            f"export and evaluate need a run of {' or '.join(TASKS)}; this run's task is '{name}': score its student in Python "
+            "with load_student"
+        )
+    return TASKS[name](len(class_names))
+
+
+def task_of_report(run_report: Mapping[str, Any]) -> Task:
+    """The task of the run with this report."""
+    return task_of(run_report["data"]["classes"], run_report.get("task", "classification"))
 
 
 def run_file(path: Path, inputs: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from ev3_distill.data import split_rows
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.export import file_latency
-from ev3_distill.export.acceptance import task_of
+from ev3_distill.export.acceptance import task_of, task_of_report
 from ev3_distill.export.evaluation_level import Level, Query, level_on_new_data, level_on_sealed_split
 from ev3_distill.export.formats.metadata import ModelMetadata
 from ev3_distill.export.formats.runtime import ExportedModel, open_exported
@@ -183,6 +183,7 @@ def _read_report(directory: Path) -> dict[str, Any]:
         )
     if run_report is None:
         raise InputError(f"evaluate needs a finished run; {directory} has no report.json: finish it with --resume")
+    task_of_report(run_report)  # refuses other tasks
     return run_report
 
 

@@ -15,7 +15,7 @@ from ev3_distill.data import split_rows
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError
 from ev3_distill.export import file_latency, model_card
-from ev3_distill.export.acceptance import Predict, check_accepted, compare, mean_score, run_file, task_of
+from ev3_distill.export.acceptance import Predict, check_accepted, compare, mean_score, run_file, task_of_report
 from ev3_distill.export.export_config import ExportConfig
 from ev3_distill.export.formats import onnx_static_quantization
 from ev3_distill.export.formats.metadata import SIDECAR, ModelMetadata
@@ -83,12 +83,12 @@ def export_run(run: Path, out: Path, config: ExportConfig | None = None) -> list
     if out.exists():
         raise InputError(f"export writes a new folder; {out} exists: choose another --out")
     run_report = read_json(run / "report.json")
+    task = task_of_report(run_report)
     student = _find_student(run, run_report, config.pick)
     try:
         with atomic_directory(out) as temporary:
             evidence, lines = _export(temporary, run, run_report, student, config)
             write_json(temporary / EVIDENCE, evidence)
-            task = task_of(run_report["data"]["classes"])
             card = model_card.render(run_report, evidence, config, task=task, network=student.network)
             (temporary / model_card.NAME).write_text(card, encoding="utf-8")
     except OSError as error:
@@ -129,7 +129,7 @@ def _export(
     if config.int8 and about.precision == "int8":
         raise InputError(f"--int8 needs a float32 student; {student.description} trained for int8 already: omit --int8")
     path = write_model(folder, network, variables, config, about, student_folder=student.folder)
-    exported = _Exported(path, about, forward(network, variables), task_of(about.classes), data)
+    exported = _Exported(path, about, forward(network, variables), task_of_report(run_report), data)
     inputs = _example_inputs(exported, "explore", EXAMPLES)
     comparison = compare(path, exported.student, inputs, task=exported.task, output=about.output)
     check_accepted(comparison, format=config.format, precision=about.precision, real_data=data is not None)

@@ -69,6 +69,7 @@ def report_content(
     dataset = setup.dataset
     unknown = {"source": "labels", "params": None, "accuracy": None}
     return {
+        "task": setup.task.name,
         **_run_facts(directory, final, config.ev3),
         "teacher": unknown if teacher is None else {**teacher, "accuracy": certification.teacher_score},
         "student": _student_facts(config, setup, final, certification),

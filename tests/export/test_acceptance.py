@@ -1,5 +1,7 @@
 """An exported file is accepted only if its outputs equal the student's, up to the tolerance of its precision."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -77,3 +79,20 @@ def test_int8_is_calibrated_on_512_examples(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_static_quantization, "quantize", counted)
     export_run(finished, tmp_path / "out", ExportConfig("onnx", int8=True))
     assert counts == [512]
+
+
+def test_runs_of_other_tasks_are_neither_exported_nor_evaluated(finished, here, cli):
+    """Such a run would be judged by its largest logit, whatever its outputs mean."""
+    path = finished / "report.json"
+    content = json.loads(path.read_text())
+    assert content["task"] == "classification"
+    path.write_text(json.dumps(content | {"task": "regression"}))
+    try:
+        for command in (("export", finished, "--format", "onnx", "--out", "file"), ("evaluate", finished)):
+            result = cli(*command)
+            assert result.code == 2 and "this run's task is 'regression'" in result.err
+        assert not (here / "file").exists()
+        path.write_text(json.dumps({name: value for name, value in content.items() if name != "task"}))
+        assert cli("evaluate", finished).code == 0  # made before reports named their task
+    finally:
+        path.write_text(json.dumps(content, indent=1) + "\n")
