@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from ev3_distill.config import Preprocessing
 from ev3_distill.errors import InputError
+from ev3_distill.tasks.base import Task
 from ev3_distill.teachers.kinds.ensemble import mean_of_logits, mean_of_probabilities
 from ev3_distill.teachers.kinds.flax import saved_teacher
 from ev3_distill.teachers.kinds.onnx import onnx_teacher
@@ -39,6 +40,7 @@ def load_teacher(
     num_classes: int,
     class_names: Sequence[str],
     load_network: Callable[[str], tuple[Network, Variables]] | None = None,
+    task: Task | None = None,
 ) -> Teacher:
     """Loads a teacher and fits it to the data: preprocessing, layout and class order.
 
@@ -50,6 +52,8 @@ def load_teacher(
       class_names: class names of the data, empty if there are none. If the teacher has names too, its logits come in this
         order.
       load_network: reads the directory of a `flax:` teacher, such as `students.load`.
+      task: what the teacher's outputs mean. The main output gets the name of the task's first teacher output and must have
+        its shape. None: classification.
 
     Raises:
       InputError: the kind is unknown, or the teacher cannot be loaded or does not fit the data.
@@ -70,6 +74,7 @@ def load_teacher(
             num_classes=num_classes,
             class_names=class_names,
             load_network=load_network,
+            task=task,
         )
 
     request = Request(
@@ -81,5 +86,6 @@ def load_teacher(
         load_network=load_network,
         load_member=load_member,
         kinds=(*KINDS, "logits"),
+        task=task,
     )
     return KINDS[kind](place, request)

@@ -1,6 +1,7 @@
-"""The Teacher type: a function from examples to logits, and a digest of everything its outputs depend on.
+"""The Teacher type: a function from examples to outputs, and a digest of everything its outputs depend on.
 
-Each kind of teacher supplies a `Model`; `build_teacher` adds preprocessing before it and the class order after it.
+Each kind of teacher supplies a `Model`; `build_teacher` adds preprocessing before it, checks its outputs against those
+of the task, and puts the classes of a classification in order.
 
 Shapes: B examples in a batch, K classes of the data, R outputs of the model itself. Examples are uint8, or float32; images in
 float32 lie in [0, 1].
@@ -15,6 +16,7 @@ import numpy as np
 
 from ev3_distill.config import Preprocessing
 from ev3_distill.errors import InputError, summary
+from ev3_distill.tasks.base import Task
 from ev3_distill.teachers.class_order import class_columns
 from ev3_distill.teachers.preprocessing import (
     IDENTITY,
@@ -28,6 +30,7 @@ from ev3_distill.teachers.preprocessing import (
 from ev3_distill.types import Network, Variables
 
 Outputs = dict[str, np.ndarray]
+MAIN = "logits"  # name of a model's main output until the task names it; classification keeps the name
 
 
 class BatchError(InputError):
@@ -49,7 +52,8 @@ class Teacher:
     Attributes:
       source: the teacher as the user named it.
       digest: SHA-256 (hex) of everything its outputs depend on: file content, preprocessing, class order, output names.
-      outputs: inputs [B, ...] -> {"logits": float32 [B, K], FEATURE: float32 [B, ...]}.
+      outputs: inputs [B, ...] -> {NAME: float32 [B, ...], FEATURE: float32 [B, ...]}; NAME is that of the task's first teacher
+        output, in classification `logits` [B, K].
       num_classes: K; None if only a run of the model can tell.
       class_names: of the columns of the logits.
       params: number of parameters, if known.
@@ -88,6 +92,7 @@ class Request:
       load_network: reads the directory of a `flax:` teacher.
       load_member: loads a member of an ensemble.
       kinds: names of all kinds of teachers.
+      task: what the teacher's outputs mean; None: classification.
     """
 
     source: str
@@ -98,6 +103,19 @@ class Request:
     load_network: Callable[[str], tuple[Network, Variables]] | None = None
     load_member: Callable[[str], Teacher] | None = None
     kinds: tuple[str, ...] = ()
+    task: Task | None = None
+
+    @property
+    def main_output(self) -> str:
+        """Name of the task's main teacher output."""
+        return MAIN if self.task is None else next(iter(self.task.teacher_spec))
+
+    @property
+    def main_shape(self) -> tuple[int, ...] | None:
+        """Shape of that output for one example; None in classification, where names or the first batch decide it."""
+        if self.task is None or self.main_output == MAIN:
+            return None
+        return tuple(self.task.teacher_spec[self.main_output].shape)
 
     def expected_outputs(self, file_preprocessing: Preprocessing) -> int:
         """R as far as the names or the data determine it, else 0."""
@@ -144,9 +162,8 @@ def build_teacher(model: Model, request: Request) -> Teacher:
     if model.takes_uint8 and not options.scale:
         options = dataclasses.replace(options, scale=255.0)
     steps = resolve(options, shape, model.input_shape, source=source)
-    columns, output_names = class_columns(
-        options.classes, model.class_names, request.class_names, request.num_classes, model.num_outputs, source=source
-    )
+    columns, output_names = _class_order(model, request, options)
+    classes = request.main_shape is None
     names = output_names if columns is None or output_names is None else tuple(output_names[i] for i in columns)
     effective = canonical(steps, shape)
     untouched = columns is None and effective == IDENTITY and not needs_flattening(shape, model.input_shape)
@@ -154,15 +171,30 @@ def build_teacher(model: Model, request: Request) -> Teacher:
         source=source,
         digest=_digest(model, effective, columns),
         outputs=_output_function(model, request, steps, columns, len(output_names or ())),
-        num_classes=len(names or ()) or model.num_outputs or request.num_classes or None,
-        class_names=names or request.class_names or None,
+        num_classes=(len(names or ()) or model.num_outputs or request.num_classes or None) if classes else None,
+        class_names=(names or request.class_names or None) if classes else None,
         params=model.params,
         network=model.network if untouched else None,
         variables=model.variables if untouched else None,
         preprocessing=steps,
         with_preprocessing=lambda other: build_teacher(model, dataclasses.replace(request, options=other)),
-        output_names=output_names or request.class_names or None,
+        output_names=(output_names or request.class_names or None) if classes else None,
     )
+
+
+def _class_order(
+    model: Model, request: Request, options: Preprocessing
+) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """See `class_columns`; (None, None) in a task without classes."""
+    if request.main_shape is None:
+        data = request.class_names, request.num_classes
+        return class_columns(options.classes, model.class_names, *data, model.num_outputs, source=request.source)
+    if options.classes:
+        raise InputError(
+            f"only the outputs of a classification have class names; {request.source} is used for "
+            f"{request.task.name if request.task else ''} with classes {', '.join(options.classes)}: omit them"
+        )
+    return None, None
 
 
 def _digest(model: Model, effective: Preprocessing, columns: np.ndarray | None) -> str:
@@ -183,16 +215,18 @@ def _output_function(
         nonlocal width
         ready = preprocess(inputs, steps)
         raw = _run(model, ready.reshape(len(ready), -1) if flat else ready, request.source)
-        checked = {name: _checked(name, value, len(inputs), request.source) for name, value in raw.items()}
-        logits = checked.pop("logits")
-        width = width or logits.shape[1]
-        if logits.shape[1] != width:
+        checked = {name: _checked(name, value, len(inputs), request) for name, value in raw.items()}
+        main = checked.pop(MAIN)
+        features = {name: _channels_last(value) if channels_first else value for name, value in checked.items()}
+        if request.main_shape is not None:
+            return {request.main_output: main, **features}
+        width = width or main.shape[1]
+        if main.shape[1] != width:
             raise BatchError(
-                f"a teacher's logits must have one column per class, {width}; {request.source} gives {logits.shape[1]}: "
+                f"a teacher's logits must have one column per class, {width}; {request.source} gives {main.shape[1]}: "
                 "use a teacher of these classes, or name its outputs with --teacher-input.classes"
             )
-        features = {name: _channels_last(value) if channels_first else value for name, value in checked.items()}
-        return {"logits": logits if columns is None else logits[:, columns], **features}
+        return {MAIN: main if columns is None else main[:, columns], **features}
 
     return outputs
 
@@ -209,14 +243,20 @@ def _run(model: Model, ready: np.ndarray, source: str) -> Outputs:
         ) from error
 
 
-def _checked(name: str, value: object, examples: int, source: str) -> np.ndarray:
-    """One output as float32, [B, R] for logits and [B, ...] for a feature, all finite."""
-    array = np.asarray(value)
-    shape = "[B, K]" if name == "logits" else "[B, ...]"
+def _checked(name: str, value: object, examples: int, request: Request) -> np.ndarray:
+    """One output as float32, all finite: [B, R] for logits, [B, ...] for a feature, and the task's shape for its output."""
+    array, source = np.asarray(value), request.source
     valid = array.dtype.kind in "fiu" and array.ndim >= 1 and len(array) == examples
-    if not valid or (name == "logits" and array.ndim != 2):
+    shape, label = "[B, ...]", name
+    main_shape = request.main_shape
+    if name == MAIN and main_shape is None:
+        shape, valid = "[B, K]", valid and array.ndim == 2
+    elif name == MAIN and main_shape is not None:
+        label, shape = request.main_output, str(["B", *main_shape]).replace("'", "")
+        valid = valid and array.shape[1:] == main_shape
+    if not valid:
         raise BatchError(
-            f"a teacher's {name} must be numbers {shape}; {source} gives {array.dtype} {list(array.shape)} for {examples} "
+            f"a teacher's {label} must be numbers {shape}; {source} gives {array.dtype} {list(array.shape)} for {examples} "
             "examples: fix the teacher"
         )
     with np.errstate(over="ignore"):  # float64 may overflow; the check below finds it
@@ -225,7 +265,7 @@ def _checked(name: str, value: object, examples: int, source: str) -> np.ndarray
     if not finite.all():
         row = int(finite.argmin())
         raise BatchError(
-            f"a teacher's {name} must be finite; {source} gives nan or infinity for example {row} of a batch: check the "
+            f"a teacher's {label} must be finite; {source} gives nan or infinity for example {row} of a batch: check the "
             "teacher and the scale of its inputs",
             row,
         )

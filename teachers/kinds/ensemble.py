@@ -11,7 +11,7 @@ from scipy.special import log_softmax, logsumexp
 
 from ev3_distill.errors import InputError
 from ev3_distill.teachers.loading import digest_of
-from ev3_distill.teachers.teacher import Outputs, Request, Teacher
+from ev3_distill.teachers.teacher import Request, Teacher
 
 
 def mean_of_logits(place: str, request: Request) -> Teacher:
@@ -47,13 +47,19 @@ def _ensemble(place: str, request: Request, *, probabilities: bool) -> Teacher:
             raise InputError(f"members of an ensemble are single teachers; got {text}: list its members instead")
     if request.load_member is None:
         raise ValueError("an ensemble needs load_member")
+    if probabilities and request.main_shape is not None:
+        raise InputError(
+            f"only classes have probabilities to average; got {request.source} for a task with {request.main_output}: use "
+            "ensemble:"
+        )
     members = [request.load_member(text) for text in texts]
+    name = request.main_output
     _check_alike(members)
     params = [member.params for member in members]
     return Teacher(
         source=request.source,
         digest=digest_of([f"ensemble {probabilities}", *(member.digest for member in members)]),
-        outputs=lambda inputs: {"logits": _mean([member.outputs(inputs) for member in members], probabilities)},
+        outputs=lambda inputs: {name: _mean([member.outputs(inputs)[name] for member in members], probabilities)},
         num_classes=next((member.num_classes for member in members if member.num_classes), None),
         class_names=members[0].class_names,
         params=None if None in params else sum(number or 0 for number in params),
@@ -73,9 +79,9 @@ def _check_alike(members: Sequence[Teacher]) -> None:
                 )
 
 
-def _mean(outputs: Sequence[Outputs], probabilities: bool) -> np.ndarray:
-    logits = np.stack([output["logits"] for output in outputs]).astype(np.float64)
+def _mean(outputs: Sequence[np.ndarray], probabilities: bool) -> np.ndarray:
+    stacked = np.stack(outputs).astype(np.float64)
     if probabilities:
-        mean = logsumexp(log_softmax(logits, axis=-1), axis=0) - np.log(len(logits))
+        mean = logsumexp(log_softmax(stacked, axis=-1), axis=0) - np.log(len(stacked))
         return np.asarray(mean, np.float32)
-    return np.asarray(logits.mean(axis=0), np.float32)
+    return np.asarray(stacked.mean(axis=0), np.float32)

@@ -54,7 +54,7 @@ def toy_task():
         strata=lambda targets: np.digitize(targets, np.quantile(targets, (0.25, 0.5, 0.75))),
         targets_from_teacher=lambda teacher: teacher["values"],
         same_answer=lambda one, other: np.isclose(one, other, rtol=1e-3),
-        teacher_codec="values",
+        teacher_codec="arrays",
         diagnosis=None,
         card_task=lambda shape: "tabular-regression",
     )
