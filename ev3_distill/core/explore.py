@@ -99,8 +99,9 @@ def proposals_of(arm_states: tuple[PyTree, ...], students: Sequence[Variables], 
       students: A of them.
       steps: [A] int32, 0 for an arm that rested in this iteration.
 
-    Returns: Proposals, P = A + 1 (P = 1 for a single arm). A proposal with a non-finite entry, in the student or in the
-      arm's state, is inactive and excluded from the average; it does not affect the others.
+    Returns:
+      Proposals, P = A + 1 (P = 1 for a single arm). A proposal with a non-finite entry, in the student or in the arm's
+      state, is inactive and excluded from the average; it does not affect the others.
     """
     pairs = zip(arm_states, students, strict=True)
     active = jnp.stack([(steps[i] > 0) & all_finite(proposed) for i, proposed in enumerate(pairs)])

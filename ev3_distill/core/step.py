@@ -122,9 +122,9 @@ def make_parts(algorithm: Algorithm) -> Parts:
 def make_step(algorithm: Algorithm) -> Step:
     """Builds the iteration.
 
-    Returns: (pools, state, limit) -> (state, decision); `limit` is the cost that the run may reach. Once the budget is
-      spent, no arm
-      trains: that is the closing iteration, in which the current student may still be promoted.
+    Returns:
+      (pools, state, limit) -> (state, decision); `limit` is the cost that the run may reach. Once the budget is spent, no
+      arm trains: that is the closing iteration, in which the current student may still be promoted.
     """
     parts = make_parts(algorithm)
 
@@ -339,8 +339,9 @@ def _move(
     The winning arm continues from the state it proposed; the others start afresh from the new current student. After a
     roll-back all start afresh. Without a move every arm keeps its state: a rejected proposal leaves no trace.
 
-    Returns: The state, the choice, and whether the run rolled back: because assess shows the student to be worse than
-      the champion, and the champion lies no further below any goal.
+    Returns:
+      The state, the choice, and whether the run rolled back. It does if assess shows the student to be worse than the
+      champion, and the champion lies no further below any goal.
     """
     arms, clock, thresholds, config = state.arms, state.clock, algorithm.objectives.thresholds, algorithm.config
     racing = arms.round < allocate.rounds_of(algorithm.racers)

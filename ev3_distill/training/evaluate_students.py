@@ -80,8 +80,8 @@ class StudentEvaluator:
     def rank(self, evidence: Evidence) -> tuple[int, float, float]:
         """The sort key of a student, from its evidence on decide.
 
-        Returns: The number of goals met, the standard errors above the nearest goal (at most AT_RISK), and the mean
-          promise score.
+        Returns:
+          The number of goals met, the standard errors above the nearest goal (at most AT_RISK), and the mean promise score.
         """
         promise = float(evidence.promise.mean())
         if not self.objectives.goals:
