@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import once
-from processes import ROOT, free_port
+from processes import QUICK_COMPILE, ROOT, free_port
 
 from ev3_distill.errors import InputError
 from ev3_distill.runtime import distributed
@@ -76,7 +76,7 @@ print(json.dumps(results))
 
 
 def launch(options, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILE}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     files = {name: tempfile.TemporaryFile("w+") for name in ("stdout", "stderr")}  # noqa: SIM115  pipes would fill up
     return subprocess.Popen([sys.executable, "-c", WORK, json.dumps(options)], env=environment, **files), files

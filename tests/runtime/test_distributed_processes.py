@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import ROOT, free_port
+from processes import QUICK_COMPILE, ROOT, free_port
 
 from ev3_distill import students
 from ev3_distill.benchmarks import omniglot, protonet_training
@@ -178,7 +178,7 @@ def _launch(tmp_path, coordinator, i, argv=("bench", "protonet", "--seeds", "1",
 
     MLIR fusion stays on, as for users: without it, two processes that share one core deadlock.
     """
-    alone = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"}
+    alone = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {QUICK_COMPILE}"}
     environment = {**os.environ, **alone, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment["EV3_DISTILL_CACHE"] = str(tmp_path / str(i))
     group = ["--processes", "2", "--coordinator", coordinator, "--process-id", str(i)] if coordinator else []

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import once
-from processes import ROOT
+from processes import QUICK_COMPILE, ROOT
 
 from ev3_distill.errors import InputError
 from ev3_distill.training.devices import ONE, devices_of
@@ -106,7 +106,7 @@ def runs(tmp_path_factory):
 
 
 def run_on_meshes():
-    flags = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={DEVICES} {QUICK_COMPILE}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", WORK], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
