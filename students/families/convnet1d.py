@@ -56,7 +56,8 @@ def convnet1d(input_shape: Sequence[int], num_classes: int, *, filters: Sequence
     """
     if len(input_shape) != 2:
         raise InputError(
-            f"a convnet1d's input is a sequence [L, C]; got shape {list(input_shape)}: reshape it, or use an mlp"
+            f"a convnet1d's input is a sequence [L, C]; got shape {list(input_shape)}: save the array as `sequences` "
+            "[N, L, C], or use an mlp"
         )
     shape = {"input_shape": list(input_shape), "num_classes": num_classes}
     spec = {"family": "convnet1d", "filters": list(filters), **shape}

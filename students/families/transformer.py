@@ -120,7 +120,8 @@ def transformer(
     """
     if len(input_shape) != 2:
         raise InputError(
-            f"a transformer's input is a sequence [L, C]; got shape {list(input_shape)}: reshape it, or use a vit or mlp"
+            f"a transformer's input is a sequence [L, C]; got shape {list(input_shape)}: save the array as "
+            "`sequences` [N, L, C], or use a vit or mlp"
         )
     check_heads("transformer", width, heads, head_size)
     sizes: dict[str, Any] = {"width": width, "depth": depth, "heads": heads, "head_size": head_size}

@@ -116,7 +116,10 @@ def test_missing_configuration(cli, here):
             {"inputs": np.where(np.arange(240).reshape(60, 4) == 165, np.nan, 1.0)},
             "inputs must be finite; got nan or infinity in row 41: repair or remove that example",
         ),
-        ({"labels": np.linspace(0, 2, 60)}, "labels must be integers; got float64: convert"),
+        (
+            {"labels": np.linspace(0, 2, 60)},
+            "labels must be integers or text; got float64 such as .* of a regression",
+        ),
     ],
 )
 def test_bad_data(cli, here, changes, says):

@@ -4,11 +4,13 @@
 - `npz:FILE`: named arrays, as numpy.savez or numpy.savez_compressed write them. Nothing is unpickled.
 
   - `inputs` and `labels`, or `image` and `label`: numbers [N, F] (vectors), [N, H, W] or [N, H, W, C] (images), and
-    integers [N] from 0. uint8 stays uint8 (pixels, used as x / 255), all other numbers become float32.
+    integers [N] from 0, or text [N]. uint8 stays uint8 (pixels, used as x / 255), all other numbers become float32.
+    `npz:FILE,layout=nchw` reads images [N, C, H, W].
   - `sequences` and `labels`: numbers [N, L, C], whose last two axes are kept as they are.
   - Each with the prefixes `train_` and `test_` (`train_inputs`, `test_inputs`, ...): the source has its own test examples.
   - Labels are optional: all label arrays are missing, or every label is -1.
-  - `class_names`, optional: text [K], the name of each class in the order of the labels.
+  - `class_names`, optional: text [K], the name of each class in the order of the labels. Text labels are class names
+    themselves, sorted.
   - `groups`, optional (or `train_groups` and `test_groups`): integers or text [N], the subgroup of each example, for
     guards on worst_group_accuracy.
   - Other arrays are ignored.
@@ -26,6 +28,7 @@ from collections.abc import Callable
 
 from ev3_distill.data.sources import digits, folder, npz, tfds
 from ev3_distill.data.sources.dataset import Dataset, ReadOptions
+from ev3_distill.data.sources.input_checks import check_inputs
 from ev3_distill.data.sources.row_file import RowFile, in_chunks
 from ev3_distill.errors import InputError
 
@@ -66,4 +69,6 @@ def load_data(
             f"a data source is digits, npz:FILE, folder:DIR, folder:FILE.zip or tfds:NAME; got {source!r}: name one of these"
         )
     limit = _DEFAULTS.memory if memory is None else memory
-    return KINDS[kind](place, ReadOptions(limit, skip_corrupt, warn, progress))
+    dataset = KINDS[kind](place, ReadOptions(limit, skip_corrupt, warn, progress))
+    check_inputs(dataset.inputs, source, warn)
+    return dataset

@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ev3_distill.data.sources.array_shapes import LAYOUTS, TOKEN_NAMES, TOKEN_ROWS, check_layout, warn_of_token_ids
 from ev3_distill.data.sources.dataset import Dataset, ReadOptions, fingerprint
+from ev3_distill.data.sources.label_arrays import check_labels, number_labels
+from ev3_distill.data.sources.place_options import split_options
 from ev3_distill.data.sources.row_cache import Notes, RowWriter, load_or_create
 from ev3_distill.data.sources.row_file import Part, RowFile
 from ev3_distill.data.sources.zip_reader import ZipReader
@@ -33,10 +36,13 @@ class ArrayMember(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     fortran: bool
+    channels_first: bool = False  # images [N, C, H, W]
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """Shape of an example: gray images get a channel axis."""
+        """Shape of an example: gray images get a channel axis, and channels are last."""
+        if self.channels_first:
+            return (*self.shape[2:], self.shape[1])
         is_grey = len(self.shape) == 3 and not self.name.endswith(_SEQUENCES)
         return (*self.shape[1:], 1) if is_grey else self.shape[1:]
 
@@ -47,22 +53,43 @@ def load(place: str, options: ReadOptions) -> Dataset:
     Raises:
       InputError: the file is missing or damaged, or lacks the arrays of a classification data set.
     """
-    path = Path(place).expanduser()
+    name, layout = _parse_place(place)
+    path = Path(name).expanduser()
     check_file(path, option="npz:FILE")
     with readable(path):
         archive = ZipReader(path)
         members = {info.filename.removesuffix(".npy"): info for info in archive.members}
         pairs = _array_names(sorted(members), path)
-        examples = [_read_header(archive, members, x) for x, _ in pairs]
+        examples = [_read_header(archive, members, x, layout) for x, _ in pairs]
         labels = [_labels(archive, members, y, x, path) for (_, y), x in zip(pairs, examples, strict=True)]
         names_array = _array(archive, members, "class_names") if "class_names" in members else None
+        labels, names_array = number_labels(labels, names_array, path)
         names = _class_names(np.concatenate(labels), names_array, path)
         groups, group_names = _groups(archive, members, examples)
         inputs = _inputs(archive, examples, path, options)
+    _warn_of_token_ids(inputs, examples[0], path, options)
     all_labels = np.concatenate(labels).astype(np.int32)
     test_rows = np.arange(len(labels[0]), len(all_labels)) if len(pairs) > 1 else None
     digest = fingerprint(inputs, all_labels, test_rows, groups)
     return Dataset(inputs, all_labels, len(names), names, test_rows, f"npz:{place}", digest, groups, group_names)
+
+
+def _parse_place(place: str) -> tuple[str, str]:
+    """The file, and the layout of its images; empty without one."""
+    name, values = split_options(place, lambda name: Path(name).expanduser().exists())
+    layout = values.pop("layout", "").lower()
+    if values:
+        raise InputError(f"the option of npz:FILE is layout; got {min(values)}: try layout=nchw")
+    if layout not in ("", *LAYOUTS):
+        raise InputError(f"layout of npz:FILE is one of {', '.join(LAYOUTS)}; got {layout!r}: use one of these")
+    return name, layout
+
+
+def _warn_of_token_ids(inputs: np.ndarray | RowFile, member: ArrayMember, path: Path, options: ReadOptions) -> None:
+    if member.dtype.kind in "iu" and member.dtype != np.uint8 and len(member.shape) == 2:
+        n = member.shape[0]
+        rows = np.linspace(0, n - 1, min(n, TOKEN_ROWS)).astype(int)
+        warn_of_token_ids(f"{path}: {member.name}", inputs[rows], options.warn)
 
 
 def _array_names(present: list[str], path: Path) -> list[tuple[str, str]]:
@@ -76,6 +103,11 @@ def _array_names(present: list[str], path: Path) -> list[tuple[str, str]]:
         for x, _ in _PAIRS:
             if all(prefix + x in present for prefix in prefixes) and not _any_labels(present):
                 return [(prefix + x, "") for prefix in prefixes]
+    if tokens := [name for name in present if name.removeprefix("train_") in TOKEN_NAMES]:
+        raise InputError(
+            f"{path} must hold inputs that a student can read; got {tokens[0]}, and no student reads token ids: save their "
+            "embeddings, as inputs [N, F] (averaged) or sequences [N, L, C]"
+        )
     raise InputError(
         f"{path} must hold inputs and labels (or image and label, or sequences and labels), or both with the prefixes train_ "
         f"and test_, or inputs without labels; got {', '.join(present) or 'no array'}: rename or add arrays"
@@ -91,7 +123,7 @@ def _array(archive: ZipReader, members: dict[str, zipfile.ZipInfo], name: str) -
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
-def _read_header(archive: ZipReader, members: dict[str, zipfile.ZipInfo], name: str) -> ArrayMember:
+def _read_header(archive: ZipReader, members: dict[str, zipfile.ZipInfo], name: str, layout: str) -> ArrayMember:
     """Reads and checks the header of an array of inputs."""
     path = archive.path
     with archive.zip.open(members[name]) as file:
@@ -104,32 +136,25 @@ def _read_header(archive: ZipReader, members: dict[str, zipfile.ZipInfo], name: 
             raise ValueError("Object arrays")
     shapes = {3: "[N, L, C]"} if name.endswith(_SEQUENCES) else {2: "[N, F]", 3: "[N, H, W]", 4: "[N, H, W, C]"}
     if dtype.kind not in "buif" or len(shape) not in shapes:
+        is_flat = name.endswith(_SEQUENCES) and len(shape) == 2 and dtype.kind in "iu"
+        way_out = "save the embeddings of token ids, or numbers as [N, L, 1]" if is_flat else "convert or reshape it"
         raise InputError(
-            f"{path}: {name} must be numbers {' or '.join(shapes.values())}; got {dtype} {list(shape)}: convert or "
-            "reshape it"
+            f"{path}: {name} must be numbers {' or '.join(shapes.values())}; got {dtype} {list(shape)}: {way_out}"
         )
     if 0 in shape:
         raise InputError(f"{path}: {name} must hold at least one example; got shape {list(shape)}: add examples")
     if member.info.file_size != member.header + int(np.prod(shape, dtype=np.float64)) * dtype.itemsize:
         raise ValueError(f"{name} is not as long as its header says")
-    return member
+    return member._replace(channels_first=check_layout(name, shape, layout, path))
 
 
 def _labels(
     archive: ZipReader, members: dict[str, zipfile.ZipInfo], y: str, inputs: ArrayMember, path: Path
 ) -> np.ndarray:
-    """Labels [N] of any integer dtype; -1 for every example if `y` is empty."""
+    """Labels [N], integers or text; -1 for every example if `y` is empty."""
     if not y:
         return np.full(inputs.shape[0], -1, np.int32)
-    labels, x = _array(archive, members, y), inputs.name
-    if labels.shape != inputs.shape[:1]:
-        raise InputError(
-            f"{path}: {x} and {y} must have the same length and {y} must have one number per example; got {list(inputs.shape)} "
-            f"and {list(labels.shape)}: pair them up"
-        )
-    if labels.dtype.kind not in "ui":
-        raise InputError(f"{path}: {y} must be integers; got {labels.dtype}: convert with labels.astype('int32')")
-    return labels
+    return check_labels(_array(archive, members, y), y, (inputs.name, inputs.shape), path)
 
 
 def _class_names(labels: np.ndarray, names: np.ndarray | None, path: Path) -> tuple[str, ...]:
@@ -207,12 +232,14 @@ def _inputs(archive: ZipReader, members: list[ArrayMember], path: Path, options:
             f"{path}: inputs larger than the memory limit, {options.memory} bytes, must be stored in row order; got "
             "column order: save them with numpy.ascontiguousarray"
         )
-    key = f"{sha256_of(path)}-{members[0].name}-{_FORMAT}"
+    layout = "-nchw" if members[0].channels_first else ""
+    key = f"{sha256_of(path)}-{members[0].name}-{_FORMAT}{layout}"
     return load_or_create(key, functools.partial(_write, archive, members, dtype), options)[0]
 
 
 def _usable_in_place(member: ArrayMember, dtype: np.dtype) -> bool:
-    return member.info.compress_type == zipfile.ZIP_STORED and member.dtype == dtype and not member.fortran
+    reordered = member.fortran or member.channels_first
+    return member.info.compress_type == zipfile.ZIP_STORED and member.dtype == dtype and not reordered
 
 
 def _in_memory(archive: ZipReader, members: list[ArrayMember], out: np.ndarray) -> np.ndarray:
@@ -242,6 +269,8 @@ def _convert(archive: ZipReader, members: list[ArrayMember], dtype: np.dtype) ->
                     f"{archive.path}: {member.name} must be finite; got nan or infinity in row {row + bad}: repair or "
                     "remove that example"
                 )
+            if member.channels_first:
+                converted = converted.transpose(0, 2, 3, 1)
             yield converted.reshape(len(converted), *member.row_shape)
             row += len(converted)
 

@@ -1,0 +1,130 @@
+"""Arrays of labels: integers, truth values or text become class numbers; an error says what others look like."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ev3_distill.errors import InputError
+
+
+def check_labels(labels: np.ndarray, name: str, inputs: tuple[str, tuple[int, ...]], path: Path) -> np.ndarray:
+    """Checks the shape and type of labels as they were saved.
+
+    Args:
+      labels: as saved.
+      name: of the array.
+      inputs: name and shape of the inputs, N first.
+      path: of the file, for messages.
+
+    Returns:
+      Labels [N], integers or text.
+
+    Raises:
+      InputError: not one class per example, or numbers that are not class numbers.
+    """
+    x, shape = inputs
+    if labels.shape != shape[:1]:
+        got, way_out = _describe_shape(labels, name, shape[0])
+        raise InputError(
+            f"{path}: {x} and {name} must have the same length and {name} must have one class per example; got "
+            f"{list(shape)} and {list(labels.shape)}{got}: {way_out}"
+        )
+    if labels.dtype.kind == "b":
+        return labels.astype(np.uint8)
+    if labels.dtype.kind == "S":
+        return _decoded(labels, name, path)
+    if labels.dtype.kind not in "uiU":
+        got, way_out = _describe_values(labels, name)
+        raise InputError(f"{path}: {name} must be integers or text; got {labels.dtype}{got}: {way_out}")
+    return labels
+
+
+def number_labels(
+    parts: Sequence[np.ndarray], names: np.ndarray | None, path: Path
+) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """Numbers text labels: the class names are the distinct texts, sorted, or those given. Integers are kept.
+
+    Args:
+      parts: labels of each part of the data, each integers or text.
+      names: class names [K] in the order of the numbers, if the file has any.
+      path: of the file, for messages.
+
+    Returns:
+      The labels as integers, and the class names if any are known.
+
+    Raises:
+      InputError: text beside integers, an empty text, or a text that is not a class name.
+    """
+    is_text = {labels.dtype.kind == "U" for labels in parts}
+    if is_text == {False}:
+        return list(parts), names
+    if len(is_text) > 1:
+        got = " and ".join(str(labels.dtype) for labels in parts)
+        raise InputError(f"{path}: labels of train and test must have one type; got {got}: save both as text")
+    if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
+        return list(parts), names  # refused with the class names
+    texts = np.concatenate(parts)
+    distinct = np.unique(texts)
+    if (distinct == "").any():
+        row = int((texts == "").argmax())
+        raise InputError(f"{path}: labels must not be empty text; got one in row {row}: name its class or remove it")
+    if len(distinct) == len(texts) > 1:
+        raise InputError(
+            f"{path}: labels must be classes that recur; got {len(texts)} different texts in as many rows, such as "
+            f"{str(distinct[0])!r}: save the class of each example"
+        )
+    known = distinct if names is None else names
+    number = {str(name): i for i, name in enumerate(known)}
+    if unknown := [str(text) for text in distinct if str(text) not in number]:
+        raise InputError(
+            f"{path}: every label must be one of class_names; got {unknown[0]!r}"
+            f"{f' and {len(unknown) - 1} more' if unknown[1:] else ''}: add it to class_names or fix the labels"
+        )
+    numbers = [np.array([number[str(text)] for text in labels], np.int32) for labels in parts]
+    return numbers, known
+
+
+def _decoded(labels: np.ndarray, name: str, path: Path) -> np.ndarray:
+    try:
+        return np.char.decode(labels, "utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: {name} of bytes must be UTF-8 text; got {labels.dtype}: save text") from None
+
+
+def _describe_shape(labels: np.ndarray, name: str, examples: int) -> tuple[str, str]:
+    """What labels of a wrong shape look like, and the way out."""
+    if labels.ndim != 2 or labels.shape[0] != examples or labels.dtype.kind not in "buif":
+        return "", "pair them up"
+    if labels.shape[1] == 1:
+        return "", f"save {name}[:, 0]"
+    values = labels.astype(np.float64)
+    bits, sums = bool(np.isin(values, (0, 1)).all()), values.sum(axis=1)
+    if bits and (sums == 1).all():
+        return ", which is one-hot", f"save {name}.argmax(axis=1)"
+    if bits:
+        return ", zeros and ones", "several classes per example are not supported: save one number per example"
+    if (values >= 0).all() and np.allclose(sums, 1, atol=1e-3):
+        return ", which are probabilities", (
+            f"save {name}.argmax(axis=1); a teacher's probabilities go, as logarithms, into --teacher logits:FILE.npz"
+        )
+    return "", "save one number per example"
+
+
+def _describe_values(labels: np.ndarray, name: str) -> tuple[str, str]:
+    """What labels of a wrong type look like, and the way out."""
+    if labels.dtype.kind != "f":
+        return "", "save the number or the name of each example's class"
+    if not np.isfinite(labels).all():
+        row = int((~np.isfinite(labels)).argmax())
+        return f" with {labels[row]} in row {row}", "leave out examples without a class"
+    fractional = labels != np.floor(labels)
+    if fractional.any():
+        row = int(fractional.argmax())
+        return f" such as {labels[row]:.6g} in row {row}", (
+            "numbers that are not whole are targets of a regression, which is not supported; for classes, save the number "
+            "or the name of each example's class"
+        )
+    return " of whole numbers", (
+        f"if they number classes, save {name}.astype('int32'); a quantity to predict is a regression, which is not supported"
+    )
