@@ -1,4 +1,4 @@
-"""A network on disk: spec.json, and variables/ as an Orbax checkpoint."""
+"""A network on disk: spec.json, variables/ as an Orbax checkpoint, and digest.json with the digests of both."""
 
 import json
 import logging
@@ -15,6 +15,7 @@ from ev3_distill.errors import InputError, summary
 from ev3_distill.runtime.checkpoint import first_process_options
 from ev3_distill.runtime.distributed import is_first_process, read_on_first
 from ev3_distill.runtime.files import atomic_directory
+from ev3_distill.students import digests
 from ev3_distill.students.registry import build
 from ev3_distill.types import Network, Variables
 
@@ -22,12 +23,21 @@ from ev3_distill.types import Network, Variables
 def save(directory: Path, network: Network, variables: Variables) -> None:
     """Writes a network atomically: the directory appears complete or not at all."""
     with atomic_directory(directory, overwrite=True) as temporary:
-        (temporary / "spec.json").write_text(json.dumps(network.spec, indent=1) + "\n")
-        _save_variables(temporary / "variables", variables)
+        write(temporary, network, variables)
+
+
+def write(directory: Path, network: Network, variables: Variables) -> None:
+    """Writes the files of a network into a directory that exists."""
+    (directory / "spec.json").write_text(json.dumps(network.spec, indent=1) + "\n")
+    _save_variables(directory / "variables", variables)
+    digests.write(directory, network.spec, variables)
 
 
 def load(directory: str | Path, *, factory: Callable[..., Any] | None = None) -> tuple[Network, Variables]:
-    """Loads a network that `save` wrote.
+    """Loads a network that `save` wrote, and checks that it is unchanged.
+
+    In a run, in a search's `sizes/NN/` and in an export it must also be the one that their certificate, archive or metadata are
+    about.
 
     Args:
       directory: a run directory or its `student/`.
@@ -37,7 +47,7 @@ def load(directory: str | Path, *, factory: Callable[..., Any] | None = None) ->
       The network and its variables; `network.apply(variables, inputs, train=False)[0]` gives logits [B, K].
 
     Raises:
-      InputError: the directory has no network, or one that cannot be read.
+      InputError: the directory has no network, one that cannot be read, or another one than was saved or certified there.
     """
     directory = Path(directory)
     if not (directory / "spec.json").exists() and (directory / "student" / "spec.json").exists():
@@ -49,6 +59,7 @@ def load(directory: str | Path, *, factory: Callable[..., Any] | None = None) ->
             f"a saved network is a directory with spec.json and variables/; {directory} has no readable spec.json ({error}): "
             "name a finished run or its student/ directory"
         ) from None
+    digests.check_spec(directory, spec)
     network = build(spec, factory=factory)
     return network, _load_variables(directory / "variables", network)
 
@@ -67,7 +78,10 @@ def _load_variables(directory: Path, network: Network) -> Variables:
     blank = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in _leaves_by_path(template).items()}
 
     def read() -> bytes:
-        return b"".join(leaf.tobytes() for leaf in _read(directory, network, blank).values())
+        digests.check_files(directory.parent)
+        leaves = list(_read(directory, network, blank).values())
+        digests.check_variables(directory.parent, jax.tree.unflatten(jax.tree.structure(template), leaves))
+        return b"".join(leaf.tobytes() for leaf in leaves)
 
     content, offset, leaves = read_on_first(read), 0, []
     for leaf in blank.values():

@@ -36,7 +36,7 @@ from ev3_distill.training.certify_run import (
 )
 from ev3_distill.training.guard_checks import parse_guards, require_labels
 from ev3_distill.training.memory import eval_batch_size, memory_limit
-from ev3_distill.training.run_reader import config_of, data_of, report_in
+from ev3_distill.training.run_reader import certificate_in, config_of, data_of, report_in
 from ev3_distill.training.setup import CHUNK
 from ev3_distill.types import Network, Variables
 
@@ -109,7 +109,7 @@ def evaluate_run(directory: Path, settings: EvaluationConfig) -> tuple[Certifica
     measured = measured_bounds(query.metrics, network, variables, examples.dataset)
     certificate = _certificate(outputs, query, measured, level)
     if level.reopened:
-        write_certificate(directory, certificate, digest)
+        write_certificate(directory, certificate, digest, network.spec)
     return certificate, evaluate_guards(guards, certificate.claims, sizes=sizes)
 
 
@@ -140,29 +140,34 @@ def evaluate_file(
         query, guards = _query(settings, examples.dataset, about.classes, sizes=sizes)
         outputs = _outputs(file.logits, examples, chunk=FILE_CHUNK)
         lines = [f"{path}: {about.network}, {about.precision}, {sizes['bytes']:,} bytes, run by {file.runtime}"]
+        student = None
         if run is not None:
-            lines += _compare_with_student(file, outputs, examples, run, settings)
+            student = _load_student(run, about.student, students.import_factory(settings.student))
+            lines.append(f"the student of {run}: {_compare_with_student(file, outputs, examples, student, settings)}")
         level = _level(None if settings.data else run, about.student, query)
         times, teacher = file_latency.measure(file, examples.dataset, run)
         lines += file_latency.report_lines(times, teacher, threads=file.threads)
         measured = {"latency_ms": median_bound("latency_ms", times[1])} if "latency_ms" in query.metrics else {}
         certificate = _certificate(outputs, query, measured, level)
-        if level.reopened and run is not None:
-            write_certificate(run, certificate, about.student)
+        if level.reopened and run is not None and student is not None:
+            write_certificate(run, certificate, about.student, student[0].spec)
         return FileEvaluation(lines, certificate, evaluate_guards(guards, certificate.claims, sizes=sizes))
 
 
 def _compare_with_student(
-    file: ExportedModel, outputs: Outputs, examples: _Examples, run: Path, settings: EvaluationConfig
-) -> list[str]:
-    """Compares a file with the student it comes from, example by example.
+    file: ExportedModel,
+    outputs: Outputs,
+    examples: _Examples,
+    student: tuple[Network, Variables],
+    settings: EvaluationConfig,
+) -> str:
+    """Compares a file with the student it comes from, example by example. Returns a line of text.
 
     Raises:
       InputError: the file is to be scored on the sealed split, and is another student.
     """
     about = file.metadata
-    network, variables = _load_student(run, about.student, students.import_factory(settings.student))
-    expected = _outputs(forward(network, variables), examples, chunk=FILE_CHUNK)
+    expected = _outputs(forward(*student), examples, chunk=FILE_CHUNK)
     different, text = _agreement(outputs.student, expected.student, task=task_of(about.classes), output=about.output)
     trained_for_int8 = about.precision == "int8" and about.certificate  # the file was fixed before the split was opened
     if not settings.data and not trained_for_int8 and (different or about.precision != "float32"):
@@ -170,7 +175,7 @@ def _compare_with_student(
             f"a sealed split certifies one student, and files that compute the same; {file.path} has {about.precision} weights "
             f"and gives {text}: score new data with --data"
         )
-    return [f"the student of {run}: {text}"]
+    return text
 
 
 def _read_report(directory: Path) -> dict[str, Any]:
@@ -265,7 +270,7 @@ def _level(sealed: Path | None, student: str, query: Query) -> Level:
     """
     if sealed is None:
         return level_on_new_data(query)
-    certificate = _read_report(sealed)["certificate"]
+    certificate = certificate_in(sealed, _read_report(sealed))
     claimed = [claim["metric"] for claim in certificate["claims"]]
     return level_on_sealed_split(sealed, student, query, confidence=certificate["confidence"], claimed=claimed)
 

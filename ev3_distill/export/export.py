@@ -28,7 +28,7 @@ from ev3_distill.search.archive import FILE, Archive, pick
 from ev3_distill.tasks.base import Task, has_target
 from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.training.run_dir import read_json, write_json
-from ev3_distill.training.run_reader import config_of, data_of
+from ev3_distill.training.run_reader import certificate_in, config_of, data_of
 
 EVIDENCE = "evidence.json"
 EXAMPLES = 1000  # number of examples on which a file is run again
@@ -42,6 +42,7 @@ class _Student(NamedTuple):
     evidence: dict[str, Any]
     network: str
     description: str
+    digest: str | None  # of its variables, as recorded with the evidence; None in a run of an older version
 
 
 class _Data(NamedTuple):
@@ -100,7 +101,10 @@ def _find_student(run: Path, run_report: dict[str, Any], conditions: str) -> _St
     """The delivered student or, with conditions, the best student of a search that meets them."""
     evidence = {"certificate": run_report["certificate"], "guards": run_report["guards"]}
     description = f"the student that {run} delivered, {run_report['student']['params']:,} parameters"
-    delivered = _Student(run / "student", evidence, run_report["student"]["network"], description)
+    certificate = certificate_in(run, run_report)
+    delivered = _Student(
+        run / "student", evidence, run_report["student"]["network"], description, certificate.get("student")
+    )
     if not conditions:
         return delivered
     if not (run / FILE).exists():
@@ -110,12 +114,12 @@ def _find_student(run: Path, run_report: dict[str, Any], conditions: str) -> _St
         f"student {entry.number}, {entry.network}, {entry.params:,} parameters: {entry.accuracy:.1%} on decide"
     )
     if entry.number == run_report["search"]["delivered"]:
-        return delivered._replace(network=entry.network, description=description)
+        return delivered._replace(network=entry.network, description=description, digest=entry.digest)
     description += (
         ", the split that selected among several students; no certificate covers it: run evaluate on new data"
     )
     folder = run / "sizes" / f"{entry.number:02d}" / "student"
-    return _Student(folder, {"decide": dataclasses.asdict(entry)}, entry.network, description)
+    return _Student(folder, {"decide": dataclasses.asdict(entry)}, entry.network, description, entry.digest)
 
 
 def _export(
@@ -125,10 +129,15 @@ def _export(
     network, variables = students.load(student.folder, factory=students.import_factory(config.student))
     data = _load_data(run, run_report)
     facts = student_facts(network, variables, student.network)
+    if student.digest not in (None, facts["student"]):
+        raise InputError(
+            f"an export needs the student that its evidence is about, {str(student.digest)[:12]}; {student.folder} holds "
+            f"{str(facts['student'])[:12]}: restore that student, or name another run"
+        )
     about = _metadata(run_report, student, config, facts, dtype=_dtype(run_report, data))
     if config.int8 and about.precision == "int8":
         raise InputError(f"--int8 needs a float32 student; {student.description} trained for int8 already: omit --int8")
-    path = write_model(folder, network, variables, config, about, student_folder=student.folder)
+    path = write_model(folder, network, variables, config, about)
     exported = _Exported(path, about, forward(network, variables), task_of_report(run_report), data)
     inputs = _example_inputs(exported, "explore", EXAMPLES)
     comparison = compare(path, exported.student, inputs, task=exported.task, output=about.output)
@@ -265,7 +274,7 @@ def _quantize(exported: _Exported, evidence: dict[str, Any]) -> tuple[dict[str, 
         onnx_static_quantization.quantize(model, np.ascontiguousarray(inputs), scratch, metadata=quantized.as_texts())
     )
     scratch.unlink(missing_ok=True)
-    write_json(path.with_name(SIDECAR), {**quantized.as_dict(), "sha256": sha256_of(path)})
+    write_json(path.with_name(SIDECAR), quantized.as_sidecar(sha256=sha256_of(path)))
     rows = data.rows["decide"]
     inputs, targets = np.asarray(data.dataset.inputs[rows]), data.dataset.labels[rows]
     comparison = compare(path, student, inputs, task=task, output=about.output)

@@ -1,7 +1,6 @@
 """Writes a student to a file, with its metadata."""
 
 import functools
-import shutil
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +16,7 @@ from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.runtime.files import sha256_of
 from ev3_distill.students import count_params, name_of
 from ev3_distill.students.layers import standard_convolutions
+from ev3_distill.students.saving import write
 from ev3_distill.training.run_dir import write_json
 from ev3_distill.types import Network, Variables
 
@@ -67,8 +67,6 @@ def write_model(
     variables: Variables,
     config: ExportConfig,
     about: ModelMetadata,
-    *,
-    student_folder: Path,
 ) -> Path:
     """Writes a student's file and model.json; as flax, also everything else that belongs to the student.
 
@@ -78,7 +76,6 @@ def write_model(
       variables: the student's.
       config: of the export.
       about: the file's metadata.
-      student_folder: where the run has the student.
 
     Returns:
       The path of the file.
@@ -88,7 +85,7 @@ def write_model(
     closed = functools.partial(forward, variables)
     if config.format == "flax":
         path, program = folder / safetensors_file.FILE, folder / safetensors_file.PROGRAM
-        shutil.copytree(student_folder, folder, dirs_exist_ok=True)
+        write(folder, network, variables)
         path.write_bytes(safetensors_file.serialize_variables(variables, about.as_texts()))
         program.write_bytes(safetensors_file.serialize_apply(forward, variables, example, name=name))
         digests["sha256_program"] = sha256_of(program)
@@ -98,5 +95,5 @@ def write_model(
     else:
         path = folder / "model.onnx"
         path.write_bytes(onnx.serialize(closed, example, name=name, output=about.output, metadata=about.as_texts()))
-    write_json(folder / SIDECAR, {**about.as_dict(), "sha256": sha256_of(path), **digests})
+    write_json(folder / SIDECAR, about.as_sidecar(sha256=sha256_of(path), **digests))
     return path

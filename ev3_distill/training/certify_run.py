@@ -16,6 +16,7 @@ from ev3_distill.runtime.compile import jit
 from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.runtime.latency import passes_ms
 from ev3_distill.students import count_params
+from ev3_distill.students.digests import spec_digest
 from ev3_distill.tasks.base import Task, has_target
 from ev3_distill.tasks.metrics import METRICS, Metric, find_metric
 from ev3_distill.tasks.outputs import Outputs, bounds_of
@@ -124,7 +125,7 @@ def certify_run(
         certificate = dataclasses.replace(certificate, tables=tables)
         outcomes = evaluate_guards(guards, certificate.claims, sizes=sizes_of(variables))
         if which + 1 == among or all(guard["certified"] for guard in outcomes):
-            write_certificate(directory, certificate, names[which])
+            write_certificate(directory, certificate, names[which], network.spec)
             return Certification(which, certificate, outcomes, _teacher_score(outputs, task))
     raise ValueError("a sealed split is opened for at least one student; got none: pass candidates")
 
@@ -198,14 +199,14 @@ def certificate_of(
     return dataclasses.replace(certificate, reopened=reopened)
 
 
-def write_certificate(directory: Path, certificate: Certificate, student: str) -> None:
-    """Writes certificate.json: the claims, the digest of the student, and the population that they are about.
+def write_certificate(directory: Path, certificate: Certificate, student: str, spec: Mapping[str, Any]) -> None:
+    """Writes certificate.json: the claims, the digests of the student and its spec, and the population that they are about.
 
     The certificate of a split that was opened before gets a file of its own: certificate-2.json and so on.
     """
     number = f"-{certificate.reopened + 1}" if certificate.reopened else ""
     population = {"covered": COVERED, "not_covered": NOT_COVERED}
-    content = {**certificate.as_dict(), "student": student, "population": population}
+    content = {**certificate.as_dict(), "student": student, "spec": spec_digest(spec), "population": population}
     write_json(directory / f"certificate{number}.json", content)
 
 

@@ -1,12 +1,14 @@
 """Reads runs: their report, their configuration and their data."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ev3_distill import config as configs
 from ev3_distill.config_file import read_config
 from ev3_distill.data.sources import Dataset, load_data
-from ev3_distill.errors import warn
+from ev3_distill.errors import InputError, warn
 from ev3_distill.runtime.progress import CountProgress
 from ev3_distill.training.memory import dataset_limit, memory_limit
 from ev3_distill.training.run_dir import read_json
@@ -16,6 +18,26 @@ def report_in(directory: Path) -> dict[str, Any] | None:
     """The report of a run, or None if the run is unfinished."""
     path = directory / "report.json"
     return read_json(path) if path.exists() else None
+
+
+def certificate_in(directory: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of certificate.json of a finished run.
+
+    Args:
+      directory: of the run.
+      report: its report.
+
+    Raises:
+      InputError: certificate.json is missing, damaged, or of another run than the report.
+    """
+    certificate = read_json(directory / "certificate.json")
+    for name in ("confidence", "claims"):
+        if json.dumps(certificate.get(name)) != json.dumps(report["certificate"][name]):
+            raise InputError(
+                f"certificate.json and report.json of a run must say the same; those in {directory} differ in {name}: restore "
+                "both from a copy, or name another run"
+            )
+    return certificate
 
 
 def config_of(directory: Path, report: dict[str, Any]) -> configs.Compress | configs.Teach:

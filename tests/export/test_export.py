@@ -20,6 +20,7 @@ from ev3_distill import students
 from ev3_distill.export import model_file
 from ev3_distill.export.formats.onnx import serialize
 from ev3_distill.export.formats.runtime import open_exported
+from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.search.archive import Entry
 from ev3_distill.teachers.kinds.flax import forward
 
@@ -30,10 +31,9 @@ def test_folders_hold_the_documented_files(of_images):
     names = {name: sorted(path.name for path in (of_images / name).iterdir()) for name in WAYS}
     assert names["onnx"] == names["int8"] == ["MODEL_CARD.md", "evidence.json", "model.json", "model.onnx"]
     assert names["stablehlo"] == ["MODEL_CARD.md", "evidence.json", "model.json", "model.stablehlo"]
-    ours = ["spec.json", "variables"]
     assert names["flax"] == [
-        *("MODEL_CARD.md", "apply.stablehlo", "evidence.json", "model.json", "model.safetensors"),
-        *ours,
+        *("MODEL_CARD.md", "apply.stablehlo", "digest.json", "evidence.json", "model.json", "model.safetensors"),
+        *("spec.json", "variables"),
     ]
     assert not list(of_images.glob(".*"))
 
@@ -212,7 +212,7 @@ def test_exporting_a_users_network_needs_its_factory(finished, cli, here):
     shutil.copytree(finished, here / "run")
     factory = students.import_factory("mine:make")
     network = students.from_name("mine:make", (8, 8, 1), 10)
-    students.save(here / "run/student", network, network.init(jax.random.key(0)))
+    exported_runs.replace_student(here / "run", network, network.init(jax.random.key(0)))
     report = json.loads((here / "run/report.json").read_text())
     report["student"]["network"] = "mine:make"
     (here / "run/report.json").write_text(json.dumps(report))
@@ -230,7 +230,9 @@ def test_a_picked_student_is_exported_without_certificate(of_images, cli, here):
     shutil.copytree(of_images / "run", run)
     variables = jax.jit(network.init)(jax.random.key(0))
     students.save(run / "sizes/02/student", network, variables)
-    entry = Entry(2, "mlp:hidden=2", dict(network.spec), 1035, "", "begun", 9, 50, 0.5, 0.4, 0, 0.0, False)
+    entry = Entry(
+        2, "mlp:hidden=2", dict(network.spec), 1035, tree_digest(variables), "begun", 9, 50, 0.5, 0.4, 0, 0.0, False
+    )
     (run / "archive.json").write_text(json.dumps({"entries": [dataclasses.asdict(entry)]}))
     report = json.loads((run / "report.json").read_text())
     (run / "report.json").write_text(json.dumps(report | {"search": {"delivered": 1}}))

@@ -4,6 +4,7 @@ ONNX and safetensors files hold the metadata themselves. `model.json` beside the
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from ev3_distill.errors import InputError
 
 SIDECAR = "model.json"
+METADATA_DIGEST = "sha256_metadata"  # key of `model.json`; missing in exports of older versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,17 @@ class ModelMetadata:
     def as_texts(self) -> dict[str, str]:
         """Converts to a dictionary of strings, for formats whose metadata hold only text."""
         return {name: of if isinstance(of, str) else json.dumps(of) for name, of in self.as_dict().items()}
+
+    def as_sidecar(self, **digests: str) -> dict[str, Any]:
+        """The content of `model.json`, with digests of the files beside it and of the metadata themselves."""
+        content = self.as_dict()
+        return {**content, **digests, METADATA_DIGEST: metadata_digest(content)}
+
+
+def metadata_digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the metadata fields in the content of `model.json`, in hexadecimal."""
+    fields = {name: content[name] for name in FIELDS if name in content}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 FIELDS = {field.name: field.type for field in dataclasses.fields(ModelMetadata)}

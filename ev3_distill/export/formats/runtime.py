@@ -13,7 +13,14 @@ import numpy as np
 
 from ev3_distill.errors import InputError, first_line
 from ev3_distill.export.formats import safetensors_file
-from ev3_distill.export.formats.metadata import SIDECAR, ModelMetadata, from_dict, from_texts
+from ev3_distill.export.formats.metadata import (
+    METADATA_DIGEST,
+    SIDECAR,
+    ModelMetadata,
+    from_dict,
+    from_texts,
+    metadata_digest,
+)
 from ev3_distill.runtime.cpu import cores
 from ev3_distill.runtime.files import sha256_of
 
@@ -113,6 +120,8 @@ def _check_digests(path: Path) -> None:
     try:
         content = json.loads(sidecar.read_text())
         digests = {file: content[name] for name, file in files.items()}
+        if content.get(METADATA_DIGEST, metadata_digest(content)) != metadata_digest(content):
+            raise ValueError("its content does not match its digest")
     except (ValueError, KeyError) as error:
         raise InputError(
             f"an export's {SIDECAR} describes its file; {sidecar} is damaged ({error}): export the student again"
