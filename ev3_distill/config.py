@@ -147,6 +147,9 @@ class Preprocessing:
     """Divisor, applied after the mean: one number, or one per channel."""
     classes: Annotated[tuple[str, ...], _option("classes")] = ()
     """Class names in the order of the teacher's outputs, where it differs from that of the data."""
+    outputs: Annotated[str, _option("outputs")] = ""
+    """What the teacher returns: logits; probabilities (the logarithm is taken); or sigmoid (it is undone).
+    A teacher of two classes with one output column needs logits or probabilities: it is that of class 1."""
 
     def __post_init__(self) -> None:
         layouts = ("NHWC", "NCHW", "NWHC", "NCWH")
@@ -161,6 +164,8 @@ class Preprocessing:
         lengths = {len(self.mean), len(self.std)} - {0, 1}
         check(len(lengths) < 2, "mean and std need one number, or one per channel", (self.mean, self.std), "fix one")
         check(len(set(self.classes)) == len(self.classes), "class names must be distinct", self.classes, "fix them")
+        check(self.outputs in ("", "logits", "probabilities", "sigmoid"),
+              "outputs must be logits, probabilities or sigmoid", f"'{self.outputs}'", "name one")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

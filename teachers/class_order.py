@@ -1,12 +1,27 @@
 """Class order: matches the outputs of a teacher to the classes of the data, by name where both have names."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from ev3_distill.errors import InputError
 
 LISTED_NAMES = 10  # most class names that an error lists
+
+
+class ClassOrder(NamedTuple):
+    """Which output of a teacher belongs to which class.
+
+    Attributes:
+      columns: outputs in the order of the data's classes [K]; None if no reordering is needed.
+      output_names: names of the R outputs, as the data spell them where they have these classes; None if there are none.
+      notes: what was matched by another rule than equal names; sentences for the user.
+    """
+
+    columns: np.ndarray | None
+    output_names: tuple[str, ...] | None
+    notes: tuple[str, ...]
 
 
 def class_columns(
@@ -17,12 +32,15 @@ def class_columns(
     num_outputs: int | None,
     *,
     source: str,
-) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+) -> ClassOrder:
     """Finds the output of a teacher that belongs to each class of the data.
 
     A teacher may know more classes than the data have. Its other outputs are dropped, so the softmax over the rest is its
-    belief given that the class is one of the data's. A teacher may not know fewer classes. If the model's own names are just
-    0 to R-1 and differ from the data's names, they count as labels: output i is then class i of the data.
+    belief given that the class is one of the data's. A teacher may not know fewer classes.
+
+    Names are equal if they are spelled alike, or if they are the same number or truth value: 1, 1.0 and True. If the model's
+    own names are numbers that the data do not have, and there are as many as classes, they count as labels in increasing
+    order, where either the model's are 0, 1, ... or 1, 2, ..., or the data number their classes 0, 1, ...
 
     Args:
       user_names: names of the outputs from the options or the file beside the teacher; empty if there are none.
@@ -32,16 +50,20 @@ def class_columns(
       num_outputs: outputs of the model, R; None if unknown.
       source: the teacher, for errors.
 
-    Returns:
-      Indices of the outputs in the order of the data's classes [K], or None if no reordering is needed; and the names of the
-      R outputs, or None.
-
     Raises:
       InputError: a class of the data is missing, or the numbers of names, outputs and classes differ.
     """
-    names = tuple(user_names or model_names or ())
-    if not user_names and set(data_names) != set(names) and list(names) == [str(i) for i in range(len(names))]:
+    given = tuple(user_names or model_names or ())
+    names = _as_data_spell(given, data_names)
+    notes: tuple[str, ...] = ()
+    if not user_names and set(data_names) != set(names) and _is_range(names, 0):
         names = ()
+    elif not user_names and _are_labels_in_order(names, data_names):
+        notes = (
+            f"its classes {shortened(given)} are taken as the data's classes {shortened(data_names)}, in this order; if they "
+            "are not, give the names of its outputs with --teacher-input.classes",
+        )
+        names = tuple(data_names)
     if names and num_outputs is not None and len(names) != num_outputs:
         raise InputError(
             f"each output of a teacher needs one class name; {source} has {num_outputs} outputs and {len(names)} names: "
@@ -49,27 +71,66 @@ def class_columns(
         )
     if not names:
         _check_count(num_outputs, num_classes, source)
-        return None, None
+        return ClassOrder(None, None, notes)
     if not data_names:
-        return None, names
+        return ClassOrder(None, names, notes)
     if missing := [name for name in data_names if name not in names]:
         raise InputError(
-            f"a teacher must know every class of the data; {source} knows {_shortened(names)} and lacks "
-            f"{_shortened(missing)}: name its outputs as the data spell their classes with --teacher-input.classes, or use "
-            "another teacher"
+            f"a teacher must know every class of the data; {source} knows {shortened(given)}, the data have "
+            f"{shortened(data_names)}, and it lacks {shortened(missing)}: name its outputs as the data spell their classes "
+            "with --teacher-input.classes, or use another teacher"
         )
     columns = np.array([names.index(name) for name in data_names])
-    return (None if columns.tolist() == list(range(len(names))) else columns), names
+    unchanged = columns.tolist() == list(range(len(names)))
+    return ClassOrder(None if unchanged else columns, names, notes)
+
+
+def _as_data_spell(names: tuple[str, ...], data_names: Sequence[str]) -> tuple[str, ...]:
+    """Names as the data spell them; numbers and truth values may be spelled differently."""
+    if not data_names or set(data_names) <= set(names):
+        return names
+    spelled = {_plain(name): name for name in data_names}
+    plain = [_plain(name) for name in names]
+    if len(spelled) != len(data_names) or len(set(plain)) != len(names):
+        return names  # ambiguous
+    return tuple(spelled.get(short, short) for short in plain)
+
+
+def _plain(name: str) -> str:
+    """One spelling for each number: 1 for 1.0, True and true."""
+    if name.lower() in ("true", "false"):
+        return str(int(name.lower() == "true"))
+    try:
+        number = float(name)
+    except ValueError:
+        return name
+    return str(int(number)) if number.is_integer() else name
+
+
+def _is_range(names: Sequence[str], first: int) -> bool:
+    return list(names) == [str(first + i) for i in range(len(names))]
+
+
+def _are_labels_in_order(names: Sequence[str], data_names: Sequence[str]) -> bool:
+    """Whether numbered outputs belong to the classes of the data by their rank."""
+    if not names or len(names) != len(data_names) or set(names) == set(data_names):
+        return False
+    if not all(name.removeprefix("-").isdecimal() for name in names):
+        return False
+    increasing = sorted(map(int, names)) == list(map(int, names))
+    return increasing and (_is_range(names, 1) or _is_range(data_names, 0))
 
 
 def _check_count(num_outputs: int | None, num_classes: int, source: str) -> None:
     if num_outputs is not None and num_classes and num_outputs != num_classes:
         raise InputError(
             f"a teacher has one output per class of the data, {num_classes}; {source} has {num_outputs}: if it knows more "
-            "classes, name its outputs in order with --teacher-input.classes; otherwise use another teacher"
+            "classes, name its outputs in order with --teacher-input.classes; otherwise use another teacher. Embeddings and "
+            "regressions are tasks that ev3-distill does not offer yet"
         )
 
 
-def _shortened(names: Sequence[str]) -> str:
+def shortened(names: Sequence[str]) -> str:
+    """Names as a list, of which only the first ones are written out."""
     more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
     return ", ".join(names[:LISTED_NAMES]) + more

@@ -43,7 +43,7 @@ def import_package(name: str, *, kind: str, install: str) -> Any:
         ) from None
 
 
-def digest_of(parts: Sequence[str | bytes]) -> str:
+def digest_of(parts: Sequence[str | bytes | memoryview]) -> str:
     """SHA-256 of a sequence of parts, in hexadecimal. Parts are hashed one by one, so their boundaries count."""
     total = hashlib.sha256()
     for part in parts:

@@ -20,6 +20,7 @@ import numpy as np
 
 from ev3_distill.config import Preprocessing
 from ev3_distill.errors import InputError
+from ev3_distill.teachers.output_meaning import LOGITS
 
 IDENTITY = Preprocessing()
 OPTION = "--teacher-input"
@@ -49,6 +50,7 @@ def canonical(steps: Preprocessing, shape: Sequence[int]) -> Preprocessing:
         scale=0.0 if steps.scale == 1 else steps.scale,
         mean=steps.mean if any(steps.mean) else (),
         std=steps.std if any(x != 1 for x in steps.std) else (),
+        outputs="" if steps.outputs == LOGITS else steps.outputs,
     )
 
 
@@ -96,6 +98,7 @@ _VALUES: dict[str, tuple[type, str]] = {
     "mean": (float, "numbers, such as [0.5]"),
     "std": (float, "numbers, such as [0.5]"),
     "classes": (str, 'texts, such as ["cat", "dog"]'),
+    "outputs": (str, 'a text, such as "probabilities"'),
 }
 
 

@@ -5,6 +5,8 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from ev3_distill.config import Preprocessing
 from ev3_distill.errors import InputError
 from ev3_distill.tasks.base import Task
@@ -12,14 +14,14 @@ from ev3_distill.teachers.kinds.ensemble import mean_of_logits, mean_of_probabil
 from ev3_distill.teachers.kinds.flax import saved_teacher
 from ev3_distill.teachers.kinds.onnx import onnx_teacher
 from ev3_distill.teachers.kinds.python import python_teacher
-from ev3_distill.teachers.kinds.recorded import load_logits, save_logits
+from ev3_distill.teachers.kinds.recorded import load_logits, recorded_teacher, save_logits
 from ev3_distill.teachers.kinds.sklearn import sklearn_teacher
 from ev3_distill.teachers.kinds.torch import torch_teacher
 from ev3_distill.teachers.preprocessing import IDENTITY
 from ev3_distill.teachers.teacher import BatchError, Request, Teacher
 from ev3_distill.types import Network, Variables
 
-__all__ = ["KINDS", "BatchError", "Teacher", "load_logits", "load_teacher", "save_logits"]
+__all__ = ["KINDS", "BatchError", "Teacher", "load_logits", "load_recorded", "load_teacher", "save_logits"]
 
 KINDS: dict[str, Callable[[str, Request], Teacher]] = {
     "onnx": onnx_teacher,
@@ -89,3 +91,16 @@ def load_teacher(
         task=task,
     )
     return KINDS[kind](place, request)
+
+
+def load_recorded(
+    logits: np.ndarray,
+    source: str,
+    *,
+    preprocessing: Preprocessing = IDENTITY,
+    num_classes: int,
+    class_names: Sequence[str],
+) -> Teacher:
+    """Fits recorded outputs [N, R] to the data, as a teacher whose inputs are their rows; otherwise as `load_teacher`."""
+    request = Request(source, preprocessing, logits.shape[1:], num_classes, tuple(class_names))
+    return recorded_teacher(logits, request)

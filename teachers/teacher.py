@@ -10,14 +10,21 @@ float32 lie in [0, 1].
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
 from ev3_distill.config import Preprocessing
 from ev3_distill.errors import InputError, summary
 from ev3_distill.tasks.base import Task
-from ev3_distill.teachers.class_order import class_columns
+from ev3_distill.teachers.class_order import ClassOrder, class_columns
+from ev3_distill.teachers.output_meaning import (
+    advice_on_infinite,
+    columns_as_logits,
+    labels_error,
+    one_column_error,
+    to_logits,
+)
 from ev3_distill.teachers.preprocessing import (
     IDENTITY,
     canonical,
@@ -63,6 +70,9 @@ class Teacher:
       with_preprocessing: builds the same teacher with other preprocessing; None if that is not possible.
       output_names: class names of the model's R outputs in its own order, if all have names.
       members: of an ensemble.
+      notes: how outputs and classes were matched, where that is not obvious; sentences for the user.
+      classifier: whether the file itself shows that its outputs are classes.
+      recorded: whether its inputs are recorded outputs.
     """
 
     source: str
@@ -77,6 +87,9 @@ class Teacher:
     with_preprocessing: Callable[[Preprocessing], "Teacher"] | None = None
     output_names: tuple[str, ...] | None = None
     members: tuple["Teacher", ...] = ()
+    notes: tuple[str, ...] = ()
+    classifier: bool = False
+    recorded: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,6 +150,8 @@ class Model:
       params: number of parameters, if known.
       network: of a JAX model.
       variables: of that network.
+      notes: see `Teacher`.
+      classifier: see `Teacher`.
     """
 
     run: Callable[[np.ndarray], Outputs]
@@ -149,6 +164,8 @@ class Model:
     params: int | None = None
     network: Network | None = None
     variables: Variables | None = None
+    notes: tuple[str, ...] = ()
+    classifier: bool = False
 
 
 def build_teacher(model: Model, request: Request) -> Teacher:
@@ -162,16 +179,19 @@ def build_teacher(model: Model, request: Request) -> Teacher:
     if model.takes_uint8 and not options.scale:
         options = dataclasses.replace(options, scale=255.0)
     steps = resolve(options, shape, model.input_shape, source=source)
-    columns, output_names = _class_order(model, request, options)
+    order = _class_order(model, request, options)
+    columns, output_names = order.columns, order.output_names
     classes = request.main_shape is None
+    num_outputs = columns_as_logits(model.num_outputs, options.outputs)
     names = output_names if columns is None or output_names is None else tuple(output_names[i] for i in columns)
     effective = canonical(steps, shape)
-    untouched = columns is None and effective == IDENTITY and not needs_flattening(shape, model.input_shape)
+    flat = needs_flattening(shape, model.input_shape)
+    untouched = columns is None and effective == IDENTITY and not flat and model.num_outputs != 1
     return Teacher(
         source=source,
         digest=_digest(model, effective, columns),
-        outputs=_output_function(model, request, steps, columns, len(output_names or ())),
-        num_classes=(len(names or ()) or model.num_outputs or request.num_classes or None) if classes else None,
+        outputs=_output_function(model, request, steps, order),
+        num_classes=(len(names or ()) or num_outputs or request.num_classes or None) if classes else None,
         class_names=(names or request.class_names or None) if classes else None,
         params=model.params,
         network=model.network if untouched else None,
@@ -179,54 +199,64 @@ def build_teacher(model: Model, request: Request) -> Teacher:
         preprocessing=steps,
         with_preprocessing=lambda other: build_teacher(model, dataclasses.replace(request, options=other)),
         output_names=(output_names or request.class_names or None) if classes else None,
+        notes=(*model.notes, *order.notes),
+        classifier=model.classifier or model.class_names is not None,
     )
 
 
-def _class_order(
-    model: Model, request: Request, options: Preprocessing
-) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """See `class_columns`; (None, None) in a task without classes."""
+def _class_order(model: Model, request: Request, options: Preprocessing) -> ClassOrder:
+    """See `class_columns`; nothing in a task without classes."""
     if request.main_shape is None:
+        columns = columns_as_logits(model.num_outputs, options.outputs)
+        if columns == 1:
+            raise one_column_error(request.num_classes, source=request.source)
         data = request.class_names, request.num_classes
-        return class_columns(options.classes, model.class_names, *data, model.num_outputs, source=request.source)
-    if options.classes:
-        raise InputError(
-            f"only the outputs of a classification have class names; {request.source} is used for "
-            f"{request.task.name if request.task else ''} with classes {', '.join(options.classes)}: omit them"
-        )
-    return None, None
+        return class_columns(options.classes, model.class_names, *data, columns, source=request.source)
+    task = request.task.name if request.task else ""
+    for name, value in (("class names", ", ".join(options.classes)), ("a meaning to state", options.outputs)):
+        if value:
+            raise InputError(
+                f"only the outputs of a classification have {name}; {request.source} is used for {task} with {value}: omit it"
+            )
+    return ClassOrder(None, None, ())
 
 
 def _digest(model: Model, effective: Preprocessing, columns: np.ndarray | None) -> str:
     settings = dataclasses.asdict(effective)
+    if not effective.outputs:
+        del settings["outputs"]  # keeps the digests of caches and runs that are older than this field
     order = None if columns is None else columns.tolist()
     return hashlib.sha256(json.dumps([model.digest, settings, order]).encode()).hexdigest()
 
 
 def _output_function(
-    model: Model, request: Request, steps: Preprocessing, columns: np.ndarray | None, names: int
+    model: Model, request: Request, steps: Preprocessing, order: ClassOrder
 ) -> Callable[[np.ndarray], Outputs]:
     """A function that preprocesses inputs, runs the model, checks its outputs and puts the classes in order."""
     flat = needs_flattening(request.input_shape, model.input_shape)
     channels_first = steps.layout in ("NCHW", "NCWH")
-    width = model.num_outputs or names or request.num_classes  # R; 0 until the first batch determines it
+    known = columns_as_logits(model.num_outputs, steps.outputs) or len(order.output_names or ())
+    width = known or request.num_classes  # of the logits; 0 until the first batch determines it
 
     def outputs(inputs: np.ndarray) -> Outputs:
         nonlocal width
         ready = preprocess(inputs, steps)
         raw = _run(model, ready.reshape(len(ready), -1) if flat else ready, request.source)
-        checked = {name: _checked(name, value, len(inputs), request) for name, value in raw.items()}
+        checked = {name: _checked(name, value, len(inputs), request, steps.outputs) for name, value in raw.items()}
         main = checked.pop(MAIN)
         features = {name: _channels_last(value) if channels_first else value for name, value in checked.items()}
         if request.main_shape is not None:
             return {request.main_output: main, **features}
-        width = width or main.shape[1]
-        if main.shape[1] != width:
+        logits = to_logits(main, steps.outputs, source=request.source)
+        if logits.shape[1] == 1:
+            raise one_column_error(request.num_classes, source=request.source)
+        width = width or logits.shape[1]
+        if logits.shape[1] != width:
             raise BatchError(
-                f"a teacher's logits must have one column per class, {width}; {request.source} gives {main.shape[1]}: "
+                f"a teacher's logits must have one column per class, {width}; {request.source} gives {logits.shape[1]}: "
                 "use a teacher of these classes, or name its outputs with --teacher-input.classes"
             )
-        return {MAIN: main if columns is None else main[:, columns], **features}
+        return {MAIN: logits if order.columns is None else logits[:, order.columns], **features}
 
     return outputs
 
@@ -243,9 +273,13 @@ def _run(model: Model, ready: np.ndarray, source: str) -> Outputs:
         ) from error
 
 
-def _checked(name: str, value: object, examples: int, request: Request) -> np.ndarray:
+def _checked(name: str, value: object, examples: int, request: Request, meaning: str) -> np.ndarray:
     """One output as float32, all finite: [B, R] for logits, [B, ...] for a feature, and the task's shape for its output."""
     array, source = np.asarray(value), request.source
+    if name == MAIN and request.main_shape is None and array.shape == (examples,) and array.dtype.kind in "fiub":
+        if array.dtype.kind != "f" and not meaning:
+            raise labels_error(request.num_classes, source=source)
+        array = array[:, None]
     valid = array.dtype.kind in "fiu" and array.ndim >= 1 and len(array) == examples
     shape, label = "[B, ...]", name
     main_shape = request.main_shape
@@ -265,8 +299,8 @@ def _checked(name: str, value: object, examples: int, request: Request) -> np.nd
     if not finite.all():
         row = int(finite.argmin())
         raise BatchError(
-            f"a teacher's {label} must be finite; {source} gives nan or infinity for example {row} of a batch: check the "
-            "teacher and the scale of its inputs",
+            f"a teacher's {label} must be finite; {source} gives nan or infinity for example {row} of a batch: "
+            f"{advice_on_infinite(array)}",
             row,
         )
     return array
@@ -306,7 +340,12 @@ def in_batches(run: Callable[[np.ndarray], Outputs], *, smallest: int, largest: 
 
 
 def pick_outputs(
-    shapes: Mapping[str, Sequence[int | None] | None], names: Sequence[str], expected: int, *, source: str
+    shapes: Mapping[str, Sequence[int | None] | None],
+    names: Sequence[str],
+    expected: int,
+    *,
+    source: str,
+    normalized: Collection[str] = (),
 ) -> tuple[str, ...]:
     """Names of the outputs to use, logits first.
 
@@ -315,6 +354,7 @@ def pick_outputs(
       names: the names that the user gave after `#`; if there are any, they are used as they are.
       expected: R, or 0 if unknown.
       source: the teacher, for errors.
+      normalized: outputs after a softmax or a sigmoid. They are taken only where there is no other.
 
     Raises:
       InputError: no name is given and the output that holds the logits is ambiguous.
@@ -325,11 +365,15 @@ def pick_outputs(
         n for n, shape in shapes.items() if shape is not None and len(shape) == 2 and shape[1] in (expected, None)
     ]
     exact = [name for name in matrices if expected and (shapes[name] or [])[1] == expected]
-    for candidates in (exact, matrices, list(shapes)):
-        if len(candidates) == 1:
-            return (candidates[0],)
+    if not expected:  # any width will do
+        matrices = [name for name, shape in shapes.items() if shape is not None and len(shape) == 2]
+    for group in (exact, matrices, list(shapes)):
+        for candidates in (group, [name for name in group if name not in normalized]):
+            if len(candidates) == 1:
+                return (candidates[0],)
     listed = ", ".join(f"{name} {shape_text(shape)}" for name, shape in shapes.items())
+    example = next((name for name in (*exact, *matrices, *shapes) if name not in normalized), "NAME")
     raise InputError(
         f"a teacher's logits [B, {expected or 'K'}] must be one of its outputs; {source} has {listed}: name one, as in "
-        f"{source.partition('#')[0]}#{next(iter(shapes), 'NAME')}"
+        f"{source.partition('#')[0]}#{example}"
     )

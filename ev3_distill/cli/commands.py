@@ -12,7 +12,7 @@ import jax
 from ev3_distill import students
 from ev3_distill.arms import label_arm_name
 from ev3_distill.cli.options import EvaluateCommand
-from ev3_distill.config import Compress, RunConfig, Teach
+from ev3_distill.config import Compress, Preprocessing, RunConfig, Teach
 from ev3_distill.config_file import ConfigT, check_unchanged, read_run_config
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
@@ -21,7 +21,7 @@ from ev3_distill.monitor.sentences import claim_line, correction_sentence, guard
 from ev3_distill.runtime import distributed
 from ev3_distill.search import first_network, run_search
 from ev3_distill.students import feature_shapes
-from ev3_distill.teachers import Teacher, load_logits, load_teacher, save_logits
+from ev3_distill.teachers import Teacher, load_logits, load_recorded, load_teacher, save_logits
 from ev3_distill.teachers.targets import BATCH, BlankTargets, CachedTargets, RecordedTargets, TeacherTargets
 from ev3_distill.training import run_dir, teacher_checks
 from ev3_distill.training.devices import BATCH as BATCH_SPREAD
@@ -228,15 +228,25 @@ def _with_recorded_teacher(
 ) -> dict[str, Any]:
     """Trains the student on recorded logits, of which the run keeps a copy."""
     copy = directory / LOGITS
-    logits = load_logits(
+    recorded = load_logits(
         copy if copy.exists() else config.teacher.partition(":")[2],
         rows=len(dataset.labels),
-        num_classes=dataset.num_classes,
         test_rows=dataset.test_rows,
         fingerprint=dataset.fingerprint,
     )
+    options = Preprocessing() if copy.exists() else config.teacher_input  # the copy holds the final logits
+    teacher = load_recorded(
+        recorded,
+        config.teacher,
+        preprocessing=options,
+        num_classes=dataset.num_classes,
+        class_names=dataset.class_names,
+    )
+    logits = teacher_checks.outputs_of_all(teacher, recorded)
     config = dataclasses.replace(config, augment="none") if config.augment == "auto" else config
     setup, arms = _student(config, dataset, logits.shape[1], {}, devices=devices)
+    if not resume:
+        teacher_checks.check_quality(teacher, setup, as_is=config.teacher_as_is, recorded=recorded)
     with _opened(directory, config, inputs, resume=resume) as finished:
         if finished:
             return finished

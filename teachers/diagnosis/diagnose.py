@@ -10,21 +10,29 @@ one, is a few times `LEVEL`.
 
 import dataclasses
 import functools
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from ev3_distill.certify.bounds import clopper_pearson_lower, mcnemar_p_value
+from ev3_distill.certify.bounds import clopper_pearson_lower
 from ev3_distill.errors import InputError
+from ev3_distill.teachers.diagnosis.findings import (
+    LEAST_GAIN,
+    LEAST_SKILL,
+    Diagnosis,
+    Predictions,
+    Remedy,
+    is_better,
+    p_value,
+    skill,
+)
 from ev3_distill.teachers.diagnosis.repairs import Changes, Repair, pairs, repairs
-from ev3_distill.teachers.preprocessing import OPTION, canonical, command_line_options
+from ev3_distill.teachers.diagnosis.undeclared import why_not_logits
+from ev3_distill.teachers.output_meaning import meaning_of
+from ev3_distill.teachers.preprocessing import canonical
 from ev3_distill.teachers.teacher import Teacher
 
-LEVEL = 0.001  # level of the test that confirms one repair
-LEAST_GAIN = 0.03  # least gain in accuracy of a confirmed repair
-LEAST_SKILL = 0.1  # (accuracy - chance) / (1 - chance); a teacher below it is near chance
 SCREENS = (16, 64, 256)  # examples of the three screens: not hopeless, better, better by LEAST_GAIN / 2
 HOPELESS_GAIN = -0.3  # gain at the first screen that drops a candidate
 TESTED_REPAIRS = 3  # most repairs tested in one round
@@ -46,106 +54,6 @@ class Examples(Protocol):
 
     def __getitem__(self, rows: Any, /) -> np.ndarray:
         """Reads the examples [n, ...] of rows [n]."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Remedy:
-    """Changes that repair a teacher, confirmed on the user's examples.
-
-    Attributes:
-      name: describes the input after the changes.
-      changes: fields of its `Preprocessing`.
-      before: accuracy without the changes, on the test examples.
-      after: accuracy with them, on the same examples.
-      n: number of test examples.
-      p_value: of the exact one-sided McNemar test.
-    """
-
-    name: str
-    changes: Mapping[str, Any]
-    before: float
-    after: float
-    n: int
-    p_value: float
-
-    @property
-    def option(self) -> str:
-        """The exact options to give."""
-        return command_line_options(self.changes) or f"the names of its outputs, in their order, with {OPTION}.classes"
-
-    @property
-    def toml(self) -> str:
-        """The lines for the TOML file beside the teacher."""
-        return "; ".join(f"{name} = {json.dumps(value)}" for name, value in self.changes.items())
-
-
-@dataclasses.dataclass(frozen=True)
-class Diagnosis:
-    """Accuracy of a teacher on the user's data, and what would repair it.
-
-    Attributes:
-      source: the teacher.
-      accuracy: on the labeled examples; nan if there are none.
-      low: lower end of the exact 95 % interval (Clopper and Pearson) of the accuracy.
-      high: upper end.
-      chance: frequency of the largest class.
-      n: number of labeled examples.
-      remedy: confirmed changes, if there are any.
-      probabilities: whether the outputs are probabilities instead of logits.
-      members: diagnoses of the members of an ensemble.
-    """
-
-    source: str
-    accuracy: float
-    low: float
-    high: float
-    chance: float
-    n: int
-    remedy: Remedy | None = None
-    probabilities: bool = False
-    members: tuple["Diagnosis", ...] = ()
-
-    @property
-    def near_chance(self) -> bool:
-        """Whether the teacher is hardly better than the largest class alone, or not at all."""
-        return self.n > 0 and (_skill(self.accuracy, self.chance) < LEAST_SKILL or self.low <= self.chance)
-
-    def lines(self) -> list[str]:
-        """Messages for the user: the accuracy, then one line for each warning, which begins with `warning:`."""
-        if not self.n:
-            return [f"teacher {self.source}: no labeled examples, so its accuracy is unknown"]
-        lines = [
-            f"teacher {self.source}: accuracy {self.accuracy:.1%} on {self.n:,} labeled examples (95 % interval {self.low:.1%} "
-            f"to {self.high:.1%}; the largest class alone: {self.chance:.1%})"
-        ]
-        if self.near_chance:
-            lines.append(
-                f"warning: the teacher is NEAR CHANCE on these data: {self.accuracy:.1%} against {self.chance:.1%}"
-            )
-        if self.remedy is not None:
-            lines.append(f"warning: {_description(self.remedy)}: give {self.remedy.option}")
-        elif self.near_chance and not self.members:
-            lines.append(
-                "warning: no other class order, channel order, pixel range, mean and std or layout repairs it: check that it "
-                "was trained for these classes and this kind of input"
-            )
-        if self.probabilities:
-            lines.append(
-                "warning: its outputs are probabilities (each row sums to 1), but distillation needs logits: remove the "
-                "softmax, or take the logarithm"
-            )
-        for member in self.members:
-            if member.remedy is not None:
-                lines.append(
-                    f"warning: {member.source}: {_description(member.remedy)}: in a TOML file beside it, {member.remedy.toml}"
-                )
-        return lines
-
-
-def _description(remedy: Remedy) -> str:
-    return (
-        f"with {remedy.name} its accuracy is {remedy.after:.1%} instead of {remedy.before:.1%} ({remedy.n:,} examples)"
-    )
 
 
 def diagnose(
@@ -174,7 +82,7 @@ def diagnose(
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.permutation(labeled)[:limit])
     if not len(rows):
-        return Diagnosis(teacher.source, float("nan"), 0.0, 1.0, float("nan"), 0)
+        return _without_labels(teacher, inputs[np.sort(rng.permutation(len(labels))[:limit])], class_names)
     order = rng.permutation(len(rows))  # screens and test are random parts
     examples, truth = inputs[rows][order], np.asarray(labels)[rows][order]
     base = _Trial(teacher, examples, truth)
@@ -185,7 +93,15 @@ def diagnose(
     members = tuple(diagnose(m, inputs, labels, class_names, limit=limit, seed=seed) for m in teacher.members)
     accuracy = float(base.hits.mean())
     return Diagnosis(
-        teacher.source, accuracy, low, high, chance, len(rows), remedy, _are_probabilities(base.logits), members
+        teacher.source,
+        *(accuracy, low, high, chance, len(rows)),
+        remedy,
+        members,
+        meaning=meaning_of(base.logits),
+        stated=_states(teacher),
+        recorded=teacher.recorded,
+        same_frequencies=_same_frequencies(base.logits.argmax(axis=1), truth),
+        notes=teacher.notes,
     )
 
 
@@ -251,7 +167,7 @@ def _search(base: _Trial, names: tuple[str, ...], chance: float) -> Remedy | Non
         float(before.mean()),
         float(after.mean()),
         len(before),
-        _p_value(before, after),
+        p_value(before, after),
     )
 
 
@@ -266,14 +182,14 @@ def _round(now: _Trial, names: tuple[str, ...], chance: float, *, first: bool) -
     confirmed = _confirmed(now, [repair for group in groups for repair in group], chance)
     if (classes := _classes(now, names, chance)) is not None:
         confirmed.append(classes)
-    if not confirmed and first and _skill(float(now.hits.mean()), chance) < LEAST_SKILL:
+    if not confirmed and first and skill(float(now.hits.mean()), chance) < LEAST_SKILL:
         confirmed = _confirmed(now, pairs(groups), chance)
     if not confirmed:
         return None
     tested = slice(_screens(len(now.truth))[-1], None)
     best = max(confirmed, key=lambda each: each[1].hits[tested].mean())[1].hits[tested]
     # a more common repair comes first and wins unless the best is clearly better
-    return next(each for each in confirmed if _p_value(each[1].hits[tested], best) > 0.05)
+    return next(each for each in confirmed if p_value(each[1].hits[tested], best) > 0.05)
 
 
 def _screens(n: int) -> tuple[int, int, int]:
@@ -318,20 +234,9 @@ def _is_confirmed(now: _Trial, trial: _Trial, chance: float) -> bool:
     """Whether the test examples, which did not select the repair, confirm it."""
     tested = slice(_screens(len(now.truth))[-1], None)
     try:
-        return _is_better(now.hits[tested], trial.hits[tested], chance)
+        return is_better(now.hits[tested], trial.hits[tested], chance)
     except InputError:
         return False
-
-
-def _is_better(before: np.ndarray, after: np.ndarray, chance: float) -> bool:
-    better = after.mean() - before.mean() >= LEAST_GAIN and _p_value(before, after) <= LEVEL
-    return bool(better and _skill(float(after.mean()), chance) >= LEAST_SKILL)
-
-
-def _p_value(before: np.ndarray, after: np.ndarray) -> float:
-    """Exact one-sided McNemar test of "`after` has no more hits than `before`", both [n] on the same examples."""
-    wins, losses = int((after & ~before).sum()), int((before & ~after).sum())
-    return mcnemar_p_value(wins, losses)
 
 
 def _classes(now: _Trial, names: tuple[str, ...], chance: float) -> tuple[Repair, _Trial] | None:
@@ -343,7 +248,7 @@ def _classes(now: _Trial, names: tuple[str, ...], chance: float) -> tuple[Repair
     start = len(now.truth) // 2
     from_half = _permutation(predicted[:start], now.truth[:start], size)
     repaired = from_half[predicted[start:]] == now.truth[start:]
-    if not _is_better(now.hits[start:], repaired, chance):
+    if not is_better(now.hits[start:], repaired, chance):
         return None
     permutation = _permutation(predicted, now.truth, size)
     changes = _renamed(now.teacher, permutation, names) if size <= min(LISTED_CLASSES, len(now.truth) // 5) else {}
@@ -383,16 +288,38 @@ def _reordered(now: _Trial, permutation: np.ndarray) -> _Trial:
     return _Trial(teacher, now.examples, now.truth)
 
 
-def _skill(accuracy: float, chance: float) -> float:
-    """Accuracy on a scale where chance is 0 and perfection is 1."""
-    return (accuracy - chance) / (1 - chance) if chance < 1 else accuracy
-
-
 def _interval(successes: int, n: int) -> tuple[float, float]:
     """Exact 95 % interval of a probability (Clopper and Pearson 1934)."""
     low = clopper_pearson_lower(successes, n, confidence=0.975)
     return low, 1 - clopper_pearson_lower(n - successes, n, confidence=0.975)
 
 
-def _are_probabilities(logits: np.ndarray) -> bool:
-    return bool(logits.shape[1] > 1 and logits.min() >= 0 and np.allclose(logits.sum(axis=1), 1, atol=1e-3))
+def _without_labels(teacher: Teacher, examples: np.ndarray, class_names: Sequence[str]) -> Diagnosis:
+    """The diagnosis on examples without labels: what the outputs look like, and which classes they name."""
+    logits = _Trial(teacher, examples, np.full(len(examples), -1)).logits
+    counts = np.bincount(logits.argmax(axis=1), minlength=logits.shape[1])
+    known = bool(class_names or teacher.class_names or teacher.classifier or _states(teacher))
+    nan = float("nan")
+    return Diagnosis(
+        teacher.source,
+        *(nan, 0.0, 1.0, nan, 0),
+        meaning=meaning_of(logits),
+        stated=_states(teacher),
+        predictions=Predictions(logits.shape[1], int(counts.argmax()), int(counts.max()), len(examples)),
+        why_not_logits="" if known else why_not_logits(logits),
+        notes=teacher.notes,
+    )
+
+
+def _same_frequencies(predicted: np.ndarray, truth: np.ndarray) -> bool:
+    """Whether predictions have the class frequencies of the labels, up to chance and 5 % of the examples."""
+    size = int(max(predicted.max(), truth.max())) + 1
+    counts = [np.bincount(each, minlength=size) / len(truth) for each in (predicted, truth)]
+    by_chance = np.sqrt(counts[1] * (1 - counts[1]) / len(truth)).sum()  # about the mean of the distance of two samples
+    return bool(np.abs(counts[0] - counts[1]).sum() / 2 <= 0.05 + by_chance)
+
+
+def _states(teacher: Teacher) -> bool:
+    """Whether the user states the meaning of the outputs."""
+    own = teacher.preprocessing is not None and bool(teacher.preprocessing.outputs)
+    return own or any(map(_states, teacher.members))

@@ -64,6 +64,8 @@ def _ensemble(place: str, request: Request, *, probabilities: bool) -> Teacher:
         class_names=members[0].class_names,
         params=None if None in params else sum(number or 0 for number in params),
         members=tuple(members),
+        notes=tuple(f"{member.source}: {note}" for member in members for note in member.notes),
+        classifier=any(member.classifier for member in members),
     )
 
 

@@ -89,6 +89,7 @@ def flax_teacher(
         params=count_params(variables),
         network=network,
         variables=variables,
+        classifier=True,
     )
     return build_teacher(model, request or Request(source, IDENTITY, shape, classes, ()))
 

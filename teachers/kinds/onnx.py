@@ -13,6 +13,8 @@ import numpy as np
 
 from ev3_distill.errors import InputError, summary
 from ev3_distill.runtime.files import sha256_of
+from ev3_distill.teachers.kinds.normalized_outputs import notes_on
+from ev3_distill.teachers.kinds.onnx_outputs import origins_of, score_shapes
 from ev3_distill.teachers.loading import digest_of, import_package, split_file_and_outputs
 from ev3_distill.teachers.preprocessing import read_preprocessing_file
 from ev3_distill.teachers.teacher import Model, Outputs, Request, Teacher, build_teacher, in_batches, pick_outputs
@@ -47,7 +49,12 @@ def onnx_teacher(place: str, request: Request) -> Teacher:
     session = _session(path, names, request.source)
     entry = _input(session, request.source)
     shapes = {out.name: _shape(out) for out in session.get_outputs() if out.type.startswith("tensor(")}
-    taken = pick_outputs(shapes, names, request.expected_outputs(file_preprocessing), source=request.source)
+    origins = origins_of(path)
+    scores = score_shapes(
+        session.get_outputs(), shapes, names, origins, source=request.source, num_classes=request.num_classes
+    )
+    expected = request.expected_outputs(file_preprocessing)
+    taken = pick_outputs(scores, names, expected, source=request.source, normalized=origins.normalized)
     shape, logits = _shape(entry), shapes.get(taken[0])
     fixed = shape[0] if shape else None
     model = Model(
@@ -58,6 +65,7 @@ def onnx_teacher(place: str, request: Request) -> Teacher:
         takes_uint8=entry.type == "tensor(uint8)",
         num_outputs=logits[1] if logits and len(logits) == 2 else None,
         params=_params(path),
+        notes=notes_on(taken[0], names, origins.normalized, source=request.source, inside=True),
     )
     return build_teacher(model, request)
 

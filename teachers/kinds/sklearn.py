@@ -9,10 +9,9 @@ import numpy as np
 from ev3_distill.errors import InputError, summary
 from ev3_distill.runtime.files import sha256_of
 from ev3_distill.teachers.loading import digest_of, import_package, split_file_and_outputs
+from ev3_distill.teachers.output_meaning import LEAST_PROBABILITY
 from ev3_distill.teachers.preprocessing import read_preprocessing_file
 from ev3_distill.teachers.teacher import Model, Outputs, Request, Teacher, build_teacher
-
-LEAST_PROBABILITY = 1e-7  # of a class; keeps its logarithm finite
 
 
 def sklearn_teacher(place: str, request: Request) -> Teacher:
@@ -33,8 +32,11 @@ def sklearn_teacher(place: str, request: Request) -> Teacher:
     if not isinstance(classes, np.ndarray) or classes.ndim != 1 or not decides:
         raise InputError(
             f"an sklearn teacher is a fitted classifier with decision_function or predict_proba; {path} holds "
-            f"{type(estimator).__name__}: save a classifier"
+            f"{type(estimator).__name__}: save a classifier with one label per example (regressions and several targets are "
+            "tasks that ev3-distill does not offer yet)"
         )
+    if getattr(estimator, "multilabel_", False):
+        raise _several_labels(estimator)
     features = getattr(estimator, "n_features_in_", None)
     model = Model(
         run=lambda ready: _logits(estimator, ready.reshape(len(ready), -1), len(classes)),
@@ -42,7 +44,7 @@ def sklearn_teacher(place: str, request: Request) -> Teacher:
         file_preprocessing=read_preprocessing_file(path),
         input_shape=(None if features is None else int(features),),
         num_outputs=len(classes),
-        class_names=tuple(str(name) for name in classes.tolist()),
+        class_names=tuple(name.decode() if isinstance(name, bytes) else str(name) for name in classes.tolist()),
     )
     return build_teacher(model, request)
 
@@ -68,7 +70,18 @@ def _logits(estimator: Any, rows: np.ndarray, classes: int) -> Outputs:
     if hasattr(estimator, "decision_function") and not one_vs_one:
         decision = np.asarray(estimator.decision_function(rows))
         return {"logits": np.stack([-decision / 2, decision / 2], axis=1) if decision.ndim == 1 else decision}
-    return {"logits": np.log(np.clip(estimator.predict_proba(rows), LEAST_PROBABILITY, 1))}
+    probabilities = np.asarray(estimator.predict_proba(rows))
+    if not np.allclose(probabilities.sum(axis=1), 1, atol=1e-3):
+        raise _several_labels(estimator)
+    return {"logits": np.log(np.clip(probabilities, LEAST_PROBABILITY, 1))}
+
+
+def _several_labels(estimator: Any) -> InputError:
+    return InputError(
+        "a teacher gives one class per example; got probabilities of several labels (multi-label) from "
+        f"{type(estimator).__name__}, a task that ev3-distill does not offer yet: use a teacher whose classes exclude "
+        "each other"
+    )
 
 
 def _last(estimator: Any) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ev3_distill.errors import InputError, summary
 from ev3_distill.runtime.files import sha256_of
+from ev3_distill.teachers.kinds.normalized_outputs import Normalized, notes_on
 from ev3_distill.teachers.kinds.onnx import LARGEST_BATCH, as_type
 from ev3_distill.teachers.kinds.torch_archive import SAVE, safe_archive
 from ev3_distill.teachers.loading import digest_of, import_package, split_file_and_outputs
@@ -18,6 +19,7 @@ from ev3_distill.teachers.preprocessing import read_preprocessing_file
 from ev3_distill.teachers.teacher import Model, Outputs, Request, Teacher, build_teacher, in_batches, pick_outputs
 
 INSTALL = "ev3-distill[torch]"
+_NORMALIZERS = {"aten.softmax.int": "softmax", "aten._softmax.default": "softmax", "aten.sigmoid.default": "sigmoid"}
 _TRAINING = {"aten.dropout.default": 2, "aten.batch_norm.default": 5}  # operator -> index of its argument `training`
 
 
@@ -37,7 +39,9 @@ def torch_teacher(place: str, request: Request) -> Teacher:
         raise InputError(
             f"a name after # is an output; got {', '.join(unknown)} in {request.source}: the outputs are {', '.join(shapes)}"
         )
-    taken = pick_outputs(shapes, names, request.expected_outputs(file_preprocessing), source=request.source)
+    normalized = _normalized(program, list(shapes))
+    expected = request.expected_outputs(file_preprocessing)
+    taken = pick_outputs(shapes, names, expected, source=request.source, normalized=normalized)
     smallest, largest = _batch_limits(program, entry)
     logits = shapes[taken[0]]
     model = Model(
@@ -48,6 +52,7 @@ def torch_teacher(place: str, request: Request) -> Teacher:
         takes_uint8=entry.dtype == torch.uint8,
         num_outputs=logits[1] if logits and len(logits) == 2 else None,
         params=sum(weight.numel() for weight in program.parameters()),
+        notes=notes_on(taken[0], names, normalized, source=request.source, inside=False),
     )
     return build_teacher(model, request)
 
@@ -95,10 +100,25 @@ def _sizes(value: Any) -> tuple[int | None, ...]:
     return tuple(size if isinstance(size, int) else None for size in value.shape)
 
 
+def _output_nodes(program: Any) -> list[Any]:
+    outputs = next(node for node in program.graph.nodes if node.op == "output").args[0]
+    return list(outputs)[-len(program.graph_signature.user_outputs) :]
+
+
+def _normalized(program: Any, names: Sequence[str]) -> dict[str, Normalized]:
+    """Outputs that are the softmax or the sigmoid of a tensor, which is named as an output where it is one."""
+    nodes = _output_nodes(program)
+    name_of = {id(node): name for node, name in zip(nodes, names, strict=True)}
+    found = {}
+    for node, name in zip(nodes, names, strict=True):
+        if operator := _NORMALIZERS.get(str(getattr(node, "target", ""))):
+            found[name] = Normalized(operator, name_of.get(id(node.args[0]), str(node.args[0])))
+    return found
+
+
 def _shapes(program: Any) -> dict[str, tuple[int | None, ...] | None]:
     """Shapes of the outputs by name."""
-    outputs = next(node for node in program.graph.nodes if node.op == "output").args[0]
-    values = [getattr(node, "meta", {}).get("val") for node in outputs][-len(program.graph_signature.user_outputs) :]
+    values = [getattr(node, "meta", {}).get("val") for node in _output_nodes(program)]
     shapes = [None if not hasattr(value, "shape") else _sizes(value) for value in values]
     spec = program.call_spec.out_spec
     if spec.type is dict and spec.num_children == spec.num_leaves:

@@ -153,7 +153,10 @@ def test_truncated_data(cli, here):
             np.zeros((ROWS - 1, CLASSES)),
             f"one row per example, {ROWS}; got {ROWS - 1}: run the teacher on this data set",
         ),
-        (np.zeros((ROWS, CLASSES + 1)), f"one column per class, {CLASSES}; got {CLASSES + 1}: use a teacher of these"),
+        (
+            np.zeros((ROWS, CLASSES + 1)),
+            f"one output per class of the data, {CLASSES}; .* has {CLASSES + 1}: if it",
+        ),
         (
             np.where(np.arange(ROWS)[:, None] == 77, np.inf, np.zeros((ROWS, CLASSES))),
             "logits must be finite; got nan or infinity in row 77: check the teacher",

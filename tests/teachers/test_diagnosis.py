@@ -14,15 +14,8 @@ from conftest import SHARED
 from ev3_distill.config import Preprocessing
 from ev3_distill.errors import InputError
 from ev3_distill.teachers import load_teacher
-from ev3_distill.teachers.diagnosis.diagnose import (
-    LEVEL,
-    Diagnosis,
-    _interval,
-    _is_better,
-    _p_value,
-    _screens,
-    diagnose,
-)
+from ev3_distill.teachers.diagnosis.diagnose import _interval, _screens, diagnose
+from ev3_distill.teachers.diagnosis.findings import LEVEL, Diagnosis, is_better, p_value
 from ev3_distill.teachers.diagnosis.repairs import pairs, repairs
 
 K = 6
@@ -173,7 +166,9 @@ def test_examples_without_labels_are_left_out(teacher):
     assert diagnose(teacher(), images, some, NAMES).n == 100
     none = diagnose(teacher(), images, np.full(300, -1), NAMES)
     assert (none.n, none.remedy, none.near_chance) == (0, None, False)
-    assert none.lines() == ["teacher python:in_memory:f: no labeled examples, so its accuracy is unknown"]
+    assert none.lines()[0].startswith(
+        "teacher python:in_memory:f: no labeled examples, so its accuracy is unknown. Its 6 "
+    )
 
 
 def test_it_uses_a_limited_number_of_examples_read_by_rows(teacher):
@@ -246,8 +241,8 @@ def test_interval_and_p_value_by_hand():
     assert _interval(0, 10)[0] == 0
     assert _interval(10, 10)[1] == 1
     before, after = np.array([False] * 9 + [True] * 5), np.array([True] * 9 + [False] + [True] * 4)
-    assert _p_value(before, after) == pytest.approx(11 / 1024)
-    assert _p_value(before, before) == 1
+    assert p_value(before, after) == pytest.approx(11 / 1024)
+    assert p_value(before, before) == 1
 
 
 def outcomes(wins, losses, both, neither):
@@ -257,13 +252,13 @@ def outcomes(wins, losses, both, neither):
 
 def test_what_confirms_a_repair():
     """A gain of 0.03, p <= 0.001 and a skill of 0.1: each of them decides alone."""
-    assert _is_better(*outcomes(40, 0, 500, 460), chance=0.1)  # a gain of 0.04
-    assert not _is_better(*outcomes(20, 0, 500, 480), chance=0.1)  # a gain of 0.02, p = 1e-6
-    assert _is_better(*outcomes(11, 0, 20, 20), chance=0.1)  # p = 0.0005
-    assert _is_better(*outcomes(10, 0, 20, 20), chance=0.1)  # p = 0.00098
-    assert not _is_better(*outcomes(9, 0, 20, 20), chance=0.1)  # p = 0.00195
-    assert _is_better(*outcomes(100, 0, 50, 850), chance=0.01)  # a skill of 0.14
-    assert not _is_better(*outcomes(60, 0, 10, 930), chance=0.01)  # a skill of 0.06
+    assert is_better(*outcomes(40, 0, 500, 460), chance=0.1)  # a gain of 0.04
+    assert not is_better(*outcomes(20, 0, 500, 480), chance=0.1)  # a gain of 0.02, p = 1e-6
+    assert is_better(*outcomes(11, 0, 20, 20), chance=0.1)  # p = 0.0005
+    assert is_better(*outcomes(10, 0, 20, 20), chance=0.1)  # p = 0.00098
+    assert not is_better(*outcomes(9, 0, 20, 20), chance=0.1)  # p = 0.00195
+    assert is_better(*outcomes(100, 0, 50, 850), chance=0.01)  # a skill of 0.14
+    assert not is_better(*outcomes(60, 0, 10, 930), chance=0.01)  # a skill of 0.06
 
 
 def test_a_teacher_near_chance_has_a_skill_below_a_tenth():
