@@ -184,6 +184,9 @@ class RunConfig:
     augment: str = "auto"
     """Augmentation of images: none; or a list such as flip,crop=4,translate=2,cutout=8,mixup or cutmix;
     or auto: flip and crop color images."""
+    standardize: bool = True
+    """Standardize inputs by statistics of the explore split, which become a part of the student: vectors by column, sequences
+    by channel; images only where pixels exceed 8 (bytes as int64 or float32, 12 or 16 bits), by their range."""
     memory: str = ""
     """Memory limit such as 1G; data that do not fit stay on disk. Default: half of the machine's memory."""
     skip_corrupt: bool = False
@@ -300,6 +303,7 @@ class Compress(RunConfig):
             budget=budget,
             seed=self.seed,
             augment=self.augment,
+            standardize=self.standardize,
             memory=self.memory,
             skip_corrupt=self.skip_corrupt,
             checkpoint_s=self.checkpoint_s,

@@ -3,6 +3,7 @@
 import dataclasses
 import tomllib
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,15 +12,18 @@ from ev3_distill.errors import InputError
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
+OLDER = {"standardize": False}  # what a run did whose config.toml lacks the key
+
 _TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", tuple: "a list"}
 
 
-def read_config(kind: type[ConfigT], path: Path) -> ConfigT:
+def read_config(kind: type[ConfigT], path: Path, *, missing: Mapping[str, Any] | None = None) -> ConfigT:
     """Reads a TOML configuration.
 
     Args:
       kind: Compress or Teach.
-      path: of the file; keys that are missing keep their defaults.
+      path: of the file.
+      missing: values of missing keys; all others keep their defaults.
 
     Raises:
       InputError: no such file, not TOML, an unknown key or a value of the wrong type.
@@ -32,7 +36,7 @@ def read_config(kind: type[ConfigT], path: Path) -> ConfigT:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"a configuration must be a TOML file; {path} is not ({error}): fix it") from None
-    return _from_dict(kind, content, str(path))
+    return _from_dict(kind, {**(missing or {}), **content}, str(path))
 
 
 def read_run_config(kind: type[ConfigT], directory: Path) -> ConfigT:
@@ -47,11 +51,11 @@ def read_run_config(kind: type[ConfigT], directory: Path) -> ConfigT:
             f"--resume needs a run directory; {directory} has no config.toml: name another, or start a new run with --out"
         )
     try:
-        return read_config(kind, path)
+        return read_config(kind, path, missing=OLDER)
     except InputError as error:
         name, other, other_kind = ("teach", "compress", Compress) if kind is Teach else ("compress", "teach", Teach)
         try:
-            read_config(other_kind, path)
+            read_config(other_kind, path, missing=OLDER)
         except InputError:
             raise error from None
     raise InputError(f"{name} --resume needs a run of {name}; {directory} is a run of {other}: use {other} --resume")

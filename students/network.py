@@ -101,7 +101,7 @@ def count_params(variables: Variables) -> int:
 
 def describe_spec(spec: Mapping[str, Any]) -> str:
     """A network for error messages: the family or factory, and the options, such as `mlp (hidden=[32])`."""
-    hidden = ("family", "factory", "input_shape", "num_classes")
+    hidden = ("family", "factory", "input_shape", "num_classes", "standardize")
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in spec.items()}
     options = ", ".join(f"{name}={value}" for name, value in values.items() if name not in hidden)
     name = spec.get("factory") or spec.get("family")

@@ -21,6 +21,7 @@ from ev3_distill.students.families.vit import vit, vit_growth
 from ev3_distill.students.layers.conv import standard_convolutions
 from ev3_distill.students.network import describe_spec, from_nnx
 from ev3_distill.students.quantization import RANGES, as_int8
+from ev3_distill.students.standardization import STANDARDIZE, standardized_like
 from ev3_distill.types import Network
 
 
@@ -65,7 +66,7 @@ def build(spec: Mapping[str, Any], *, factory: Callable[..., Any] | None = None)
         make = functools.partial(from_nnx, functools.partial(_user_module, factory, options), spec)
     name = spec.get("factory") or spec["family"]
     try:
-        network = _with_spec_precision(make(), spec)
+        network = _with_spec_precision(standardized_like(make(), spec), spec)
         outputs = _output_shapes(network, options["input_shape"])
     except InputError:
         raise
@@ -132,7 +133,7 @@ def growth_spec(spec: Mapping[str, Any], *, factory: Callable[..., Any] | None =
 
 def spec_options(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that a spec passes to its family or factory."""
-    return {name: value for name, value in spec.items() if name not in ("family", "factory", "deploy")}
+    return {name: value for name, value in spec.items() if name not in ("family", "factory", "deploy", STANDARDIZE)}
 
 
 def with_precision(network: Network, precision: str) -> Network:

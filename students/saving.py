@@ -17,6 +17,7 @@ from ev3_distill.runtime.distributed import is_first_process, read_on_first
 from ev3_distill.runtime.files import atomic_directory
 from ev3_distill.students import digests
 from ev3_distill.students.registry import build
+from ev3_distill.students.standardization import STANDARDIZE
 from ev3_distill.types import Network, Variables
 
 
@@ -103,7 +104,7 @@ def _read(directory: Path, network: Network, blank: dict[str, np.ndarray]) -> di
     except Exception as error:  # orbax and tensorstore raise many kinds of errors for a damaged file
         raise InputError(
             f"saved variables must be intact and match spec.json; those in {directory} cannot be read for a network "
-            f"{network.spec}: {summary(error)}"
+            f"{ {name: of for name, of in network.spec.items() if name != STANDARDIZE} }: {summary(error)}"
         ) from None
     return {name: np.asarray(leaves[name]) for name in blank}
 

@@ -5,6 +5,7 @@ from ev3_distill.data.batches import Resident, Window, held_out, resident, sampl
 from ev3_distill.data.pipeline import ResidentPipeline, Views, WindowPipeline
 from ev3_distill.data.sources import Dataset, load_data
 from ev3_distill.data.splits import SPLITS, count_shared, split_rows
+from ev3_distill.data.statistics import input_statistics
 
 __all__ = [
     "SPLITS",
@@ -17,6 +18,7 @@ __all__ = [
     "WindowPipeline",
     "count_shared",
     "held_out",
+    "input_statistics",
     "load_data",
     "resident",
     "sampler",

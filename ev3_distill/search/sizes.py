@@ -25,12 +25,10 @@ def first_network(config: Compress, spec: Mapping[str, Any]) -> Network:
       InputError: --sizes are not in ascending order of parameters.
     """
     shape = spec["input_shape"], spec["num_classes"]
+    if config.start == "tiny":
+        return students.standardized_like(students.tiny(config.student, *shape), spec)
     if config.start:
-        return (
-            students.tiny(config.student, *shape)
-            if config.start == "tiny"
-            else students.from_name(config.start, *shape)
-        )
+        return students.standardized_like(students.from_name(config.start, *shape), spec)
     ladder = [students.from_name(text, *shape) for text in config.sizes]
     params = [count_params(jax.eval_shape(network.init, jax.random.key(0))) for network in ladder]
     if sorted(set(params)) != params:
@@ -38,7 +36,7 @@ def first_network(config: Compress, spec: Mapping[str, Any]) -> Network:
             f"the sizes of a search must come smallest first; got {', '.join(config.sizes)} of {params} parameters: order "
             "them"
         )
-    return ladder[0]
+    return students.standardized_like(ladder[0], spec)
 
 
 class Sizes:
@@ -58,7 +56,7 @@ class Sizes:
         """
         spec = setup.network.spec
         named = [students.from_name(text, spec["input_shape"], spec["num_classes"]) for text in config.sizes]
-        self.ladder = [dict(network.spec) for network in named]
+        self.ladder = [dict(students.standardized_like(network, spec).spec) for network in named]
         self._moves, self._factory = config.moves, factory
         limits = [(guard.metric, guard.threshold) for guard in setup.guards if guard.row.source == "size"]
         self._limits = limits + ([("params", config.max_params)] if config.max_params else [])

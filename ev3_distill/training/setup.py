@@ -11,7 +11,7 @@ import numpy as np
 from ev3_distill import students
 from ev3_distill.arms import arms_named
 from ev3_distill.config import Budget, Compress, RunConfig
-from ev3_distill.data import augment, split_rows
+from ev3_distill.data import augment, input_statistics, split_rows
 from ev3_distill.data.batches import held_out, sampler
 from ev3_distill.data.pipeline import ResidentPipeline, Views, WindowPipeline
 from ev3_distill.data.sources import Dataset
@@ -101,9 +101,13 @@ def make_setup(
 def classification_setup(
     config: RunConfig, name: str, dataset: Dataset, num_classes: int, devices: Devices = ONE
 ) -> TrainingSetup:
-    """The setup of a run that trains the student of that name to classify."""
+    """The setup of a run that trains the student of that name to classify, with standardized inputs if configured."""
     network = students.from_name(name, dataset.inputs.shape[1:], num_classes)
-    return make_setup(config, network, dataset, classification(num_classes), devices)
+    setup = make_setup(config, network, dataset, classification(num_classes), devices)
+    if not config.standardize:
+        return setup
+    statistics = input_statistics(dataset.inputs, setup.rows["explore"])
+    return dataclasses.replace(setup, network=students.standardized(network, statistics))
 
 
 class InStepTeacher(NamedTuple):

@@ -60,6 +60,7 @@ from ev3_distill.students.growth.net2net import (
 )
 from ev3_distill.students.network import describe_spec
 from ev3_distill.students.registry import build, growth_spec
+from ev3_distill.students.standardization import STANDARDIZE
 from ev3_distill.types import Network, PyTree, Variables
 
 Factory = Callable[..., Any]
@@ -250,6 +251,10 @@ def check_growth(
         one, other = (_as_list(each.get(name)) for each in (spec, target))
         if one != other:
             raise refusal(f"growth keeps {name}", f"{other} for {one}", "train such a network from scratch")
+    if spec.get(STANDARDIZE) != target.get(STANDARDIZE):
+        raise refusal(
+            "growth keeps how inputs are standardized", "other statistics", f"copy '{STANDARDIZE}' of the spec"
+        )
     if removed := [name for name in old.layers if name not in new.layers]:
         raise refusal("growth removes no layer", f"none of {', '.join(removed)}", "name at least as many layers")
     for name, layer in new.layers.items():

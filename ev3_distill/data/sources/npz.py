@@ -12,6 +12,7 @@ from ev3_distill.data.sources.array_shapes import LAYOUTS, TOKEN_NAMES, TOKEN_RO
 from ev3_distill.data.sources.dataset import Dataset, ReadOptions, fingerprint
 from ev3_distill.data.sources.label_arrays import check_labels, number_labels
 from ev3_distill.data.sources.place_options import split_options
+from ev3_distill.data.sources.resolution import ResolutionCheck
 from ev3_distill.data.sources.row_cache import Notes, RowWriter, load_or_create
 from ev3_distill.data.sources.row_file import Part, RowFile
 from ev3_distill.data.sources.zip_reader import ZipReader
@@ -259,8 +260,9 @@ def _write(archive: ZipReader, members: list[ArrayMember], dtype: np.dtype, writ
 def _convert(archive: ZipReader, members: list[ArrayMember], dtype: np.dtype) -> Iterator[np.ndarray]:
     """Yields chunks of examples [n, ...] as uint8 or float32; uint8 is scaled to [0, 1] if others are floats."""
     for member in members:
-        row = 0
+        row, check = 0, ResolutionCheck(member.dtype, member.shape, f"{archive.path}: {member.name}")
         for chunk in _chunks(archive, member):
+            check.add(chunk)
             scale = np.float32(255 if member.dtype == np.uint8 else 1)
             with np.errstate(over="ignore"):  # of float64; reported below
                 converted = chunk if dtype == np.uint8 else chunk.astype(np.float32) / scale
@@ -273,6 +275,7 @@ def _convert(archive: ZipReader, members: list[ArrayMember], dtype: np.dtype) ->
                 converted = converted.transpose(0, 2, 3, 1)
             yield converted.reshape(len(converted), *member.row_shape)
             row += len(converted)
+        check.refuse_lost_columns()
 
 
 def _chunks(archive: ZipReader, member: ArrayMember) -> Iterator[np.ndarray]:
