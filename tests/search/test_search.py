@@ -15,7 +15,7 @@ from scipy import stats
 
 from ev3_distill import students
 from ev3_distill.cli.main import main
-from ev3_distill.runtime.digest import student_digest
+from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.training.trainer import Distillation
 
 SEARCH = (
@@ -152,8 +152,7 @@ def test_the_surer_candidate_is_delivered_if_the_preferred_one_fails(cli, here, 
     assert claim["lower_bound"] == pytest.approx(expected)
     (opening,) = json.loads((here / "run" / "opened.json").read_text())["openings"]
     folders = (here / "run" / "sizes" / f"{number:02d}" for number in (preferred, surer))
-    loaded = [students.load(folder) for folder in folders]
-    digests = [student_digest(network.spec, variables) for network, variables in loaded]
+    digests = [tree_digest(students.load(folder)[1]) for folder in folders]
     assert [opening["student"], *opening["others"]] == digests
     page = (here / "run" / "report.html").read_text()
     assert "The sealed split was opened for 2 students, any of which could have been delivered" in page
