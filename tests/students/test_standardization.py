@@ -62,7 +62,7 @@ def test_a_student_with_other_statistics_than_were_saved_is_refused(tmp_path):
     students.save(tmp_path / "student", network, network.init(jax.random.key(0)))
     moved = {**network.spec, "standardize": {**STATISTICS, "scale": [10, 1e-3, 0.33]}}
     (tmp_path / "student" / "spec.json").write_text(json.dumps(moved))
-    with pytest.raises(InputError, match="a saved student must stay as it was written; .* holds another spec than "):
+    with pytest.raises(InputError, match=r"a saved student must stay as it was written; .* holds another spec than "):
         students.load(tmp_path / "student")
 
 
