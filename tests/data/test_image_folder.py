@@ -12,7 +12,8 @@ import pytest
 from image_files import TEST, TRAIN, archive, both, contents, encoded, load, picture, seeds_of, tree
 
 from ev3_distill.data.sources import load_data
-from ev3_distill.data.sources.image_decode import Unreadable, decode_image
+from ev3_distill.data.sources.image_decode import decode_image
+from ev3_distill.data.sources.unreadable import Unreadable
 from ev3_distill.errors import InputError
 
 ROOT = Path(__file__).parents[2]

@@ -18,8 +18,9 @@
 - `folder:DIR` or `folder:FILE.zip`: images in `train/CLASS/` and `test/CLASS/` (or `val/CLASS/`), in `CLASS/`, or
   without class folders, which means without labels. All images must have one size, or the source ends in `,size=32` or
   `,size=32x48` (height x width; bilinear, the aspect ratio is not kept). They are gray if no image has color;
-  `,channels=1` or `,channels=3` overrides that. The alpha channel is dropped. The orientation in a photo's EXIF data is
-  ignored, as common loaders do.
+  `,channels=1` or `,channels=3` overrides that. Transparent pixels are composited on white; `,background=black`, another
+  color or `ignore` overrides that. The values of 16-bit files are divided by 257, or by what `,bits=12` names. Photos are
+  turned upright by their EXIF data unless `,orientation=ignore`.
 - `tfds:NAME[/CONFIG][:VERSION]`: a data set that TensorFlow Datasets has prepared; its splits `train` and `test` (or
   `validation`). Takes the same options as `folder`.
 """

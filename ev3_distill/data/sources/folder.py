@@ -11,6 +11,7 @@ from ev3_distill.data.sources.folder_layout import ImageListing, list_images
 from ev3_distill.data.sources.image_archive import open_container
 from ev3_distill.data.sources.image_decode import decode_image
 from ev3_distill.data.sources.image_options import parse_place
+from ev3_distill.data.sources.image_traits import TraitsRecord, warn_of_traits
 from ev3_distill.data.sources.parallel_decode import DecodedRows, Encoded, decode_all
 from ev3_distill.errors import InputError
 
@@ -27,14 +28,19 @@ def load(place: str, options: ReadOptions) -> Dataset:
     container = open_container(Path(path).expanduser())
     listing = list_images(container.files, container.folders, path, options.warn)
     names = listing.names
-    content = json.dumps([_FORMAT, container.fingerprint(names), image_options])
+    content = json.dumps([_FORMAT, container.fingerprint(names), image_options.form])
+    record = TraitsRecord(len(names), image_options)
     images = Encoded(
         place=path,
         names=names,
-        decode=lambda i: decode_image(container.read(names[i]), image_options),
+        decode=lambda i: record.add(i, decode_image(container.read(names[i]), image_options)),
         size_hint=f"folder:{path},size=32 gives all that size",
+        decoding=json.dumps(image_options),
+        notes=record.notes,
     )
-    return _dataset(listing, decode_all(images, content, options), f"folder:{place}")
+    decoded = decode_all(images, content, options)
+    warn_of_traits(decoded.notes, names, path, image_options, options.warn)
+    return _dataset(listing, decoded, f"folder:{place}")
 
 
 def _dataset(listing: ImageListing, decoded: DecodedRows, source: str) -> Dataset:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from ev3_distill.data.sources.image_decode import Unreadable
+from ev3_distill.data.sources.unreadable import Unreadable
 from ev3_distill.data.sources.zip_reader import ZipReader
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.files import sha256_of

@@ -6,31 +6,48 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ev3_distill.data.sources.image_options import ImageOptions
+from ev3_distill.data.sources.image_alpha import alpha_of, flatten
+from ev3_distill.data.sources.image_depth import MAX_BITS, wide_pixels
+from ev3_distill.data.sources.image_options import IGNORE, ImageOptions
+from ev3_distill.data.sources.image_traits import Decoded, Traits
+from ev3_distill.data.sources.unreadable import Unreadable
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".webp", ".avif", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
 
-_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # without those that start a program, such as EPS
+_FORMATS = (
+    "JPEG",
+    "PNG",
+    "BMP",
+    "WEBP",
+    "AVIF",
+    "GIF",
+    "TIFF",
+    "PPM",
+)  # without those that start a program, such as EPS
+_WITH_FRAMES = ("PNG", "WEBP", "AVIF", "GIF", "TIFF")  # photos of phones, JPEG, have other pictures beside the main one
 _GRAY_MODES = ("1", "L", "LA", "La")
-_16_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_ORIENTATION = 0x0112  # tag of EXIF
+_EXIF = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # where Pillow looks for it
 
 
-class Unreadable(Exception):
-    """An example cannot be read; the message gives a short reason."""
-
-
-def decode_image(content: bytes, options: ImageOptions) -> np.ndarray:
+def decode_image(content: bytes, options: ImageOptions) -> Decoded:
     """Decodes an image.
+
+    Transparent pixels are composited on the background, 16 bits become 8, and the EXIF orientation is applied, in this order
+    and before the size is changed.
 
     Args:
       content: of the file.
-      options: size and channels of the result.
+      options: of the source.
 
     Returns:
-      [H, W, 1] if it is gray, [H, W, 3] if it has color; uint8. Alpha is dropped, 16 bits become 8.
+      [H, W, 1] if it is gray, [H, W, 3] if it has color; uint8.
 
     Raises:
       Unreadable: the content is damaged or not an image.
@@ -39,7 +56,11 @@ def decode_image(content: bytes, options: ImageOptions) -> np.ndarray:
 
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
-            converted = _convert_mode(image, options.channels)
+            frames = _has_frames(image)
+            converted, traits = _convert_mode(image, content, options)
+            turn = None if options.orientation == IGNORE else _turn_of(image)
+            if turn is not None:
+                converted = converted.transpose(turn)
             if options.size and converted.size != options.size[::-1]:
                 converted = converted.resize(options.size[::-1], Image.Resampling.BILINEAR)
             array = np.asarray(converted)  # decodes
@@ -49,7 +70,8 @@ def decode_image(content: bytes, options: ImageOptions) -> np.ndarray:
         raise Unreadable("empty" if not content else "not an image of a known format") from None
     except Exception as error:  # a decoder may raise anything on damaged bytes
         raise Unreadable(" ".join(str(error).split()) or type(error).__name__) from None
-    return array[..., None] if array.ndim == 2 else array
+    traits = traits._replace(frames=frames, turned=turn is not None)
+    return Decoded(array[..., None] if array.ndim == 2 else array, traits)
 
 
 @functools.cache
@@ -61,27 +83,59 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _convert_mode(image: "Image.Image", channels: int) -> "Image.Image":
+def _has_frames(image: "Image.Image") -> bool:
+    if image.format not in _WITH_FRAMES:
+        return False
+    try:
+        return getattr(image, "n_frames", 1) > 1
+    except Exception:  # damage behind the first frame, which is read nevertheless
+        return True
+
+
+def _turn_of(image: "Image.Image") -> "Image.Transpose | None":
+    """What turns an image upright, according to its EXIF data; None if nothing is to be done. TIFF is upright once decoded."""
+    from PIL import Image
+
+    if not _EXIF & image.info.keys():
+        return None
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    try:
+        return turns.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF data in an intact image
+        return None
+
+
+def _convert_mode(image: "Image.Image", content: bytes, options: ImageOptions) -> tuple["Image.Image", Traits]:
     """Converts to 8-bit gray or RGB; without a number of channels, to the one that loses nothing."""
-    if image.mode in _16_BIT_MODES:
-        image = _to_8_bits(image)
+    from PIL import Image
+
+    wide = wide_pixels(image, content, options.bits)
+    image.load()
+    alpha = alpha_of(image, wide) if options.color else None
+    traits = Traits(transparent=alpha is not None)
+    if wide is not None:
+        bits = options.bits or wide.bits
+        traits = traits._replace(maximum=wide.maximum, scaled=bits != MAX_BITS)
+        if wide.values.ndim == 2 or bits != MAX_BITS:  # Pillow has reduced the colors of 16 bits to their high bytes
+            image = Image.fromarray(wide.in_bytes(bits))
     if image.mode == "F":
         raise Unreadable("its pixels are floats: save it with 8 bits")
     is_gray = image.mode in _GRAY_MODES or (image.mode == "P" and _has_gray_palette(image.getpalette()))
-    mode = "L" if channels == 1 or (is_gray and not channels) else "RGB"
-    return image if image.mode == mode else image.convert(mode)
+    if alpha is not None and options.color:
+        image = flatten(image, alpha, options.color, is_gray=is_gray)
+        is_gray = image.mode == "L"
+    mode = "L" if options.channels == 1 or (is_gray and not options.channels) else "RGB"
+    return image if image.mode == mode else image.convert(mode), traits
 
 
 def _has_gray_palette(palette: list[int] | None) -> bool:
     colors = np.array(palette or [0, 0, 0]).reshape(-1, 3)
     return bool((colors == colors[:, :1]).all())
-
-
-def _to_8_bits(image: "Image.Image") -> "Image.Image":
-    """Scales 16 bits to 8: 65,535 becomes 255."""
-    from PIL import Image
-
-    values = np.asarray(image).astype(np.int64)
-    if values.size and not 0 <= values.min() <= values.max() < 2**16:
-        raise Unreadable("its pixels have more than 16 bits: save it with 8")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))

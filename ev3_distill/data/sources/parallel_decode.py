@@ -13,13 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ev3_distill.data.sources.dataset import ReadOptions
-from ev3_distill.data.sources.image_decode import Unreadable
 from ev3_distill.data.sources.row_cache import Notes, RowWriter, load_or_create
 from ev3_distill.data.sources.row_file import RowFile
+from ev3_distill.data.sources.unreadable import Unreadable
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.cpu import cores
 
-_FORMAT = 1  # version of the cached rows and notes
+_FORMAT = 2  # version of the cached rows and notes: how pixels are decoded
 _CHUNK = 4 << 20  # bytes of rows that a thread decodes at a time
 _LISTED = 5  # unreadable examples that a message lists
 _GRAY, _COLOR = 1, 3  # channels
@@ -33,6 +33,7 @@ class Encoded:
     names: Sequence[str]  # [N]
     decode: Callable[[int], np.ndarray]  # decodes example i; called by several threads, may raise Unreadable
     size_hint: str  # what the user can do if sizes differ
+    decoding: str = ""  # how examples are decoded; concerns the data only where the note `decoding` says so
     notes: Callable[[], Notes] = dict  # what to cache with the rows; called after all are decoded
 
 
@@ -50,7 +51,7 @@ def decode_all(encoded: Encoded, content: str, options: ReadOptions) -> DecodedR
 
     Args:
       encoded: N examples. Gray images become RGB if any image has color.
-      content: identifies everything that the examples depend on, except the decoder.
+      content: identifies everything that the examples depend on, except the decoder and its options.
       options: whether the rows fit in memory, and whether unreadable examples may be left out.
 
     Raises:
@@ -58,13 +59,14 @@ def decode_all(encoded: Encoded, content: str, options: ReadOptions) -> DecodedR
     """
     from PIL import __version__ as pillow
 
-    key = hashlib.sha256(f"{content} {_FORMAT} Pillow {pillow}".encode()).hexdigest()
+    key = hashlib.sha256(f"{content} {encoded.decoding} {_FORMAT} Pillow {pillow}".encode()).hexdigest()
     rows, notes = load_or_create(key, functools.partial(_create, encoded, options.progress), options)
     _check_left_out(encoded, notes["left_out"], options)
     left_out = [index for index, _ in notes["left_out"]]
     valid = np.ones(len(encoded.names), bool)
     valid[left_out] = False
-    fingerprint = hashlib.sha256(json.dumps([content, left_out]).encode()).hexdigest()
+    decoding = [notes["decoding"]] if notes.get("decoding") else []
+    fingerprint = hashlib.sha256(json.dumps([content, left_out, *decoding]).encode()).hexdigest()
     return DecodedRows(rows, valid, notes, fingerprint)
 
 

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ev3_distill.data.sources.dataset import Dataset, ReadOptions
-from ev3_distill.data.sources.image_decode import Unreadable, decode_image
+from ev3_distill.data.sources.image_decode import decode_image
 from ev3_distill.data.sources.image_options import ImageOptions, parse_place
+from ev3_distill.data.sources.image_traits import TraitsRecord, warn_of_traits
 from ev3_distill.data.sources.parallel_decode import Encoded, decode_all
+from ev3_distill.data.sources.unreadable import Unreadable
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.files import sha256_of
 
@@ -50,7 +52,9 @@ def load(place: str, options: ReadOptions) -> Dataset:
         prepared = _Prepared(builder, _splits(builder.info, name), *_features(builder.info, name), image_options)
         if not prepared.y:
             options.warn(f"tfds:{name} has no class labels: it is used without labels")
-        decoded = decode_all(_encoded(prepared, name), _content(prepared), options)
+        encoded = _encoded(prepared, name)
+        decoded = decode_all(encoded, _content(prepared), options)
+    warn_of_traits(decoded.notes, encoded.names, f"tfds:{name}", image_options, options.warn)
     labels = np.array(decoded.notes["labels"], np.int32)[decoded.valid]
     is_test = np.arange(len(decoded.valid)) >= prepared.info.splits["train"].num_examples
     test_rows = np.flatnonzero(is_test[decoded.valid]) if len(prepared.splits) > 1 else None
@@ -117,7 +121,7 @@ def _content(prepared: _Prepared) -> str:
     files = [sha256_of(Path(path)) for split in splits for path in info.splits[split].filepaths]
     lengths = [info.splits[split].num_examples for split in splits]
     classes = info.features[prepared.y].names if prepared.y else None
-    read = [prepared.x, prepared.y, classes, prepared.image_options]
+    read = [prepared.x, prepared.y, classes, prepared.image_options.form]
     return json.dumps([_FORMAT, files, lengths, info.features.to_json(), *read], sort_keys=True)
 
 
@@ -128,15 +132,23 @@ def _encoded(prepared: _Prepared, place: str) -> Encoded:
     labels = [-1] * len(names)
     sources = functools.cache(lambda: _sources(prepared))
     train = sizes[0][1]
+    record = TraitsRecord(len(names), prepared.image_options)
 
     def decode(index: int) -> np.ndarray:
         example = _example(sources()[index >= train], index if index < train else index - train)
         labels[index] = int(example[prepared.y]) if prepared.y else -1
         value = example[prepared.x]
-        return decode_image(value, prepared.image_options) if isinstance(value, bytes) else _array(value)
+        if isinstance(value, bytes):
+            return record.add(index, decode_image(value, prepared.image_options))
+        return _array(value)
 
     return Encoded(
-        f"tfds:{place}", names, decode, f"tfds:{place},size=32 gives all that size", lambda: {"labels": labels}
+        place=f"tfds:{place}",
+        names=names,
+        decode=decode,
+        size_hint=f"tfds:{place},size=32 gives all that size",
+        decoding=json.dumps(prepared.image_options),
+        notes=lambda: {"labels": labels, **record.notes()},
     )
 
 
