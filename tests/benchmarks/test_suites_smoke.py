@@ -1,4 +1,4 @@
-"""Benches run at their smallest size, by the command line, and go on where they were: `pytest -m smoke`."""
+"""Benchmarks run at their smallest size by the command line, and continue where they stopped: `pytest -m slow`."""
 
 import json
 
@@ -14,7 +14,7 @@ SMOKED = ["speed", "search", "memory", "safety", "hypergrad", "protonet", "evolu
 NEEDS = {"rotation": "mnist.npz", "protonet": "omniglot_images_background.zip"}
 
 
-@pytest.mark.smoke
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", SMOKED)
 def test_smoke(suite, tmp_path, capfd):
     if suite in NEEDS and not (SHARED / NEEDS[suite]).is_file():

@@ -88,6 +88,7 @@ def test_invalid_process_options_are_rejected(cli, monkeypatch, argv, message):
     assert message in answer.err and answer.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_training_resumes_after_the_death_of_a_process(tmp_path):
     """After one of two processes is killed, the other stops with an error, and one process resumes with equal results."""
     coordinator = f"127.0.0.1:{free_port()}"
@@ -119,6 +120,7 @@ def test_training_resumes_after_the_death_of_a_process(tmp_path):
         np.testing.assert_array_equal(resumed[name], array)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_decisions_of_one(tmp_path, logits):
     """With batches split in two, decisions equal those of one process, and only process 0 writes and prints."""
     options = [*COMPRESS, "300", "--teacher", f"logits:{logits}"]
@@ -141,6 +143,7 @@ def test_two_processes_make_the_decisions_of_one(tmp_path, logits):
         assert two_row["champion_accuracy"] == pytest.approx(one_row["champion_accuracy"], abs=0.01)
 
 
+@pytest.mark.slow
 def test_run_resumes_after_the_death_of_a_process(tmp_path, logits, cli):
     """A single process resumes it."""
     run, coordinator = tmp_path / "run", f"127.0.0.1:{free_port()}"

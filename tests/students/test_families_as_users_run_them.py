@@ -18,6 +18,8 @@ from student_zoo import CLASSES
 
 from ev3_distill import students
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = {  # name and input shape; wide enough for the library convolutions that the real options turn off
     "mlp": ("mlp:hidden=32-32", (16,)),
     "convnet1d": ("convnet1d:filters=16-32", (20, 3)),

@@ -113,6 +113,7 @@ def run_on_meshes():
     return done.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["arms", "fewer"])
 def test_arms_on_several_devices_agree_with_one_device(runs, mesh):
     """A race of three arms on three devices and on two; XLA may fuse, and so round, differently."""
@@ -120,6 +121,7 @@ def test_arms_on_several_devices_agree_with_one_device(runs, mesh):
     np.testing.assert_allclose(runs[mesh]["state"], runs["alone"]["state"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["parts", "parts, streamed"])
 def test_split_batches_agree_with_one_device(runs, mesh):
     """Gradients and BatchNorm statistics are those of whole batches; only the order of summation differs."""
@@ -128,6 +130,7 @@ def test_split_batches_agree_with_one_device(runs, mesh):
     assert runs[mesh]["accuracy"] == pytest.approx(runs["one"]["accuracy"], abs=0.03)
 
 
+@pytest.mark.slow
 def test_compared_runs_race_several_arms(runs):
     """The runs compared here contain iterations with all three arms and iterations with at most one."""
     for mesh in ("one", "alone"):
@@ -135,6 +138,7 @@ def test_compared_runs_race_several_arms(runs):
         assert max(trained) == 3 and min(trained) <= 1
 
 
+@pytest.mark.slow
 def test_each_device_computes_a_part_of_the_batch(runs):
     """With several devices, a convolution computes a part of the batch, and all-reduce combines the results."""
     whole, parts = (set(re.findall(r"f32\[(\d+),16,16,\d+\]", runs[mesh]["text"])) for mesh in ("one", "parts"))
@@ -142,12 +146,14 @@ def test_each_device_computes_a_part_of_the_batch(runs):
     assert "all-reduce" in runs["parts"]["text"] and "all-reduce" not in runs["one"]["text"]
 
 
+@pytest.mark.slow
 def test_arms_send_only_their_results(runs):
     """No gradient is sent: the loop of a trajectory has no collective."""
     sends = [line for line in runs["arms"]["text"].splitlines() if re.search(r"= .*(all-reduce|all-gather)\(", line)]
     assert sends and all("shard_map/psum" in line for line in sends), sends[:3]
 
 
+@pytest.mark.slow
 def test_split_population_agrees_with_one_device(runs):
     """Each of four devices scores two of eight pairs on whole batches, while another arm splits its batches."""
     one, parts = runs["population, one"], runs["population, parts"]
