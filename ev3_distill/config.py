@@ -195,6 +195,8 @@ class RunConfig:
     """Seconds between checkpoints. 0: one after every iteration."""
     splits: Fractions = Fractions()
     """Fractions of the data for the four splits."""
+    joint_strata: tyro.conf.Suppress[bool] = False
+    """Stratify all four splits jointly by class, as runs of older versions do: their certificates may promise too much."""
     ev3: EV3 = EV3()
     """Hyperparameters of the EV3 core."""
 
@@ -308,6 +310,7 @@ class Compress(RunConfig):
             skip_corrupt=self.skip_corrupt,
             checkpoint_s=self.checkpoint_s,
             splits=self.splits,
+            joint_strata=self.joint_strata,
             ev3=ev3,
         )
 

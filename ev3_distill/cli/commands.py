@@ -162,6 +162,13 @@ def _session(
 def _load_data(directory: Path, config: RunConfig, *, resume: bool) -> Dataset:
     if not resume:
         run_dir.refuse_occupied(directory)
+    if config.joint_strata and not resume:
+        raise InputError("joint_strata is how older versions divided data; got true for a new run: remove it")
+    if config.joint_strata and report_in(directory) is None:
+        warn(
+            f"{directory} was started by an older version, whose sealed split has the class counts of explore: its "
+            "certificate may promise too much, most of all with many classes; prefer a new run"
+        )
     return_freed_memory(config.memory)
     return data_of(config)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +20,10 @@ DEFAULT_FRACTIONS = Fractions()
 def split_rows(
     strata: np.ndarray, test_rows: np.ndarray | None, *, seed: int, fractions: Fractions = DEFAULT_FRACTIONS
 ) -> dict[str, np.ndarray]:
-    """Divides rows into the four splits, stratum by stratum.
+    """Divides rows into the four splits: test and decide by simple random sampling, the rest stratum by stratum.
+
+    What is proven on test and decide needs examples that are independent of those that trained the student. Strata that these
+    splits shared with explore would tie their class counts to those of explore, which a student knows.
 
     Args:
       strata: [N], such as class labels; equal values are one stratum. The task says what they are.
@@ -29,13 +33,52 @@ def split_rows(
         `fractions.most` go to explore.
 
     Returns:
-      Sorted rows by split: disjoint, and complete. Sizes, and the counts of every stratum, are within 1 of proportional.
+      Sorted rows by split: disjoint, and complete. Sizes are within 1 of proportional; those of explore and assess are so in
+      every stratum of what test and decide leave.
 
     Raises:
       InputError: too few examples, or a negative seed.
     """
     rng = generator(seed, _SPLIT_STREAM)
-    is_test = np.zeros(len(strata), bool)
+    plan = _plan(len(strata), test_rows, fractions, rng)
+    dealt, start, split_of = rng.permutation(plan.rest), 0, {}
+    for name in plan.names[:1:-1]:
+        split_of[name] = np.sort(dealt[start : start + plan.sizes[name]])
+        start += plan.sizes[name]
+    others = np.sort(dealt[start:])
+    sizes = np.array([plan.sizes["explore"], plan.sizes["assess"]])
+    split_index = _stratified(strata[others], sizes / sizes.sum(), sizes, rng)
+    split_of |= {name: others[split_index == i] for i, name in enumerate(("explore", "assess"))}
+    return {name: split_of.get(name, plan.test) for name in SPLITS}
+
+
+def split_rows_jointly(
+    strata: np.ndarray, test_rows: np.ndarray | None, *, seed: int, fractions: Fractions = DEFAULT_FRACTIONS
+) -> dict[str, np.ndarray]:
+    """As `split_rows`, but all four splits are stratified jointly, so that each has the same mix of strata.
+
+    The method of runs before `RunConfig.joint_strata`. What is proven on its test and decide splits may be too much.
+    """
+    rng = generator(seed, _SPLIT_STREAM)
+    plan = _plan(len(strata), test_rows, fractions, rng)
+    sizes = np.array([plan.sizes[name] for name in plan.names])
+    split_index = _stratified(strata[plan.rest], plan.shares, sizes, rng)
+    split_of = {name: plan.rest[split_index == i] for i, name in enumerate(plan.names)}
+    return split_of if test_rows is None else split_of | {"test": plan.test}
+
+
+class _Plan(NamedTuple):
+    """The sizes of the splits that are divided off."""
+
+    names: tuple[str, ...]  # of these splits
+    shares: np.ndarray  # [S] of `rest`
+    sizes: dict[str, int]  # by name
+    rest: np.ndarray  # rows that are divided
+    test: np.ndarray  # rows of a test split of its own
+
+
+def _plan(count: int, test_rows: np.ndarray | None, fractions: Fractions, rng: np.random.Generator) -> _Plan:
+    is_test = np.zeros(count, bool)
     if test_rows is not None:
         is_test[test_rows] = True
     names = SPLITS if test_rows is None else SPLITS[:3]
@@ -45,17 +88,19 @@ def split_rows(
     held_out = np.minimum(shares[1:3], fractions.most / max(len(rest), 1))
     shares[0] += (shares[1:3] - held_out).sum()
     shares[1:3] = held_out
-    sizes = _largest_remainders(len(rest), shares, rng)
-    _check_sizes(dict(zip(names, sizes, strict=True)) | ({} if test_rows is None else {"test": is_test.sum()}), shares)
+    sizes = dict(zip(names, _largest_remainders(len(rest), shares, rng).tolist(), strict=True))
+    _check_sizes(sizes | ({} if test_rows is None else {"test": int(is_test.sum())}), shares)
+    return _Plan(names, shares, sizes, rest, np.flatnonzero(is_test))
 
-    _, stratum, counts = np.unique(strata[rest], return_inverse=True, return_counts=True)
+
+def _stratified(strata: np.ndarray, shares: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The index of the split of each row [N], with these sizes [S]; counts of every stratum are within 1 of proportional."""
+    _, stratum, counts = np.unique(strata, return_inverse=True, return_counts=True)
     members = np.split(np.argsort(stratum, kind="stable"), np.cumsum(counts)[:-1])
-    allocation = _allocate(counts, shares, sizes, rng)
-    split_index = np.empty(len(rest), np.int32)
-    for rows, numbers in zip(members, allocation, strict=True):
-        split_index[rng.permutation(rows)] = np.repeat(np.arange(len(names)), numbers)
-    split_of = {name: rest[split_index == i] for i, name in enumerate(names)}
-    return split_of if test_rows is None else split_of | {"test": np.flatnonzero(is_test)}
+    split_index = np.empty(len(strata), np.int32)
+    for rows, numbers in zip(members, _allocate(counts, shares, sizes, rng), strict=True):
+        split_index[rng.permutation(rows)] = np.repeat(np.arange(len(sizes)), numbers)
+    return split_index
 
 
 def count_shared(inputs: np.ndarray, rows: Mapping[str, np.ndarray]) -> dict[tuple[str, str], int]:

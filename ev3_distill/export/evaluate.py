@@ -9,7 +9,7 @@ import numpy as np
 
 from ev3_distill import config, students
 from ev3_distill.certify.certificate import Bound, Certificate, median_bound
-from ev3_distill.data import split_rows
+from ev3_distill.data import splits_of
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.export import file_latency
@@ -221,7 +221,7 @@ def _load_examples(
     limit = memory_limit(run_config.memory)
     if run is not None and not source:
         run_dir.read_inputs(run, dataset.fingerprint)
-        rows = split_rows(dataset.labels, dataset.test_rows, seed=run_config.seed, fractions=run_config.splits)["test"]
+        rows = splits_of(run_config, dataset)["test"]
         return _Examples(dataset, rows, limit)
     if dataset.fingerprint == trained_on["fingerprint"]:
         warn(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ev3_distill import students
-from ev3_distill.data import split_rows
+from ev3_distill.data import splits_of
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError
 from ev3_distill.export import file_latency, model_card
@@ -209,7 +209,7 @@ def _load_data(run: Path, run_report: dict[str, Any]) -> _Data | None:
         return None
     if dataset.fingerprint != run_report["data"]["fingerprint"]:
         return None
-    return _Data(dataset, split_rows(dataset.labels, dataset.test_rows, seed=config.seed, fractions=config.splits))
+    return _Data(dataset, splits_of(config, dataset))
 
 
 def _dtype(run_report: dict[str, Any], data: _Data | None) -> str:

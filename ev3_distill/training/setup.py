@@ -11,7 +11,7 @@ import numpy as np
 from ev3_distill import students
 from ev3_distill.arms import arms_named
 from ev3_distill.config import Budget, Compress, RunConfig
-from ev3_distill.data import augment, input_statistics, split_rows
+from ev3_distill.data import augment, input_statistics, splits_of
 from ev3_distill.data.batches import held_out, sampler
 from ev3_distill.data.pipeline import ResidentPipeline, Views, WindowPipeline
 from ev3_distill.data.sources import Dataset
@@ -87,8 +87,7 @@ def make_setup(
     Raises:
       InputError: the splits, the budget or the augmentation do not fit the data.
     """
-    strata = task.strata(dataset.labels)
-    rows = split_rows(strata, dataset.test_rows, seed=config.seed, fractions=config.splits)
+    rows = splits_of(config, dataset, task.strata(dataset.labels))
     steps = Budget.parse(config.budget).in_steps(len(rows["explore"]), config.ev3.batch_size)
     if steps is not None and steps >= UNLIMITED:
         raise InputError(f"a budget must be below {UNLIMITED} steps; got '{config.budget}', {steps} steps: give less")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ev3_distill.config import Compress
-from ev3_distill.data import split_rows
+from ev3_distill.data import splits_of
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.teachers import Teacher
@@ -123,11 +123,12 @@ def warn_if_trained_on_test(config: Compress, dataset: Dataset) -> None:
     kind, _, place = config.teacher.partition(":")
     if kind != "flax":
         return
-    test = split_rows(dataset.labels, dataset.test_rows, seed=config.seed, fractions=config.splits)["test"]
+    test = splits_of(config, dataset)["test"]
     if seen := _count_seen(Path(place.partition("#")[0]), dataset, test):
         warn(
             f"{config.teacher} was trained on these data with other splits and has seen {seen} of the {len(test)} test "
-            "examples: the certificate may promise too much; give both runs the same --seed and splits"
+            "examples: the certificate may promise too much; give both runs the same --seed and splits, and train a teacher of "
+            "an older version again"
         )
 
 
@@ -140,8 +141,6 @@ def _count_seen(place: Path, dataset: Dataset, test: np.ndarray) -> int:
         if report["data"]["fingerprint"] != dataset.fingerprint:
             return 0
         teacher_config = config_of(directory, report)
-        sealed = split_rows(
-            dataset.labels, dataset.test_rows, seed=teacher_config.seed, fractions=teacher_config.splits
-        )["test"]
+        sealed = splits_of(teacher_config, dataset)["test"]
         return len(np.setdiff1d(test, sealed))
     return 0
