@@ -12,6 +12,7 @@ from ev3_distill import guards
 from ev3_distill.errors import check
 
 INT8, FLOAT32 = "int8", "float32"
+EXAMPLES, GROUPS = "examples", "groups"  # what splits are dealt by
 GUARD_HELP = guards.help_text()
 
 
@@ -195,6 +196,9 @@ class RunConfig:
     """Seconds between checkpoints. 0: one after every iteration."""
     splits: Fractions = Fractions()
     """Fractions of the data for the four splits."""
+    split_by: str = EXAMPLES
+    """What is divided among the splits: examples, or groups: all examples of a group (patient, video, author) go to one split.
+    The data then need a column `groups`, and all proofs count groups."""
     joint_strata: tyro.conf.Suppress[bool] = False
     """Stratify all four splits jointly by class, as runs of older versions do: their certificates may promise too much."""
     ev3: EV3 = EV3()
@@ -203,6 +207,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         check(0 <= self.seed < 2**31, "seed must be 0 to 2^31 - 1", self.seed, "try 0")
         check(0.5 <= self.confidence < 1, "confidence must be at least 0.5 and below 1", self.confidence, "try 0.95")
+        check(self.split_by in (EXAMPLES, GROUPS), "split_by must be examples or groups", f"'{self.split_by}'",
+              "try groups")  # fmt: skip
         check(self.checkpoint_s >= 0, "checkpoint_s must not be negative", self.checkpoint_s, "try 5")
         Budget.parse(self.budget)
         parse_bytes(self.memory)
@@ -310,6 +316,7 @@ class Compress(RunConfig):
             skip_corrupt=self.skip_corrupt,
             checkpoint_s=self.checkpoint_s,
             splits=self.splits,
+            split_by=self.split_by,
             joint_strata=self.joint_strata,
             ev3=ev3,
         )

@@ -34,6 +34,16 @@ class Batch(NamedTuple):
     index: jax.Array  # type: ignore[assignment]  # [B] int32, position in the data set
     weight: jax.Array  # [B] float32, weight of the example in a loss
     group: jax.Array | tuple[()] = ()  # [B] int32, the example's group from 0, in held-out splits of grouped data
+    unit: jax.Array | tuple[()] = ()  # [B] int32, the example's independent unit from 0, where it is no unit itself
+    lone: jax.Array | tuple[()] = ()  # [U] int32, the row of one example of each unit
+
+    def one_per_unit(self, outputs: PyTree) -> tuple[PyTree, "Batch"]:
+        """Outputs [B, ...] and the batch, reduced to one example of each unit [U, ...]; unchanged where examples are units."""
+        if isinstance(self.lone, tuple):
+            return outputs, self
+        rows, batch = self.lone, self._replace(unit=(), lone=())
+        reduced: tuple[PyTree, Batch] = jax.tree.map(lambda leaf: leaf[rows], (outputs, batch))
+        return reduced
 
 
 class Pools(NamedTuple):

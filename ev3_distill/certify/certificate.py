@@ -21,11 +21,13 @@ from ev3_distill.certify import bounds
 
 __all__ = [
     "COVERED",
+    "COVERED_GROUPS",
     "NOT_COVERED",
     "Bound",
     "Certificate",
     "Claim",
     "Table",
+    "Units",
     "equal_shares",
     "fraction_bound",
     "make_certificate",
@@ -37,6 +39,10 @@ __all__ = [
 COVERED = (
     "Examples that come as those of the test split came: from the same source, with the same mix of classes, each independent "
     "of the others."
+)
+COVERED_GROUPS = (
+    "Groups of examples that come as those of the test split came: from the same source, each group independent of the others. "
+    "A metric is about an example drawn at random from a new group: large groups count no more than small ones."
 )
 NOT_COVERED = (
     "data from elsewhere: another source, another time, another camera, an adversary",
@@ -54,7 +60,7 @@ class Claim:
     metric: str
     point: float  # on the split
     lower_bound: float | None  # at the claim's own level, see `make_certificate`
-    n: int  # examples
+    n: int  # examples, or independent units where the certificate has any
     upper_bound: float | None = None  # in place of the lower bound, for a metric that is better when lower
 
 
@@ -77,6 +83,15 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
+class Units:
+    """What is independent in a split whose examples are not."""
+
+    of: str  # groups
+    number: int
+    examples: int  # that they consist of
+
+
+@dataclasses.dataclass(frozen=True)
 class Certificate:
     """Claims that hold jointly with the given confidence, and tables that each hold by themselves."""
 
@@ -85,11 +100,18 @@ class Certificate:
     tables: tuple[Table, ...] = ()
     reopened: int = 0  # how often the split had been opened before
     among: int = 1  # students for which the split was opened
+    units: Units | None = None  # None: each example is independent of the others
+
+    @property
+    def covered(self) -> str:
+        """The population that the claims are about."""
+        return COVERED if self.units is None else COVERED_GROUPS
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON: {"confidence", "claims": [{"metric", "point", "lower_bound" or "upper_bound", "n"}]}.
 
-        `tables` (see Table), `reopened` and `among` are present where there are tables, earlier openings, or several students.
+        `tables` (see Table), `reopened`, `among` and `units` (see Units) are present where there are tables, earlier openings,
+        several students, or groups as independent units.
         """
         claims = [
             {name: value for name, value in dataclasses.asdict(claim).items() if value is not None}
@@ -98,7 +120,8 @@ class Certificate:
         tables = {"tables": [table.as_dict() for table in self.tables]} if self.tables else {}
         reopened = {"reopened": self.reopened} if self.reopened else {}
         among = {"among": self.among} if self.among > 1 else {}
-        return {"confidence": self.confidence, "claims": claims, **tables, **reopened, **among}
+        units = {"units": dataclasses.asdict(self.units)} if self.units else {}
+        return {"confidence": self.confidence, "claims": claims, **tables, **reopened, **among, **units}
 
 
 def make_certificate(

@@ -17,7 +17,7 @@ from ev3_distill.config_file import ConfigT, check_unchanged, read_run_config
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.monitor import report
-from ev3_distill.monitor.sentences import claim_line, correction_sentence, guard_line
+from ev3_distill.monitor.sentences import claim_line, correction_sentence, guard_line, units_sentence
 from ev3_distill.runtime import distributed
 from ev3_distill.search import first_network, run_search
 from ev3_distill.students import feature_shapes
@@ -379,9 +379,10 @@ def evaluate(options: EvaluateCommand) -> list[dict[str, Any]]:
         certificate, guards = evaluate_run(options.run, settings)
     content = certificate.as_dict()
     for claim in content["claims"]:
-        print(claim_line(claim, content["confidence"]))
-    if correction := correction_sentence(content):
-        print(f"{correction}.")
+        print(claim_line(claim, content))
+    for sentence in (units_sentence(content), correction_sentence(content)):
+        if sentence:
+            print(f"{sentence}.")
     for guard in guards:
         print(guard_line(guard))
     return guards

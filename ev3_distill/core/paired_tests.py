@@ -19,9 +19,28 @@ def paired(scores: jax.Array, reference: jax.Array) -> tuple[jax.Array, jax.Arra
     return difference.mean(axis=-1), difference.std(axis=-1) / jnp.sqrt(jnp.maximum(n - 1, 1))
 
 
-def suitable_test(*, binary: bool) -> PairedTest:
-    """The test that suits the scores: McNemar's for scores of 0 or 1, betting for other scores in [0, 1]."""
+def suitable_test(*, binary: bool, unit: jax.Array | tuple[()] = ()) -> PairedTest:
+    """The test that suits the scores: McNemar's for scores of 0 or 1, betting for other scores in [0, 1].
+
+    Args:
+      binary: whether scores are 0 or 1.
+      unit: [N] int32, the independent unit of each example, see `Batch.unit`. The test then bets on the units' mean scores.
+    """
+    if not isinstance(unit, tuple):
+        return lambda candidate, champion: betting(means_of_units(candidate, unit), means_of_units(champion, unit))
     return mcnemar if binary else betting
+
+
+def means_of_units(scores: jax.Array, unit: jax.Array) -> jax.Array:
+    """The mean score of each unit, [N], 0 behind the last unit: a pair of zeros is no evidence of a paired test.
+
+    Args:
+      scores: [N].
+      unit: [N] int32 from 0.
+    """
+    n = scores.shape[0]
+    count = jax.ops.segment_sum(jnp.ones_like(scores), unit, n)
+    return jax.ops.segment_sum(scores, unit, n) / jnp.maximum(count, 1)
 
 
 def mcnemar(candidate: jax.Array, champion: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

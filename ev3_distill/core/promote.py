@@ -30,7 +30,7 @@ def promote(state: State, pools: Pools, algorithm: Algorithm, *, closing: jax.Ar
     due = adapt.due(state.clock.cost, state.clock.tested_cost, closing) & ~state.met
 
     def predict() -> jax.Array:
-        return adapt.worth_testing(_predicted_p_value(state, objectives, ruling), alpha, closing)
+        return adapt.worth_testing(_predicted_p_value(state, pools, objectives, ruling), alpha, closing)
 
     def compare() -> _Comparison:
         outputs = outputs_of(
@@ -54,7 +54,8 @@ def promote(state: State, pools: Pools, algorithm: Algorithm, *, closing: jax.Ar
         clock=state.clock._replace(tested_cost=jnp.where(tested, state.clock.cost, state.clock.tested_cost)),
         budget=adapt.spend(state.budget, last, tested, promoted),
     )
-    n = jnp.int32(pools.decide.index.shape[0])
+    unit = pools.decide.unit
+    n = jnp.int32(pools.decide.index.shape[0]) if isinstance(unit, tuple) else unit.max() + 1
     return state, PromotionTest(
         tested, ruling, result.wins, result.losses, n, alpha, result.p_value, promoted, proven & result.breaks
     )
@@ -74,14 +75,15 @@ class _Comparison(NamedTuple):
 def _compare(state: State, pools: Pools, objectives: Objectives, outputs: PyTree, ruling: jax.Array) -> _Comparison:
     """Tests the candidate with these outputs on decide."""
     candidate = objectives.promise.score(outputs, pools.decide)
-    tests = [suitable_test(binary=objectives.promise.binary)(candidate, state.champion.decide)]
+    unit = pools.decide.unit
+    tests = [suitable_test(binary=objectives.promise.binary, unit=unit)(candidate, state.champion.decide)]
     champion = state.champion.goals
     against = objectives.goal_scores(outputs, pools.decide, state.champion.evidence)
     if not (isinstance(champion, GoalScores) and isinstance(against, GoalScores)):
         wins, losses, p_value = tests[0]
         return _Comparison(candidate, (), wins, losses, p_value, jnp.bool_(False))
     for goal, ours, theirs in zip(objectives.goals, against.comparison, champion.comparison, strict=True):
-        tests.append(suitable_test(binary=goal.binary)(ours, theirs))
+        tests.append(suitable_test(binary=goal.binary, unit=unit)(ours, theirs))
     wins, losses, p_value = [jnp.stack(column)[ruling + 1] for column in zip(*tests, strict=True)]
     thresholds = objectives.thresholds
     breaks = ((champion.metric >= thresholds) & ~(against.metric >= thresholds)).any()
@@ -89,9 +91,9 @@ def _compare(state: State, pools: Pools, objectives: Objectives, outputs: PyTree
     return _Comparison(candidate, own, wins, losses, p_value, breaks)
 
 
-def _predicted_p_value(state: State, objectives: Objectives, ruling: jax.Array) -> jax.Array:
+def _predicted_p_value(state: State, pools: Pools, objectives: Objectives, ruling: jax.Array) -> jax.Array:
     """The p-value of the test on assess: it predicts the result on decide, and proves nothing."""
-    test = suitable_test(binary=objectives.promise.binary)
+    test = suitable_test(binary=objectives.promise.binary, unit=pools.assess.unit)
     candidate, champion = state.current.evidence, state.champion.evidence
     if not objectives.goals:
         return test(candidate.promise, champion.promise)[2]
@@ -124,7 +126,8 @@ def check_goals(state: State, pools: Pools, algorithm: Algorithm, risks: jax.Arr
         outputs = outputs_of(
             algorithm.apply, state.current.variables, pools.decide.inputs, batch_size=algorithm.config.eval_batch_size
         )
-        return jnp.stack([goal.p_value(outputs, pools.decide) <= level for goal in goals]).all()
+        evidence = pools.decide.one_per_unit(outputs)
+        return jnp.stack([goal.p_value(*evidence) <= level for goal in goals]).all()
 
     clock = state.clock
     likely = (risks.min() >= prioritise.AT_RISK) & (clock.cost > GOALS_SPACING * clock.met_cost)

@@ -2,7 +2,7 @@
 
 from ev3_distill.data.augment import Augmentation
 from ev3_distill.data.batches import Resident, Window, held_out, resident, sampler
-from ev3_distill.data.deal import splits_of
+from ev3_distill.data.deal import splits_of, units_of
 from ev3_distill.data.pipeline import ResidentPipeline, Views, WindowPipeline
 from ev3_distill.data.sources import Dataset, load_data
 from ev3_distill.data.splits import SPLITS, count_shared, split_rows
@@ -25,4 +25,5 @@ __all__ = [
     "sampler",
     "split_rows",
     "splits_of",
+    "units_of",
 ]

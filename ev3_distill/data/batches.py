@@ -116,10 +116,13 @@ def held_out(
     index: np.ndarray,
     teacher: Mapping[str, np.ndarray],
     groups: np.ndarray | None = None,
+    *,
+    units: np.ndarray | None = None,
 ) -> Batch:
     """Places a held-out split, or a part of one, on the default device; every array is [N, ...]."""
-    batch = make_batch(inputs, targets, index, teacher)
-    return batch if groups is None else batch._replace(group=jnp.asarray(groups, jnp.int32))
+    first = None if units is None else np.unique(units, return_index=True)[1]
+    group, unit, lone = (() if rows is None else jnp.asarray(rows, jnp.int32) for rows in (groups, units, first))
+    return make_batch(inputs, targets, index, teacher)._replace(group=group, unit=unit, lone=lone)
 
 
 def make_batch(inputs: Any, targets: PyTree, index: np.ndarray, teacher: Mapping[str, np.ndarray]) -> Batch:

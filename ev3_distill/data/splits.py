@@ -39,8 +39,8 @@ def split_rows(
     Raises:
       InputError: too few examples, or a negative seed.
     """
-    rng = generator(seed, _SPLIT_STREAM)
-    plan = _plan(len(strata), test_rows, fractions, rng)
+    rng = split_generator(seed)
+    plan = plan_sizes(len(strata), test_rows, fractions, rng)
     dealt, start, split_of = rng.permutation(plan.rest), 0, {}
     for name in plan.names[:1:-1]:
         split_of[name] = np.sort(dealt[start : start + plan.sizes[name]])
@@ -59,15 +59,15 @@ def split_rows_jointly(
 
     The method of runs before `RunConfig.joint_strata`. What is proven on its test and decide splits may be too much.
     """
-    rng = generator(seed, _SPLIT_STREAM)
-    plan = _plan(len(strata), test_rows, fractions, rng)
+    rng = split_generator(seed)
+    plan = plan_sizes(len(strata), test_rows, fractions, rng)
     sizes = np.array([plan.sizes[name] for name in plan.names])
     split_index = _stratified(strata[plan.rest], plan.shares, sizes, rng)
     split_of = {name: plan.rest[split_index == i] for i, name in enumerate(plan.names)}
     return split_of if test_rows is None else split_of | {"test": plan.test}
 
 
-class _Plan(NamedTuple):
+class SplitPlan(NamedTuple):
     """The sizes of the splits that are divided off."""
 
     names: tuple[str, ...]  # of these splits
@@ -77,7 +77,28 @@ class _Plan(NamedTuple):
     test: np.ndarray  # rows of a test split of its own
 
 
-def _plan(count: int, test_rows: np.ndarray | None, fractions: Fractions, rng: np.random.Generator) -> _Plan:
+def plan_sizes(
+    count: int,
+    test_rows: np.ndarray | None,
+    fractions: Fractions,
+    rng: np.random.Generator,
+    *,
+    things: str = "examples",
+    unlimited: bool = False,
+) -> SplitPlan:
+    """The sizes of the splits.
+
+    Args:
+      count: rows in all; or groups, wherever whole groups are dealt.
+      test_rows: of a test split of its own.
+      fractions: of the splits.
+      rng: breaks ties.
+      things: what is counted, for errors.
+      unlimited: whether `fractions.most` does not apply.
+
+    Raises:
+      InputError: too few.
+    """
     is_test = np.zeros(count, bool)
     if test_rows is not None:
         is_test[test_rows] = True
@@ -85,12 +106,12 @@ def _plan(count: int, test_rows: np.ndarray | None, fractions: Fractions, rng: n
     shares = np.array([getattr(fractions, name) for name in names])
     shares /= shares.sum()
     rest = np.flatnonzero(~is_test)
-    held_out = np.minimum(shares[1:3], fractions.most / max(len(rest), 1))
+    held_out = np.minimum(shares[1:3], math.inf if unlimited else fractions.most / max(len(rest), 1))
     shares[0] += (shares[1:3] - held_out).sum()
     shares[1:3] = held_out
     sizes = dict(zip(names, _largest_remainders(len(rest), shares, rng).tolist(), strict=True))
-    _check_sizes(sizes | ({} if test_rows is None else {"test": int(is_test.sum())}), shares)
-    return _Plan(names, shares, sizes, rest, np.flatnonzero(is_test))
+    _check_sizes(sizes | ({} if test_rows is None else {"test": int(is_test.sum())}), shares, things)
+    return SplitPlan(names, shares, sizes, rest, np.flatnonzero(is_test))
 
 
 def _stratified(strata: np.ndarray, shares: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -134,6 +155,11 @@ def _digests(inputs: np.ndarray) -> np.ndarray:
     return digests
 
 
+def split_generator(seed: int) -> np.random.Generator:
+    """The random stream that deals splits."""
+    return generator(seed, _SPLIT_STREAM)
+
+
 def generator(seed: int, stream: int) -> np.random.Generator:
     """One of the independent random streams of a seed.
 
@@ -145,7 +171,7 @@ def generator(seed: int, stream: int) -> np.random.Generator:
     return np.random.default_rng([seed, stream])
 
 
-def _check_sizes(sizes: dict[str, int], shares: np.ndarray) -> None:
+def _check_sizes(sizes: dict[str, int], shares: np.ndarray, things: str) -> None:
     short = [name for name in sizes if sizes[name] < _MINIMUM[name]]
     if not short:
         return
@@ -154,7 +180,7 @@ def _check_sizes(sizes: dict[str, int], shares: np.ndarray) -> None:
     need = max(math.ceil(_MINIMUM[name] / share - 1e-9) for name, share in zip(SPLITS, shares, strict=False))
     beside = f" beside {sizes['test']} for test" if own_test else ""
     raise InputError(
-        f"explore needs at least 2 examples and every other split 1; got {n} examples{beside}, too few for "
+        f"explore needs at least 2 {things} and every other split 1; got {n} {things}{beside}, too few for "
         f"{' and '.join(short)}: give at least {need}{' and 1 for test' if own_test else ''}, or other fractions"
     )
 

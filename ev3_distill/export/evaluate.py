@@ -9,7 +9,7 @@ import numpy as np
 
 from ev3_distill import config, students
 from ev3_distill.certify.certificate import Bound, Certificate, median_bound
-from ev3_distill.data import splits_of
+from ev3_distill.data import splits_of, units_of
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.export import file_latency
@@ -83,6 +83,7 @@ class _Examples(NamedTuple):
     dataset: Dataset
     rows: np.ndarray
     memory: int  # limit in bytes
+    units: np.ndarray | None = None  # [N] of all rows, see `Outputs.units`
 
 
 def evaluate_run(directory: Path, settings: EvaluationConfig) -> tuple[Certificate, list[dict[str, Any]]]:
@@ -102,7 +103,7 @@ def evaluate_run(directory: Path, settings: EvaluationConfig) -> tuple[Certifica
     run_config, classes = config_of(directory, run_report), run_report["data"]["classes"]
     examples = _load_examples(directory, run_config, settings.data, run_report["data"])
     sizes = sizes_of(variables)
-    query, guards = _query(settings, examples.dataset, classes, sizes=sizes)
+    query, guards = _query(settings, examples, classes, sizes=sizes)
     digest = tree_digest(variables)
     level = _level(None if settings.data else directory, digest, query)
     outputs = _outputs(forward(network, variables), examples, chunk=CHUNK)
@@ -137,7 +138,7 @@ def evaluate_file(
         run_config = config.Compress() if run is None else config_of(run, _read_report(run))
         examples = _load_examples(run, run_config, settings.data, about.data, about=about)
         sizes = {"params": about.params, "bytes": path.stat().st_size}
-        query, guards = _query(settings, examples.dataset, about.classes, sizes=sizes)
+        query, guards = _query(settings, examples, about.classes, sizes=sizes)
         outputs = _outputs(file.logits, examples, chunk=FILE_CHUNK)
         lines = [f"{path}: {about.network}, {about.precision}, {sizes['bytes']:,} bytes, run by {file.runtime}"]
         student = None
@@ -222,12 +223,18 @@ def _load_examples(
     if run is not None and not source:
         run_dir.read_inputs(run, dataset.fingerprint)
         rows = splits_of(run_config, dataset)["test"]
-        return _Examples(dataset, rows, limit)
+        return _Examples(dataset, rows, limit, units_of(run_config, dataset))
     if dataset.fingerprint == trained_on["fingerprint"]:
         warn(
             f"{source} contains the examples that the student was trained on: its accuracy on all of them proves nothing"
         )
-    return _Examples(dataset, np.arange(len(dataset.labels)), limit)
+    grouped = run_config.split_by == config.GROUPS or (about is not None and "units" in about.certificate)
+    if grouped and dataset.groups is None:
+        warn(
+            f"the student was certified for new groups, and {dataset.source} has no array `groups`: the bounds take every "
+            "example for independent, and promise too much where several resemble each other"
+        )
+    return _Examples(dataset, np.arange(len(dataset.labels)), limit, dataset.groups if grouped else None)
 
 
 def _check_fits(dataset: Dataset, input_shape: list[int], classes: Sequence[str]) -> None:
@@ -249,12 +256,19 @@ def _check_dtype(dataset: Dataset, about: ModelMetadata) -> None:
 
 
 def _query(
-    settings: EvaluationConfig, dataset: Dataset, classes: Sequence[str], *, sizes: Mapping[str, int]
+    settings: EvaluationConfig, examples: _Examples, classes: Sequence[str], *, sizes: Mapping[str, int]
 ) -> tuple[Query, list[Guard]]:
     """What to claim, and the guards, checked against the data. The teacher is not available."""
     costs = read_costs(settings.costs, len(classes)) if settings.costs else None
     guards = parse_guards(
-        settings.guards, dataset, num_classes=len(classes), class_names=classes, sizes=sizes, costs=costs, teacher=False
+        settings.guards,
+        examples.dataset,
+        num_classes=len(classes),
+        class_names=classes,
+        sizes=sizes,
+        costs=costs,
+        teacher=False,
+        grouped=examples.units is not None,
     )
     metrics = metrics_to_claim(guards, labeled=True, teacher=False)
     return Query(metrics, classes, costs, settings.confidence, settings.reopen), guards
@@ -277,10 +291,13 @@ def _level(sealed: Path | None, student: str, query: Query) -> Level:
 
 def _outputs(logits: Callable[[np.ndarray], np.ndarray], examples: _Examples, *, chunk: int) -> Outputs:
     """The outputs on the examples, computed in chunks that fit into memory."""
-    dataset, rows, memory = examples
+    dataset, rows, memory, of_rows = examples
     parts = [logits(dataset.inputs[part]) for part in chunked(rows, eval_batch_size(dataset, memory, chunk))]
     groups = None if dataset.groups is None else dataset.groups[rows]
-    return Outputs(np.concatenate(parts), dataset.labels[rows], groups=groups, num_groups=len(dataset.group_names))
+    units = None if of_rows is None else of_rows[rows]
+    return Outputs(
+        np.concatenate(parts), dataset.labels[rows], groups=groups, num_groups=len(dataset.group_names), units=units
+    )
 
 
 def _agreement(outputs: np.ndarray, expected: np.ndarray, *, task: Task, output: str) -> tuple[int, str]:

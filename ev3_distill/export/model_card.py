@@ -9,10 +9,10 @@ import json
 import re
 from typing import Any
 
-from ev3_distill.certify.certificate import COVERED, NOT_COVERED
+from ev3_distill.certify.certificate import COVERED, COVERED_GROUPS, NOT_COVERED
 from ev3_distill.export.export_config import ExportConfig
 from ev3_distill.monitor.number_format import count, exact_percent, floor_percent, percent
-from ev3_distill.monitor.sentences import certificate_sentence, claim_line, guard_line
+from ev3_distill.monitor.sentences import certificate_sentence, claim_line, guard_line, units_sentence
 from ev3_distill.tasks.base import Task
 
 NAME = "MODEL_CARD.md"
@@ -57,7 +57,7 @@ def render(
         metric_value=run_report["student"].get(metric),
         certificate=certificate,
         promise=certificate_sentence(run_report) if certificate else "",
-        claims=[claim_line(claim, certificate["confidence"]) for claim in (certificate or {}).get("claims", [])],
+        claims=[claim_line(claim, certificate) for claim in (certificate or {}).get("claims", [])],
         tables=(certificate or {}).get("tables", []),
         guards=[guard_line(guard) for guard in float32_evidence.get("guards", [])],
         decide=float32_evidence.get("decide"),
@@ -65,7 +65,8 @@ def render(
         latency=evidence.get("latency"),
         shape=shape if config.layout == "nhwc" else [shape[-1], *shape[:-1]],
         dtype=run_report["data"].get("dtype", "float32"),
-        covered=COVERED,
+        covered=COVERED_GROUPS if certificate and certificate.get("units") else COVERED,
+        units=units_sentence(certificate or {}),
         not_covered=NOT_COVERED,
     )
 

@@ -18,6 +18,7 @@ from ev3_distill.monitor.sentences import (
     is_exact,
     point_phrase,
     tuned_values,
+    units_sentence,
 )
 from ev3_distill.runtime.files import atomic_write
 from ev3_distill.runtime.glossary import TERMS
@@ -67,7 +68,8 @@ def render(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         report={**report, "arms": arms},
         promise=certificate_sentence(report),
         measured=[point_phrase(claim) for claim in claims],
-        exact=all(is_exact(claim["metric"]) for claim in claims),
+        exact=all(is_exact(claim["metric"]) for claim in claims) and "units" not in report["certificate"],
+        units=units_sentence(report["certificate"]),
         correction=correction_sentence(report["certificate"]),
         tables=report["certificate"].get("tables", []),
         max_open_rows=MAX_OPEN_ROWS,
@@ -108,7 +110,8 @@ def terminal_summary(report: dict[str, Any]) -> "RenderableType":
     ]
     control = [Text(control_sentence(report["control"]))] if report.get("control") else []
     promise = Text(f"{certificate_sentence(report)}.", style="bold")
-    return Group(table, Text(), promise, *guards, *control, Text(f"Cost: {spent}."))
+    units = [Text(f"{sentence}.") for sentence in [units_sentence(report["certificate"])] if sentence]
+    return Group(table, Text(), promise, *units, *guards, *control, Text(f"Cost: {spent}."))
 
 
 def compression(report: dict[str, Any]) -> float | None:

@@ -29,14 +29,16 @@ def certificate_sentence(report: dict[str, Any]) -> str:
     text = " and ".join([", ".join(claims[:-1]), claims[-1]] if len(claims) > 1 else claims)
     precision = report["student"].get("deploy", "float32")
     student = "This student" if precision == "float32" else f"This student, in {precision},"
-    return f"{student} has {text}, with {confidence} confidence"
+    new = " on new groups" if certificate.get("units") else ""
+    return f"{student} has {text}{new}, with {confidence} confidence"
 
 
-def claim_line(claim: dict[str, Any], confidence: float) -> str:
+def claim_line(claim: dict[str, Any], certificate: dict[str, Any]) -> str:
     """One claim of a certificate, as the terminal shows it."""
     metric, lower, upper = claim["metric"], claim.get("lower_bound"), claim.get("upper_bound")
     bound = _bound(metric, lower, upper, digits=2).replace(" %", "%")
-    things = "passes" if metric == "latency_ms" else "examples"
+    things = "passes" if metric == "latency_ms" else certificate.get("units", {}).get("of", "examples")
+    confidence = certificate["confidence"]
     unit = _unit(metric)
     point = f"{claim['point']:.2%}" if unit == "%" else f"{claim['point']:.4g}{unit}"
     return f"{metric}: {point} of {claim['n']} {things}; {bound} with {100 * confidence:.10g}% confidence"
@@ -58,6 +60,17 @@ def correction_sentence(certificate: dict[str, Any]) -> str:
     if times:
         reasons.append(f"had been opened {'once' if times == 1 else f'{times} times'} before")
     return f"The sealed split {' and '.join(reasons)}; the bounds are corrected for it" if reasons else ""
+
+
+def units_sentence(certificate: dict[str, Any]) -> str:
+    """How many independent units the sealed examples are; empty where each example is one."""
+    units = certificate.get("units")
+    if not units:
+        return ""
+    return (
+        f"The bounds count {count(units['number'])} {units['of']} of {count(units['examples'])} examples; accuracy is that on "
+        "an average example of a new group"
+    )
 
 
 def guard_line(guard: dict[str, Any]) -> str:

@@ -13,6 +13,8 @@ from ev3_distill.tasks.metrics import Metric, MetricQuery, find_metric, resolve
 
 __all__ = ["Outputs", "bounds_of"]
 
+UNIT_SEED = 0  # draws the examples that stand for their units
+
 
 class Outputs(NamedTuple):
     """Outputs on N examples, in host memory. Pytrees are as the task declares them; each leaf is [N, ...]."""
@@ -22,6 +24,7 @@ class Outputs(NamedTuple):
     teacher: Mapping[str, Any] | None = None  # the teacher's outputs by name; None where they are unknown
     groups: np.ndarray | None = None  # [N] from 0 to num_groups - 1, -1 for none
     num_groups: int = 0
+    units: np.ndarray | None = None  # [N] integers, the independent unit of each example; None: each example is one
 
     def with_target(self) -> "Outputs":
         """The examples that have a target.
@@ -32,9 +35,27 @@ class Outputs(NamedTuple):
         rows = np.flatnonzero(has_target(self.targets))
         if not len(rows):
             raise InputError("this metric needs labeled examples; got none: claim agreement instead")
-        arrays = (self.student, self.targets, self.teacher, self.groups)
-        student, targets, teacher, groups = jax.tree.map(lambda leaf: np.asarray(leaf)[rows], arrays)
-        return Outputs(student, targets, teacher, groups, self.num_groups)
+        return self._at(rows)
+
+    def one_per_unit(self) -> "Outputs":
+        """One example of each unit, drawn uniformly by a fixed seed: independent draws of an average example of a new unit."""
+        if self.units is None:
+            return self
+        order = np.random.default_rng(UNIT_SEED).permutation(len(self.units))
+        first = np.unique(np.asarray(self.units)[order], return_index=True)[1]
+        return self._at(np.sort(order[first]))._replace(units=None)
+
+    def means_of_units(self, scores: np.ndarray) -> np.ndarray:
+        """The mean score of each unit [U], in the order of their numbers; the scores [N] themselves without units."""
+        if self.units is None:
+            return scores
+        number, counts = np.unique(self.units, return_inverse=True, return_counts=True)[1:]
+        return np.asarray(np.bincount(number, weights=scores) / counts)
+
+    def _at(self, rows: np.ndarray) -> "Outputs":
+        arrays = (self.student, self.targets, self.teacher, self.groups, self.units)
+        student, targets, teacher, groups, units = jax.tree.map(lambda leaf: np.asarray(leaf)[rows], arrays)
+        return Outputs(student, targets, teacher, groups, self.num_groups, units)
 
 
 def bounds_of(

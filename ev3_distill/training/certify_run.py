@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ev3_distill.certify.certificate import COVERED, NOT_COVERED, Bound, Certificate, make_certificate, median_bound
+from ev3_distill.certify.certificate import NOT_COVERED, Bound, Certificate, Units, make_certificate, median_bound
 from ev3_distill.core.assess import outputs_of
 from ev3_distill.data.sources import Dataset
 from ev3_distill.guards import Guard, evaluate_guards
@@ -151,16 +151,23 @@ def outputs_on(
     """
     forward = jit(lambda variables, inputs: outputs_of(network.apply, variables, inputs, batch_size=batch_size))
     parts = [
-        (forward(variables, part.inputs), part.targets, {name: part.teacher[name] for name in teacher}, part.group)
+        (
+            forward(variables, part.inputs),
+            part.targets,
+            {name: part.teacher[name] for name in teacher},
+            part.group,
+            part.unit,
+        )
         for part in split
     ]
-    outputs, targets, of_teacher, group = (
+    outputs, targets, of_teacher, group, unit = (
         jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *parts_of_field)
         for parts_of_field in zip(*parts, strict=True)
     )
     if not labeled:
         targets = jax.tree.map(_missing, targets)
-    return Outputs(outputs, targets, of_teacher or None, None if isinstance(group, tuple) else group)
+    groups, units = (None if isinstance(numbers, tuple) else numbers for numbers in (group, unit))
+    return Outputs(outputs, targets, of_teacher or None, groups, units=units)
 
 
 def _missing(leaf: np.ndarray) -> np.ndarray:
@@ -196,7 +203,14 @@ def certificate_of(
     )
     claims = {metric: {**on_examples, **measured}[metric] for metric in request.metrics}
     certificate = make_certificate(claims, confidence=request.confidence, shares=shares, among=among)
-    return dataclasses.replace(certificate, reopened=reopened)
+    return dataclasses.replace(certificate, reopened=reopened, units=_units_in(outputs))
+
+
+def _units_in(outputs: Outputs) -> Units | None:
+    """The groups that are the independent units of a split."""
+    if outputs.units is None:
+        return None
+    return Units("groups", len(np.unique(outputs.units)), len(outputs.units))
 
 
 def write_certificate(directory: Path, certificate: Certificate, student: str, spec: Mapping[str, Any]) -> None:
@@ -205,7 +219,7 @@ def write_certificate(directory: Path, certificate: Certificate, student: str, s
     The certificate of a split that was opened before gets a file of its own: certificate-2.json and so on.
     """
     number = f"-{certificate.reopened + 1}" if certificate.reopened else ""
-    population = {"covered": COVERED, "not_covered": NOT_COVERED}
+    population = {"covered": certificate.covered, "not_covered": NOT_COVERED}
     content = {**certificate.as_dict(), "student": student, "spec": spec_digest(spec), "population": population}
     write_json(directory / f"certificate{number}.json", content)
 

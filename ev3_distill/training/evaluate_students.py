@@ -35,7 +35,7 @@ class StudentEvaluator:
         @devices.jit
         def p_values(variables: Variables, split: Batch) -> list[jax.Array]:
             outputs = outputs_of(student.apply, variables, split.inputs, batch_size=batch_size)
-            return [goal.p_value(outputs, split) for goal in objectives.goals]
+            return [goal.p_value(*split.one_per_unit(outputs)) for goal in objectives.goals]
 
         self._evaluate, self._p_values = evaluate, p_values
 

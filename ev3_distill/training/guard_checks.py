@@ -31,6 +31,7 @@ def parse_guards(
     costs: np.ndarray | None,
     teacher: bool = True,
     class_names: Sequence[str] = (),
+    grouped: bool = False,
 ) -> list[Guard]:
     """Parses guards, and refuses those that these data cannot answer or this student cannot meet.
 
@@ -42,6 +43,7 @@ def parse_guards(
       costs: [K, K] of predictions, where there are any.
       teacher: whether the teacher's outputs will be known.
       class_names: of the student's classes; the data's by default.
+      grouped: whether the groups of the data are independent units, so that those of the sealed split are new.
 
     Raises:
       InputError: a guard cannot be parsed, answered or met.
@@ -56,6 +58,11 @@ def parse_guards(
     }
     for guard in guards:
         query = find_metric(guard.metric)
+        if grouped and query is not None and "groups" in query.row.needs:
+            raise InputError(
+                f"a guard on {guard.metric} needs groups that are in all splits; --split-by groups puts each group into one: "
+                "omit one of the two"
+            )
         if query is not None:
             _check(query, data, available)
     for guard in guards:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from ev3_distill.config import EV3, Compress, RunConfig, Teach
 from ev3_distill.data import SPLITS
@@ -80,6 +81,7 @@ def report_content(
         "seed": config.seed,
         "budget": config.budget,
         "splits": {name: len(setup.rows[name]) for name in SPLITS},
+        **_groups_of_splits(setup),
         "data": {
             "source": dataset.source,
             "fingerprint": dataset.fingerprint,
@@ -91,6 +93,13 @@ def report_content(
         "command": f"ev3-distill {'teach' if teacher is None else 'compress'} --config config.toml",
         **final.facts,
     }
+
+
+def _groups_of_splits(setup: TrainingSetup) -> dict[str, Any]:
+    """The number of groups in each split, where whole groups are divided."""
+    if setup.units is None:
+        return {}
+    return {"groups": {name: len(np.unique(setup.units[setup.rows[name]])) for name in SPLITS}}
 
 
 def _student_facts(

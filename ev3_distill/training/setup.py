@@ -11,7 +11,7 @@ import numpy as np
 from ev3_distill import students
 from ev3_distill.arms import arms_named
 from ev3_distill.config import Budget, Compress, RunConfig
-from ev3_distill.data import augment, input_statistics, splits_of
+from ev3_distill.data import augment, input_statistics, splits_of, units_of
 from ev3_distill.data.batches import held_out, sampler
 from ev3_distill.data.pipeline import ResidentPipeline, Views, WindowPipeline
 from ev3_distill.data.sources import Dataset
@@ -47,6 +47,7 @@ class TrainingSetup:
       control: directory of the run that trained the same student on labels alone.
       costs: [K, K] of predictions, if a guard needs them.
       devices: of the run.
+      units: [N] the independent unit of each example, such as a patient; None where each example is one.
     """
 
     task: Task
@@ -61,6 +62,7 @@ class TrainingSetup:
     control: Path | None = None
     costs: np.ndarray | None = None
     devices: Devices = ONE
+    units: np.ndarray | None = None
 
     @property
     def targets(self) -> PyTree:
@@ -92,9 +94,8 @@ def make_setup(
     if steps is not None and steps >= UNLIMITED:
         raise InputError(f"a budget must be below {UNLIMITED} steps; got '{config.budget}', {steps} steps: give less")
     augmentation = augment.parse(config.augment, dataset.inputs.shape[1:])
-    return TrainingSetup(
-        task, dataset, network, rows, augmentation, steps, memory_limit(config.memory), devices=devices
-    )
+    memory, units = memory_limit(config.memory), units_of(config, dataset)
+    return TrainingSetup(task, dataset, network, rows, augmentation, steps, memory, devices=devices, units=units)
 
 
 def classification_setup(
@@ -235,7 +236,7 @@ def _count_views(config: RunConfig, setup: TrainingSetup, targets: TeacherTarget
 
 def _split(setup: TrainingSetup, rows: np.ndarray, targets: TeacherTargets, name: str) -> Batch:
     """A whole split, or a part of one."""
-    return _batch(setup, rows, targets.unchanged(rows, f"teacher, {name} split"))
+    return _batch(setup, rows, targets.unchanged(rows, f"teacher, {name} split"), within=rows)
 
 
 def sealed_batches(setup: TrainingSetup, targets: TeacherTargets) -> Iterator[Batch]:
@@ -243,11 +244,20 @@ def sealed_batches(setup: TrainingSetup, targets: TeacherTargets) -> Iterator[Ba
     rows = setup.rows["test"]
     targets.unchanged(rows, "teacher, test split")
     for part in chunked(rows, eval_batch_size(setup.dataset, setup.memory, CHUNK)):
-        yield _batch(setup, part, targets.unchanged(part))
+        yield _batch(setup, part, targets.unchanged(part), within=rows)
 
 
-def _batch(setup: TrainingSetup, rows: np.ndarray, teacher: Mapping[str, np.ndarray]) -> Batch:
-    """Examples as a batch; in data without targets, the teacher's answers stand in for them."""
+def _batch(setup: TrainingSetup, rows: np.ndarray, teacher: Mapping[str, np.ndarray], *, within: np.ndarray) -> Batch:
+    """Examples as a batch; in data without targets, the teacher's answers stand in for them.
+
+    Args:
+      setup: of the run.
+      rows: of the batch.
+      teacher: its outputs.
+      within: rows of the whole split, whose units are numbered from 0.
+    """
     own: Any = setup.dataset.labels[rows] if setup.labeled else setup.task.targets_from_teacher(teacher)
     groups = None if setup.dataset.groups is None else setup.dataset.groups[rows]
-    return held_out(setup.dataset.inputs[rows], own, rows, teacher, groups)
+    units = None if setup.units is None else np.searchsorted(np.unique(setup.units[within]), setup.units[rows])
+    groups = groups if units is None else None
+    return held_out(setup.dataset.inputs[rows], own, rows, teacher, groups, units=units)

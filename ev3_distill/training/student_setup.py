@@ -38,7 +38,14 @@ def prepare_student(
     warn_of_duplicates(setup)
     costs = read_costs(config.costs, num_classes) if config.costs else None
     sizes = sizes_of(jax.eval_shape(setup.network.init, jax.random.key(0)))
-    guards = parse_guards(config.guards, setup.dataset, num_classes=num_classes, sizes=sizes, costs=costs)
+    guards = parse_guards(
+        config.guards,
+        setup.dataset,
+        num_classes=num_classes,
+        sizes=sizes,
+        costs=costs,
+        grouped=setup.units is not None,
+    )
     if config.control:
         require_labels(setup.dataset, "a control that learns from labels alone")
     metrics = [guard.metric for guard in guards]

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from ev3_distill import students
-from ev3_distill.certify.bounds import clopper_pearson_lower, clopper_pearson_upper
+from ev3_distill.certify.bounds import clopper_pearson_lower, clopper_pearson_upper, mean_lower, mean_upper
 from ev3_distill.config import Budget, Compress, RunConfig
 from ev3_distill.runtime.progress import RunProgress
+from ev3_distill.tasks.outputs import Outputs
 from ev3_distill.teachers.targets import TeacherTargets
 from ev3_distill.training import run_loop
 from ev3_distill.training.certify_run import CertificateRequest, certify_run, metrics_to_claim
@@ -146,11 +147,14 @@ def control_gain(
     The gain is P(student right, control wrong) - P(student wrong, control right). Each end of the interval uses Clopper-Pearson
     bounds of the two probabilities, each of the four at a quarter of 1 - confidence.
     """
-    ours, theirs = [], []
+    ours, theirs, units = [], [], []
     for part in test:
+        units.append(np.asarray(part.unit))
         ours.append(np.asarray(distillation.evaluator.evaluate(student, part).promise) > 0)
         theirs.append(np.asarray(distillation.evaluator.evaluate(control, part).promise) > 0)
     right, reference = np.concatenate(ours), np.concatenate(theirs)
+    if len(units[0]):
+        return _gain_by_unit(right, reference, np.concatenate(units), confidence=confidence)
     n, each = len(right), 1 - (1 - confidence) / 4
     won, lost = int((right & ~reference).sum()), int((reference & ~right).sum())
     low = [clopper_pearson_lower(count, n, confidence=each) for count in (won, lost)]
@@ -160,5 +164,20 @@ def control_gain(
         "gain": (won - lost) / n,
         "low": low[0] - high[1],
         "high": high[0] - low[1],
+        "confidence": confidence,
+    }
+
+
+def _gain_by_unit(
+    right: np.ndarray, reference: np.ndarray, units: np.ndarray, *, confidence: float
+) -> dict[str, float]:
+    """The gain for an example of a new unit: the mean over units of their mean gains, each end of the interval by betting."""
+    outputs, each = Outputs(None, None, units=units), (1 + confidence) / 2
+    gains = outputs.means_of_units(right.astype(float) - reference)
+    return {
+        "accuracy": float(outputs.means_of_units(reference.astype(float)).mean()),
+        "gain": float(gains.mean()),
+        "low": mean_lower(gains, -1.0, 1.0, confidence=each),
+        "high": mean_upper(gains, -1.0, 1.0, confidence=each),
         "confidence": confidence,
     }

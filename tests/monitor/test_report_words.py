@@ -53,7 +53,7 @@ def test_each_claim_is_shown_in_its_unit(report):
     assert "0.0412 Brier score (n = 100)" in text and "0.51 ms median latency on that machine (n = 301)" in text
     assert "Bounds on fractions of examples are exact" in text
     assert "They are exact" in page_text(report)
-    lines = [claim_line(claim, 0.975) for claim in claims]
+    lines = [claim_line(claim, {"confidence": 0.975}) for claim in claims]
     assert lines[0] == "top5_accuracy: 99.00% of 100 examples; at least 98.78% with 97.5% confidence"
     assert lines[2] == "brier: 0.04123 of 100 examples; at most 0.0613 with 97.5% confidence"
     assert lines[5] == "latency_ms: 0.51 ms of 301 passes; at most 0.522 ms with 97.5% confidence"

@@ -19,7 +19,6 @@ from ev3_distill.data.sources.zip_reader import ZipReader
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.files import sha256_of
 from ev3_distill.runtime.npz import check_file, readable, without_objects
-from ev3_distill.types import MOST_GROUPS
 
 _SEQUENCES = "sequences"
 _PAIRS = (("inputs", "labels"), ("image", "label"), (_SEQUENCES, "labels"))  # names of inputs and labels
@@ -206,11 +205,6 @@ def _groups(
             "fix or remove them"
         )
     group_names, groups = np.unique(np.concatenate([array.astype(str) for array in arrays]), return_inverse=True)
-    if len(group_names) > MOST_GROUPS:
-        raise InputError(
-            f"{archive.path}: there must be at most {MOST_GROUPS} groups; got {len(group_names)}: merge some, since each "
-            "needs enough examples for a bound"
-        )
     return groups.astype(np.int32), tuple(map(str, group_names))
 
 

@@ -3,6 +3,10 @@
 Each public function is named by a row of `tasks/metrics.py`. It takes (query, outputs) and returns a `Bound`: a function of the
 claim's own confidence. The point of a claim is the metric's value on the split; the bound is what `certify/bounds.py` proves.
 
+Where several examples form one independent unit (`Outputs.units`, such as the images of a patient), a claim is about an example
+drawn at random from a new unit, and n counts units. A mean over examples becomes the mean over units of their means, bounded by
+betting. All other metrics are computed on one example of each unit.
+
 A student whose logits have a nan, a +inf or nothing finite predicts no class: it is wrong, agrees with no one, counts as fully
 confident, and gets the worst score or cost. Metrics that need labels are about labeled examples alone.
 
@@ -24,17 +28,19 @@ from ev3_distill.tasks.outputs import Outputs
 
 def accuracy(query: MetricQuery, outputs: Outputs) -> Bound:
     """Fraction of labeled examples that are classified correctly."""
-    return fraction_bound(query.name, _hits(outputs.with_target()))
+    outputs = outputs.with_target()
+    return _fraction(query.name, _hits(outputs), outputs)
 
 
 def top_k_accuracy(query: MetricQuery, outputs: Outputs) -> Bound:
     """Fraction of labeled examples whose label is among the K greatest logits."""
-    return fraction_bound(query.name, _hits(outputs.with_target(), int(query.argument)))
+    outputs = outputs.with_target()
+    return _fraction(query.name, _hits(outputs, int(query.argument)), outputs)
 
 
 def agreement(query: MetricQuery, outputs: Outputs) -> Bound:
     """Fraction of all examples on which student and teacher predict the same class."""
-    return fraction_bound(query.name, example_metrics.agrees(outputs.student, _teacher_logits(query, outputs)))
+    return _fraction(query.name, example_metrics.agrees(outputs.student, _teacher_logits(query, outputs)), outputs)
 
 
 def accuracy_drop(query: MetricQuery, outputs: Outputs) -> Bound:
@@ -52,6 +58,9 @@ def _drop(query: MetricQuery, outputs: Outputs, k: int) -> Bound:
     outputs = outputs.with_target()
     teacher = example_metrics.in_top_k(_teacher_logits(query, outputs), outputs.targets, k)
     student, n = _hits(outputs, k), len(outputs.targets)
+    if outputs.units is not None:
+        drop = outputs.means_of_units(teacher.astype(float) - student)
+        return mean_bound(query.name, drop, -1.0, 1.0, higher_is_better=False)
     losses, wins = int((teacher & ~student).sum()), int((student & ~teacher).sum())
 
     def bound(confidence: float) -> Claim:
@@ -63,7 +72,7 @@ def _drop(query: MetricQuery, outputs: Outputs, k: int) -> Bound:
 
 def balanced_accuracy(query: MetricQuery, outputs: Outputs) -> Bound:
     """Mean over classes of the accuracy; the point is over classes with examples, the bound over all."""
-    outputs = outputs.with_target()
+    outputs = outputs.with_target().one_per_unit()
     labels, hits, classes = outputs.targets, _hits(outputs), outputs.student.shape[1]
     point = float(np.mean([hits[labels == k].mean() for k in np.unique(labels)]))
 
@@ -76,13 +85,13 @@ def balanced_accuracy(query: MetricQuery, outputs: Outputs) -> Bound:
 
 def worst_class_accuracy(query: MetricQuery, outputs: Outputs) -> Bound:
     """The lowest accuracy on any class."""
-    outputs = outputs.with_target()
+    outputs = outputs.with_target().one_per_unit()
     return _worst(query, outputs, outputs.targets, outputs.student.shape[1])
 
 
 def worst_group_accuracy(query: MetricQuery, outputs: Outputs) -> Bound:
     """The lowest accuracy on any group."""
-    outputs = outputs.with_target()
+    outputs = outputs.with_target().one_per_unit()
     if outputs.groups is None or not (outputs.groups >= 0).any():
         raise InputError(f"{query.name} needs groups; the examples have none: guard worst_class_accuracy instead")
     if outputs.groups.max() >= outputs.num_groups:
@@ -116,7 +125,7 @@ def recall(query: MetricQuery, outputs: Outputs) -> Bound:
     Pearson's for the number in the split, so it holds conditionally and therefore also on average. Without examples the bound
     is 0.
     """
-    outputs = outputs.with_target()
+    outputs = outputs.with_target().one_per_unit()
     own = outputs.targets == class_index(query, outputs.student.shape[1])
     return _conditional_fraction(query.name, _hits(outputs), own)
 
@@ -129,7 +138,7 @@ def precision(query: MetricQuery, outputs: Outputs) -> Bound:
     the split: it holds conditionally on the number, and therefore also on average. A class that is never predicted has the
     bound 0.
     """
-    outputs = outputs.with_target()
+    outputs = outputs.with_target().one_per_unit()
     predicted = example_metrics.predicted_class(outputs.student) == class_index(query, outputs.student.shape[1])
     return _conditional_fraction(query.name, _hits(outputs), predicted)
 
@@ -143,7 +152,7 @@ def _conditional_fraction(metric: str, hits: np.ndarray, members: np.ndarray) ->
 
 def macro_f1(query: MetricQuery, outputs: Outputs) -> Bound:
     """Mean over classes of F1."""
-    outputs = outputs.with_target()
+    outputs = outputs.with_target().one_per_unit()
     answers = example_metrics.predicted_class(outputs.student), outputs.targets, outputs.student.shape[1]
 
     def bound(confidence: float) -> Claim:
@@ -155,7 +164,7 @@ def macro_f1(query: MetricQuery, outputs: Outputs) -> Bound:
 
 def ece(query: MetricQuery, outputs: Outputs) -> Bound:
     """Expected calibration error in 15 bins of equal width."""
-    outputs = outputs.with_target()
+    outputs = outputs.with_target().one_per_unit()
     top = np.nan_to_num(example_metrics.probabilities(outputs.student).max(axis=1), nan=1.0).clip(0, 1)
     hits = _hits(outputs)
 
@@ -170,7 +179,8 @@ def brier(query: MetricQuery, outputs: Outputs) -> Bound:
     """Mean of half of Brier's sum of squares, in [0, 1]."""
     outputs = outputs.with_target()
     scores = example_metrics.brier(example_metrics.probabilities(outputs.student), outputs.targets)
-    return mean_bound(query.name, np.nan_to_num(scores, nan=1.0), 0.0, 1.0, higher_is_better=False)
+    scores = outputs.means_of_units(np.nan_to_num(scores, nan=1.0))
+    return mean_bound(query.name, scores, 0.0, 1.0, higher_is_better=False)
 
 
 def cost(query: MetricQuery, outputs: Outputs) -> Bound:
@@ -183,6 +193,7 @@ def cost(query: MetricQuery, outputs: Outputs) -> Bound:
             f"{'none' if costs is None else list(costs.shape)}: pass costs="
         )
     scores = example_metrics.cost(outputs.student, outputs.targets, costs)
+    scores = outputs.means_of_units(scores)
     return mean_bound(query.name, scores, float(costs.min()), float(costs.max()), higher_is_better=False)
 
 
@@ -190,7 +201,14 @@ def user_metric(query: MetricQuery, outputs: Outputs) -> Bound:
     """Mean of the scores in [0, 1] of a user's own function."""
     outputs = outputs.with_target()
     scores = user_scores(query.name, function_named(query.name), outputs.student, outputs.targets)
-    return mean_bound(query.name, scores, 0.0, 1.0)
+    return mean_bound(query.name, outputs.means_of_units(scores), 0.0, 1.0)
+
+
+def _fraction(metric: str, hits: np.ndarray, outputs: Outputs) -> Bound:
+    """The fraction of hits: exact where examples are independent, else of the units' own fractions, by betting."""
+    if outputs.units is None:
+        return fraction_bound(metric, hits)
+    return mean_bound(metric, outputs.means_of_units(hits), 0.0, 1.0)
 
 
 def _hits(outputs: Outputs, k: int = 1) -> np.ndarray:

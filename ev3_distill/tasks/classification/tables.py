@@ -34,8 +34,10 @@ def accuracy_tables(
     """
     if not (outputs.targets >= 0).any():
         return ()
+    has_units = outputs.units is not None
+    outputs = outputs.with_target().one_per_unit() if has_units else outputs
     parts = [Parts("class", outputs.targets, class_names)]
-    if outputs.groups is not None:
+    if outputs.groups is not None and not has_units:  # groups that are units are all new: none recurs
         parts.append(Parts("group", outputs.groups, group_names))
     return tuple(accuracy_by(outputs, part, confidence=confidence, among=among) for part in parts)
 
