@@ -2,6 +2,8 @@
 
 import os
 import re
+import socket
+import stat
 import subprocess
 import sys
 import zipfile
@@ -119,13 +121,64 @@ def test_links_are_followed_once(tmp_path):
     (tmp_path / "tree/ant").symlink_to(tmp_path / "real")
     (tmp_path / "tree/bee/c.png").symlink_to(tmp_path / "real/a.png")
     (tmp_path / "tree/bee/round.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "tree/bee/self.png").symlink_to("self.png")
     os.mkfifo(tmp_path / "tree/bee/pipe.png")
-    assert seeds_of(load(f"folder:{tmp_path / 'tree'}")[0]) == [0, 1, 0]
+    dataset, warnings = load(f"folder:{tmp_path / 'tree'}")
+    assert seeds_of(dataset) == [0, 1, 0]
+    assert len(warnings) == 2
+    assert "left out 3 entries that are not files, such as bee/pipe.png (FIFO)" in warnings[0]
+    assert (
+        "followed 2 symbolic links, such as ant; 1 files occur more than once by a link, such as bee/c.png"
+        in warnings[1]
+    )
     (tmp_path / "real/.loop").symlink_to(tmp_path / "tree")
     (tmp_path / "loop/ant").mkdir(parents=True)
     (tmp_path / "loop/ant/loop").symlink_to(tmp_path / "loop")
     (tmp_path / "loop/ant/a.png").write_bytes(encoded(picture(0)))
-    assert seeds_of(load(f"folder:{tmp_path / 'loop'}")[0]) == [0]
+    dataset, warnings = load(f"folder:{tmp_path / 'loop'}")
+    assert seeds_of(dataset) == [0]
+    assert "left out 1 entries that are not files, such as ant/loop (link to a folder around it)" in warnings[0]
+    assert not any("symbolic links" in line for line in warnings)
+
+
+def test_special_files_are_left_out_without_blocking(tmp_path):
+    source = tree(tmp_path / "tree", contents(["a.png", "b.png"]))
+    (tmp_path / "tree/device.png").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "tree/socket.png"))
+        dataset, warnings = load(source)
+    assert seeds_of(dataset) == [0, 1]
+    assert len(warnings) == 1
+    assert "left out 2 entries that are not files, such as device.png (device)" in warnings[0]
+    os.mkfifo(tmp_path / "pipe")
+    for source, message in (("folder", "pipe, which is neither"), ("npz", "does not exist or is not a file")):
+        with pytest.raises(InputError, match=message):
+            load_data(f"{source}:{tmp_path / 'pipe'}")
+
+
+def test_links_in_an_archive_are_left_out(tmp_path):
+    source = archive(tmp_path / "set.zip", contents(["a.png", "b.png"]))
+    link = zipfile.ZipInfo("c.png")
+    link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "set.zip", "a") as file:
+        file.writestr(link, "a.png")
+    dataset, warnings = load(source)
+    assert seeds_of(dataset) == [0, 1]
+    assert len(warnings) == 1
+    assert "left out 1 entries that are not files, such as c.png (symbolic link)" in warnings[0]
+
+
+def test_images_with_other_suffixes_are_told(tmp_path):
+    others = {"c": encoded(picture(2)), "d.dat": encoded(picture(3), "jpeg"), "e.heic": b"x", "notes.txt": b"x"}
+    heif = b"\0\0\0\x18ftypheic" + bytes(8)
+    for source in both(tmp_path, contents(["a.png", "b.png"]) | others | {"f.bin": heif, "g.bin": bytes(40)}):
+        dataset, warnings = load(source)
+        assert seeds_of(dataset) == [0, 1]
+        assert len(warnings) == 2
+        assert re.search(r"ignored 4 images whose suffix is not one of \.jpg .*, such as c: convert", warnings[0])
+        assert "ignored 2 files that are not images, such as g.bin" in warnings[1]
+    with pytest.raises(InputError, match=r"got 4 other files, such as the image c: convert them to PNG, or give them"):
+        load_data(tree(tmp_path / "alone", others))
 
 
 def test_archive_members_outside_the_archive_are_ignored(tmp_path):

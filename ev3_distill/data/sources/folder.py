@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ev3_distill.data.sources.dataset import Dataset, ReadOptions
+from ev3_distill.data.sources.folder_entries import warn_of_entries
 from ev3_distill.data.sources.folder_layout import ImageListing, list_images
 from ev3_distill.data.sources.image_archive import open_container
 from ev3_distill.data.sources.image_decode import decode_image
@@ -26,7 +27,8 @@ def load(place: str, options: ReadOptions) -> Dataset:
     """
     path, image_options = parse_place(place, lambda place: os.path.exists(os.path.expanduser(place)))
     container = open_container(Path(path).expanduser())
-    listing = list_images(container.files, container.folders, path, options.warn)
+    warn_of_entries(container.entries, path, options.warn)
+    listing = list_images(container, path, options.warn)
     names = listing.names
     content = json.dumps([_FORMAT, container.fingerprint(names), image_options.form])
     record = TraitsRecord(len(names), image_options)

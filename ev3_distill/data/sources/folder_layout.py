@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from ev3_distill.data.sources.folder_entries import unread_images
+from ev3_distill.data.sources.image_archive import Container
 from ev3_distill.data.sources.image_decode import SUFFIXES
 from ev3_distill.data.sources.parallel_decode import printable
 from ev3_distill.errors import InputError
@@ -29,29 +31,36 @@ class ImageListing:
     has_test: bool
 
 
-def list_images(files: Sequence[str], folders: Sequence[str], place: str, warn: Callable[[str], None]) -> ImageListing:
+def list_images(container: Container, place: str, warn: Callable[[str], None]) -> ImageListing:
     """Recognizes the layout of an image folder.
 
     Args:
-      files: names of all files, with / between folders.
-      folders: names of all folders, including empty ones.
+      container: its files and folders, including empty ones.
       place: of the folder, for messages.
       warn: called with what is left out.
 
     Raises:
       InputError: there are no images, or their layout is not one of those known.
     """
-    images = [name for name in files if name.lower().endswith(SUFFIXES)]
+    images = [name for name in container.files if name.lower().endswith(SUFFIXES)]
+    others = sorted(set(container.files) - set(images))
+    unread = unread_images(others, container.head)
     if not images:
-        raise InputError(
-            f"{place} must hold images ({' '.join(SUFFIXES)}); got {len(files)} other files: check the path"
+        got = f"{len(others)} other files" + (f", such as the image {printable(unread[0])}" if unread else "")
+        way_out = "convert them to PNG, or give them the suffix of their format" if unread else "check the path"
+        raise InputError(f"{place} must hold images ({' '.join(SUFFIXES)}); got {got}: {way_out}")
+    if unread:
+        warn(
+            f"{place}: ignored {len(unread)} images whose suffix is not one of {' '.join(SUFFIXES)}, such as "
+            f"{printable(unread[0])}: convert them to PNG, or give them the suffix of their format"
         )
-    if others := sorted(set(files) - set(images)):
-        warn(f"{place}: ignored {len(others)} files that are not images, such as {printable(others[0])}")
+    if len(others) > len(unread):
+        first = next(name for name in others if name not in unread)
+        warn(f"{place}: ignored {len(others) - len(unread)} files that are not images, such as {printable(first)}")
     depth = _depth_of_root(images)
     if depth and all(name.count("/") == depth for name in images):
         warn(f"{place}: all images are in one folder, so they are used without labels")
-    below = [tuple(name.split("/"))[depth:] for name in folders]
+    below = [tuple(name.split("/"))[depth:] for name in container.folders]
     groups = _groups(
         {name: tuple(name.split("/"))[depth:] for name in images}, [path for path in below if path], place, warn
     )

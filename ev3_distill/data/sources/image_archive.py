@@ -1,8 +1,10 @@
 """Where the files of an image folder are: in a directory, or in a zip archive, which is read without extracting it."""
 
+import errno
 import hashlib
 import itertools
 import os
+import stat
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from ev3_distill.data.sources.folder_entries import HEAD, Entries, kind_of
 from ev3_distill.data.sources.unreadable import Unreadable
 from ev3_distill.data.sources.zip_reader import ZipReader
 from ev3_distill.errors import InputError
@@ -24,8 +27,13 @@ class Container(Protocol):
     files: list[str]
     folders: list[str]
 
+    entries: Entries
+
     def fingerprint(self, names: Sequence[str]) -> str:
         """The SHA-256, in hexadecimal, of these files or of a superset."""
+
+    def head(self, name: str) -> bytes:
+        """The first bytes of a file, to recognize images by; empty if it cannot be read."""
 
     def read(self, name: str) -> bytes:
         """Reads a file; several threads may call it. Raises Unreadable."""
@@ -48,7 +56,8 @@ def open_container(path: Path) -> Container:
         return ZipContainer(path / zips[0]) if len(zips) == 1 == len(directory.files) else directory
     if path.is_file():
         return ZipContainer(path)
-    raise InputError(f"folder:DIR needs a directory or a zip file; got {path}, which does not exist: check the path")
+    got = "is neither" if path.exists() else "does not exist"
+    raise InputError(f"folder:DIR needs a directory or a zip file; got {path}, which {got}: check the path")
 
 
 def _open_directory(path: Path) -> "DirectoryContainer":
@@ -62,30 +71,66 @@ def _open_directory(path: Path) -> "DirectoryContainer":
 
 
 class DirectoryContainer:
-    """A directory with everything below it, except hidden files and folders."""
+    """A directory with everything below it, except hidden files and folders.
+
+    Links are followed, as if what they name were copied here. Special files, which could block a reader, are left out.
+    """
 
     def __init__(self, root: Path):
         self.root = root
         self.files: list[str] = []
         self.folders: list[str] = []
+        self.entries = Entries([], [], [])
         self._digests: dict[str, bytes] = {}
+        self._inodes: set[tuple[int, int]] = set()
         self._list("", ())
 
     def _list(self, folder: str, ancestors: tuple[tuple[int, int], ...]) -> None:
         status = os.stat(self.root / folder)
         if (status.st_dev, status.st_ino) in ancestors:
-            return  # a link to a folder that contains it
+            name = folder.rstrip("/")
+            self.entries.links[:] = [link for link in self.entries.links if link != name]
+            self.entries.left_out.append((name, "link to a folder around it"))
+            return
         ancestors = (*ancestors, (status.st_dev, status.st_ino))
         with os.scandir(self.root / folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 name = f"{folder}{entry.name}"
                 if is_hidden(entry.name):
                     continue
-                if entry.is_dir():
-                    self.folders.append(name)
-                    self._list(f"{name}/", ancestors)
-                elif entry.is_file():
-                    self.files.append(name)
+                try:
+                    mode = entry.stat().st_mode if entry.is_symlink() or not entry.is_dir() else stat.S_IFDIR
+                except OSError as error:
+                    if not entry.is_symlink() or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                        raise
+                    self.entries.left_out.append((name, "link to nothing"))
+                    continue
+                self._add(name, mode, entry, ancestors)
+
+    def _add(self, name: str, mode: int, entry: "os.DirEntry[str]", ancestors: tuple[tuple[int, int], ...]) -> None:
+        """Adds an entry and, if it is a folder, everything below it."""
+        if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+            self.entries.left_out.append((name, kind_of(mode)))
+            return
+        if entry.is_symlink():
+            self.entries.links.append(name)
+        if stat.S_ISDIR(mode):
+            self.folders.append(name)
+            self._list(f"{name}/", ancestors)
+            return
+        self.files.append(name)
+        inode = (entry.stat().st_dev, entry.stat().st_ino)
+        if inode in self._inodes:
+            self.entries.repeated.append(name)
+        self._inodes.add(inode)
+
+    def head(self, name: str) -> bytes:
+        """The first bytes of a file, to recognize images by; empty if it cannot be read."""
+        try:
+            with open(f"{self.root}/{name}", "rb", buffering=0) as file:
+                return file.read(HEAD)
+        except OSError:
+            return b""
 
     def fingerprint(self, names: Sequence[str]) -> str:
         """The SHA-256 of names and contents, in hexadecimal."""
@@ -129,7 +174,10 @@ class ZipContainer:
             ) from None
         named = [(member.filename.replace("\\", "/").strip("/"), member) for member in self._reader.members]
         self.folders = _all_folders(named)
-        visible = [(name, member) for name, member in named if not member.is_dir() and not is_hidden(name)]
+        files = [(name, member) for name, member in named if not member.is_dir() and not is_hidden(name)]
+        links = [(name, "symbolic link") for name, member in files if _is_link(member)]
+        self.entries = Entries([], [], links)
+        visible = [(name, member) for name, member in files if not _is_link(member)]
         self._members = dict(visible)
         self.files = sorted(self._members)
         if repeated := len(visible) - len(self.files):
@@ -140,12 +188,25 @@ class ZipContainer:
         del names
         return sha256_of(self._reader.path)
 
+    def head(self, name: str) -> bytes:
+        """The first bytes of a file, to recognize images by; empty if it cannot be read."""
+        try:
+            with self._reader.zip.open(self._members[name]) as file:
+                return file.read(HEAD)
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError):
+            return b""
+
     def read(self, name: str) -> bytes:
         """Reads a member and checks it against the checksum of the archive."""
         try:
             return self._reader.read(self._members[name])
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
             raise Unreadable(" ".join(str(error).split())) from None
+
+
+def _is_link(member: zipfile.ZipInfo) -> bool:
+    """Whether a member holds the name of another file instead of content, as `zip --symlinks` stores it."""
+    return stat.S_ISLNK(member.external_attr >> 16)
 
 
 def _all_folders(named: list[tuple[str, zipfile.ZipInfo]]) -> list[str]:
