@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ev3_distill.data.class_names import nfc
 from ev3_distill.errors import InputError
 
 LISTED_NAMES = 10  # most class names that an error lists
@@ -53,7 +54,7 @@ def class_columns(
     Raises:
       InputError: a class of the data is missing, or the numbers of names, outputs and classes differ.
     """
-    given = tuple(user_names or model_names or ())
+    given, data_names = tuple(map(nfc, user_names or model_names or ())), tuple(map(nfc, data_names))
     names = _as_data_spell(given, data_names)
     notes: tuple[str, ...] = ()
     if not user_names and set(data_names) != set(names) and _is_range(names, 0):

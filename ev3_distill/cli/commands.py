@@ -14,6 +14,7 @@ from ev3_distill.arms import label_arm_name
 from ev3_distill.cli.options import EvaluateCommand
 from ev3_distill.config import Compress, Preprocessing, RunConfig, Teach
 from ev3_distill.config_file import ConfigT, check_unchanged, read_run_config
+from ev3_distill.data.class_names import untrained_classes_warning
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.monitor import report
@@ -170,7 +171,10 @@ def _load_data(directory: Path, config: RunConfig, *, resume: bool) -> Dataset:
             "certificate may promise too much, most of all with many classes; prefer a new run"
         )
     return_freed_memory(config.memory)
-    return data_of(config)
+    dataset = data_of(config)
+    if text := untrained_classes_warning(dataset):
+        warn(text)
+    return dataset
 
 
 @contextlib.contextmanager

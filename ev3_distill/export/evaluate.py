@@ -10,6 +10,7 @@ import numpy as np
 from ev3_distill import config, students
 from ev3_distill.certify.certificate import Bound, Certificate, median_bound
 from ev3_distill.data import splits_of, units_of
+from ev3_distill.data.class_names import match_classes, pairing_warnings
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.export import file_latency
@@ -215,9 +216,9 @@ def _load_examples(
     """
     dataset = data_of(run_config, source)
     if about is None:
-        _check_fits(dataset, trained_on["input_shape"], trained_on["classes"])
+        dataset = _as_student_sees(dataset, trained_on["input_shape"], trained_on["classes"])
     else:
-        _check_fits(dataset, about.input_shape, about.classes)
+        dataset = _as_student_sees(dataset, about.input_shape, about.classes)
         _check_dtype(dataset, about)
     limit = memory_limit(run_config.memory)
     if run is not None and not source:
@@ -237,14 +238,22 @@ def _load_examples(
     return _Examples(dataset, np.arange(len(dataset.labels)), limit, dataset.groups if grouped else None)
 
 
-def _check_fits(dataset: Dataset, input_shape: list[int], classes: Sequence[str]) -> None:
-    """Raises InputError if a student of these inputs and classes cannot be scored on a data set."""
+def _as_student_sees(dataset: Dataset, input_shape: list[int], classes: Sequence[str]) -> Dataset:
+    """The data set with the classes of a student, told where that needs an assumption or a class has no example.
+
+    Raises:
+      InputError: a student of these inputs and classes cannot be scored on the data set.
+    """
     require_labels(dataset, "evaluate")
-    if list(dataset.inputs.shape[1:]) != input_shape or dataset.num_classes > len(classes):
+    if list(dataset.inputs.shape[1:]) != input_shape:
         raise InputError(
-            f"the student takes inputs of shape {input_shape} and knows {len(classes)} classes; {dataset.source} has "
-            f"{list(dataset.inputs.shape[1:])} and {dataset.num_classes}: name data like those of the run"
+            f"the student takes inputs of shape {input_shape}; {dataset.source} has {list(dataset.inputs.shape[1:])}: name "
+            "data like those of the run"
         )
+    matched = match_classes(dataset, classes)
+    for text in pairing_warnings(dataset, matched):
+        warn(text)
+    return matched
 
 
 def _check_dtype(dataset: Dataset, about: ModelMetadata) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ev3_distill.data.class_names import nfc
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError
 from ev3_distill.guards import Guard, parse
@@ -48,8 +49,9 @@ def parse_guards(
     Raises:
       InputError: a guard cannot be parsed, answered or met.
     """
-    guards = [parse(text) for text in texts]
-    data = GuardData(dataset.source, dataset.labels, num_classes, tuple(class_names or dataset.class_names))
+    guards = [parse(nfc(text)) for text in texts]
+    names = tuple(map(nfc, class_names or dataset.class_names))
+    data = GuardData(dataset.source, dataset.labels, num_classes, names)
     available = {
         "labels": bool(has_target(dataset.labels).any()),
         "teacher": teacher,

@@ -114,7 +114,7 @@ def test_bad_options_of_npz_are_refused(save):
     source = save(inputs=ROWS, labels=LABELS)
     with pytest.raises(InputError, match="layout of npz:FILE is one of nhwc, nchw; got 'chw'"):
         load_data(f"{source},layout=chw")
-    with pytest.raises(InputError, match="the option of npz:FILE is layout; got size"):
+    with pytest.raises(InputError, match="the options of npz:FILE are layout and labels; got size"):
         load_data(f"{source},size=8")
     with pytest.raises(InputError, match=r"layout is an option of images with 4 axes; got inputs \[6, 3\]"):
         load_data(f"{source},layout=nchw")

@@ -14,6 +14,7 @@
   - `groups`, optional (or `train_groups` and `test_groups`): integers or text [N], the subgroup of each example, for
     guards on worst_group_accuracy.
   - Other arrays are ignored.
+  - `npz:FILE,labels=ids`: labels may be any integers; the classes are those that occur, in order, named by their integer.
 
 - `folder:DIR` or `folder:FILE.zip`: images in `train/CLASS/` and `test/CLASS/` (or `val/CLASS/`), in `CLASS/`, or
   without class folders, which means without labels. All images must have one size, or the source ends in `,size=32` or
@@ -27,6 +28,7 @@
 
 from collections.abc import Callable
 
+from ev3_distill.data.class_names import normalize
 from ev3_distill.data.sources import digits, folder, npz, tfds
 from ev3_distill.data.sources.dataset import Dataset, ReadOptions
 from ev3_distill.data.sources.input_checks import check_inputs
@@ -72,4 +74,4 @@ def load_data(
     limit = _DEFAULTS.memory if memory is None else memory
     dataset = KINDS[kind](place, ReadOptions(limit, skip_corrupt, warn, progress))
     check_inputs(dataset.inputs, source, warn)
-    return dataset
+    return normalize(dataset)

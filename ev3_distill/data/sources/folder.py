@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from ev3_distill.data.sources.image_archive import open_container
 from ev3_distill.data.sources.image_decode import decode_image
 from ev3_distill.data.sources.image_options import parse_place
 from ev3_distill.data.sources.image_traits import TraitsRecord, warn_of_traits
-from ev3_distill.data.sources.parallel_decode import DecodedRows, Encoded, decode_all
+from ev3_distill.data.sources.parallel_decode import DecodedRows, Encoded, decode_all, printable
 from ev3_distill.errors import InputError
 
 _FORMAT = 1  # version of the content that is hashed for the fingerprint
@@ -28,9 +29,11 @@ def load(place: str, options: ReadOptions) -> Dataset:
     path, image_options = parse_place(place, lambda place: os.path.exists(os.path.expanduser(place)))
     container = open_container(Path(path).expanduser())
     warn_of_entries(container.entries, path, options.warn)
+    _warn_of_guesses(container.guessed, path, options)
     listing = list_images(container, path, options.warn)
     names = listing.names
-    content = json.dumps([_FORMAT, container.fingerprint(names), image_options.form])
+    other_names = [listing.class_names] if listing.renamed or container.recoded else []  # than older versions read
+    content = json.dumps([_FORMAT, container.fingerprint(names), image_options.form, *other_names])
     record = TraitsRecord(len(names), image_options)
     images = Encoded(
         place=path,
@@ -43,6 +46,15 @@ def load(place: str, options: ReadOptions) -> Dataset:
     decoded = decode_all(images, content, options)
     warn_of_traits(decoded.notes, names, path, image_options, options.warn)
     return _dataset(listing, decoded, f"folder:{place}")
+
+
+def _warn_of_guesses(names: Sequence[str], path: str, options: ReadOptions) -> None:
+    """Warns of names in an archive that are not in UTF-8, because their encoding cannot be known."""
+    if names:
+        options.warn(
+            f"{path}: the archive does not say how {len(names):,} names are encoded; they were read as code page 437, such as "
+            f"{printable(names[0])}: if that is wrong, pack it again with names in UTF-8"
+        )
 
 
 def _dataset(listing: ImageListing, decoded: DecodedRows, source: str) -> Dataset:

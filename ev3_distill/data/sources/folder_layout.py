@@ -1,8 +1,10 @@
 """Layout of an image folder: which images are train and which are test, and their classes."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 
+from ev3_distill.data.class_names import nfc
 from ev3_distill.data.sources.folder_entries import unread_images
 from ev3_distill.data.sources.image_archive import Container
 from ev3_distill.data.sources.image_decode import SUFFIXES
@@ -27,8 +29,9 @@ class ImageListing:
     names: list[str]
     labels: list[int]  # of each image; -1 if there are no classes
     is_test: list[bool]  # of each image
-    class_names: tuple[str, ...]  # in alphabetical order
+    class_names: tuple[str, ...]  # in alphabetical order, in normal form
     has_test: bool
+    renamed: bool  # whether a folder's own name was not in normal form
 
 
 def list_images(container: Container, place: str, warn: Callable[[str], None]) -> ImageListing:
@@ -129,6 +132,13 @@ def _checked_group(top: str, images: Group, folders: list[Path], place: str) -> 
 
 def _combine(groups: dict[str, Group], place: str) -> ImageListing:
     """Combines the splits, which must have the same classes."""
+    folders = {split: {path[0] for path in group.values() if len(path) == 2} for split, group in groups.items()}
+    for split, present in folders.items():
+        if repeated := [name for name, count in Counter(map(nfc, present)).items() if count > 1]:
+            raise InputError(
+                f"{place}: each class has one folder; got {printable(repeated[0])} twice in {split}, spelled differently in "
+                "Unicode: merge them"
+            )
     classes = {split: {_class_of(path) for path in group.values()} for split, group in groups.items()}
     known = set.union(*classes.values())
     for split, present in classes.items():
@@ -152,9 +162,10 @@ def _combine(groups: dict[str, Group], place: str) -> ImageListing:
         is_test=[is_test for is_test, _, _ in rows],
         class_names=tuple(names),
         has_test=_TEST in groups,
+        renamed=any(nfc(name) != name for present in folders.values() for name in present),
     )
 
 
 def _class_of(path: Path) -> str:
-    """The class folder of an image; empty without one."""
-    return path[0] if len(path) == 2 else ""
+    """The class of an image in normal form: its folder; empty without one."""
+    return nfc(path[0]) if len(path) == 2 else ""

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from ev3_distill.data.sources.folder_entries import HEAD, Entries, kind_of
 from ev3_distill.data.sources.unreadable import Unreadable
-from ev3_distill.data.sources.zip_reader import ZipReader
+from ev3_distill.data.sources.zip_reader import ZipReader, decode_name
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.files import sha256_of
 
@@ -26,6 +26,8 @@ class Container(Protocol):
 
     files: list[str]
     folders: list[str]
+    recoded: bool  # whether names differ from those that zipfile reads
+    guessed: list[str]  # names whose encoding is unknown
 
     entries: Entries
 
@@ -76,8 +78,11 @@ class DirectoryContainer:
     Links are followed, as if what they name were copied here. Special files, which could block a reader, are left out.
     """
 
+    recoded = False
+
     def __init__(self, root: Path):
         self.root = root
+        self.guessed: list[str] = []
         self.files: list[str] = []
         self.folders: list[str] = []
         self.entries = Entries([], [], [])
@@ -172,7 +177,10 @@ class ZipContainer:
             raise InputError(
                 f"folder:FILE must be a complete zip file; got {path} ({error}): pack it again, or name a directory"
             ) from None
-        named = [(member.filename.replace("\\", "/").strip("/"), member) for member in self._reader.members]
+        decoded = [(*decode_name(member), member) for member in self._reader.members]
+        self.recoded = any(name != member.filename for name, _, member in decoded)
+        self.guessed = [name for name, guessed, _ in decoded if guessed]
+        named = [(name.replace("\\", "/").strip("/"), member) for name, _, member in decoded]
         self.folders = _all_folders(named)
         files = [(name, member) for name, member in named if not member.is_dir() and not is_hidden(name)]
         links = [(name, "symbolic link") for name, member in files if _is_link(member)]

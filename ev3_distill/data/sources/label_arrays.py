@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ev3_distill.data.class_names import nfc
 from ev3_distill.errors import InputError
 
 
@@ -74,15 +75,38 @@ def number_labels(
             f"{path}: labels must be classes that recur; got {len(texts)} different texts in as many rows, such as "
             f"{str(distinct[0])!r}: save the class of each example"
         )
-    known = distinct if names is None else names
-    number = {str(name): i for i, name in enumerate(known)}
-    if unknown := [str(text) for text in distinct if str(text) not in number]:
+    known = np.unique(list(map(nfc, distinct.tolist()))) if names is None else names
+    number = {nfc(str(name)): i for i, name in enumerate(known)}
+    if unknown := [text for text in distinct.tolist() if nfc(text) not in number]:
         raise InputError(
             f"{path}: every label must be one of class_names; got {unknown[0]!r}"
             f"{f' and {len(unknown) - 1} more' if unknown[1:] else ''}: add it to class_names or fix the labels"
         )
-    numbers = [np.array([number[str(text)] for text in labels], np.int32) for labels in parts]
+    numbers = [np.array([number[nfc(str(text))] for text in labels], np.int32) for labels in parts]
     return numbers, known
+
+
+def number_ids(
+    parts: Sequence[np.ndarray], names: np.ndarray | None, path: Path
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Numbers labels that are ids, such as 17, 37 and 57, in the order of the ids, which become the class names.
+
+    Args:
+      parts: labels of each part of the data.
+      names: class names of the file, if it has any.
+      path: of the file, for messages.
+
+    Raises:
+      InputError: the labels are not integers, or the file has class names.
+    """
+    if names is not None:
+        raise InputError(f"{path}: labels=ids takes the ids for names; got class_names besides: omit one of them")
+    labels = np.concatenate(parts)
+    if labels.dtype.kind not in "ui" or (labels == -1).all():
+        got = "none" if labels.dtype.kind in "ui" else str(labels.dtype)
+        raise InputError(f"{path}: labels=ids needs labels that are integers; got {got}: omit it")
+    ids, numbers = np.unique(labels, return_inverse=True)
+    return np.split(numbers, np.cumsum([len(part) for part in parts])[:-1]), ids.astype(str)
 
 
 def _decoded(labels: np.ndarray, name: str, path: Path) -> np.ndarray:

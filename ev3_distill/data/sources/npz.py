@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ev3_distill.data.class_names import nfc
 from ev3_distill.data.sources.array_shapes import LAYOUTS, TOKEN_NAMES, TOKEN_ROWS, check_layout, warn_of_token_ids
 from ev3_distill.data.sources.dataset import Dataset, ReadOptions, fingerprint
-from ev3_distill.data.sources.label_arrays import check_labels, number_labels
+from ev3_distill.data.sources.label_arrays import check_labels, number_ids, number_labels
 from ev3_distill.data.sources.place_options import split_options
 from ev3_distill.data.sources.resolution import ResolutionCheck
 from ev3_distill.data.sources.row_cache import Notes, RowWriter, load_or_create
@@ -53,8 +54,7 @@ def load(place: str, options: ReadOptions) -> Dataset:
     Raises:
       InputError: the file is missing or damaged, or lacks the arrays of a classification data set.
     """
-    name, layout = _parse_place(place)
-    path = Path(name).expanduser()
+    path, layout, are_ids = _parse_place(place)
     check_file(path, option="npz:FILE")
     with readable(path):
         archive = ZipReader(path)
@@ -63,7 +63,7 @@ def load(place: str, options: ReadOptions) -> Dataset:
         examples = [_read_header(archive, members, x, layout) for x, _ in pairs]
         labels = [_labels(archive, members, y, x, path) for (_, y), x in zip(pairs, examples, strict=True)]
         names_array = _array(archive, members, "class_names") if "class_names" in members else None
-        labels, names_array = number_labels(labels, names_array, path)
+        labels, names_array = (number_ids if are_ids else number_labels)(labels, names_array, path)
         names = _class_names(np.concatenate(labels), names_array, path)
         groups, group_names = _groups(archive, members, examples)
         inputs = _inputs(archive, examples, path, options)
@@ -74,15 +74,17 @@ def load(place: str, options: ReadOptions) -> Dataset:
     return Dataset(inputs, all_labels, len(names), names, test_rows, f"npz:{place}", digest, groups, group_names)
 
 
-def _parse_place(place: str) -> tuple[str, str]:
-    """The file, and the layout of its images; empty without one."""
+def _parse_place(place: str) -> tuple[Path, str, bool]:
+    """The file, the layout of its images (empty without one), and whether labels are ids."""
     name, values = split_options(place, lambda name: Path(name).expanduser().exists())
-    layout = values.pop("layout", "").lower()
+    layout, labels = values.pop("layout", "").lower(), values.pop("labels", "")
     if values:
-        raise InputError(f"the option of npz:FILE is layout; got {min(values)}: try layout=nchw")
+        raise InputError(f"the options of npz:FILE are layout and labels; got {min(values)}: try layout=nchw")
     if layout not in ("", *LAYOUTS):
         raise InputError(f"layout of npz:FILE is one of {', '.join(LAYOUTS)}; got {layout!r}: use one of these")
-    return name, layout
+    if labels not in ("", "ids"):
+        raise InputError(f"labels of npz:FILE is ids; got {labels!r}: omit it")
+    return Path(name).expanduser(), layout, bool(labels)
 
 
 def _warn_of_token_ids(inputs: np.ndarray | RowFile, member: ArrayMember, path: Path, options: ReadOptions) -> None:
@@ -168,7 +170,10 @@ def _class_names(labels: np.ndarray, names: np.ndarray | None, path: Path) -> tu
         return () if names is None else tuple(str(name) for name in names)
     if low < 0:
         row = int((labels < 0).argmax())
-        raise InputError(f"{path}: labels must not be negative; got {labels[row]} in row {row}: number classes from 0")
+        raise InputError(
+            f"{path}: labels must not be negative; got {labels[row]} in row {row}: number classes from 0, or give "
+            f"npz:{path},labels=ids where labels are ids"
+        )
     if names is not None and high >= len(names):
         raise InputError(
             f"{path}: labels must be below the number of class_names, {len(names)}; got {high} "
@@ -179,7 +184,7 @@ def _class_names(labels: np.ndarray, names: np.ndarray | None, path: Path) -> tu
     if names is None and high >= len(labels):
         raise InputError(
             f"{path}: more classes than examples need class_names; got label {high} among {len(labels)} examples: "
-            "number classes from 0 without gaps or add class_names"
+            f"number classes from 0 without gaps, add class_names, or give npz:{path},labels=ids where labels are ids"
         )
     return tuple(str(name) for name in (range(high + 1) if names is None else names))
 
@@ -204,7 +209,9 @@ def _groups(
             f"{archive.path}: groups must be an integer or a text for each example, {[n for (n,) in lengths]}; got {got}: "
             "fix or remove them"
         )
-    group_names, groups = np.unique(np.concatenate([array.astype(str) for array in arrays]), return_inverse=True)
+    texts, index = np.unique(np.concatenate([array.astype(str) for array in arrays]), return_inverse=True)
+    group_names, merged = np.unique(list(map(nfc, texts.tolist())), return_inverse=True)
+    groups = merged[index]
     return groups.astype(np.int32), tuple(map(str, group_names))
 
 

@@ -13,6 +13,36 @@ from pathlib import Path
 
 _LOCAL_HEADER = 30  # bytes before the name and the extra field
 _ENCRYPTED = 0x1
+_UTF8 = 0x800
+_UNICODE_PATH = 0x7075  # extra field of Info-ZIP: version, CRC-32 of the name in the header, name in UTF-8
+
+
+def decode_name(member: zipfile.ZipInfo) -> tuple[str, bool]:
+    """The name of a member, and whether its encoding was guessed.
+
+    By the standard (PKWARE APPNOTE, appendix D) a name is in UTF-8 if its flag says so, else in code page 437, which zipfile
+    assumes. Many programs write UTF-8 without the flag: macOS does. Bytes of another encoding are hardly ever valid UTF-8.
+    """
+    if member.flag_bits & _UTF8 or member.orig_filename.isascii():
+        return member.filename, False
+    raw = member.orig_filename.encode("cp437")
+    for content in (_unicode_path(member.extra, raw), raw):
+        try:
+            if content:
+                return content.decode("utf-8"), False
+        except UnicodeDecodeError:
+            continue
+    return member.filename, True
+
+
+def _unicode_path(extra: bytes, raw: bytes) -> bytes:
+    """The name in the extra field for it; empty if there is none, or if it belongs to another name."""
+    while len(extra) >= 4:
+        kind, size = int.from_bytes(extra[:2], "little"), int.from_bytes(extra[2:4], "little")
+        content, extra = extra[4 : 4 + size], extra[4 + size :]
+        if kind == _UNICODE_PATH and content[:1] == b"\1" and int.from_bytes(content[1:5], "little") == zlib.crc32(raw):
+            return content[5:]
+    return b""
 
 
 class ZipReader:

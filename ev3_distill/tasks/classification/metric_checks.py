@@ -12,7 +12,7 @@ __all__ = ["check_class", "check_top_k", "check_user_metric", "class_index"]
 
 
 def class_index(query: MetricQuery, num_classes: int) -> int:
-    """Index of the class in a metric of one class: a class name, or else a number from 0.
+    """Index of the class in a metric of one class: a class name, or else a number from 0 unless all names are numbers.
 
     Raises:
       InputError: there is no such class.
@@ -20,12 +20,14 @@ def class_index(query: MetricQuery, num_classes: int) -> int:
     names = list(query.class_names) or [str(index) for index in range(num_classes)]
     if query.argument in names:
         return names.index(query.argument)
-    if query.argument.isdecimal() and int(query.argument) < num_classes:
-        return int(query.argument)
-    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    shown, numbered = ", ".join(names[:10]) + (", ..." if len(names) > 10 else ""), ""
+    numbers = [str(index) for index in range(num_classes)]
+    if names == numbers or not all(name.removeprefix("-").isdecimal() for name in names):  # else a number is a name
+        if query.argument.isdecimal() and int(query.argument) < num_classes:
+            return int(query.argument)
+        numbered = f", or a number from 0 to {num_classes - 1}"
     raise InputError(
-        f"{query.name} needs a class by its name or number; got '{query.argument}': use one of {shown}, or a number from 0 to "
-        f"{num_classes - 1}"
+        f"{query.name} needs a class by its name or number; got '{query.argument}': use one of {shown}{numbered}"
     )
 
 
