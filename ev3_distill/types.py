@@ -145,6 +145,9 @@ class Goal:
     # mean a promotion for this goal proves to be higher
     binary: bool  # whether the scores of `comparison` are 0 or 1
     p_value: Callable[[Any, Batch], jax.Array]  # (outputs, split) -> p-value of "the metric is below the threshold"
+    hypothesis: str = ""  # what the test of a promotion for this goal proves; {focus} stands for the class or group
+    strata: Callable[[Any, Batch], tuple[jax.Array, int]] | None = None  # if the metric is the least of the strata's
+    # means: (outputs, split) -> [N] int32, -1 for none; and their number
 
 
 class Stretch(NamedTuple):
@@ -217,7 +220,7 @@ class GoalScores(NamedTuple):
     """A champion's scores for G goals on decide."""
 
     comparison: jax.Array  # [G, N] what a challenger must prove to beat, at the focus of the champion
-    metric: jax.Array  # [G]
+    metric: jax.Array  # [G] the goals' own values
 
 
 class Objectives(NamedTuple):
@@ -349,15 +352,17 @@ class PromotionTest(NamedTuple):
 
     tested: jax.Array  # bool, whether there was one in this iteration
     goal: jax.Array  # int32, the goal that it is about, -1 for the promise
-    wins: jax.Array  # int32, decide examples with a higher score of the candidate
-    losses: jax.Array  # int32, with a lower one
-    n: jax.Array  # int32, decide examples
+    focus: jax.Array  # int32, the class or group that the champion's goal is about; 0 if it is about all examples
+    wins: jax.Array  # int32, pairs in which the candidate has the higher score, in the decisive comparison
+    losses: jax.Array  # int32, a lower one
+    n: jax.Array  # int32, pairs
     alpha: jax.Array  # float32, the level of the test
     p_value: jax.Array  # float32, 1 if not tested
     promoted: jax.Array  # bool
-    blocked: (
+    breaks: (
         jax.Array
     )  # bool, whether a proven candidate was not promoted because it breaks a goal that the champion meets
+    lowers: jax.Array  # bool, or because it lowers the metric of the goal itself on decide
 
 
 class Decision(NamedTuple):

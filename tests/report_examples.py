@@ -33,7 +33,8 @@ def make_rows(iterations=60, arms=ARMS):
             wins = losses + max(0, round(5000 * gain))
             p_value = float(binom.sf(wins - 1, wins + losses, 0.5))
             bound = (2 * float(beta.ppf(alpha, wins, losses + 1)) - 1) * (wins + losses) / 5000
-            test = {"objective": "promise", "kept": False,
+            test = {"objective": "promise", "hypothesis": "the accuracy is higher than the champion's",
+                    "kept": False, "reason": None,
                     "wins": wins, "losses": losses, "n": 5000, "alpha": alpha, "p_value": p_value,
                     "gain": (wins - losses) / 5000, "bound": bound}  # fmt: skip
             promoted = p_value <= alpha

@@ -22,6 +22,10 @@ al. 2015, arXiv 1506.02629; testing on with what a rejection has set free: Bretz
 sequentially rejective multiple test procedures".) Tests are made only if assess predicts success: a test that is made
 costs error budget, a test that is not made is free.
 
+A search is one path through a larger tree, see `docs/explanation/error-budget.md`: its runs hand the budget on, none of
+their tests is the last, and each further answer of decide that the search follows divides the budget among the possible
+answers (`pay_for_answer`, `divide`), so that the budgets below a node still sum to at most its own.
+
 Not covered: a teacher that was itself selected by the same decide examples. The teacher that `compress` trains if none
 is named is such a teacher, through the few promotion decisions of its own run. The certificate comes from the sealed
 split and is not affected.
@@ -37,6 +41,9 @@ from ev3_distill.types import ErrorBudget, Evidence
 
 SHARE = 0.8  # c: the fraction of the remaining budget that a test may spend; from 0.5 to 0.9 the power changes little
 TOLERANCE = 2.0  # standard errors within which promise scores of one trajectory count as level; 1 stalls small splits
+MET_SHARE = (
+    0.2  # of the budget of a search that continues after decide has proved all goals; a failed test leaves as much
+)
 SPACING = 1.5  # factor by which the run's cost must grow between two promotion tests
 
 
@@ -58,6 +65,17 @@ def spend(budget: ErrorBudget, closing: jax.Array, tested: jax.Array, promoted: 
         promotions=budget.promotions + promoted,
         left=budget.left * jnp.where(closing, 0.0, retained),
     )
+
+
+def pay_for_answer(budget: ErrorBudget, asked: jax.Array, met: jax.Array) -> ErrorBudget:
+    """The budget after decide was asked whether all goals are met, in a search that continues either way."""
+    share = jnp.where(met, MET_SHARE, 1 - MET_SHARE)
+    return budget._replace(left=budget.left * jnp.where(asked, share, 1.0))
+
+
+def divide(budget: ErrorBudget, answers: int) -> ErrorBudget:
+    """The budget after an answer of decide that was one of `answers` possible ones."""
+    return budget._replace(left=budget.left / answers)
 
 
 def due(cost: jax.Array, tested_cost: jax.Array, closing: jax.Array) -> jax.Array:

@@ -20,6 +20,8 @@ class Algorithm:
       config: hyperparameters of the core.
       stop_level: if given, the run ends once decide proves every goal, each at this level.
       distribute: assigns proposals to devices.
+      continues: whether further runs use what this one leaves of its error budget, as the stages of a search do; then no
+        test is the last one.
     """
 
     apply: Apply
@@ -29,6 +31,7 @@ class Algorithm:
     config: EV3
     stop_level: float | None = None
     distribute: Distribute = on_one_device
+    continues: bool = False
 
     @property
     def racers(self) -> tuple[bool, ...]:

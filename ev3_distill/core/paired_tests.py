@@ -1,4 +1,10 @@
-"""Paired comparisons of two students on the same examples: mean differences, and one-sided tests that one is better."""
+"""Paired comparisons of two students on the same examples: mean differences, and one-sided tests that one is better.
+
+References:
+  Q. McNemar: Note on the sampling error of the difference between correlated proportions. Psychometrika 12 (2), 1947.
+  R. L. Berger: Multiparameter hypothesis testing and acceptance sampling. Technometrics 24 (4), 1982.
+  I. Waudby-Smith, A. Ramdas: Estimating means of bounded random variables by betting. JRSS B 86 (1), 2024.
+"""
 
 from collections.abc import Callable
 
@@ -57,10 +63,49 @@ def mcnemar(candidate: jax.Array, champion: jax.Array) -> tuple[jax.Array, jax.A
     candidate, champion = candidate > 0.5, champion > 0.5
     wins = (candidate & ~champion).sum()
     losses = (champion & ~candidate).sum()
+    return wins, losses, _sign_p_value(wins, losses)
+
+
+def _sign_p_value(wins: jax.Array, losses: jax.Array) -> jax.Array:
+    """P(Bin(wins + losses, 1/2) >= wins), rounded up; 1 without wins."""
     tail = betainc(jnp.maximum(wins, 1).astype(jnp.float32), losses + 1.0, 0.5)
     rounded_up = jnp.minimum(tail * (1 + 1e-5 + 2e-6 * (wins + losses)), 1.0)
-    p_value = jnp.where(wins > 0, rounded_up, 1.0)
-    return wins, losses, p_value
+    return jnp.where(wins > 0, rounded_up, 1.0)
+
+
+def least_mean(
+    candidate: jax.Array, champion: jax.Array, strata: jax.Array, *, number: int, focus: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Exact one-sided test that the candidate's least mean over strata, such as classes, is higher than the champion's.
+
+    The least mean is higher if the candidate's mean in *every* stratum c is higher than the champion's in one stratum j.
+    For each c McNemar's test compares pairs: the r-th example of c, under the candidate, with the r-th example of j,
+    under the champion. For c = j that is the same example; otherwise the two are independent. If the candidate's mean
+    in c is not higher, a pair is won with no greater probability than it is lost. All these tests must succeed, so each
+    has the full level (an intersection-union test, Berger 1982). It is valid for every j that does not depend on these
+    examples. Strata without examples are not part of the claim.
+
+    Args:
+      candidate: [N] scores in {0, 1}.
+      champion: [N], for the same examples.
+      strata: [N] int32, -1 for examples of none.
+      number: of strata.
+      focus: int32, the stratum j: the champion's worst on other examples.
+
+    Returns: wins, losses and pairs (int32) of the stratum with the greatest p-value, and this p-value.
+    """
+    own = jnp.where(strata >= 0, strata, number)
+    count = jax.ops.segment_sum(jnp.ones_like(own), own, number + 1)
+    order, n = jnp.argsort(own, stable=True), own.shape[0]
+    rank = jnp.zeros_like(own).at[order].set(jnp.arange(n, dtype=own.dtype)) - (jnp.cumsum(count) - count)[own]
+    right = jnp.zeros(n, bool).at[jnp.where(own == focus, rank, n)].set(champion > 0.5, mode="drop")[rank]
+    pairs = rank < count[focus]
+    won, lost = (pairs & (candidate > 0.5) & ~right), (pairs & right & ~(candidate > 0.5))
+    wins, losses = (jax.ops.segment_sum(x.astype(jnp.int32), own, number + 1)[:number] for x in (won, lost))
+    p_values = jnp.where(count[:number] > 0, _sign_p_value(wins, losses), 0.0)
+    least = jnp.argmax(p_values)
+    proof = jnp.where(count[focus] > 0, p_values[least], 1.0)
+    return wins[least], losses[least], jnp.minimum(count[least], count[focus]), proof
 
 
 def betting(candidate: jax.Array, champion: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

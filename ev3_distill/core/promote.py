@@ -8,9 +8,20 @@ import jax.numpy as jnp
 from ev3_distill.core import adapt, prioritise
 from ev3_distill.core.algorithm import Algorithm
 from ev3_distill.core.assess import outputs_of
-from ev3_distill.core.paired_tests import paired, suitable_test
+from ev3_distill.core.paired_tests import least_mean, paired, suitable_test
 from ev3_distill.core.plateau import NO_END, stuck
-from ev3_distill.types import Champion, GoalScores, Objectives, Pools, PromotionTest, PyTree, State, Variables
+from ev3_distill.types import (
+    Champion,
+    Evidence,
+    GoalEvidence,
+    GoalScores,
+    Objectives,
+    Pools,
+    PromotionTest,
+    PyTree,
+    State,
+    Variables,
+)
 
 GOALS_SPACING = 1.1  # factor by which the run's cost must grow between two tests whether all goals are met
 
@@ -18,19 +29,20 @@ GOALS_SPACING = 1.1  # factor by which the run's cost must grow between two test
 def promote(state: State, pools: Pools, algorithm: Algorithm, *, closing: jax.Array) -> tuple[State, PromotionTest]:
     """Tests the current student against the champion on decide if a test is worthwhile; see core/adapt.py.
 
-    The test is about the goal that the champion misses by most on assess; if it misses none, about the promise. A
-    candidate that would break a goal that the champion meets on decide is blocked; for the error budget, that is a
-    failed test. After a run was ended because decide proved all goals, no promotion is tested: that use of decide has
-    no error budget beside it.
+    The test is about the goal that the champion misses by most on assess; if it misses none, about the promise. What it
+    proves is the goal's `hypothesis`. A proven candidate is blocked if it would break a goal that the champion meets on
+    decide, or if the tested goal's own metric is lower on decide than the champion's. For the error budget, that is a
+    failed test. After a run was ended because decide proved all goals, no promotion is tested.
     """
     objectives, thresholds = algorithm.objectives, algorithm.objectives.thresholds
-    last = closing & ~stuck(state)  # a stuck student may grow and be tested again
+    last = closing & ~stuck(state) & (not algorithm.continues)  # a stuck student may grow and be tested again
+    any_gain = closing & (not algorithm.continues)
     alpha = adapt.level(state.budget, last)
     ruling = prioritise.ruling_of(prioritise.risks_of(state.champion.evidence, thresholds), at_risk=0.0)
     due = adapt.due(state.clock.cost, state.clock.tested_cost, closing) & ~state.met
 
     def predict() -> jax.Array:
-        return adapt.worth_testing(_predicted_p_value(state, pools, objectives, ruling), alpha, closing)
+        return adapt.worth_testing(_predicted_p_value(state, pools, objectives, ruling), alpha, any_gain)
 
     def compare() -> _Comparison:
         outputs = outputs_of(
@@ -39,13 +51,13 @@ def promote(state: State, pools: Pools, algorithm: Algorithm, *, closing: jax.Ar
         return _compare(state, pools, objectives, outputs, ruling)
 
     def skip() -> _Comparison:
-        none, champion = jnp.int32(0), state.champion
-        return _Comparison(champion.decide, champion.goals, none, none, jnp.float32(1), jnp.bool_(False))
+        none, never, champion = jnp.int32(0), jnp.bool_(False), state.champion
+        return _Comparison(champion.decide, champion.goals, _Test(none, none, none, jnp.float32(1)), never, never)
 
     tested = jax.lax.cond(due, predict, lambda: jnp.bool_(False))
-    result = jax.lax.cond(tested, compare, skip)
-    proven = tested & (result.p_value <= alpha)
-    promoted = proven & ~result.breaks
+    result, focus = jax.lax.cond(tested, compare, skip), _foci(state.champion.evidence)[jnp.maximum(ruling, 0)]
+    proven = tested & (alpha > 0) & (result.test.p_value <= alpha)  # a p-value may underflow to 0
+    promoted = proven & ~result.breaks & ~result.lowers
     won = (jnp.arange(state.arms.promotions.shape[0]) == state.current.arm) & promoted
     candidate = Champion(state.current.variables, state.current.evidence, result.decide, result.goals)
     state = state._replace(
@@ -54,11 +66,28 @@ def promote(state: State, pools: Pools, algorithm: Algorithm, *, closing: jax.Ar
         clock=state.clock._replace(tested_cost=jnp.where(tested, state.clock.cost, state.clock.tested_cost)),
         budget=adapt.spend(state.budget, last, tested, promoted),
     )
-    unit = pools.decide.unit
-    n = jnp.int32(pools.decide.index.shape[0]) if isinstance(unit, tuple) else unit.max() + 1
     return state, PromotionTest(
-        tested, ruling, result.wins, result.losses, n, alpha, result.p_value, promoted, proven & result.breaks
+        tested=tested,
+        goal=ruling,
+        focus=focus,
+        wins=result.test.wins,
+        losses=result.test.losses,
+        n=result.test.n,
+        alpha=alpha,
+        p_value=result.test.p_value,
+        promoted=promoted,
+        breaks=proven & result.breaks,
+        lowers=proven & result.lowers,
     )
+
+
+class _Test(NamedTuple):
+    """The result of a test, scalars."""
+
+    wins: jax.Array
+    losses: jax.Array
+    n: jax.Array
+    p_value: jax.Array
 
 
 class _Comparison(NamedTuple):
@@ -66,29 +95,46 @@ class _Comparison(NamedTuple):
 
     decide: jax.Array  # [N] promise scores
     goals: GoalScores | tuple[()]
-    wins: jax.Array
-    losses: jax.Array
-    p_value: jax.Array
+    test: _Test
     breaks: jax.Array  # whether it breaks a goal that the champion meets
+    lowers: jax.Array  # whether the metric of the ruling goal is lower than the champion's
 
 
 def _compare(state: State, pools: Pools, objectives: Objectives, outputs: PyTree, ruling: jax.Array) -> _Comparison:
     """Tests the candidate with these outputs on decide."""
     candidate = objectives.promise.score(outputs, pools.decide)
-    unit = pools.decide.unit
-    tests = [suitable_test(binary=objectives.promise.binary, unit=unit)(candidate, state.champion.decide)]
-    champion = state.champion.goals
-    against = objectives.goal_scores(outputs, pools.decide, state.champion.evidence)
+    unit, never = pools.decide.unit, jnp.bool_(False)
+    n = jnp.int32(pools.decide.index.shape[0]) if isinstance(unit, tuple) else unit.max() + 1
+
+    def pairs(ours: jax.Array, theirs: jax.Array, *, binary: bool) -> _Test:
+        wins, losses, p_value = suitable_test(binary=binary, unit=unit)(ours, theirs)
+        return _Test(wins, losses, n, p_value)
+
+    tests = [pairs(candidate, state.champion.decide, binary=objectives.promise.binary)]
+    champion, reference = state.champion.goals, state.champion.evidence
+    against = objectives.goal_scores(outputs, pools.decide, reference)
     if not (isinstance(champion, GoalScores) and isinstance(against, GoalScores)):
-        wins, losses, p_value = tests[0]
-        return _Comparison(candidate, (), wins, losses, p_value, jnp.bool_(False))
-    for goal, ours, theirs in zip(objectives.goals, against.comparison, champion.comparison, strict=True):
-        tests.append(suitable_test(binary=goal.binary, unit=unit)(ours, theirs))
-    wins, losses, p_value = [jnp.stack(column)[ruling + 1] for column in zip(*tests, strict=True)]
-    thresholds = objectives.thresholds
+        return _Comparison(candidate, (), tests[0], never, never)
+    foci = _foci(reference)
+    for g, goal in enumerate(objectives.goals):
+        ours, theirs = against.comparison[g], champion.comparison[g]
+        if goal.strata is None:
+            tests.append(pairs(ours, theirs, binary=goal.binary))
+        else:
+            (ours, theirs, own), split = pools.decide.one_per_unit((ours, theirs, outputs))
+            strata, number = goal.strata(own, split)
+            tests.append(_Test(*least_mean(ours, theirs, strata, number=number, focus=foci[g])))
+    test = jax.tree.map(lambda *column: jnp.stack(column)[ruling + 1], *tests)
+    thresholds, row = objectives.thresholds, jnp.maximum(ruling, 0)
     breaks = ((champion.metric >= thresholds) & ~(against.metric >= thresholds)).any()
+    lowers = (ruling >= 0) & ((against.metric < champion.metric) | jnp.isnan(against.metric))[row]
     own = objectives.goal_scores(outputs, pools.decide, state.current.evidence)
-    return _Comparison(candidate, own, wins, losses, p_value, breaks)
+    return _Comparison(candidate, own, test, breaks, lowers)
+
+
+def _foci(evidence: Evidence) -> jax.Array:
+    """The class or group that each goal is about for a student, on assess, [G]; [1] without goals."""
+    return evidence.goals.focus if isinstance(evidence.goals, GoalEvidence) else jnp.zeros(1, jnp.int32)
 
 
 def _predicted_p_value(state: State, pools: Pools, objectives: Objectives, ruling: jax.Array) -> jax.Array:
@@ -116,7 +162,8 @@ def seen_scores(algorithm: Algorithm, variables: Variables, pools: Pools) -> jax
 def check_goals(state: State, pools: Pools, algorithm: Algorithm, risks: jax.Array, *, closing: jax.Array) -> State:
     """Tests on decide whether all goals are met, if assess says so and the run's cost has grown by a tenth since the last test.
 
-    In the closing iteration the test is made unless assess contradicts.
+    In the closing iteration the test is made unless assess contradicts. A run that ends here needs no error budget for
+    this answer; a run that continues pays for it.
     """
     goals, level = algorithm.objectives.goals, algorithm.stop_level
     if level is None or not goals:
@@ -129,12 +176,14 @@ def check_goals(state: State, pools: Pools, algorithm: Algorithm, risks: jax.Arr
         evidence = pools.decide.one_per_unit(outputs)
         return jnp.stack([goal.p_value(*evidence) <= level for goal in goals]).all()
 
-    clock = state.clock
+    clock, budget = state.clock, state.budget
     likely = (risks.min() >= prioritise.AT_RISK) & (clock.cost > GOALS_SPACING * clock.met_cost)
     due = (likely | (closing & (risks.min() >= 0))) & ~state.met & (clock.met_cost < NO_END)
     met = jax.lax.cond(due, test, lambda: jnp.bool_(False))
+    if algorithm.continues:
+        budget = adapt.pay_for_answer(budget, due, met)
     return state._replace(
-        met=state.met | met, clock=clock._replace(met_cost=jnp.where(due, clock.cost, clock.met_cost))
+        met=state.met | met, clock=clock._replace(met_cost=jnp.where(due, clock.cost, clock.met_cost)), budget=budget
     )
 
 

@@ -37,9 +37,8 @@ class Part:
         """Add a ledger row; returns a line to show for a promotion or a rollback. Rows repeated after a resume are ignored."""
         if self.last and row["iteration"] <= self.last["iteration"]:
             return None
-        closing = (
-            bool(self.last) and row["cost"] == self.last["cost"]
-        )  # no training; spends the rest of the error budget
+        # An iteration without training closes a run and spends the rest of its error budget, except in a search.
+        closing = bool(self.last) and row["cost"] == self.last["cost"] and "size" not in row
         self.last = row
         self.steps.update(row["steps"])
         if closing:

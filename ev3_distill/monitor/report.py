@@ -4,6 +4,7 @@ Cost is in training steps, summed over all arms.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from ev3_distill.monitor.sentences import (
 )
 from ev3_distill.runtime.files import atomic_write
 from ev3_distill.runtime.glossary import TERMS
+from ev3_distill.runtime.ledger import PROMISE
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -78,12 +80,20 @@ def render(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         compression=compression(report),
         tuned={arm["name"]: tuned_values(arm["name"], rows) for arm in arms},
         tests=[row for row in rows if row["test"] is not None],
+        hypotheses=_hypotheses(rows),
         history={"wide": charts.history(report, rows, (9.6, 3.7)), "narrow": charts.history(report, rows, (3.9, 3.3))},
         spending=charts.spending(arms, rows, (4.4, 3.0)),
         search=report.get("search"),
         sizes=charts.sizes(report, (6.4, 3.4)) if report.get("search") else "",
         terms=TERMS,
     )
+
+
+def _hypotheses(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What tests about guards prove: (objective, hypothesis), each once; ledgers of older versions have none."""
+    tests = [row["test"] for row in rows if row["test"] is not None and row["test"].get("hypothesis")]
+    pairs = [(test["objective"], test["hypothesis"]) for test in tests if test["objective"] != PROMISE]
+    return list(dict.fromkeys(pairs))
 
 
 def terminal_summary(report: dict[str, Any]) -> "RenderableType":

@@ -18,6 +18,8 @@ from ev3_distill.runtime.files import atomic_write
 from ev3_distill.types import VERDICTS, Decision, Goal, Promise
 
 PROMISE = "promise"  # name of the objective when no goal steers
+BREAKS = "would break a guard"  # why a proven candidate was not promoted
+LOWERS = "the guard's own metric fell on decide"
 
 
 def row_of(
@@ -76,6 +78,7 @@ def _number(x: Any) -> float | None:
 def _test(test: Any, promise: Promise, goals: Sequence[Goal]) -> dict[str, Any]:
     """The paired test on decide, with a lower bound on the gain at the test's level if scores are 0 or 1.
 
+    `hypothesis` is what the test proves of the candidate if its p-value is at most `alpha`. The gain is in units of its scores.
     Given the examples on which the two students disagree, the number of wins is binomial. With the Clopper-Pearson lower bound
     theta of its probability, the bound on the gain is (2 theta - 1) (wins + losses) / n. It is positive exactly if the test
     promotes.
@@ -84,9 +87,12 @@ def _test(test: Any, promise: Promise, goals: Sequence[Goal]) -> dict[str, Any]:
     goal = goals[int(test.goal)] if test.goal >= 0 else None
     binary = promise.binary if goal is None else goal.binary
     theta = binomial_lower(wins, wins + losses, alpha)
+    hypothesis = f"the {promise.name} is higher than the champion's" if goal is None else goal.hypothesis
     return {
         "objective": PROMISE if goal is None else goal.name,
-        "kept": bool(test.blocked),
+        "hypothesis": hypothesis.replace("{focus}", str(int(test.focus))),
+        "kept": bool(test.breaks or test.lowers),
+        "reason": BREAKS if test.breaks else LOWERS if test.lowers else None,
         "wins": wins,
         "losses": losses,
         "n": n,

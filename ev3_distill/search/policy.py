@@ -19,7 +19,7 @@ decide was sure, and a larger margin makes it more probable that the sealed spli
 Further passes repeat this for every size in the archive (EV3, arXiv 2310.18893, section 4: synergy).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -33,9 +33,10 @@ from ev3_distill.search.stage_runner import StageRunner
 from ev3_distill.students import count_params
 from ev3_distill.training.run_dir import read_json, write_json
 from ev3_distill.training.setup import TrainingRun
-from ev3_distill.types import State
+from ev3_distill.types import ErrorBudget, State
 
 TRIALS = "trials.json"
+DELIVERABLE = 3  # students of a stage of which decide prefers one: champion, current and safest
 ATTEMPTS = 3  # students of each smaller size before the best of them continues
 NARROWED_ATTEMPTS = 2  # of which start from a part of the larger student
 
@@ -89,7 +90,9 @@ class SearchPolicy:
             self.trials += stored
             write_json(self._trials_file, {"trials": self.trials})
         runner.lost += stored[0]["lost"]
-        return next(option for option in options if option.number == stored[0]["taken"])
+        taken = next(option for option in options if option.number == stored[0]["taken"])
+        taken.handed = _handed(stored[0])
+        return taken
 
     def _run_trial(
         self, stage: Stage, state: State, options: Sequence[Stage], *, steps: int, limit: int
@@ -105,20 +108,22 @@ class SearchPolicy:
         for i in order[1:]:
             if leads(ends[i].current.evidence, ends[best].current.evidence, options[i].run):
                 best = i
-        scores = (float(end.current.evidence.promise.mean()) for end in ends)
+        budget, scores = runner.budget, (float(end.current.evidence.promise.mean()) for end in ends)
         return {
             "after": stage.number,
             "steps": steps,
             "proposals": {option.origin: score for option, score in zip(options, scores, strict=True)},
             "taken": options[best].number,
             "lost": sum(int(end.clock.cost) - int(state.clock.cost) for i, end in enumerate(ends) if i != best),
+            "iteration": int(ends[best].clock.iteration),
+            "budget": {name: value.item() for name, value in budget._asdict().items()},
         }
 
     # Shrinking.
 
     def shrink(self) -> None:
         """Trains ever smaller students, each from a part of the last one that met the guards and taught by it."""
-        selected = archive.select(self._runner.entries)
+        selected = self._selected()
         while selected.met:
             smaller = [entry for entry in self._best_by_size() if entry.params < selected.params]
             entry = self._shrink_to(smaller[-1], selected) if smaller else None
@@ -131,24 +136,29 @@ class SearchPolicy:
         runner = self._runner
         each = max(runner.left() // (2 * ATTEMPTS), first_check(runner.config.ev3.length))
         run: TrainingRun | None = None
+        runner.answered(DELIVERABLE)
         while runner.left() >= each:
             run = run or runner.run_with_peer(like, larger)
             for attempt in range(ATTEMPTS):
                 part = runner.part_of(larger, like) if attempt < NARROWED_ATTEMPTS else None
                 origin = f"{'taught by' if part is None else 'narrower, from'} {larger.number}"
                 entry = runner.train_new(run, like, origin, runner.spent() + each, part=part)
+                runner.answered(2)
                 if entry.met:
                     return entry
                 if runner.left() < each:
                     break
             same_size = [entry for entry in runner.entries if entry.params == like.params]
             if promising := [entry for entry in same_size if self._may_still_meet(entry)]:
+                runner.answered(len(promising))
                 longer = runner.longer_stage(runner.stage_of(archive.best(promising)), runner.last)
                 limit = min(runner.spent() + max(runner.left() // 2, each), runner.limit())
                 entry = runner.add(longer, runner.train(longer, limit=limit))
+                runner.answered(2)
                 if entry.met:
                     return entry
                 same_size.append(entry)
+            runner.answered(2)
             if archive.best(same_size).least_risk < 0:  # decide sees even the best below its guards
                 return None
         return None
@@ -168,7 +178,7 @@ class SearchPolicy:
 
     def polish(self) -> None:
         """Continues the selected student; the result replaces it if decide ranks it higher."""
-        runner, selected = self._runner, archive.select(self._runner.entries)
+        runner, selected = self._runner, self._selected()
         if not selected.met or runner.spent() + runner.config.ev3.length > runner.limit():
             return
         never = jnp.int32(plateau.NO_END)  # decide has proved the goals already
@@ -183,16 +193,24 @@ class SearchPolicy:
         runner.total = (runner.setup.steps or 0) * number // runner.config.passes
         sizes = self._best_by_size()
         for i, entry in enumerate(sizes):
+            runner.answered((len(runner.entries) - 1) * DELIVERABLE)
             peer = archive.best([one for one in runner.entries if one.number != entry.number] or [entry])
             left = runner.left()
             run = runner.run_with_peer(entry, peer)
             limit = runner.spent() + left // (len(sizes) - i)
             runner.train_new(run, entry, f"pass {number}, taught by {peer.number}", limit)
 
+    def _selected(self) -> Entry:
+        """The student that the search would deliver now; which one, and whether it met the guards, are answers of decide."""
+        self._runner.answered(2 * len(self._runner.entries))
+        return archive.select(self._runner.entries)
+
     def _best_by_size(self) -> list[Entry]:
-        """The best entry of each size, smallest first."""
+        """The best entry of each size, smallest first; which ones are the best are answers of decide."""
         entries = self._runner.entries
         sizes = sorted({entry.params for entry in entries})
+        for params in sizes:
+            self._runner.answered(sum(entry.params == params for entry in entries))
         return [archive.best(entry for entry in entries if entry.params == params) for params in sizes]
 
     def candidates(self) -> list[Entry]:
@@ -205,3 +223,12 @@ class SearchPolicy:
         preferred = archive.best(entry for entry in possible if entry.params == least)
         surer = [entry for entry in entries if entry.params > least and entry.p_value < preferred.p_value]
         return [preferred, archive.select(surer)] if surer else [preferred]
+
+
+def _handed(trial: Mapping[str, Any]) -> tuple[int, ErrorBudget] | None:
+    """The error budget with which the winner of a trial continues, and its iteration at that time; None in older records."""
+    if "budget" not in trial:
+        return None
+    stored = trial["budget"]
+    budget = ErrorBudget(jnp.int32(stored["tests"]), jnp.int32(stored["promotions"]), jnp.float32(stored["left"]))
+    return trial["iteration"], budget

@@ -80,6 +80,11 @@ def _write_ledger(runner: StageRunner) -> dict[str, Any]:
             "examples": steps * runner.config.ev3.batch_size,
         },
         "arms": _arms_in(history),
+        "error_budget": {
+            "delta": runner.config.ev3.delta,
+            "left": float(runner.budget.left),
+            "tests": int(runner.budget.tests),
+        },
     }
 
 

@@ -16,7 +16,7 @@ from scipy import special
 from ev3_distill.core import plateau, prioritise
 from ev3_distill.core.paired_tests import paired
 from ev3_distill.training.setup import TrainingRun
-from ev3_distill.types import Evidence, Network, Plateau, State
+from ev3_distill.types import ErrorBudget, Evidence, Network, Plateau, State
 
 TAKEOVER = 1.0  # standard errors on assess by which one student must lead another
 BEHIND = 2.0  # standard errors on assess by which a size must be expected to miss its guards to be abandoned
@@ -39,12 +39,20 @@ class Stage:
     origin: str  # how this student was created
     start: Callable[[], State]  # makes the initial state
     state: State | None = None  # the latest state
+    handed: tuple[int, ErrorBudget] | None = None  # (iteration, budget): from this iteration on, it continues with the
+    # error budget that other stages have left
 
     def latest(self) -> State:
         """The latest state of a stage that has been trained."""
         if self.state is None:
             raise RuntimeError("a search continues only from a stage that has been trained")
         return self.state
+
+    def amend(self, state: State) -> State:
+        """The state of a checkpoint, with the error budget that other stages have left since."""
+        if self.handed is None or int(state.clock.iteration) > self.handed[0]:
+            return state
+        return state._replace(budget=self.handed[1])
 
     @property
     def ledger(self) -> Path:

@@ -2,6 +2,9 @@
 
 Every stage resumes from its own checkpoints, and everything else follows from what was stored before, so a search that was
 killed continues bit by bit where it stopped.
+
+All stages share one error budget, in the order in which they are trained: each begins with what the one before left. Where
+the search itself follows an answer of decide, `answered` divides the budget. See docs/explanation/error-budget.md.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ import numpy as np
 from ev3_distill import students
 from ev3_distill.arms import PEER, peer_arm_names
 from ev3_distill.config import Compress
+from ev3_distill.core import adapt
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.ledger import read_rows
 from ev3_distill.runtime.progress import RunProgress
@@ -39,7 +43,7 @@ from ev3_distill.training.iterate import UNLIMITED, Limits
 from ev3_distill.training.memory import eval_batch_size
 from ev3_distill.training.setup import CHUNK, TrainingRun, TrainingSetup, make_run
 from ev3_distill.training.train import iterate_run
-from ev3_distill.types import Network, Plateau, State, Variables
+from ev3_distill.types import ErrorBudget, Network, Plateau, State, Variables
 
 
 class StageRunner:
@@ -48,7 +52,8 @@ class StageRunner:
     Attributes:
       stages: in the order of their creation.
       entries: students added so far. When a search resumes, the archive already has later ones.
-      last: state of the stage that was added last; cost, position and error budget continue from it.
+      last: state of the stage that was added last; cost and position continue from it.
+      budget: the error budget that is left for the next stage.
       lost: steps of trials that were not continued.
       total: cost that the search may reach.
       candidate_level: p-value on decide below which a student is worth opening the sealed split.
@@ -74,6 +79,7 @@ class StageRunner:
         self.entries: list[Entry] = []
         self.stages: list[Stage] = []
         self.lost = 0
+        self.budget = adapt.initial_budget(config.ev3.delta)
         self.total = (setup.steps or 0) // config.passes
         claims = metrics_to_claim(setup.guards, labeled=setup.labeled, teacher=True)
         level, goals = (
@@ -111,9 +117,15 @@ class StageRunner:
             self._progress,
             limits=limits,
             start=stage.start,
+            amend=stage.amend,
             row_facts={"size": stage.number},
         )
+        self.budget = ErrorBudget(*map(jnp.asarray, jax.device_get(stage.state.budget)))
         return stage.state
+
+    def answered(self, answers: int) -> None:
+        """Divides the error budget among the possible answers of decide that the search follows here."""
+        self.budget = adapt.divide(self.budget, max(answers, 1))
 
     def train_while_promising(self, stage: Stage, position: int, *, limit: int | None = None) -> State:
         """Trains a stage that starts at a global step, and abandons it once it will clearly miss its guards."""
@@ -189,7 +201,8 @@ class StageRunner:
                 return self._start_from_scratch(run, state, seed)
             grown = run.distillation.grow(run.pools, state, mapping)
             clock = grown.clock
-            return grown._replace(clock=clock._replace(tested_cost=jnp.maximum(clock.tested_cost, clock.cost)))
+            clock = clock._replace(tested_cost=jnp.maximum(clock.tested_cost, clock.cost))
+            return grown._replace(clock=clock, budget=self.budget)
 
         return self._new_stage(network, run, f"{move}, from {stage.number}", start, shares=True)
 
@@ -200,7 +213,7 @@ class StageRunner:
 
         Args:
           stage: the earlier one.
-          spent: the state whose cost and error budget the search has reached.
+          spent: the state whose cost the search has reached.
           shares: whether it may use only a part of the remaining budget.
           met_cost: replaces the cost of the last test on decide of all goals.
         """
@@ -213,7 +226,7 @@ class StageRunner:
             clock = clock._replace(cost=cost, start_cost=start_cost, tested_cost=cost)
             if met_cost is not None:
                 clock = clock._replace(met_cost=met_cost)
-            return state._replace(clock=clock, budget=spent.budget)
+            return state._replace(clock=clock, budget=self.budget)
 
         return self._new_stage(stage.network, stage.run, f"longer, from {stage.number}", start, shares=shares)
 
@@ -268,19 +281,24 @@ class StageRunner:
         )
 
     def _continue_run(self, run: TrainingRun, before: State, new: State) -> State:
-        """A new student in a search that continues: cost, position and error budget follow those of before."""
+        """A new student in a search that continues: cost and position follow those of before."""
         state = run.distillation.extend(
             run.pools, new._replace(clock=new.clock._replace(position=before.clock.position))
         )
         cost = before.clock.cost + new.clock.cost
-        return state._replace(clock=state.clock._replace(cost=cost, start_cost=cost), budget=before.budget)
+        return state._replace(clock=state.clock._replace(cost=cost, start_cost=cost), budget=self.budget)
 
     def _make_run(
         self, network: Network, *, setup: TrainingSetup | None = None, names: Sequence[str] = (), targets: Any = None
     ) -> TrainingRun:
         setup = dataclasses.replace(setup or self.setup, network=network)
         return make_run(
-            self.config, setup, names or self._arm_names, targets or self._targets, stop_share=self._stop_share
+            self.config,
+            setup,
+            names or self._arm_names,
+            targets or self._targets,
+            stop_share=self._stop_share,
+            continues=True,
         )
 
     def _folder(self, number: int) -> Path:

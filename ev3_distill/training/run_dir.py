@@ -7,6 +7,7 @@ control/         the run of a student trained on labels alone, if configured
 logits.npz       a copy of recorded teacher logits; the outputs of other teachers are in the cache that runs share
 ledger.jsonl     one row per decision
 checkpoints/     orbax, the newest few
+spent.json       what the tests on decide have spent, in a run whose budget is a wall time
 sizes/NN/        in a search: ledger, checkpoints and student of each size
 archive.json     results of these students
 trials.json      how the search continued from sizes that were stuck
@@ -36,7 +37,7 @@ from ev3_distill.runtime.files import atomic_write
 FORMAT = 2  # version of checkpoints and ledgers; a directory without a version is of version 1
 FILES = (
     *("archive.json", "certificate.json", "config.toml", "given.json", "ledger.jsonl", "logits.npz", "opened.json"),
-    *("report.html", "report.json", "trials.json"),
+    *("report.html", "report.json", "spent.json", "trials.json"),
 )  # written atomically
 LOCK_TRIES = 5  # a hundredth of a second apart: `is_locked` locks a directory for an instant
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

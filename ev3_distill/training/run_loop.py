@@ -13,6 +13,7 @@ from ev3_distill.core.flatten_state import Flat
 from ev3_distill.errors import warn
 from ev3_distill.runtime.checkpoint import Checkpoints
 from ev3_distill.runtime.ledger import Ledger, read_rows, row_of
+from ev3_distill.training import spent_budget
 from ev3_distill.training.iterate import Limits
 from ev3_distill.training.setup import TrainingRun
 from ev3_distill.types import Decision, State
@@ -28,6 +29,7 @@ def iterate(
     limits: Limits,
     on_row: OnRow,
     start: Callable[[], State] | None = None,
+    amend: Callable[[State], State] | None = None,
     row_facts: Mapping[str, Any] | None = None,
 ) -> State:
     """Continues a run from its newest checkpoint, if there is one, to its limits.
@@ -39,13 +41,15 @@ def iterate(
       limits: its budget, wall time and pause.
       on_row: gets each ledger row.
       start: makes the initial state, instead of the best of several draws.
+      amend: changes a state that a checkpoint brings back.
       row_facts: added to every ledger row.
 
     Returns:
       The final state, also saved. An interrupt (Ctrl-C) saves the state and is then raised.
     """
     with contextlib.closing(Checkpoints(directory / "checkpoints")) as checkpoints:
-        return _Loop(directory, run, checkpoints, row_facts or {}).run(config, limits, on_row, start)
+        loop = _Loop(directory, run, checkpoints, row_facts or {})
+        return loop.run(config, limits, on_row, start, amend or (lambda state: state))
 
 
 class _Loop:
@@ -53,17 +57,27 @@ class _Loop:
 
     def __init__(self, directory: Path, run: TrainingRun, checkpoints: Checkpoints, row_facts: Mapping[str, Any]):
         self._run, self._checkpoints, self._row_facts = run, checkpoints, row_facts
-        self._path = directory / "ledger.jsonl"
+        self._directory, self._path = directory, directory / "ledger.jsonl"
         self._ledger = Ledger(self._path)
         self._started, self._compiled = time.perf_counter(), run.distillation.compile_s
         self._past = 0.0  # seconds of earlier processes
+        self._repeatable = True  # whether a resumed run repeats the iterations that its checkpoint lacks
         self._state: State
         self._reached: Flat | None = None  # the state of the ledger's last row, once this process wrote one
 
-    def run(self, config: RunConfig, limits: Limits, on_row: OnRow, start: Callable[[], State] | None) -> State:
+    def run(
+        self,
+        config: RunConfig,
+        limits: Limits,
+        on_row: OnRow,
+        start: Callable[[], State] | None,
+        amend: Callable[[State], State],
+    ) -> State:
         """Iterates to the limits; returns the final state."""
-        saved = time.perf_counter()
-        self._state = self._restore() or (start() if start else self._begin(config.seed, limits))
+        saved, self._repeatable = time.perf_counter(), limits.seconds is None
+        restored = self._restore()
+        initial = amend(restored) if restored else start() if start else self._begin(config.seed, limits)
+        self._state = initial if self._repeatable else spent_budget.charge(self._directory, initial)
         self._ledger.truncate(int(self._state.clock.iteration))
         self._past = max((row["wall_s"] for row in read_rows(self._path)), default=0.0)
         left = None if limits.seconds is None else limits.seconds - self._past - self._elapsed()
@@ -115,8 +129,10 @@ class _Loop:
             }
             for decision in decisions
         ]
-        self._ledger.append(written)
         self._reached = flat
+        if not self._repeatable and any(bool(decision.promotion.tested) for decision in decisions):
+            spent_budget.record(self._directory, self._last().budget)
+        self._ledger.append(written)
         for row in written:
             on_row(row)
 

@@ -135,6 +135,7 @@ def make_run(
     *,
     in_step: InStepTeacher | None = None,
     stop_share: float = 0.0,
+    continues: bool = False,
 ) -> TrainingRun:
     """Builds the run of a setup.
 
@@ -145,6 +146,7 @@ def make_run(
       targets: of the teacher.
       in_step: a JAX teacher that runs inside the training step.
       stop_share: fraction of the certificate's level at which decide must prove every goal for the run to end early; 0: never.
+      continues: whether further runs use what this one leaves of its error budget.
     """
     assess, decide = (_split(setup, setup.rows[name], targets, name) for name in ("assess", "decide"))
     seen = None
@@ -174,6 +176,7 @@ def make_run(
         sample=sample,
         objectives=setup.task.objectives(goals),
         stop_level=stop_share * (1 - config.confidence) / len(goals) if stop_share and goals else None,
+        continues=continues,
         devices=setup.devices,
     )
     return TrainingRun(distillation, setup.devices.place(pools), tuple(arm_names), stream)

@@ -45,6 +45,7 @@ class Distillation:
         sample: Sample | None = None,
         objectives: Objectives | None = None,
         stop_level: float | None = None,
+        continues: bool = False,
         devices: Devices = ONE,
     ):
         """Builds the run.
@@ -56,6 +57,7 @@ class Distillation:
           sample: makes batches of the explore pool; by default one view of each example without augmentation.
           objectives: that score students; by default those of classification.
           stop_level: if given, the run ends once decide proves every goal, each at this level.
+          continues: whether further runs use what this one leaves of its error budget.
           devices: of the run.
         """
         config = config or EV3()
@@ -67,6 +69,7 @@ class Distillation:
             objectives or classification().objectives(),
             config,
             stop_level=stop_level,
+            continues=continues,
             distribute=devices.distribute,
         )
         self.devices, self._algorithm = devices, algorithm

@@ -36,8 +36,17 @@ def decision(*, tuned=({}, {}), test_changes=None, **changes):
         "ruling": -1,
         "risks": jnp.zeros(0),
     }
-    test = {"tested": True, "goal": -1, "wins": 12, "losses": 3, "n": 100, "alpha": 0.0625, "p_value": 0.0176}
-    test = PromotionTest(**{**test, "promoted": True, "blocked": False, **(test_changes or {})})
+    test = {
+        "tested": True,
+        "goal": -1,
+        "focus": 0,
+        "wins": 12,
+        "losses": 3,
+        "n": 100,
+        "alpha": 0.0625,
+        "p_value": 0.0176,
+    }
+    test = PromotionTest(**{**test, "promoted": True, "breaks": False, "lowers": False, **(test_changes or {})})
     unused = dict.fromkeys(Decision._fields, 0)
     arrays = {name: jnp.asarray(value) for name, value in (unused | fields | changes).items()}
     return Decision(**{**arrays, "tuned": tuned, "promotion": test})
@@ -79,15 +88,25 @@ def test_row_equals_one_written_by_hand():
     assert test["bound"] == pytest.approx((2 * theta - 1) * 15 / 100, rel=1e-6)
     assert test["gain"] == pytest.approx(0.09)
     assert (test["wins"], test["losses"], test["n"], test["alpha"]) == (12, 3, 100, 0.0625)
+    assert (test["hypothesis"], test["reason"]) == ("the accuracy is higher than the champion's", None)
     assert json.loads(json.dumps(row)) == row
 
 
 def test_row_names_the_objective_that_steered():
     goals = [goal("worst_class_accuracy", 0.7), goal("ece", 0.02)]
-    ruled = decision(ruling=0, risks=jnp.array([-1.5, jnp.inf]), test_changes={"goal": 1, "blocked": True})
+    ruled = decision(ruling=0, risks=jnp.array([-1.5, jnp.inf]), test_changes={"goal": 1, "breaks": True})
     row = row_of(ruled, ARMS, ACCURACY, goals, wall_s=0)
     assert (row["objective"], row["risks"]) == ("worst_class_accuracy", {"worst_class_accuracy": -1.5, "ece": None})
     assert (row["test"]["objective"], row["test"]["kept"], row["test"]["bound"]) == ("ece", True, None)
+    assert row["test"]["reason"] == "would break a guard"
+
+
+def test_row_names_the_hypothesis_of_the_test_and_why_it_did_not_suffice():
+    changes = {"goal": 0, "focus": 3, "lowers": True}
+    goals, lowered = [goal("worst_class_accuracy", 0.7)], decision(risks=jnp.zeros(1), test_changes=changes)
+    test = row_of(lowered, ARMS, ACCURACY, goals, wall_s=0)["test"]
+    assert test["hypothesis"] == "the accuracy on every class is higher than the champion's on class 3"
+    assert (test["kept"], test["reason"]) == (True, "the guard's own metric fell on decide")
 
 
 def test_row_names_the_verdict_and_its_arm():

@@ -2,18 +2,20 @@
 
 import dataclasses
 import inspect
+import json
 import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_walks import CONFIG, OBJECTIVES, POOLS, WALKERS, apply_threshold, sample, threshold
 from scipy import stats
 
 from ev3_distill.config import EV3, Compress
-from ev3_distill.core import Algorithm, initial_state, make_step
-from ev3_distill.search import search, stage
+from ev3_distill.core import Algorithm, adapt, initial_state, make_step
+from ev3_distill.search import policy, search, stage
 from ev3_distill.search.archive import Entry
 from ev3_distill.search.policy import SearchPolicy
 from ev3_distill.search.stage import (
@@ -25,7 +27,7 @@ from ev3_distill.search.stage import (
     stage_limit,
     trial_steps,
 )
-from ev3_distill.types import Evidence
+from ev3_distill.types import Clock, CurrentStudent, ErrorBudget, Evidence, State
 
 
 def ledger(*risks, every=250):
@@ -121,6 +123,41 @@ def test_a_student_leads_by_more_than_one_standard_error(differences, expected):
     assert leads(*evidence, run) is expected
 
 
+def stage_with(*, left, iteration):
+    """The state of a stage: what is left of its error budget, and its iteration."""
+    budget = ErrorBudget(jnp.int32(0), jnp.int32(0), jnp.float32(left))
+    clock = Clock(*jnp.zeros(len(Clock._fields), jnp.int32))._replace(iteration=jnp.int32(iteration))
+    return State(**dict.fromkeys(State._fields))._replace(clock=clock, budget=budget)
+
+
+def test_trials_share_one_error_budget_and_the_winner_continues_with_what_they_left(tmp_path):
+    """Each option begins with what the one before left, here a half. The first wins."""
+
+    def train(option, **limits):
+        runner.budget = adapt.divide(runner.budget, 2)
+        began.append(float(runner.budget.left))
+        evidence = Evidence(np.ones(8), np.ones(8))
+        variables = types.SimpleNamespace(params=np.zeros(option.number))
+        state = stage_with(left=began[-1], iteration=10 * option.number)
+        return state._replace(current=CurrentStudent(variables, evidence, jnp.int32(0)), closed=False)
+
+    began, evaluator = [], types.SimpleNamespace(objectives=types.SimpleNamespace(thresholds=np.zeros(0)))
+    run = types.SimpleNamespace(distillation=types.SimpleNamespace(evaluator=evaluator))
+    options = [stage.Stage(n, tmp_path, None, run, f"option {n}", None) for n in (1, 2, 3)]
+    setup = types.SimpleNamespace(guards=())
+    runner = types.SimpleNamespace(directory=tmp_path, budget=adapt.initial_budget(0.08), train=train, setup=setup)
+    before = stage_with(left=0.08, iteration=5)._replace(closed=False)
+    outcome = SearchPolicy(runner)._run_trial(options[0], before, options, steps=4, limit=100)
+    assert began == pytest.approx([0.04, 0.02, 0.01])
+    outcome = json.loads(json.dumps(outcome))
+    assert (outcome["taken"], outcome["iteration"]) == (1, 10)
+    options[0].handed = policy._handed(outcome)
+    assert float(options[0].amend(stage_with(left=0.04, iteration=10)).budget.left) == pytest.approx(0.01)
+    later = stage_with(left=0.002, iteration=11)  # it has continued since
+    assert options[0].amend(later) is later
+    assert policy._handed({"taken": 1}) is None  # a record of an older version
+
+
 class SearchStarted(Exception):
     """Holds the config with which a search starts."""
 
@@ -172,8 +209,8 @@ def test_at_most_two_students_are_candidates(p_values, numbers, tmp_path):
         Entry(i, f"net {i}", {}, 10 + i, "", "", 0, 100, 0.9, 0.8, 0, float(i), met=False, p_value=p_value)
         for i, p_value in enumerate(p_values)
     ]
-    policy = SearchPolicy(types.SimpleNamespace(directory=tmp_path, entries=entries, candidate_level=0.05))
-    candidates = policy.candidates()
+    runner = types.SimpleNamespace(directory=tmp_path, entries=entries, candidate_level=0.05)
+    candidates = SearchPolicy(runner).candidates()
     assert [entry.number for entry in candidates] == numbers
     assert (
         len(candidates) <= stage.MAX_CANDIDATES

@@ -110,7 +110,31 @@ def test_focus_is_the_worst_class():
     worst = min(range(K), key=lambda k: hits[labels == k].mean())
     one = goal("worst_class_accuracy", 0.5)
     assert int(one.focus(logits, split)) == worst
-    np.testing.assert_array_equal(one.comparison(logits, split, jnp.int32(worst)), hits * (labels == worst))
+    np.testing.assert_array_equal(one.comparison(logits, split, jnp.int32(worst)), hits)
+    np.testing.assert_array_equal(one.strata(logits, split)[0], labels)
+
+
+@pytest.mark.parametrize(
+    ("metric", "hypothesis"),
+    [
+        ("accuracy", "the accuracy is higher than the champion's"),
+        ("drop(accuracy)", "the drop(accuracy) is lower than the champion's"),
+        ("worst_class_accuracy", "the accuracy on every class is higher than the champion's on class {focus}"),
+        ("macro_f1", "the balanced accuracy is higher than the champion's; macro_f1 itself is not tested"),
+        ("ece", "the Brier score is lower than the champion's; ece itself is not tested"),
+        (
+            "precision(1)",
+            "the mean of [predicted] ([label] - 0.5) is higher than the champion's; precision(1) itself is not tested",
+        ),
+    ],
+)
+def test_goal_names_the_hypothesis_of_its_test(metric, hypothesis):
+    assert goal(metric, 0.5).hypothesis == hypothesis
+
+
+@pytest.mark.parametrize("metric", STEERING)
+def test_every_goal_names_a_hypothesis(metric):
+    assert "than the champion's" in goal(metric, 0.5).hypothesis
 
 
 def test_absent_classes_do_not_count():

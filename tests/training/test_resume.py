@@ -1,5 +1,6 @@
 """A run that is killed or interrupted at any moment, any number of times, ends with the same results once resumed."""
 
+import json
 import os
 import random
 import signal
@@ -9,6 +10,8 @@ import time
 
 import pytest
 from conftest import SMALL, assert_same_run, rows_without_times, variables_of
+
+from ev3_distill.runtime.ledger import read_rows
 
 KILLS = 9
 PIECES = 3
@@ -141,6 +144,35 @@ def test_interrupt_saves_a_checkpoint_of_the_last_ledger_row(monkeypatch, cli, h
     assert iterations[0] == saved + 1
     assert newest(here / "run") == newest(here / "whole")
     assert_same_run(here / "whole", here / "run")
+
+
+class Killed(BaseException):
+    """Ends a process at once; nothing is saved."""
+
+
+def test_wall_time_run_does_not_test_again_at_a_level_that_it_spent(monkeypatch, cli, here, random_logits):
+    """Killed after a test, before its ledger row and a checkpoint. The resumed run has other candidates."""
+    from ev3_distill.training import run_loop
+
+    options = ("--student", "mlp:hidden=8", "--arms", "ce", "--budget", "4s", "--teacher", f"logits:{random_logits}")
+    append, spent = run_loop.Ledger.append, here / "run/spent.json"
+
+    def append_or_die(self, rows):
+        if spent.exists():
+            raise Killed
+        append(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_loop.Ledger, "append", append_or_die)
+        with pytest.raises(Killed):
+            cli("compress", *options, "--out", "run")
+    left = json.loads(spent.read_text())["left"]
+    assert left in (pytest.approx(0.04), pytest.approx(0.01))
+    assert not any(row["test"] for row in read_rows(here / "run/ledger.jsonl"))
+    assert cli("compress", "--resume", "run").code == 0
+    first = next(row["test"] for row in read_rows(here / "run/ledger.jsonl") if row["test"])
+    assert first["alpha"] <= left * (1 + 1e-6)
+    assert json.loads(spent.read_text())["tests"] > 1
 
 
 def newest(run):

@@ -3,6 +3,10 @@
 Each `*_goal` function is named by a row of `tasks/metrics.py` and takes (query, threshold). A goal's scores are those of
 `example_scores.py` and `split_scores.py`.
 
+A promotion for a goal proves what the goal's `hypothesis` says. For most metrics that is the metric itself. Where it is
+another mean (macro F1, precision, calibration error), the hypothesis says so, and a promotion also requires that the metric
+is no lower on decide. For the worst class or group, see `core/paired_tests.least_mean`.
+
 The tests that may end a run early (`p_value`) are exact for fractions of examples. For the worst class there is one test per
 class, each at the full level, and all must succeed (Berger 1982). The others use a normal approximation. The certificate of
 the finished student comes from the sealed split and uses none of these tests, see `metric_bounds.py`.
@@ -81,7 +85,17 @@ def _fraction(metric: str, threshold: float, score: Objective, smooth: Objective
         hits = score(logits, split)
         return _binomial_tail(hits.sum(), jnp.float32(hits.shape[0]), threshold)
 
-    return Goal(metric, threshold, score, smooth, _no_focus, _any_focus(score), binary=True, p_value=p_value)
+    return Goal(
+        metric,
+        threshold,
+        score,
+        smooth,
+        _no_focus,
+        _any_focus(score),
+        binary=True,
+        p_value=p_value,
+        hypothesis=_higher(metric),
+    )
 
 
 def accuracy_drop_goal(query: MetricQuery, threshold: float) -> Goal:
@@ -99,6 +113,7 @@ def accuracy_drop_goal(query: MetricQuery, threshold: float) -> Goal:
         _any_focus(example_scores.accuracy),
         binary=True,
         p_value=_normal_test(score, -threshold),
+        hypothesis=_lower(query.name),
     )
 
 
@@ -107,22 +122,19 @@ def accuracy_drop_goal(query: MetricQuery, threshold: float) -> Goal:
 
 def worst_class_goal(query: MetricQuery, threshold: float) -> Goal:
     """The lowest accuracy on any class. Nothing is proven without examples of a class."""
-    return _worst(query.name, threshold, split_scores.classes, p_value_of_empty=1.0)
+    return _worst(query.name, threshold, "class", split_scores.classes, p_value_of_empty=1.0)
 
 
 def worst_group_goal(query: MetricQuery, threshold: float) -> Goal:
     """The lowest accuracy on any group. Numbers without examples are no groups."""
-    return _worst(query.name, threshold, split_scores.groups, p_value_of_empty=0.0)
+    return _worst(query.name, threshold, "group", split_scores.groups, p_value_of_empty=0.0)
 
 
-def _worst(metric: str, threshold: float, strata: split_scores.Strata, *, p_value_of_empty: float) -> Goal:
+def _worst(metric: str, threshold: float, of: str, strata: split_scores.Strata, *, p_value_of_empty: float) -> Goal:
     def focus(logits: jax.Array, split: Batch) -> jax.Array:
         hits = example_scores.accuracy(logits, split)
         share, count = split_scores.means_by_stratum(strata, hits, logits, split)
         return jnp.argmin(jnp.where(count > 0, share, jnp.inf)).astype(jnp.int32)
-
-    def compared(logits: jax.Array, split: Batch, focus: jax.Array) -> jax.Array:
-        return example_scores.accuracy(logits, split) * (strata(logits, split)[0] == focus)
 
     def p_value(logits: jax.Array, split: Batch) -> jax.Array:
         hits = example_scores.accuracy(logits, split)
@@ -136,9 +148,11 @@ def _worst(metric: str, threshold: float, strata: split_scores.Strata, *, p_valu
         split_scores.worst_stratum(example_scores.accuracy, strata),
         split_scores.worst_stratum(example_scores.DEFAULT_SELECT, strata),
         focus,
-        compared,
+        _any_focus(example_scores.accuracy),
         binary=True,
         p_value=p_value,
+        hypothesis=f"the accuracy on every {of} is higher than the champion's on {of} {{focus}}",
+        strata=strata,
     )
 
 
@@ -146,18 +160,29 @@ def balanced_accuracy_goal(query: MetricQuery, threshold: float) -> Goal:
     """The mean over classes of the accuracy."""
     score = split_scores.mean_over_classes(example_scores.accuracy)
     smooth = split_scores.mean_over_classes(example_scores.DEFAULT_SELECT)
-    return _balanced(query.name, threshold, score, smooth)
+    return _balanced(query.name, threshold, score, smooth, _higher(query.name))
 
 
 def macro_f1_goal(query: MetricQuery, threshold: float) -> Goal:
     """Macro F1. A promotion proves that the balanced accuracy is higher, because F1 is no mean of scores."""
     smooth = split_scores.mean_over_classes(example_scores.DEFAULT_SELECT)
-    return _balanced(query.name, threshold, split_scores.macro_f1, smooth)
+    hypothesis = _higher("balanced accuracy", instead_of=query.name)
+    return _balanced(query.name, threshold, split_scores.macro_f1, smooth, hypothesis)
 
 
-def _balanced(metric: str, threshold: float, score: Objective, smooth: Objective) -> Goal:
+def _balanced(metric: str, threshold: float, score: Objective, smooth: Objective, hypothesis: str) -> Goal:
     compared, p_value = _any_focus(split_scores.balanced_hits), _normal_test(score, threshold)
-    return Goal(metric, threshold, score, smooth, _no_focus, compared, binary=False, p_value=p_value)
+    return Goal(
+        metric,
+        threshold,
+        score,
+        smooth,
+        _no_focus,
+        compared,
+        binary=False,
+        p_value=p_value,
+        hypothesis=hypothesis,
+    )
 
 
 def recall_goal(query: MetricQuery, threshold: float) -> Goal:
@@ -189,6 +214,7 @@ def recall_goal(query: MetricQuery, threshold: float) -> Goal:
         compared,
         binary=True,
         p_value=p_value,
+        hypothesis=_higher(query.name),
     )
 
 
@@ -216,7 +242,17 @@ def precision_goal(query: MetricQuery, threshold: float) -> Goal:
         members = predicted(logits, split)
         return _fraction_test(example_scores.accuracy(logits, split) * members, members, threshold)
 
-    return Goal(query.name, threshold, score, smooth, _no_focus, compared, binary=False, p_value=p_value)
+    return Goal(
+        query.name,
+        threshold,
+        score,
+        smooth,
+        _no_focus,
+        compared,
+        binary=False,
+        p_value=p_value,
+        hypothesis=_higher(f"mean of [predicted] ([label] - {threshold:g})", instead_of=query.name),
+    )
 
 
 def _fraction_test(hits: jax.Array, members: jax.Array, threshold: float) -> jax.Array:
@@ -230,20 +266,29 @@ def _fraction_test(hits: jax.Array, members: jax.Array, threshold: float) -> jax
 
 def ece_goal(query: MetricQuery, threshold: float) -> Goal:
     """Calibration error. A promotion proves that the Brier score, which contains it, is lower."""
-    return _probabilistic(query.name, threshold, split_scores.calibration)
+    return _probabilistic(query.name, threshold, split_scores.calibration, _lower("Brier score", instead_of=query.name))
 
 
 def brier_goal(query: MetricQuery, threshold: float) -> Goal:
     """Brier score."""
-    return _probabilistic(query.name, threshold, example_scores.brier)
+    return _probabilistic(query.name, threshold, example_scores.brier, _lower(query.name))
 
 
-def _probabilistic(metric: str, threshold: float, score: Objective) -> Goal:
+def _probabilistic(metric: str, threshold: float, score: Objective, hypothesis: str) -> Goal:
     def compared(logits: jax.Array, split: Batch, focus: jax.Array) -> jax.Array:
         return 1 + example_scores.brier(logits, split)
 
-    p_value = _normal_test(score, -threshold)
-    return Goal(metric, -threshold, score, score, _no_focus, compared, binary=False, p_value=p_value)
+    return Goal(
+        metric,
+        -threshold,
+        score,
+        score,
+        _no_focus,
+        compared,
+        binary=False,
+        p_value=_normal_test(score, -threshold),
+        hypothesis=hypothesis,
+    )
 
 
 # What users bring.
@@ -264,8 +309,17 @@ def cost_goal(query: MetricQuery, threshold: float) -> Goal:
     def compared(logits: jax.Array, split: Batch, focus: jax.Array) -> jax.Array:
         return 1 - (-score(logits, split) - least) / span
 
-    p_value = _normal_test(score, -threshold)
-    return Goal(query.name, -threshold, score, smooth, _no_focus, compared, binary=False, p_value=p_value)
+    return Goal(
+        query.name,
+        -threshold,
+        score,
+        smooth,
+        _no_focus,
+        compared,
+        binary=False,
+        p_value=_normal_test(score, -threshold),
+        hypothesis=_lower(query.name),
+    )
 
 
 def user_metric_goal(query: MetricQuery, threshold: float) -> Goal:
@@ -284,11 +338,30 @@ def user_metric_goal(query: MetricQuery, threshold: float) -> Goal:
         shape = jax.ShapeDtypeStruct(split.targets.shape, jnp.float32)
         return jax.pure_callback(on_host, shape, logits, split.targets, vmap_method="sequential")
 
-    p_value = _normal_test(score, threshold)
-    return Goal(query.name, threshold, score, score, _no_focus, _any_focus(score), binary=False, p_value=p_value)
+    return Goal(
+        query.name,
+        threshold,
+        score,
+        score,
+        _no_focus,
+        _any_focus(score),
+        binary=False,
+        p_value=_normal_test(score, threshold),
+        hypothesis=_higher(query.name),
+    )
 
 
 # Parts of goals.
+
+
+def _higher(what: str, *, instead_of: str = "", than: str = "higher") -> str:
+    """The hypothesis that a mean is higher; `instead_of` names the metric if the mean is another one."""
+    proxy = f"; {instead_of} itself is not tested" if instead_of else ""
+    return f"the {what} is {than} than the champion's{proxy}"
+
+
+def _lower(what: str, *, instead_of: str = "") -> str:
+    return _higher(what, instead_of=instead_of, than="lower")
 
 
 def _no_focus(logits: jax.Array, split: Batch) -> jax.Array:
