@@ -5,8 +5,9 @@ becomes the current student if assess ranks it strictly higher. *Is it promoted?
 student with the champion on decide, paired by example: an exact McNemar test if the promise is 0 or 1, else betting.
 After that decision, core/plateau.py asks whether the student is stuck.
 
-The guarantee. Over a run, the probability that any promotion is to a student whose true promise score is not higher
-than its champion's is at most delta, for decide examples drawn independently from the population. Condition on all else
+The guarantee. Over a run, the probability that any promotion is to a student of which its test's hypothesis is not true
+(such as a higher accuracy than the champion's) is at most delta, for decide examples drawn independently from the
+population. Condition on all else
 (explore, assess, keys): the pair met at test i is then a function of the earlier outcomes on decide alone, so all pairs
 that could ever be met form a binary tree. The node with the history h (i tests, k of them promotions) has the budget
 
