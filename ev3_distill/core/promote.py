@@ -121,8 +121,8 @@ def _compare(state: State, pools: Pools, objectives: Objectives, outputs: PyTree
         if goal.strata is None:
             tests.append(pairs(ours, theirs, binary=goal.binary))
         else:
-            (ours, theirs, own), split = pools.decide.one_per_unit((ours, theirs, outputs))
-            strata, number = goal.strata(own, split)
+            (ours, theirs, kept), split = pools.decide.one_per_unit((ours, theirs, outputs))
+            strata, number = goal.strata(kept, split)
             tests.append(_Test(*least_mean(ours, theirs, strata, number=number, focus=foci[g])))
     test = jax.tree.map(lambda *column: jnp.stack(column)[ruling + 1], *tests)
     thresholds, row = objectives.thresholds, jnp.maximum(ruling, 0)

@@ -48,11 +48,13 @@ class Stage:
             raise RuntimeError("a search continues only from a stage that has been trained")
         return self.state
 
-    def amend(self, state: State) -> State:
-        """The state of a checkpoint, with the error budget that other stages have left since."""
-        if self.handed is None or int(state.clock.iteration) > self.handed[0]:
-            return state
-        return state._replace(budget=self.handed[1])
+    def begin(self, stored: State | None) -> State:
+        """The state of the newest checkpoint, with the error budget that other stages have left since, or the initial one."""
+        if stored is None:
+            return self.start()
+        if self.handed is None or int(stored.clock.iteration) > self.handed[0]:
+            return stored
+        return stored._replace(budget=self.handed[1])
 
     @property
     def ledger(self) -> Path:

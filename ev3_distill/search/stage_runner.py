@@ -116,8 +116,7 @@ class StageRunner:
             self._targets,
             self._progress,
             limits=limits,
-            start=stage.start,
-            amend=stage.amend,
+            start=stage.begin,
             row_facts={"size": stage.number},
         )
         self.budget = ErrorBudget(*map(jnp.asarray, jax.device_get(stage.state.budget)))

@@ -19,6 +19,9 @@ from ev3_distill.training.setup import TrainingRun
 from ev3_distill.types import Decision, State
 
 OnRow = Callable[[dict[str, Any]], None]
+Start = Callable[
+    [State | None], State
+]  # the state of the newest checkpoint, if there is one -> the state to continue from
 
 
 def iterate(
@@ -28,8 +31,7 @@ def iterate(
     *,
     limits: Limits,
     on_row: OnRow,
-    start: Callable[[], State] | None = None,
-    amend: Callable[[State], State] | None = None,
+    start: Start | None = None,
     row_facts: Mapping[str, Any] | None = None,
 ) -> State:
     """Continues a run from its newest checkpoint, if there is one, to its limits.
@@ -40,8 +42,7 @@ def iterate(
       config: of the run.
       limits: its budget, wall time and pause.
       on_row: gets each ledger row.
-      start: makes the initial state, instead of the best of several draws.
-      amend: changes a state that a checkpoint brings back.
+      start: makes the initial state, instead of the best of several draws, and may amend that of a checkpoint.
       row_facts: added to every ledger row.
 
     Returns:
@@ -49,7 +50,7 @@ def iterate(
     """
     with contextlib.closing(Checkpoints(directory / "checkpoints")) as checkpoints:
         loop = _Loop(directory, run, checkpoints, row_facts or {})
-        return loop.run(config, limits, on_row, start, amend or (lambda state: state))
+        return loop.run(config, limits, on_row, start)
 
 
 class _Loop:
@@ -65,18 +66,11 @@ class _Loop:
         self._state: State
         self._reached: Flat | None = None  # the state of the ledger's last row, once this process wrote one
 
-    def run(
-        self,
-        config: RunConfig,
-        limits: Limits,
-        on_row: OnRow,
-        start: Callable[[], State] | None,
-        amend: Callable[[State], State],
-    ) -> State:
+    def run(self, config: RunConfig, limits: Limits, on_row: OnRow, start: Start | None) -> State:
         """Iterates to the limits; returns the final state."""
         saved, self._repeatable = time.perf_counter(), limits.seconds is None
         restored = self._restore()
-        initial = amend(restored) if restored else start() if start else self._begin(config.seed, limits)
+        initial = start(restored) if start else restored or self._begin(config.seed, limits)
         self._state = initial if self._repeatable else spent_budget.charge(self._directory, initial)
         self._ledger.truncate(int(self._state.clock.iteration))
         self._past = max((row["wall_s"] for row in read_rows(self._path)), default=0.0)

@@ -77,14 +77,13 @@ def iterate_run(
     progress: RunProgress,
     *,
     limits: Limits,
-    start: Callable[[], State] | None = None,
-    amend: Callable[[State], State] | None = None,
+    start: run_loop.Start | None = None,
     row_facts: Mapping[str, Any] | None = None,
 ) -> State:
     """Iterates a run with a progress display; see `run_loop.iterate`. Returns the state at its limits."""
     targets.pause_display = progress.paused
     state = run_loop.iterate(
-        directory, run, config, limits=limits, on_row=progress.row, start=start, amend=amend, row_facts=row_facts
+        directory, run, config, limits=limits, on_row=progress.row, start=start, row_facts=row_facts
     )
     targets.pause_display = contextlib.nullcontext
     return state

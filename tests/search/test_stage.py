@@ -152,9 +152,9 @@ def test_trials_share_one_error_budget_and_the_winner_continues_with_what_they_l
     outcome = json.loads(json.dumps(outcome))
     assert (outcome["taken"], outcome["iteration"]) == (1, 10)
     options[0].handed = policy._handed(outcome)
-    assert float(options[0].amend(stage_with(left=0.04, iteration=10)).budget.left) == pytest.approx(0.01)
+    assert float(options[0].begin(stage_with(left=0.04, iteration=10)).budget.left) == pytest.approx(0.01)
     later = stage_with(left=0.002, iteration=11)  # it has continued since
-    assert options[0].amend(later) is later
+    assert options[0].begin(later) is later
     assert policy._handed({"taken": 1}) is None  # a record of an older version
 
 
