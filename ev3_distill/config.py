@@ -192,6 +192,8 @@ class RunConfig:
     """Memory limit such as 1G; data that do not fit stay on disk. Default: half of the machine's memory."""
     skip_corrupt: bool = False
     """Skip images that cannot be read, with a warning, instead of refusing the data."""
+    stored_pixels: tyro.conf.Suppress[bool] = False
+    """Ignore transparency and EXIF orientation of images unless the data source decides, as runs of older versions do."""
     checkpoint_s: float = 5.0
     """Seconds between checkpoints. 0: one after every iteration."""
     splits: Fractions = Fractions()
@@ -314,6 +316,7 @@ class Compress(RunConfig):
             standardize=self.standardize,
             memory=self.memory,
             skip_corrupt=self.skip_corrupt,
+            stored_pixels=self.stored_pixels,
             checkpoint_s=self.checkpoint_s,
             splits=self.splits,
             split_by=self.split_by,

@@ -12,7 +12,11 @@ from ev3_distill.errors import InputError
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
-OLDER = {"standardize": False, "joint_strata": True}  # what a run did whose config.toml lacks the key
+OLDER = {
+    "standardize": False,
+    "joint_strata": True,
+    "stored_pixels": True,
+}  # what a run did whose config.toml lacks the key
 
 _TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", tuple: "a list"}
 

@@ -54,6 +54,7 @@ def data_of(config: configs.RunConfig, source: str = "") -> Dataset:
             source or config.data,
             memory=dataset_limit(memory_limit(config.memory)),
             skip_corrupt=config.skip_corrupt,
+            stored_pixels=config.stored_pixels,
             warn=warn,
             progress=progress.update,
         )

@@ -191,16 +191,6 @@ def test_blank_images_are_told(save):
     assert "2 of 20 examples are blank, one value in all pixels" in warnings[0]
 
 
-def test_float_images_with_the_values_of_bytes_are_told(save):
-    images = RNG.integers(0, 256, (6, 4, 4)).astype(np.float32)
-    images[0, 0, :2] = 0, 255
-    _, warnings = load(save(inputs=images, labels=LABELS))
-    assert len(warnings) == 1
-    assert "images of floats are used as they are; got values from 0 to 255: divide" in warnings[0]
-    for fine in (images / 255, (images - 128) * 2, images / 16):
-        assert load(save(inputs=fine, labels=LABELS))[1] == []
-
-
 @pytest.mark.parametrize("family", ["convnet1d", "transformer"])
 def test_students_of_sequences_name_their_array(family):
     with pytest.raises(InputError, match=r"got shape \[8, 8, 1\]: save the array as `sequences` \[N, L, C\], or use"):

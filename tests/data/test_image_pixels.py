@@ -300,3 +300,17 @@ def test_options_without_effect_keep_the_fingerprint(tmp_path, option):
 def test_bad_options_are_refused(option, message):
     with pytest.raises(InputError, match=message):
         parse_place(f"D,{option}", lambda _: False)
+
+
+def test_older_runs_read_the_stored_pixels(tmp_path):
+    rgba = np.dstack([STORED[6]] * 3 + [np.array([[0, 255], [99, 255], [255, 255]], np.uint8)])
+    source = tree(tmp_path / "tree", {"a.png": photo(rgba, 6), "b.png": photo(rgba[::-1].copy(), 6)})
+    older, warnings = load(source, stored_pixels=True)
+    np.testing.assert_array_equal(older.inputs[0, ..., 0], STORED[6])
+    assert warnings == []
+    by_options, warnings = load(f"{source},background=ignore,orientation=ignore")
+    assert (by_options.fingerprint, warnings) == (older.fingerprint, [])
+    assert load(f"{source},background=black,orientation=apply", stored_pixels=True)[0].inputs.shape == (2, 2, 3, 3)
+    deep = tree(tmp_path / "deep", {"a.tiff": tiff_of_12_bits([4095, 2048]), "b.tiff": tiff_of_12_bits([0, 4095])})
+    assert load(deep, stored_pixels=True)[0].inputs.ravel().tolist() == [16, 8, 0, 16]
+    assert load(deep)[0].inputs.ravel().tolist() == [255, 128, 0, 255]

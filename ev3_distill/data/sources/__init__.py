@@ -51,6 +51,7 @@ def load_data(
     *,
     memory: int | None = None,
     skip_corrupt: bool = False,
+    stored_pixels: bool = False,
     warn: Callable[[str], None] = _DEFAULTS.warn,
     progress: Callable[[int, int], None] = _DEFAULTS.progress,
 ) -> Dataset:
@@ -60,6 +61,7 @@ def load_data(
       source: KIND:PLACE; the docstring of this package describes all kinds.
       memory: maximum bytes of inputs to hold in memory, 1 GiB by default; larger inputs become a `RowFile`.
       skip_corrupt: skip images that cannot be read, with a warning, instead of refusing the source.
+      stored_pixels: ignore transparency and EXIF orientation where the source does not decide, as older versions did.
       warn: called with each warning.
       progress: called while images are decoded, with the numbers of examples done and in total.
 
@@ -72,6 +74,6 @@ def load_data(
             f"a data source is digits, npz:FILE, folder:DIR, folder:FILE.zip or tfds:NAME; got {source!r}: name one of these"
         )
     limit = _DEFAULTS.memory if memory is None else memory
-    dataset = KINDS[kind](place, ReadOptions(limit, skip_corrupt, warn, progress))
+    dataset = KINDS[kind](place, ReadOptions(limit, skip_corrupt, stored_pixels, warn, progress))
     check_inputs(dataset.inputs, source, warn)
     return normalize(dataset)

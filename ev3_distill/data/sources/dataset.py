@@ -44,6 +44,8 @@ class ReadOptions:
     """Maximum bytes of inputs in memory; larger inputs stay on disk."""
     skip_corrupt: bool = False
     """Whether to skip examples that cannot be read, with a warning, instead of refusing the source."""
+    stored_pixels: bool = False
+    """Whether transparency and EXIF orientation are ignored where a source does not decide."""
     warn: Callable[[str], None] = _warn
     """Called with each warning."""
     progress: Callable[[int, int], None] = _no_progress

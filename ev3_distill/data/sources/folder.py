@@ -27,6 +27,8 @@ def load(place: str, options: ReadOptions) -> Dataset:
       InputError: the place is missing or not laid out as an image folder, or its images differ in size or cannot be read.
     """
     path, image_options = parse_place(place, lambda place: os.path.exists(os.path.expanduser(place)))
+    if options.stored_pixels:
+        image_options = image_options.as_stored()
     container = open_container(Path(path).expanduser())
     warn_of_entries(container.entries, path, options.warn)
     _warn_of_guesses(container.guessed, path, options)

@@ -22,12 +22,18 @@ class ImageOptions(NamedTuple):
     channels: int = 0  # 1 or 3; 0: unchanged
     background: str = ""  # behind transparent pixels: a color or `ignore`; empty: white, and told
     bits: int = 0  # used by the values of 16-bit files; 0: all 16, and told if they are not
-    orientation: str = "apply"  # in the EXIF data: `apply` or `ignore`
+    orientation: str = ""  # in the EXIF data: `apply` or `ignore`; empty: apply
 
     @property
     def form(self) -> tuple[tuple[int, int] | None, int]:
         """What determines the shape of all images."""
         return self.size, self.channels
+
+    def as_stored(self) -> "ImageOptions":
+        """Ignores transparency and orientation where the source does not decide."""
+        return self._replace(
+            background=self.background or IGNORE, bits=self.bits or _MAX_BITS, orientation=self.orientation or IGNORE
+        )
 
     @property
     def color(self) -> tuple[int, int, int] | None:

@@ -51,7 +51,7 @@ class TraitsRecord:
             images["deep"][1] = int(self._maxima.argmax())
         values: dict[str, tuple[str, Any]] = {
             "transparent": ("background", options.color),
-            "turned": ("orientation", options.orientation),
+            "turned": ("orientation", "apply"),
             "scaled": ("bits", options.bits),
         }
         decoding = dict(value for trait, value in values.items() if trait in images)

@@ -47,6 +47,8 @@ def load(place: str, options: ReadOptions) -> Dataset:
       InputError: TensorFlow Datasets is not installed, or the data set is not prepared or not for classification.
     """
     name, image_options = parse_place(place, lambda _: False)
+    if options.stored_pixels:
+        image_options = image_options.as_stored()
     with _explain_missing(name):
         builder = _builder(name)
         prepared = _Prepared(builder, _splits(builder.info, name), *_features(builder.info, name), image_options)
