@@ -13,6 +13,13 @@ class InputError(ValueError):
     """
 
 
+class RequirementError(Exception):
+    """Valid input whose result does not meet a requirement, so that nothing is delivered.
+
+    The message has the form of an InputError's. The command line prints it and exits with code 3.
+    """
+
+
 def check(ok: bool, rule: str, got: object, way_out: str) -> None:
     """Raises InputError with a message of three parts unless `ok`.
 

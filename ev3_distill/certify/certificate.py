@@ -12,7 +12,7 @@ This module is pure statistics and knows no task: the caller hands in a bound fo
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,17 @@ class Certificate:
         among = {"among": self.among} if self.among > 1 else {}
         units = {"units": dataclasses.asdict(self.units)} if self.units else {}
         return {"confidence": self.confidence, "claims": claims, **tables, **reopened, **among, **units}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], metrics: Collection[str]) -> "Certificate":
+        """The claims on these metrics in what `as_dict` returned, without tables."""
+        claims = tuple(
+            Claim(row["metric"], row["point"], row.get("lower_bound"), row["n"], row.get("upper_bound"))
+            for row in content["claims"]
+            if row["metric"] in metrics
+        )
+        units = Units(**content["units"]) if content.get("units") else None
+        return cls(content["confidence"], claims, (), content.get("reopened", 0), content.get("among", 1), units)
 
 
 def make_certificate(

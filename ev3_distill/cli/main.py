@@ -24,7 +24,7 @@ from ev3_distill.cli.options import (
     TeachCommand,
 )
 from ev3_distill.config_file import ConfigT, check_unchanged, read_config, read_run_config
-from ev3_distill.errors import InputError
+from ev3_distill.errors import InputError, RequirementError
 
 # Thresholds of the garbage collector. Modules and traced programs are many long-lived objects; scanning them at the default
 # thresholds takes 7% of a short run.
@@ -34,7 +34,8 @@ GC_THRESHOLDS = (20_000, 20, 50)
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `ev3-distill`.
 
-    Exit code 2 for bad input, with one message on standard error; 3 for a guard that is not certified; 130 after Ctrl-C.
+    Exit code 2 for bad input, with one message on standard error; 3 for a guard that is not certified or another requirement
+    that is not met; 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     gc.set_threshold(*GC_THRESHOLDS)
@@ -44,6 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     except InputError as error:
         print(f"ev3-distill: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except RequirementError as error:
+        print(f"ev3-distill: error: {error}", file=sys.stderr)
+        raise SystemExit(3) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ev3_distill.errors import InputError
+from ev3_distill.errors import InputError, RequirementError
 from ev3_distill.export.formats.runtime import open_exported
 from ev3_distill.tasks.base import Task
 from ev3_distill.tasks.classification.task import classification
@@ -17,7 +17,7 @@ TOLERANCE = 1e-4  # largest difference from the student's outputs, relative to t
 INT8_TOLERANCE = (
     0.2  # the same for int8, where sums in another order may round to the next integer, once or more per layer
 )
-INT8_AGREEMENT = 0.9  # for int8, smallest fraction of examples with the student's answer
+INT8_AGREEMENT = 0.9  # for int8, trained for or not: smallest fraction of examples with the student's answer
 CHUNK = 64  # examples per pass
 
 Predict = Callable[[np.ndarray], np.ndarray]  # inputs [N, ...] -> outputs [N, ...]
@@ -99,6 +99,20 @@ def check_accepted(comparison: dict[str, Any], *, format: str, precision: str, r
             f"{comparison['difference']:.2g} of the largest output on {comparison['examples']} examples, {tolerance:g} is "
             f"allowed, and gives the same answer on {comparison['agreement']:.1%}: it was deleted; try another --format, and "
             "report this as a bug"
+        )
+
+
+def check_quantized(comparison: dict[str, Any]) -> None:
+    """Raises RequirementError unless a file that was quantized after training gives the answers of its student.
+
+    Args:
+      comparison: on the run's data, see `compare`.
+    """
+    if comparison["agreement"] < INT8_AGREEMENT:
+        raise RequirementError(
+            f"an int8 file must give its student's answer on at least {INT8_AGREEMENT:.0%} of the examples; this one does on "
+            f"{comparison['agreement']:.1%} of {comparison['examples']:,} on decide, and was deleted: train the student for "
+            "int8 with compress --deploy int8, or omit --int8"
         )
 
 

@@ -14,12 +14,13 @@ from ev3_distill.data.class_names import match_classes, pairing_warnings
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.export import file_latency
-from ev3_distill.export.acceptance import task_of, task_of_report
-from ev3_distill.export.evaluation_level import Level, Query, level_on_new_data, level_on_sealed_split
+from ev3_distill.export.acceptance import TOLERANCE, task_of, task_of_report
+from ev3_distill.export.evaluation_level import Level, Query, Subject, level_on_new_data, level_on_sealed_split
 from ev3_distill.export.formats.metadata import ModelMetadata
 from ev3_distill.export.formats.runtime import ExportedModel, open_exported
 from ev3_distill.guards import Guard, evaluate_guards
 from ev3_distill.runtime.digest import tree_digest
+from ev3_distill.runtime.files import sha256_of
 from ev3_distill.tasks.base import Task
 from ev3_distill.tasks.classification.example_metrics import probabilities
 from ev3_distill.tasks.classification.user_metrics import read_costs
@@ -38,6 +39,7 @@ from ev3_distill.training.certify_run import (
 from ev3_distill.training.guard_checks import parse_guards, require_labels
 from ev3_distill.training.memory import eval_batch_size, memory_limit
 from ev3_distill.training.run_reader import certificate_in, config_of, data_of, report_in
+from ev3_distill.training.sealed_split import is_renewed
 from ev3_distill.training.setup import CHUNK
 from ev3_distill.types import Network, Variables
 
@@ -90,7 +92,7 @@ class _Examples(NamedTuple):
 def evaluate_run(directory: Path, settings: EvaluationConfig) -> tuple[Certificate, list[dict[str, Any]]]:
     """Evaluates the student of a finished run.
 
-    On the run's own sealed split this repeats the claims of the run's certificate; any others need `reopen`.
+    On the run's own sealed split this repeats the claims of the run's certificates, from their files; any others need `reopen`.
 
     Args:
       directory: of the run.
@@ -106,7 +108,9 @@ def evaluate_run(directory: Path, settings: EvaluationConfig) -> tuple[Certifica
     sizes = sizes_of(variables)
     query, guards = _query(settings, examples, classes, sizes=sizes)
     digest = tree_digest(variables)
-    level = _level(None if settings.data else directory, digest, query)
+    level = _level(None if settings.data else directory, Subject(digest), query)
+    if level.repeated is not None:
+        return level.repeated, evaluate_guards(guards, level.repeated.claims, sizes=sizes)
     outputs = _outputs(forward(network, variables), examples, chunk=CHUNK)
     measured = measured_bounds(query.metrics, network, variables, examples.dataset)
     certificate = _certificate(outputs, query, measured, level)
@@ -121,8 +125,9 @@ def evaluate_file(
     """Runs an exported file itself, in a subprocess, and evaluates it as `evaluate_run` does a run's student.
 
     On the sealed split of its run, the file must compute the same as the student and give the same answer to every example.
-    The certificate then covers both. A student that trained for int8 has an int8 file, which may round some sums differently
-    and is scored by its own outputs. The int8 file of a float32 student is another student, and needs other data.
+    The certificate then covers both, except for latency, which is the file's own. A student that trained for int8 has an int8
+    file, which may round some sums differently and is scored by its own outputs. The int8 file of a float32 student is another
+    student, and needs other data.
 
     Args:
       path: a .onnx, .stablehlo or .safetensors file.
@@ -142,18 +147,30 @@ def evaluate_file(
         query, guards = _query(settings, examples, about.classes, sizes=sizes)
         outputs = _outputs(file.logits, examples, chunk=FILE_CHUNK)
         lines = [f"{path}: {about.network}, {about.precision}, {sizes['bytes']:,} bytes, run by {file.runtime}"]
-        student = None
+        subject, student = Subject(about.student), None
         if run is not None:
             student = _load_student(run, about.student, students.import_factory(settings.student))
-            lines.append(f"the student of {run}: {_compare_with_student(file, outputs, examples, student, settings)}")
-        level = _level(None if settings.data else run, about.student, query)
+            comparison = _compare_with_student(file, outputs, examples, student, settings)
+            lines.append(f"the student of {run}: {comparison.text}")
+            subject = Subject(about.student, sha256_of(path), comparison.same)
+            outputs = comparison.student if comparison.same and not settings.data else outputs
+        level = _level(None if settings.data else run, subject, query)
         times, teacher = file_latency.measure(file, examples.dataset, run)
         lines += file_latency.report_lines(times, teacher, threads=file.threads)
         measured = {"latency_ms": median_bound("latency_ms", times[1])} if "latency_ms" in query.metrics else {}
-        certificate = _certificate(outputs, query, measured, level)
-        if level.reopened and run is not None and student is not None:
-            write_certificate(run, certificate, about.student, student[0].spec)
+        certificate = level.repeated or _certificate(outputs, query, measured, level)
+        if level.repeated is None and level.reopened and run is not None and student is not None:
+            timed = subject.file if measured else ""
+            write_certificate(run, certificate, about.student, student[0].spec, file=timed)
         return FileEvaluation(lines, certificate, evaluate_guards(guards, certificate.claims, sizes=sizes))
+
+
+class _Comparison(NamedTuple):
+    """A file beside the student that it comes from."""
+
+    student: Outputs  # of the student on the examples
+    same: bool  # whether the file computes the same
+    text: str
 
 
 def _compare_with_student(
@@ -162,22 +179,23 @@ def _compare_with_student(
     examples: _Examples,
     student: tuple[Network, Variables],
     settings: EvaluationConfig,
-) -> str:
-    """Compares a file with the student it comes from, example by example. Returns a line of text.
+) -> _Comparison:
+    """Compares a file with the student it comes from, example by example.
 
     Raises:
       InputError: the file is to be scored on the sealed split, and is another student.
     """
     about = file.metadata
     expected = _outputs(forward(*student), examples, chunk=FILE_CHUNK)
-    different, text = _agreement(outputs.student, expected.student, task=task_of(about.classes), output=about.output)
-    trained_for_int8 = about.precision == "int8" and about.certificate  # the file was fixed before the split was opened
-    if not settings.data and not trained_for_int8 and (different or about.precision != "float32"):
+    equal, text = _agreement(outputs.student, expected.student, task=task_of(about.classes), output=about.output)
+    same = equal and about.precision == "float32"
+    trained_for_int8 = about.precision == "int8" == student[0].spec.get("deploy")  # fixed before the split was opened
+    if not settings.data and not trained_for_int8 and not same:
         raise InputError(
             f"a sealed split certifies one student, and files that compute the same; {file.path} has {about.precision} weights "
             f"and gives {text}: score new data with --data"
         )
-    return text
+    return _Comparison(expected, same, text)
 
 
 def _read_report(directory: Path) -> dict[str, Any]:
@@ -283,19 +301,26 @@ def _query(
     return Query(metrics, classes, costs, settings.confidence, settings.reopen), guards
 
 
-def _level(sealed: Path | None, student: str, query: Query) -> Level:
+def _level(sealed: Path | None, subject: Subject, query: Query) -> Level:
     """The level of the claims.
 
     Args:
       sealed: the run whose sealed split is scored; None for new data.
-      student: digest of the student.
+      subject: what is evaluated.
       query: what to claim.
     """
     if sealed is None:
         return level_on_new_data(query)
     certificate = certificate_in(sealed, _read_report(sealed))
     claimed = [claim["metric"] for claim in certificate["claims"]]
-    return level_on_sealed_split(sealed, student, query, confidence=certificate["confidence"], claimed=claimed)
+    level = level_on_sealed_split(sealed, subject, query, confidence=certificate["confidence"], claimed=claimed)
+    renewed = [name for name in query.metrics if is_renewed(name)]
+    if level.repeated is not None and renewed:
+        warn(
+            f"claims on {', '.join(renewed)} are repeated from a certificate of {sealed}, not computed again: --reopen does "
+            "that, with wider bounds"
+        )
+    return level
 
 
 def _outputs(logits: Callable[[np.ndarray], np.ndarray], examples: _Examples, *, chunk: int) -> Outputs:
@@ -309,16 +334,15 @@ def _outputs(logits: Callable[[np.ndarray], np.ndarray], examples: _Examples, *,
     )
 
 
-def _agreement(outputs: np.ndarray, expected: np.ndarray, *, task: Task, output: str) -> tuple[int, str]:
-    """The number of examples on which a file [N, K] and its student answer differently, and a line of text about it."""
+def _agreement(outputs: np.ndarray, expected: np.ndarray, *, task: Task, output: str) -> tuple[bool, str]:
+    """Whether a file [N, K] computes what its student does, and a line of text about it."""
     if output == "probabilities":  # the file's logits are those of the student up to a constant for each example
         outputs, expected = (probabilities(logits) for logits in (outputs, expected))
     different, n = int((~task.same_answer(outputs, expected)).sum()), len(outputs)
     difference = np.abs(outputs - expected).max()
-    return (
-        different,
-        f"the same answer on {n - different:,} of {n:,} examples, {output} differ by at most {difference:.1g}",
-    )
+    equal = not different and bool(difference <= TOLERANCE * max(1.0, np.abs(expected).max()))
+    text = f"the same answer on {n - different:,} of {n:,} examples, {output} differ by at most {difference:.1g}"
+    return equal, text
 
 
 def _load_student(directory: Path, digest: str, factory: Callable[..., Any] | None) -> tuple[Network, Variables]:

@@ -15,7 +15,15 @@ from ev3_distill.data import splits_of
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError
 from ev3_distill.export import file_latency, model_card
-from ev3_distill.export.acceptance import Predict, check_accepted, compare, mean_score, run_file, task_of_report
+from ev3_distill.export.acceptance import (
+    Predict,
+    check_accepted,
+    check_quantized,
+    compare,
+    mean_score,
+    run_file,
+    task_of_report,
+)
 from ev3_distill.export.export_config import ExportConfig
 from ev3_distill.export.formats import onnx_static_quantization
 from ev3_distill.export.formats.metadata import SIDECAR, ModelMetadata
@@ -26,6 +34,7 @@ from ev3_distill.runtime.files import atomic_directory, sha256_of
 from ev3_distill.runtime.timing import quantiles
 from ev3_distill.search.archive import FILE, Archive, pick
 from ev3_distill.tasks.base import Task, has_target
+from ev3_distill.tasks.metrics import find_metric
 from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.training.run_dir import read_json, write_json
 from ev3_distill.training.run_reader import certificate_in, config_of, data_of
@@ -88,9 +97,9 @@ def export_run(run: Path, out: Path, config: ExportConfig | None = None) -> list
     student = _find_student(run, run_report, config.pick)
     try:
         with atomic_directory(out) as temporary:
-            evidence, lines = _export(temporary, run, run_report, student, config)
+            about, evidence, lines = _export(temporary, run, run_report, student, config)
             write_json(temporary / EVIDENCE, evidence)
-            card = model_card.render(run_report, evidence, config, task=task, network=student.network)
+            card = model_card.render(run_report, evidence, about, config, task=task)
             (temporary / model_card.NAME).write_text(card, encoding="utf-8")
     except OSError as error:
         raise InputError(f"export needs a writable folder; got {out} ({error}): choose another --out") from None
@@ -99,7 +108,10 @@ def export_run(run: Path, out: Path, config: ExportConfig | None = None) -> list
 
 def _find_student(run: Path, run_report: dict[str, Any], conditions: str) -> _Student:
     """The delivered student or, with conditions, the best student of a search that meets them."""
-    evidence = {"certificate": run_report["certificate"], "guards": run_report["guards"]}
+    evidence = {
+        "certificate": _about_files(run_report["certificate"]),
+        "guards": [guard for guard in run_report["guards"] if not _is_of_process(guard["metric"])],
+    }
     description = f"the student that {run} delivered, {run_report['student']['params']:,} parameters"
     certificate = certificate_in(run, run_report)
     delivered = _Student(
@@ -122,10 +134,21 @@ def _find_student(run: Path, run_report: dict[str, Any], conditions: str) -> _St
     return _Student(folder, {"decide": dataclasses.asdict(entry)}, entry.network, description, entry.digest)
 
 
+def _about_files(certificate: dict[str, Any]) -> dict[str, Any]:
+    """A certificate without the claims that are not about files of the student."""
+    return {**certificate, "claims": [one for one in certificate["claims"] if not _is_of_process(one["metric"])]}
+
+
+def _is_of_process(metric: str) -> bool:
+    """Whether a metric is about the student as its run held it: in another file and runtime it has another latency and size."""
+    query = find_metric(metric)
+    return query is not None and (query.row.source == "timing" or query.name == "bytes")
+
+
 def _export(
     folder: Path, run: Path, run_report: dict[str, Any], student: _Student, config: ExportConfig
-) -> tuple[dict[str, Any], list[str]]:
-    """Writes the file and runs it again. Returns the evidence and lines of text."""
+) -> tuple[ModelMetadata, dict[str, Any], list[str]]:
+    """Writes the file and runs it again. Returns its metadata, the evidence and lines of text."""
     network, variables = students.load(student.folder, factory=students.import_factory(config.student))
     data = _load_data(run, run_report)
     facts = student_facts(network, variables, student.network)
@@ -152,14 +175,15 @@ def _export(
         f"The outputs of the file and the student differ by at most {checked['difference']:.1g} on {checked['examples']} "
         f"examples, and {checked['agreement']:.1%} of the answers are the same."
     ]
-    evidence = {**student.evidence, "export": checked}
+    covered = about.precision != "int8"
+    evidence = {**(student.evidence if covered else {"student": student.evidence}), "export": checked}
     if config.int8:
-        evidence, lines = _quantize(exported, evidence)
+        about, evidence, lines = _quantize(exported, evidence)
     if config.latency:
         evidence = {**evidence, "latency": _latency(exported, run)}
     shape = list(config.input_shape(about.input_shape))
     lines.append(f"File: {path.name}, {path.stat().st_size:,} bytes, {about.dtype} {shape} to {about.output}.")
-    return evidence, lines
+    return about, evidence, lines
 
 
 def _metadata(
@@ -171,13 +195,14 @@ def _metadata(
     dtype: str,
 ) -> ModelMetadata:
     certificate = student.evidence.get("certificate", {})
-    promise = "No certificate covers this student"
+    promise = "No certificate covers this student: it was selected among several by their scores on the decide split"
     if certificate:
         promise = certificate_sentence({**run_report, "certificate": certificate})
     if certificate and facts["precision"] == "int8":
-        promise += (
-            ". This is about the student as it was scored; the file may round some sums to other integers: evaluate certifies "
-            "the file itself"
+        certificate = {}
+        promise = (
+            "No certificate covers this file, which may round some sums to other integers than the student that was "
+            "certified: evaluate certifies the file itself"
         )
     return ModelMetadata(
         format=config.format,
@@ -197,6 +222,8 @@ def _metadata(
 
 def _quantized_metadata(about: ModelMetadata) -> ModelMetadata:
     promise = "No certificate covers these int8 weights, only the float32 student that they come from"
+    if not about.certificate:
+        promise = "No certificate covers these int8 weights or the float32 student that they come from"
     return dataclasses.replace(about, precision="int8", promise=promise, certificate={})
 
 
@@ -262,8 +289,8 @@ def _quantiles(times: file_latency.Times) -> dict[str, Any]:
     return {str(size): quantiles(of) for size, of in times.items()}
 
 
-def _quantize(exported: _Exported, evidence: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Replaces a file by its int8 form. No certificate covers that, so it is compared with the student on decide."""
+def _quantize(exported: _Exported, evidence: dict[str, Any]) -> tuple[ModelMetadata, dict[str, Any], list[str]]:
+    """Replaces a file by its int8 form. No certificate covers that, so it must give the student's answers on decide."""
     data = _required_data(exported, "--int8", "examples of the explore split to calibrate on")
     path, about, student, task, _ = exported
     model, float32_bytes = path.read_bytes(), path.stat().st_size
@@ -278,6 +305,7 @@ def _quantize(exported: _Exported, evidence: dict[str, Any]) -> tuple[dict[str, 
     rows = data.rows["decide"]
     inputs, targets = np.asarray(data.dataset.inputs[rows]), data.dataset.labels[rows]
     comparison = compare(path, student, inputs, task=task, output=about.output)
+    check_quantized(comparison)
     checked = {"format": "onnx", "precision": "int8", "data": "decide", **comparison}
     checked |= {"bytes": path.stat().st_size, "bytes_float32": float32_bytes}
     line = f"int8: {checked['bytes']:,} bytes for {float32_bytes:,}, {checked['agreement']:.1%} same answers on decide"
@@ -286,4 +314,5 @@ def _quantize(exported: _Exported, evidence: dict[str, Any]) -> tuple[dict[str, 
         checked[name] = mean_score(task, run_file(path, inputs), targets)
         checked[f"{name}_float32"] = mean_score(task, student(inputs), targets)
         line += f", {name} {checked[name]:.1%} there for {checked[f'{name}_float32']:.1%}"
-    return {"float32": evidence, "export": checked}, [f"{line}; no certificate covers it: run evaluate on new data."]
+    lines = [f"{line}; no certificate covers it: run evaluate on new data."]
+    return quantized, {"float32": evidence, "export": checked}, lines

@@ -11,8 +11,9 @@ from typing import Any
 
 from ev3_distill.certify.certificate import COVERED, COVERED_GROUPS, NOT_COVERED
 from ev3_distill.export.export_config import ExportConfig
+from ev3_distill.export.formats.metadata import ModelMetadata
 from ev3_distill.monitor.number_format import count, exact_percent, floor_percent, percent
-from ev3_distill.monitor.sentences import certificate_sentence, claim_line, guard_line, units_sentence
+from ev3_distill.monitor.sentences import claim_line, guard_line, units_sentence
 from ev3_distill.tasks.base import Task
 
 NAME = "MODEL_CARD.md"
@@ -21,16 +22,18 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
 
 
 def render(
-    run_report: dict[str, Any], evidence: dict[str, Any], config: ExportConfig, *, task: Task, network: str
+    run_report: dict[str, Any], evidence: dict[str, Any], about: ModelMetadata, config: ExportConfig, *, task: Task
 ) -> str:
-    """Renders the card. Names that the user chose appear verbatim; Markdown, HTML and YAML in them have no effect.
+    """Renders the card; it repeats the certificate only where that is about this file.
+
+    Names that the user chose appear verbatim; Markdown, HTML and YAML in them have no effect.
 
     Args:
       run_report: content of report.json.
       evidence: content of evidence.json.
+      about: metadata of the file.
       config: of the export.
       task: names the pipeline tag and the metric.
-      network: name of the student's network.
     """
     import jinja2
 
@@ -44,23 +47,21 @@ def render(
     )
     filters = (percent, floor_percent, exact_percent, count)
     environment.filters.update({"plain": plain, "yaml": yaml, **{one.__name__: one for one in filters}})
-    float32_evidence = evidence.get("float32", evidence)
-    certificate = float32_evidence.get("certificate")
+    certificate = evidence.get("certificate")
     shape, metric = run_report["data"]["input_shape"], task.promise.name
     return environment.get_template("model_card.md.j2").render(
         run=run_report,
-        network=network,
+        about=about,
         config=config,
         library=LIBRARIES[config.format],
         task=task.card_task(tuple(shape)),
         metric=metric,
         metric_value=run_report["student"].get(metric),
         certificate=certificate,
-        promise=certificate_sentence(run_report) if certificate else "",
-        claims=[claim_line(claim, certificate) for claim in (certificate or {}).get("claims", [])],
+        claims=[claim_line(claim, certificate) for claim in certificate["claims"]] if certificate else [],
         tables=(certificate or {}).get("tables", []),
-        guards=[guard_line(guard) for guard in float32_evidence.get("guards", [])],
-        decide=float32_evidence.get("decide"),
+        guards=[guard_line(guard) for guard in evidence.get("guards", [])],
+        decide=evidence.get("decide"),
         checked=evidence.get("export"),
         latency=evidence.get("latency"),
         shape=shape if config.layout == "nhwc" else [shape[-1], *shape[:-1]],

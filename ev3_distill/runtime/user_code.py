@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from ev3_distill.errors import InputError, summary
+from ev3_distill.runtime.files import sha256_of
 
 
 def load_callable(name: str, *, rule: str) -> Callable[..., Any]:
@@ -37,6 +38,15 @@ def load_callable(name: str, *, rule: str) -> Callable[..., Any]:
     if not callable(function):
         raise InputError(f"{rule}; got '{name}', which is of type {type(function).__name__}: name a function")
     return function
+
+
+def source_digest(name: str) -> str | None:
+    """SHA-256 of the file of MODULE in `MODULE:FUNCTION`, which must be importable; None where it has no file.
+
+    It is a record of what was run, not a proof: the module may import others.
+    """
+    file = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
+    return sha256_of(Path(file)) if file and Path(file).is_file() else None
 
 
 def _check_not_hidden(name: str, module: ModuleType) -> None:

@@ -2,14 +2,21 @@
 
 opened.json of a run: {"openings": [{"student", "time", "confidence", "claims", "costs", "family"}]}, the run's own opening
 first. `others` lists further students of the same opening, any of which may be delivered. `family` names all metrics that a
-claim could have been about at the first opening; the level of a reopened certificate depends on their number. A run that is
-killed while it scores its students continues the same opening when it is resumed. Any other use is a further opening and
-requires `reopen=True`.
+claim could have been about at the first opening; the level of a reopened certificate depends on their number. `functions` has
+the digest of the source of each function of the user's among the claims.
+
+The certificate of the first opening is certificate.json, that of the k-th certificate-k.json. A claim that stands in one of
+them is repeated from it. A run that is killed while it scores its students continues the same opening when it is resumed. Any
+other use is a further opening and requires `reopen=True`.
+
+A claim is identified by its content. The content of most metrics is fixed by their names, that of a cost by the digest of its
+table. A function of the user's and a measured time have new content whenever they are computed: what a name refers to may have
+changed, and a time differs from pass to pass. These are called renewed here. Computing one again is always a further opening.
 """
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +24,12 @@ import numpy as np
 
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.files import sync_directory
+from ev3_distill.runtime.user_code import source_digest
 from ev3_distill.tasks.metrics import METRICS, MetricQuery, find_metric
 from ev3_distill.training.run_dir import read_json, write_json
 
 NAME = "opened.json"
+FUNCTION, TIMING = "MODULE:FUNCTION", "timing"  # a row of METRICS, and the source of one
 ORIGINAL_FAMILY = (  # of runs whose record has no `family`, because they are older than that entry
     *("accuracy", "balanced_accuracy", "worst_class_accuracy", "worst_group_accuracy", "macro_f1", "agreement"),
     *(
@@ -58,6 +67,36 @@ def family_of(opening: dict[str, Any]) -> tuple[str, ...]:
     return tuple(opening.get("family", ORIGINAL_FAMILY))
 
 
+def certificate_of_opening(directory: Path, number: int) -> dict[str, Any] | None:
+    """The content of the certificate of an opening, counted from 0; None if it was not finished."""
+    path = directory / (f"certificate-{number + 1}.json" if number else "certificate.json")
+    return read_json(path) if path.exists() else None
+
+
+def is_renewed(metric: str) -> bool:
+    """Whether the metric has new content whenever it is computed."""
+    return metric_kind(metric) in (TIMING, FUNCTION)
+
+
+def metric_kind(metric: str) -> str:
+    """TIMING, FUNCTION or an empty string."""
+    query = find_metric(metric)
+    if query is None:
+        return ""
+    return FUNCTION if query.row.name == FUNCTION else TIMING if query.row.source == TIMING else ""
+
+
+def digests_of_functions(metrics: Iterable[str]) -> dict[str, str | None]:
+    """Digest of the source of each metric that is a function of the user's; None where it has no source."""
+    return {name: source_digest(name) for name in metrics if metric_kind(name) == FUNCTION}
+
+
+def changed_functions(opening: dict[str, Any], metrics: Iterable[str]) -> list[str]:
+    """The functions of the user's whose source is known to have changed since an opening."""
+    recorded = opening.get("functions", {})
+    return [name for name, digest in digests_of_functions(metrics).items() if recorded.get(name, digest) != digest]
+
+
 def digest_of_costs(costs: np.ndarray | None) -> str | None:
     """SHA-256 of a table of costs; None where there is none."""
     return None if costs is None else hashlib.sha256(np.ascontiguousarray(costs, np.float64).tobytes()).hexdigest()
@@ -81,7 +120,8 @@ def open_split(
 ) -> int:
     """Opens the sealed split of a run for one or a few students and a fixed list of claims.
 
-    The opening is on disk when this returns. One that is recorded already continues, and does not count again.
+    The opening is on disk when this returns. One that is recorded already continues, and does not count again; but with
+    `reopen`, renewed claims always make a further one.
 
     Args:
       directory: of the run.
@@ -97,15 +137,17 @@ def open_split(
       The number of openings before this one.
 
     Raises:
-      InputError: the split was opened for another student; or for other claims, and `reopen` is False or a claim is not in
-        the family of the first opening.
+      InputError: the split was opened for another student; or for other claims or for another source of a function, and
+        `reopen` is False or a claim is not in the family of the first opening.
     """
     openings = read_openings(directory)
     request = {"confidence": confidence, "claims": list(claims), "costs": costs}
     same_students = bool(openings) and {student, *others} <= set(candidates_of(openings[0]))
-    for i, opening in enumerate(openings):
-        if same_students and {name: opening[name] for name in request} == request:
-            return i
+    if same_students and not (reopen and any(map(is_renewed, claims))):
+        for i, opening in enumerate(openings):
+            if {name: opening[name] for name in request} == request:
+                _check_same_functions(directory, opening, claims)
+                return i
     if openings and not same_students:
         raise InputError(
             f"a sealed split certifies only the students that it was opened for; that of {directory} was opened for "
@@ -113,24 +155,54 @@ def open_split(
             "--out, or score other data with --data"
         )
     if openings:
-        _check_reopening(directory, openings[0], claims, confidence=confidence, reopen=reopen)
+        check_reopening(directory, openings[0], claims, confidence=confidence, reopen=reopen)
         family = family_of(openings[0])
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     names = list(claimable_metrics() if family is None else family)
+    functions = digests_of_functions(claims)
     row = {"student": student, **request, **({"others": list(others)} if others else {}), "family": names}
+    row |= {"functions": functions} if functions else {}
     write_json(directory / NAME, {"openings": [*openings, {**row, "time": moment}]})
     sync_directory(directory)
     return len(openings)
 
 
-def _check_reopening(
-    directory: Path, first: dict[str, Any], claims: Sequence[str], *, confidence: float, reopen: bool
+def _check_same_functions(directory: Path, opening: dict[str, Any], claims: Sequence[str]) -> None:
+    if changed := changed_functions(opening, claims):
+        raise InputError(
+            f"a sealed split is opened once, for metrics as they are then; {', '.join(changed)} changed after that of "
+            f"{directory} was opened on {opening['time']}: restore the source, or start a new run with --out"
+        )
+
+
+def check_reopening(
+    directory: Path,
+    first: dict[str, Any],
+    claims: Sequence[str],
+    *,
+    confidence: float,
+    reopen: bool,
+    reason: str = "",
 ) -> None:
+    """Checks that a split may be opened again for some claims.
+
+    Args:
+      directory: of the run.
+      first: the run's own opening.
+      claims: to be made.
+      confidence: of the certificate.
+      reopen: whether the user allows it.
+      reason: why the claims cannot be repeated, for the error.
+
+    Raises:
+      InputError: `reopen` is False, or a claim is not in the family of the first opening.
+    """
     if not reopen:
         raise InputError(
             f"a sealed split is opened once; that of {directory} was opened on {first['time']} for "
-            f"{', '.join(first['claims'])} at {first['confidence']:.10g}, got {', '.join(claims)} at {confidence:.10g}: "
-            "score other data with --data, or give --reopen, which widens the bounds to correct for it"
+            f"{', '.join(first['claims'])} at {first['confidence']:.10g}, got {', '.join(claims)} at "
+            f"{confidence:.10g}{reason}: score other data with --data, or give --reopen, which widens the bounds to correct "
+            "for it"
         )
     unknown = [name for name in claims if _query(name).row.name not in family_of(first)]
     if unknown:
@@ -150,7 +222,8 @@ def shares_when_reopened(
     share, whether it is claimed or not. Of that, top-K accuracies get 1 / (K (K - 1)) for K = 2, 3, ..., each class gets
     1 / num_classes, and a metric that each opening may fill with something new (a function, costs, a measured time) gets
     1 / (j (j + 1)) in the j-th reopening, divided equally among functions. All these shares sum to at most 1, so the
-    certificates of all reopenings hold jointly with the confidence, however the claims were selected. For functions and costs
+    certificates of all reopenings hold jointly with the confidence, however the claims were selected: a claim on a metric with
+    fixed content is the same event in each of them, and one on renewed content is in one opening alone. For functions and costs
     this requires that they were written without knowledge of the split.
 
     Args:

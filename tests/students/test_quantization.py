@@ -207,12 +207,17 @@ def test_an_int8_run_is_certified_exported_and_evaluated(tmp_path, monkeypatch, 
     assert 0.95 < (rounds.argmax(axis=1) == not_rounded).mean() < 1
     main(["export", "run", "--format", "onnx", "--out", "file"])
     content = json.loads((tmp_path / "file/model.json").read_text())
-    assert content["precision"] == "int8" and content["certificate"]["claims"]
+    assert content["precision"] == "int8" and content["certificate"] == {}
+    assert content["promise"].startswith("No certificate covers this file, which may round some sums")
     main(
         ["evaluate", "file", "--of", "run", "--guard", "accuracy >= 0.8"]
-    )  # allowed on the sealed split, because it is the same student
+    )  # allowed on the sealed split, because the student was trained for int8
     shown = capsys.readouterr().out
     assert "int8" in shown and "certified" in shown
+    with pytest.raises(SystemExit) as ended:  # a further claim is one about this file, not about the student
+        main(["evaluate", "file", "--of", "run", "--guard", "ece <= 0.9", "--reopen"])
+    assert ended.value.code == 2
+    assert "the sealed split certifies it for accuracy, agreement only" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         main(["export", "run", "--format", "onnx", "--int8", "--out", "other"])
     assert ended.value.code == 2 and not (tmp_path / "other").exists()
