@@ -101,6 +101,7 @@ class Certificate:
     reopened: int = 0  # how often the split had been opened before
     among: int = 1  # students for which the split was opened
     units: Units | None = None  # None: each example is independent of the others
+    overlap: int = 0  # examples that the student has seen; above 0 claims have no bounds
 
     @property
     def covered(self) -> str:
@@ -110,8 +111,8 @@ class Certificate:
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON: {"confidence", "claims": [{"metric", "point", "lower_bound" or "upper_bound", "n"}]}.
 
-        `tables` (see Table), `reopened`, `among` and `units` (see Units) are present where there are tables, earlier openings,
-        several students, or groups as independent units.
+        `tables` (see Table), `reopened`, `among`, `units` (see Units) and `overlap` are present where there are tables, earlier
+        openings, several students, groups as independent units, or examples that the student has seen.
         """
         claims = [
             {name: value for name, value in dataclasses.asdict(claim).items() if value is not None}
@@ -121,7 +122,8 @@ class Certificate:
         reopened = {"reopened": self.reopened} if self.reopened else {}
         among = {"among": self.among} if self.among > 1 else {}
         units = {"units": dataclasses.asdict(self.units)} if self.units else {}
-        return {"confidence": self.confidence, "claims": claims, **tables, **reopened, **among, **units}
+        overlap = {"overlap": self.overlap} if self.overlap else {}
+        return {"confidence": self.confidence, "claims": claims, **tables, **reopened, **among, **units, **overlap}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], metrics: Collection[str]) -> "Certificate":

@@ -361,8 +361,8 @@ def print_result(result: RunResult) -> None:
     print(f"Student: {result.student}\nReport:  {result.page}")
 
 
-def evaluate(options: EvaluateCommand) -> list[dict[str, Any]]:
-    """Scores a finished run or an exported file and prints the outcome; returns the outcome of each guard."""
+def evaluate(options: EvaluateCommand) -> bool:
+    """Scores a finished run or an exported file and prints the outcome; returns whether all that was asked is certified."""
     from ev3_distill.export import EvaluationConfig, evaluate_file, evaluate_run, find_model_file
 
     settings = EvaluationConfig(
@@ -372,6 +372,7 @@ def evaluate(options: EvaluateCommand) -> list[dict[str, Any]]:
         guards=options.guard,
         costs=options.costs,
         reopen=options.reopen,
+        keep_overlap=options.keep_overlap,
     )
     if path := find_model_file(options.run):
         result = evaluate_file(path, settings, run=options.of, threads=options.threads)
@@ -389,4 +390,4 @@ def evaluate(options: EvaluateCommand) -> list[dict[str, Any]]:
             print(f"{sentence}.")
     for guard in guards:
         print(guard_line(guard))
-    return guards
+    return not certificate.overlap and all(guard["certified"] for guard in guards)

@@ -127,7 +127,8 @@ def _run(command: CompressCommand | TeachCommand) -> None:
 def _evaluate(command: EvaluateCommand) -> None:
     from ev3_distill.cli import commands
 
-    _exit_by(commands.evaluate(command))
+    if not commands.evaluate(command):
+        raise SystemExit(3)
 
 
 def _exit_by(guards: list[dict[str, Any]]) -> None:

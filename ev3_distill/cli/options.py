@@ -72,7 +72,10 @@ class EvaluateCommand:
     run: tyro.conf.Positional[Path]
     """Run directory, exported file, or folder of an exported file."""
     data: str = ""
-    """Data source, scored as a whole, as --data of compress. Default: the sealed test split of the run."""
+    """Data source, as --data of compress. Examples that the student has seen are left out. Default: the sealed test split of
+    the run."""
+    keep_overlap: bool = False
+    """Score examples of --data that the student has seen, too. Nothing is certified then: exit code 3."""
     confidence: float | None = None
     """Confidence level, jointly for all bounds. Default: 0.95, or that of the run on its own sealed split."""
     student: str = ""

@@ -102,19 +102,20 @@ def absent_classes(dataset: Dataset, rows: np.ndarray | None = None) -> list[str
     return [name for i, name in enumerate(dataset.class_names) if i not in present]
 
 
-def pairing_warnings(dataset: Dataset, matched: Dataset) -> list[str]:
+def pairing_warnings(dataset: Dataset, matched: Dataset, rows: np.ndarray | None = None) -> list[str]:
     """What a user should know of the result of `match_classes`.
 
     Args:
       dataset: as it was.
       matched: the result.
+      rows: in use; None: all.
     """
     warnings = []
     names, known = dataset.class_names, tuple(map(nfc, matched.class_names))
     if are_numbers(names) and not are_numbers(known) and not are_ids(known):
         pairs = listed([f"{i} is {name}" for i, name in zip(names, known, strict=False)])
         warnings.append(f"{dataset.source} has numbers for classes, taken in the student's order: {pairs}")
-    if absent := absent_classes(matched):
+    if absent := absent_classes(matched, rows):
         warnings.append(
             f"{dataset.source} has no example of {len(absent):,} of the student's {len(known):,} classes ({listed(absent)}): "
             "nothing is shown about them"

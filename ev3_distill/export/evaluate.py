@@ -18,6 +18,7 @@ from ev3_distill.export.acceptance import TOLERANCE, task_of, task_of_report
 from ev3_distill.export.evaluation_level import Level, Query, Subject, level_on_new_data, level_on_sealed_split
 from ev3_distill.export.formats.metadata import ModelMetadata
 from ev3_distill.export.formats.runtime import ExportedModel, open_exported
+from ev3_distill.export.overlap import find_new_rows, find_seen_rows, proof_without_overlap
 from ev3_distill.guards import Guard, evaluate_guards
 from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.runtime.files import sha256_of
@@ -57,6 +58,7 @@ class EvaluationConfig:
       guards: requirements on these examples, such as `accuracy >= 0.9`.
       costs: CSV file, for a guard on cost.
       reopen: whether claims that the run's certificate lacks may open the sealed split again.
+      keep_overlap: whether to score examples of `data` that the student has seen, too; nothing is certified then.
     """
 
     data: str = ""
@@ -65,6 +67,7 @@ class EvaluationConfig:
     guards: Sequence[str] = ()
     costs: str = ""
     reopen: bool = False
+    keep_overlap: bool = False
 
     def __post_init__(self) -> None:
         if self.confidence is not None and not 0 < self.confidence < 1:
@@ -87,6 +90,7 @@ class _Examples(NamedTuple):
     rows: np.ndarray
     memory: int  # limit in bytes
     units: np.ndarray | None = None  # [N] of all rows, see `Outputs.units`
+    overlap: int = 0  # rows that the student has seen
 
 
 def evaluate_run(directory: Path, settings: EvaluationConfig) -> tuple[Certificate, list[dict[str, Any]]]:
@@ -104,7 +108,7 @@ def evaluate_run(directory: Path, settings: EvaluationConfig) -> tuple[Certifica
     run_report = _read_report(directory)
     network, variables = students.load(directory, factory=students.import_factory(settings.student))
     run_config, classes = config_of(directory, run_report), run_report["data"]["classes"]
-    examples = _load_examples(directory, run_config, settings.data, run_report["data"])
+    examples = _load_examples(directory, run_config, settings, run_report["data"])
     sizes = sizes_of(variables)
     query, guards = _query(settings, examples, classes, sizes=sizes)
     digest = tree_digest(variables)
@@ -116,7 +120,8 @@ def evaluate_run(directory: Path, settings: EvaluationConfig) -> tuple[Certifica
     certificate = _certificate(outputs, query, measured, level)
     if level.reopened:
         write_certificate(directory, certificate, digest, network.spec)
-    return certificate, evaluate_guards(guards, certificate.claims, sizes=sizes)
+    outcomes = evaluate_guards(guards, certificate.claims, sizes=sizes)
+    return proof_without_overlap(certificate, outcomes, examples.overlap)
 
 
 def evaluate_file(
@@ -142,7 +147,7 @@ def evaluate_file(
     with open_exported(path, threads=threads) as file:
         about = file.metadata
         run_config = config.Compress() if run is None else config_of(run, _read_report(run))
-        examples = _load_examples(run, run_config, settings.data, about.data, about=about)
+        examples = _load_examples(run, run_config, settings, about.data, file=file)
         sizes = {"params": about.params, "bytes": path.stat().st_size}
         query, guards = _query(settings, examples, about.classes, sizes=sizes)
         outputs = _outputs(file.logits, examples, chunk=FILE_CHUNK)
@@ -162,7 +167,8 @@ def evaluate_file(
         if level.repeated is None and level.reopened and run is not None and student is not None:
             timed = subject.file if measured else ""
             write_certificate(run, certificate, about.student, student[0].spec, file=timed)
-        return FileEvaluation(lines, certificate, evaluate_guards(guards, certificate.claims, sizes=sizes))
+        outcomes = evaluate_guards(guards, certificate.claims, sizes=sizes)
+        return FileEvaluation(lines, *proof_without_overlap(certificate, outcomes, examples.overlap))
 
 
 class _Comparison(NamedTuple):
@@ -215,49 +221,49 @@ def _read_report(directory: Path) -> dict[str, Any]:
 def _load_examples(
     run: Path | None,
     run_config: config.RunConfig,
-    source: str,
+    settings: EvaluationConfig,
     trained_on: Mapping[str, Any],
     *,
-    about: ModelMetadata | None = None,
+    file: ExportedModel | None = None,
 ) -> _Examples:
-    """The examples to score: a whole data source, or the sealed split of the run's own data.
+    """The examples to score: those of a data source that are new to the student, or the sealed split of the run's own data.
 
     Args:
       run: its directory.
       run_config: its configuration.
-      source: data source; empty: the run's own.
-      trained_on: `fingerprint` of the run's data and, without `about`, their `input_shape` and `classes`.
-      about: metadata of a file.
+      settings: name the data source; without one, the run's own.
+      trained_on: `fingerprint` of the run's data and, without `file`, their `input_shape` and `classes`.
+      file: to be scored.
 
     Raises:
-      InputError: the data do not fit the student or the file.
+      InputError: the data do not fit the student or the file, or none of them is new.
     """
-    dataset = data_of(run_config, source)
+    about = None if file is None else file.metadata
+    dataset = data_of(run_config, settings.data)
     if about is None:
-        dataset = _as_student_sees(dataset, trained_on["input_shape"], trained_on["classes"])
+        matched = _as_student_sees(dataset, trained_on["input_shape"], trained_on["classes"])
     else:
-        dataset = _as_student_sees(dataset, about.input_shape, about.classes)
+        matched = _as_student_sees(dataset, about.input_shape, about.classes)
         _check_dtype(dataset, about)
     limit = memory_limit(run_config.memory)
-    if run is not None and not source:
+    if run is not None and not settings.data:
         run_dir.read_inputs(run, dataset.fingerprint)
-        rows = splits_of(run_config, dataset)["test"]
-        return _Examples(dataset, rows, limit, units_of(run_config, dataset))
-    if dataset.fingerprint == trained_on["fingerprint"]:
-        warn(
-            f"{source} contains the examples that the student was trained on: its accuracy on all of them proves nothing"
-        )
+        return _Examples(matched, splits_of(run_config, dataset)["test"], limit, units_of(run_config, dataset))
+    seen = find_seen_rows(run, run_config, None if file is None else file.path, trained_on["fingerprint"])
+    rows, overlap = find_new_rows(dataset, seen, keep=settings.keep_overlap)
+    for text in pairing_warnings(dataset, matched, rows):
+        warn(text)
     grouped = run_config.split_by == config.GROUPS or (about is not None and "units" in about.certificate)
     if grouped and dataset.groups is None:
         warn(
             f"the student was certified for new groups, and {dataset.source} has no array `groups`: the bounds take every "
             "example for independent, and promise too much where several resemble each other"
         )
-    return _Examples(dataset, np.arange(len(dataset.labels)), limit, dataset.groups if grouped else None)
+    return _Examples(matched, rows, limit, dataset.groups if grouped else None, overlap)
 
 
 def _as_student_sees(dataset: Dataset, input_shape: list[int], classes: Sequence[str]) -> Dataset:
-    """The data set with the classes of a student, told where that needs an assumption or a class has no example.
+    """The data set with the classes of a student.
 
     Raises:
       InputError: a student of these inputs and classes cannot be scored on the data set.
@@ -268,10 +274,7 @@ def _as_student_sees(dataset: Dataset, input_shape: list[int], classes: Sequence
             f"the student takes inputs of shape {input_shape}; {dataset.source} has {list(dataset.inputs.shape[1:])}: name "
             "data like those of the run"
         )
-    matched = match_classes(dataset, classes)
-    for text in pairing_warnings(dataset, matched):
-        warn(text)
-    return matched
+    return match_classes(dataset, classes)
 
 
 def _check_dtype(dataset: Dataset, about: ModelMetadata) -> None:
@@ -325,7 +328,7 @@ def _level(sealed: Path | None, subject: Subject, query: Query) -> Level:
 
 def _outputs(logits: Callable[[np.ndarray], np.ndarray], examples: _Examples, *, chunk: int) -> Outputs:
     """The outputs on the examples, computed in chunks that fit into memory."""
-    dataset, rows, memory, of_rows = examples
+    dataset, rows, memory, of_rows, _ = examples
     parts = [logits(dataset.inputs[part]) for part in chunked(rows, eval_batch_size(dataset, memory, chunk))]
     groups = None if dataset.groups is None else dataset.groups[rows]
     units = None if of_rows is None else of_rows[rows]

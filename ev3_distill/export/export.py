@@ -5,6 +5,7 @@ was run again and its outputs equaled the student's.
 """
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from ev3_distill.search.archive import FILE, Archive, pick
 from ev3_distill.tasks.base import Task, has_target
 from ev3_distill.tasks.metrics import find_metric
 from ev3_distill.teachers.kinds.flax import forward
+from ev3_distill.training import seen_rows
 from ev3_distill.training.run_dir import read_json, write_json
 from ev3_distill.training.run_reader import certificate_in, config_of, data_of
 
@@ -99,6 +101,8 @@ def export_run(run: Path, out: Path, config: ExportConfig | None = None) -> list
         with atomic_directory(out) as temporary:
             about, evidence, lines = _export(temporary, run, run_report, student, config)
             write_json(temporary / EVIDENCE, evidence)
+            if (run / seen_rows.NAME).exists():
+                shutil.copyfile(run / seen_rows.NAME, temporary / seen_rows.NAME)
             card = model_card.render(run_report, evidence, about, config, task=task)
             (temporary / model_card.NAME).write_text(card, encoding="utf-8")
     except OSError as error:

@@ -36,11 +36,12 @@ def certificate_sentence(report: dict[str, Any]) -> str:
 def claim_line(claim: dict[str, Any], certificate: dict[str, Any]) -> str:
     """One claim of a certificate, as the terminal shows it."""
     metric, lower, upper = claim["metric"], claim.get("lower_bound"), claim.get("upper_bound")
-    bound = _bound(metric, lower, upper, digits=2).replace(" %", "%")
     things = "passes" if metric == "latency_ms" else certificate.get("units", {}).get("of", "examples")
-    confidence = certificate["confidence"]
     unit = _unit(metric)
     point = f"{claim['point']:.2%}" if unit == "%" else f"{claim['point']:.4g}{unit}"
+    if lower is None and upper is None:
+        return f"{metric}: {point} of {claim['n']} {things}; nothing is certified"
+    bound, confidence = _bound(metric, lower, upper, digits=2).replace(" %", "%"), certificate["confidence"]
     return f"{metric}: {point} of {claim['n']} {things}; {bound} with {100 * confidence:.10g}% confidence"
 
 

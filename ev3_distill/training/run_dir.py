@@ -14,6 +14,7 @@ trials.json      how the search continued from sizes that were stuck
 student/         spec and variables of the delivered student
 opened.json      openings of the sealed split: when, for which student and claims; written before the split is scored
 certificate.json what is certified, and for which population
+seen_rows.npz    digests of the examples, by which an evaluation recognizes them
 report.json, report.html
 """
 
@@ -37,7 +38,7 @@ from ev3_distill.runtime.files import atomic_write
 FORMAT = 2  # version of checkpoints and ledgers; a directory without a version is of version 1
 FILES = (
     *("archive.json", "certificate.json", "config.toml", "given.json", "ledger.jsonl", "logits.npz", "opened.json"),
-    *("report.html", "report.json", "spent.json", "trials.json"),
+    *("report.html", "report.json", "seen_rows.npz", "spent.json", "trials.json"),
 )  # written atomically
 LOCK_TRIES = 5  # a hundredth of a second apart: `is_locked` locks a directory for an instant
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -21,6 +21,7 @@ from ev3_distill.training.iterate import UNLIMITED, Limits
 from ev3_distill.training.memory import eval_batch_size
 from ev3_distill.training.report_content import FinalStudent, report_content
 from ev3_distill.training.run_dir import write_json
+from ev3_distill.training.seen_rows import write_seen_rows
 from ev3_distill.training.setup import InStepTeacher, TrainingRun, TrainingSetup, make_run, sealed_batches
 from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Batch, State, Variables
@@ -135,6 +136,7 @@ def conclude(
         students.save(directory / "student", final.network, final.variables)
     control = gain(sealed_batches(setup, targets)) if gain else None
     content = report_content(directory, config, setup, final, certification, teacher=teacher, control=control)
+    write_seen_rows(directory, dataset, setup.rows)
     write_json(directory / "report.json", content)
     return content
 

@@ -1,0 +1,95 @@
+"""What a student has seen: digests of the examples of its run, by which an evaluation finds them in other data.
+
+seen_rows.npz of a run directory and of an exported folder, 8 bytes for each example:
+
+- used: [N] uint64, sorted digests of the examples of explore, assess and decide, see `data.row_digests`;
+- sealed: [M] uint64, the same of the sealed test split;
+- fingerprint: of the data set.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ev3_distill.config import RunConfig
+from ev3_distill.data import splits_of
+from ev3_distill.data.row_digests import row_digests
+from ev3_distill.data.sources import Dataset
+from ev3_distill.errors import InputError
+from ev3_distill.runtime import npz
+from ev3_distill.runtime.files import atomic_write
+from ev3_distill.training.run_reader import data_of
+
+NAME = "seen_rows.npz"
+
+
+class SeenRows(NamedTuple):
+    """Sorted digests of the examples of a run."""
+
+    used: np.ndarray  # of explore, assess and decide
+    sealed: np.ndarray  # of the test split
+
+
+def seen_rows(dataset: Dataset, rows: Mapping[str, np.ndarray]) -> SeenRows:
+    """Digests of the examples of a run.
+
+    Args:
+      dataset: of the run.
+      rows: by split.
+    """
+    digests = row_digests(dataset.inputs)
+    used = np.concatenate([rows[name] for name in ("explore", "assess", "decide")])
+    return SeenRows(np.unique(digests[used]), np.unique(digests[rows["test"]]))
+
+
+def write_seen_rows(directory: Path, dataset: Dataset, rows: Mapping[str, np.ndarray]) -> None:
+    """Writes the digests of a run, atomically.
+
+    Args:
+      directory: of the run.
+      dataset: of the run.
+      rows: by split.
+    """
+    used, sealed = seen_rows(dataset, rows)
+    with atomic_write(directory / NAME) as file:
+        np.savez(file, used=used, sealed=sealed, fingerprint=np.array(dataset.fingerprint))
+
+
+def read_seen_rows(directory: Path, fingerprint: str) -> SeenRows | None:
+    """Reads the digests of a run.
+
+    Args:
+      directory: of the run, or of an exported file.
+      fingerprint: of the run's data.
+
+    Returns:
+      The digests; None if there are none, or if they are of other data.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    path = directory / NAME
+    if not path.is_file():
+        return None
+    content = npz.read(path, (("used", "sealed"),), optional="fingerprint", option=NAME, expected="used and sealed")
+    if str(content.get("fingerprint")) != fingerprint:
+        return None
+    if any(content[name].dtype != np.uint64 or content[name].ndim != 1 for name in SeenRows._fields):
+        raise InputError(f"{path} must hold digests [N] uint64; got other arrays: restore the file, or delete it")
+    return SeenRows(content["used"], content["sealed"])
+
+
+def seen_rows_of_data(config: RunConfig, fingerprint: str) -> SeenRows | None:
+    """The digests of an older run, from its data; None if these are missing or have changed.
+
+    Args:
+      config: of the run.
+      fingerprint: of the run's data.
+    """
+    try:
+        dataset = data_of(config)
+    except InputError:
+        return None
+    return seen_rows(dataset, splits_of(config, dataset)) if dataset.fingerprint == fingerprint else None
