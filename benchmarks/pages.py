@@ -42,7 +42,7 @@ result from one seed has no interval over seeds, and its page gives no verdict o
 ev3-distill bench throughput --seeds 1 --size smoke
 ```
 
-`--size smoke` is a quick check whose figures mean nothing. `pytest -m smoke` runs most suites at that size.
+`--size smoke` is a quick check whose figures mean nothing. `pytest -m slow` runs most suites at that size.
 
 Data are read from the folder that the environment variable `EV3_DISTILL_DATA` names: `mnist.npz`, `cifar10_jpeg.zip`, and the
 Omniglot archives. Where a file is missing, a suite refuses to run or leaves that part out.
