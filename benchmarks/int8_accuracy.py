@@ -101,7 +101,8 @@ def _rows(folder: Path, dataset: Dataset, runs: dict[str, Path], *, seed: int, s
     inputs, labels = dataset.inputs[dataset.test_rows], dataset.labels[dataset.test_rows]
     outs = {contender: folder / f"{contender.replace(' ', '-')}-file" for contender in FILES}
     for contender, (run, options) in FILES.items():
-        _command("export", str(runs[run]), "--format", "onnx", "--out", str(outs[contender]), *options)
+        if _command("export", str(runs[run]), "--format", "onnx", "--out", str(outs[contender]), *options):
+            raise RuntimeError(f"the student of {run} has no int8 file that keeps its answers: see above")
     with contextlib.ExitStack() as opened:
         files = {name: opened.enter_context(open_exported(out / "model.onnx")) for name, out in outs.items()}
         turns: dict[tuple[str, int], list[float]] = {(name, batch): [] for name in files for batch in BATCHES}
