@@ -181,6 +181,8 @@ def _export(
     ]
     covered = about.precision != "int8"
     evidence = {**(student.evidence if covered else {"student": student.evidence}), "export": checked}
+    if not covered:
+        lines.append(f"{about.promise}.")
     if config.int8:
         about, evidence, lines = _quantize(exported, evidence)
     if config.latency:
