@@ -5,8 +5,8 @@ examples. With s, t, c the scores (0 or 1) of student, teacher and constant answ
 three reasons:
 
   one class: the student predicts the same class for all examples, which are of several classes.
-  constant: of the examples that only one of student and constant answer gets right, the student does not win so many that a fair
-    coin would do so with probability at most 0.05 (McNemar's exact one-sided test), and its balanced gain is below a half.
+  constant: of the examples that only one of student and constant answer gets right, the student does not win so many that a
+    fair coin would do so with probability at most 0.05 (McNemar's exact one-sided test), and its balanced gain is below a half.
   teacher: the student keeps less than half of what its teacher gains over the constant answer: sum(2 s - t - c) is more than
     1.645 standard errors below 0, and its balanced gain is below half of its teacher's.
 

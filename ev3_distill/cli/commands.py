@@ -18,7 +18,7 @@ from ev3_distill.data.class_names import untrained_classes_warning
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.monitor import report
-from ev3_distill.monitor.sentences import claim_line, correction_sentence, guard_line, units_sentence
+from ev3_distill.monitor.sentences import alarm_of, claim_line, correction_sentence, guard_line, units_sentence
 from ev3_distill.runtime import distributed
 from ev3_distill.search import first_network, run_search
 from ev3_distill.students import feature_shapes
@@ -68,6 +68,11 @@ class RunResult:
     def certified(self) -> bool:
         """Whether the certificate proves every guard."""
         return all(guard["certified"] for guard in self.guards)
+
+    @property
+    def useful(self) -> bool:
+        """Whether the student is clearly better than a constant answer and not far below its teacher."""
+        return alarm_of(self.report) is None
 
 
 def compress(

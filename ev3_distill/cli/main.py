@@ -122,6 +122,8 @@ def _run(command: CompressCommand | TeachCommand) -> None:
         raise
     commands.print_result(result)
     _exit_by(result.guards)
+    if result.guards and not result.useful:
+        raise SystemExit(3)
 
 
 def _evaluate(command: EvaluateCommand) -> None:

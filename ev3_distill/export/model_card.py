@@ -13,7 +13,7 @@ from ev3_distill.certify.certificate import COVERED, COVERED_GROUPS, NOT_COVERED
 from ev3_distill.export.export_config import ExportConfig
 from ev3_distill.export.formats.metadata import ModelMetadata
 from ev3_distill.monitor.number_format import count, exact_percent, floor_percent, percent
-from ev3_distill.monitor.sentences import claim_line, guard_line, units_sentence
+from ev3_distill.monitor.sentences import alarm_of, claim_line, guard_line, units_sentence
 from ev3_distill.tasks.base import Task
 
 NAME = "MODEL_CARD.md"
@@ -49,7 +49,9 @@ def render(
     environment.filters.update({"plain": plain, "yaml": yaml, **{one.__name__: one for one in filters}})
     certificate = evidence.get("certificate")
     shape, metric = run_report["data"]["input_shape"], task.promise.name
-    return environment.get_template("model_card.md.j2").render(
+    return environment.get_template(
+        "model_card.md.j2"
+    ).render(
         run=run_report,
         about=about,
         config=config,
@@ -58,6 +60,7 @@ def render(
         metric=metric,
         metric_value=run_report["student"].get(metric),
         certificate=certificate,
+        alarm=None if "decide" in evidence else alarm_of(run_report),  # decide: of another student of a search
         claims=[claim_line(claim, certificate) for claim in certificate["claims"]] if certificate else [],
         tables=(certificate or {}).get("tables", []),
         guards=[guard_line(guard) for guard in evidence.get("guards", [])],

@@ -12,6 +12,7 @@ from ev3_distill.errors import InputError
 from ev3_distill.monitor import charts, html, number_format
 from ev3_distill.monitor.number_format import count, duration, percent, ratio
 from ev3_distill.monitor.sentences import (
+    alarm_of,
     certificate_sentence,
     control_sentence,
     correction_sentence,
@@ -69,6 +70,7 @@ def render(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return environment.get_template("report.html.j2").render(
         report={**report, "arms": arms},
         promise=certificate_sentence(report),
+        alarm=alarm_of(report),
         measured=[point_phrase(claim) for claim in claims],
         exact=all(is_exact(claim["metric"]) for claim in claims) and "units" not in report["certificate"],
         units=units_sentence(report["certificate"]),
@@ -120,8 +122,9 @@ def terminal_summary(report: dict[str, Any]) -> "RenderableType":
     ]
     control = [Text(control_sentence(report["control"]))] if report.get("control") else []
     promise = Text(f"{certificate_sentence(report)}.", style="bold")
+    alarm = [Text(f"{alarm['message']}.", style="bold red")] if (alarm := alarm_of(report)) else []
     units = [Text(f"{sentence}.") for sentence in [units_sentence(report["certificate"])] if sentence]
-    return Group(table, Text(), promise, *units, *guards, *control, Text(f"Cost: {spent}."))
+    return Group(table, Text(), promise, *alarm, *units, *guards, *control, Text(f"Cost: {spent}."))
 
 
 def compression(report: dict[str, Any]) -> float | None:

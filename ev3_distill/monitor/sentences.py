@@ -33,6 +33,15 @@ def certificate_sentence(report: dict[str, Any]) -> str:
     return f"{student} has {text}{new}, with {confidence} confidence"
 
 
+def alarm_of(report: dict[str, Any]) -> dict[str, Any] | None:
+    """The entry `usefulness` of the report of a useless student, with `message` and `causes`; None for a useful one.
+
+    Reports of older versions lack the entry.
+    """
+    found: dict[str, Any] | None = report.get("usefulness")
+    return found if found and found["alarm"] else None
+
+
 def claim_line(claim: dict[str, Any], certificate: dict[str, Any]) -> str:
     """One claim of a certificate, as the terminal shows it."""
     metric, lower, upper = claim["metric"], claim.get("lower_bound"), claim.get("upper_bound")

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ev3_distill import students
 from ev3_distill.config import Compress
 from ev3_distill.runtime.ledger import read_rows
@@ -105,15 +107,17 @@ def _final(
         "candidates": [one.number for one in candidates],
         "delivered": entry.number,
     }
+    variables = students.load(stage.folder, factory=runner.factory)[1]
     return FinalStudent(
         stage.network,
-        students.load(stage.folder, factory=runner.factory)[1],
+        variables,
         f"sizes/{entry.number:02d}",
         stage.latest(),
         stage.run.arms,
         _compile_s(runner),
         name=entry.network,
         facts={**facts, "search": outcome},
+        on_decide=np.asarray(stage.run.distillation.evaluator.evaluate(variables, stage.run.pools.decide).promise),
     )
 
 

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from ev3_distill.certify.certificate import Table
+from ev3_distill.certify.usefulness import Usefulness
 from ev3_distill.tasks.metrics import Metric
 from ev3_distill.types import Goal, Loss, Objective, Objectives, Promise, PyTree
 
@@ -74,6 +75,8 @@ class Task:
       diagnosis: name of the teacher check that applies; None for no check.
       card_task: (shape of one input) -> the task as model cards name it, such as `image-classification`.
       tables: makes the certificate's tables, such as the accuracy by class.
+      usefulness: (targets, teacher outputs by name or None, scores= or outputs= of the student) -> the student beside a
+        constant answer and its teacher; None for a task without such an answer.
     """
 
     name: str
@@ -91,6 +94,7 @@ class Task:
     diagnosis: str | None
     card_task: Callable[[tuple[int, ...]], str]
     tables: Tables = no_tables
+    usefulness: Callable[..., Usefulness | None] | None = None
 
     def objectives(self, goals: Sequence[Goal] = ()) -> Objectives:
         """The scores that select and promote students, with these requirements."""

@@ -61,6 +61,7 @@ class Certification(NamedTuple):
     certificate: Certificate
     guards: list[dict[str, Any]]  # see `guards.evaluate_guards`
     teacher_score: float | None  # the teacher's own promise score, such as accuracy, on the split
+    outputs: Outputs  # of the certified student and its teacher on the split
 
 
 def metrics_to_claim(
@@ -137,7 +138,7 @@ def certify_run(
         outcomes = evaluate_guards(guards, certificate.claims, sizes=sizes_of(variables))
         if earlier or which + 1 == among or all(guard["certified"] for guard in outcomes):
             write_certificate(directory, certificate, names[which], network.spec)
-            return Certification(which, certificate, outcomes, _teacher_score(outputs, task))
+            return Certification(which, certificate, outcomes, _teacher_score(outputs, task), outputs)
     raise ValueError("a sealed split is opened for at least one student; got none: pass candidates")
 
 

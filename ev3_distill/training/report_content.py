@@ -16,6 +16,7 @@ from ev3_distill.runtime.ledger import read_rows
 from ev3_distill.students import count_params
 from ev3_distill.training.certify_run import Certification
 from ev3_distill.training.setup import TrainingSetup
+from ev3_distill.training.usefulness_checks import usefulness_content
 from ev3_distill.types import Network, State, Variables
 
 PACKAGES = ("ev3-distill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
@@ -34,6 +35,7 @@ class FinalStudent:
       compile_s: seconds spent compiling.
       name: of the network, if it is not the configured one.
       facts: entries of the report that replace or extend the usual ones.
+      on_decide: [N] promise scores on decide.
     """
 
     network: Network
@@ -44,6 +46,7 @@ class FinalStudent:
     compile_s: float
     name: str = ""
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    on_decide: np.ndarray | None = None
 
 
 def report_content(
@@ -77,6 +80,7 @@ def report_content(
         "certificate": certification.certificate.as_dict(),
         "control": control,
         "guards": certification.guards,
+        "usefulness": usefulness_content(directory, config, setup, certification),
         "devices": str(setup.devices),
         "seed": config.seed,
         "budget": config.budget,

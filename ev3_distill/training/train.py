@@ -12,6 +12,7 @@ import numpy as np
 from ev3_distill import students
 from ev3_distill.certify.bounds import clopper_pearson_lower, clopper_pearson_upper, mean_lower, mean_upper
 from ev3_distill.config import Budget, Compress, RunConfig
+from ev3_distill.errors import warn
 from ev3_distill.runtime.progress import RunProgress
 from ev3_distill.tasks.outputs import Outputs
 from ev3_distill.teachers.targets import TeacherTargets
@@ -24,6 +25,7 @@ from ev3_distill.training.run_dir import write_json
 from ev3_distill.training.seen_rows import write_seen_rows
 from ev3_distill.training.setup import InStepTeacher, TrainingRun, TrainingSetup, make_run, sealed_batches
 from ev3_distill.training.trainer import Distillation
+from ev3_distill.training.usefulness_checks import alarm_line, warn_if_useless_on_decide
 from ev3_distill.types import Batch, State, Variables
 
 ControlGain = Callable[[Iterator[Batch]], dict[str, float]]  # the sealed split in parts -> see `control_gain`
@@ -60,12 +62,19 @@ def train(
         limits = Limits(setup.steps or UNLIMITED, seconds)
         state = iterate_run(directory, config, run, targets, progress, limits=limits)
     origin, variables = evaluator.select(run.pools, state, policy)
-    final = FinalStudent(setup.network, variables, origin, state, run.arms, run.distillation.compile_s)
+
+    def scores(student: Variables) -> np.ndarray:
+        return np.asarray(evaluator.evaluate(student, run.pools.decide).promise)
+
+    compile_s = run.distillation.compile_s
+    final = FinalStudent(
+        setup.network, variables, origin, state, run.arms, compile_s=compile_s, on_decide=scores(variables)
+    )
     if setup.control is None or not isinstance(config, Compress):
         return conclude(directory, config, setup, final, targets, teacher=teacher)
     control = students.load(setup.control, factory=students.import_factory(config.student))[1]
     if evaluator.outranks(run.pools, control, variables):
-        final = dataclasses.replace(final, variables=control, origin="control")
+        final = dataclasses.replace(final, variables=control, origin="control", on_decide=scores(control))
     gain = functools.partial(control_gain, run.distillation, variables, control, confidence=config.confidence)
     return conclude(directory, config, setup, final, targets, teacher=teacher, gain=gain)
 
@@ -114,6 +123,9 @@ def conclude(
       fallback: delivered instead if the sealed split does not prove the guards of `final`.
     """
     dataset, finals = setup.dataset, [final, *([fallback] if fallback else [])]
+    told = warn_if_useless_on_decide(
+        directory, config, setup, final.on_decide, targets.unchanged(setup.rows["decide"]) if teacher else None
+    )
     students.save(directory / "student", final.network, final.variables)
     metrics = metrics_to_claim(
         setup.guards, labeled=setup.labeled, teacher=teacher is not None, metrics=setup.task.metrics
@@ -137,6 +149,8 @@ def conclude(
     control = gain(sealed_batches(setup, targets)) if gain else None
     content = report_content(directory, config, setup, final, certification, teacher=teacher, control=control)
     write_seen_rows(directory, dataset, setup.rows)
+    if content["usefulness"] and content["usefulness"]["alarm"] and not told:
+        warn(alarm_line(content["usefulness"]))
     write_json(directory / "report.json", content)
     return content
 

@@ -11,6 +11,7 @@ from ev3_distill.tasks.base import Task
 from ev3_distill.tasks.classification import example_scores, losses
 from ev3_distill.tasks.classification.example_metrics import predicted_class
 from ev3_distill.tasks.classification.tables import accuracy_tables
+from ev3_distill.tasks.classification.usefulness import classifier_usefulness
 from ev3_distill.tasks.metrics import METRICS
 from ev3_distill.types import Promise
 
@@ -40,6 +41,7 @@ def classification(num_classes: int = 0) -> Task:
         diagnosis="classification",
         card_task=_card_task,
         tables=accuracy_tables,
+        usefulness=classifier_usefulness,
     )
 
 
