@@ -49,9 +49,7 @@ def render(
     environment.filters.update({"plain": plain, "yaml": yaml, **{one.__name__: one for one in filters}})
     certificate = evidence.get("certificate")
     shape, metric = run_report["data"]["input_shape"], task.promise.name
-    return environment.get_template(
-        "model_card.md.j2"
-    ).render(
+    return environment.get_template("model_card.md.j2").render(
         run=run_report,
         about=about,
         config=config,
@@ -60,7 +58,7 @@ def render(
         metric=metric,
         metric_value=run_report["student"].get(metric),
         certificate=certificate,
-        alarm=None if "decide" in evidence else alarm_of(run_report),  # decide: of another student of a search
+        alarm=None if "decide" in evidence else alarm_of(run_report),
         claims=[claim_line(claim, certificate) for claim in certificate["claims"]] if certificate else [],
         tables=(certificate or {}).get("tables", []),
         guards=[guard_line(guard) for guard in evidence.get("guards", [])],
