@@ -40,7 +40,7 @@ from ev3_distill.training.certify_run import (
 from ev3_distill.training.guard_checks import parse_guards, require_labels
 from ev3_distill.training.memory import eval_batch_size, memory_limit
 from ev3_distill.training.run_reader import certificate_in, config_of, data_of, report_in
-from ev3_distill.training.sealed_split import is_renewed
+from ev3_distill.training.sealed_split import TIMING, is_renewed, metric_kind
 from ev3_distill.training.setup import CHUNK
 from ev3_distill.types import Network, Variables
 
@@ -313,6 +313,11 @@ def _level(sealed: Path | None, subject: Subject, query: Query) -> Level:
       query: what to claim.
     """
     if sealed is None:
+        if any(metric_kind(name) == TIMING for name in query.metrics):
+            warn(
+                "with --data a latency is measured at each evaluation, without a record: its bound holds for one measurement, "
+                "not for the best of several"
+            )
         return level_on_new_data(query)
     certificate = certificate_in(sealed, _read_report(sealed))
     claimed = [claim["metric"] for claim in certificate["claims"]]

@@ -131,6 +131,15 @@ def test_latency_of_a_file_is_its_own(run, cli, here):
     assert cli("evaluate", "out", "--of", run, "--guard", "mine:score >= 0.01").code == 0  # of student and file alike
 
 
+def test_latency_on_new_data_is_told_to_be_one_measurement(run, cli, here):
+    rng = np.random.default_rng(0)
+    np.savez(here / "new.npz", inputs=rng.random((50, 8, 8, 1)).astype(np.float32), labels=np.arange(50) % 10)
+    for guard, told in (("latency_ms <= 1e6", True), ("mine:score >= 0", False)):
+        answer = cli("evaluate", run, "--data", "npz:new.npz", "--guard", guard)
+        assert ("not for the best of several" in answer.err) == told
+    assert len(sealed_split.read_openings(run)) == 1
+
+
 def test_costs_are_claimed_by_their_numbers(run, cli, here):
     table = np.ones((10, 10)) - np.eye(10)
     for name, costs in (("one", table), ("same", table), ("other", 2 * table)):
