@@ -7,6 +7,7 @@ import pytest
 
 from ev3_distill.benchmarks import (
     false_promotions,
+    guard_promotions,
 )
 from ev3_distill.core import adapt
 
@@ -62,3 +63,29 @@ def test_table_pools_runs_and_judges_the_worst_rate():
     assert "an upper limit of at most 6.5 %: missed" in false_promotions.table(
         [*rows, row("false", "equal", "ev3, always asking", 30, 100)]
     )
+
+
+def test_promotions_for_a_broken_guard_need_every_class():
+    def promoted(candidates, rule):
+        return int(guard_promotions.simulate(candidates, rule)(jax.random.split(jax.random.key(0), 50)).sum())
+
+    assert promoted("new worst class", "every class") <= 6
+    assert promoted("new worst class", "one class") == 50
+    assert promoted("better", "every class") == 50
+
+
+def test_table_has_promotions_for_a_broken_guard():
+    def row(question, candidates, rule, count, of):
+        return {"seed": 0, "question": question, "candidates": candidates, "rule": rule, "count": count, "of": of}
+
+    counts = {"new worst class": (1, 900), "equal": (4, 5), "better": (1000, 1000)}
+    rows = [
+        row("guard", kind, rule, count, 1000)
+        for kind, pair in counts.items()
+        for rule, count in zip(guard_promotions.RULES, pair, strict=True)
+    ]
+    rows += [row("false", "equal", "ev3", 1, 1000), row("wait", false_promotions._BETTER, "ev3", 500, 100)]
+    rows += [row("power", question, "ev3", 50, 100) for question in false_promotions.TARGETS]
+    text = false_promotions.table(rows)
+    assert "| new worst class | 0.1 (0.0 to 0.6) | 90.0 (88.0 to 91.8) |" in text
+    assert "Target ≤ 5 % for the first two: held." in text
