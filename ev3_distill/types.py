@@ -356,6 +356,7 @@ class PromotionTest(NamedTuple):
     wins: jax.Array  # int32, pairs in which the candidate has the higher score, in the decisive comparison
     losses: jax.Array  # int32, a lower one
     n: jax.Array  # int32, pairs
+    counts: jax.Array  # bool, whether the p-value follows from wins and losses alone, as McNemar's does
     alpha: jax.Array  # float32, the level of the test
     p_value: jax.Array  # float32, 1 if not tested
     promoted: jax.Array  # bool

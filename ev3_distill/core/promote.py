@@ -52,7 +52,9 @@ def promote(state: State, pools: Pools, algorithm: Algorithm, *, closing: jax.Ar
 
     def skip() -> _Comparison:
         none, never, champion = jnp.int32(0), jnp.bool_(False), state.champion
-        return _Comparison(champion.decide, champion.goals, _Test(none, none, none, jnp.float32(1)), never, never)
+        return _Comparison(
+            champion.decide, champion.goals, _Test(none, none, none, jnp.float32(1), never), never, never
+        )
 
     tested = jax.lax.cond(due, predict, lambda: jnp.bool_(False))
     result, focus = jax.lax.cond(tested, compare, skip), _foci(state.champion.evidence)[jnp.maximum(ruling, 0)]
@@ -73,6 +75,7 @@ def promote(state: State, pools: Pools, algorithm: Algorithm, *, closing: jax.Ar
         wins=result.test.wins,
         losses=result.test.losses,
         n=result.test.n,
+        counts=result.test.counts,
         alpha=alpha,
         p_value=result.test.p_value,
         promoted=promoted,
@@ -88,6 +91,7 @@ class _Test(NamedTuple):
     losses: jax.Array
     n: jax.Array
     p_value: jax.Array
+    counts: jax.Array
 
 
 class _Comparison(NamedTuple):
@@ -108,7 +112,7 @@ def _compare(state: State, pools: Pools, objectives: Objectives, outputs: PyTree
 
     def pairs(ours: jax.Array, theirs: jax.Array, *, binary: bool) -> _Test:
         wins, losses, p_value = suitable_test(binary=binary, unit=unit)(ours, theirs)
-        return _Test(wins, losses, n, p_value)
+        return _Test(wins, losses, n, p_value, jnp.bool_(binary and isinstance(unit, tuple)))
 
     tests = [pairs(candidate, state.champion.decide, binary=objectives.promise.binary)]
     champion, reference = state.champion.goals, state.champion.evidence
@@ -123,7 +127,7 @@ def _compare(state: State, pools: Pools, objectives: Objectives, outputs: PyTree
         else:
             (ours, theirs, kept), split = pools.decide.one_per_unit((ours, theirs, outputs))
             strata, number = goal.strata(kept, split)
-            tests.append(_Test(*least_mean(ours, theirs, strata, number=number, focus=foci[g])))
+            tests.append(_Test(*least_mean(ours, theirs, strata, number=number, focus=foci[g]), jnp.bool_(True)))
     test = jax.tree.map(lambda *column: jnp.stack(column)[ruling + 1], *tests)
     thresholds, row = objectives.thresholds, jnp.maximum(ruling, 0)
     breaks = ((champion.metric >= thresholds) & ~(against.metric >= thresholds)).any()

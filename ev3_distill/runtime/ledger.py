@@ -76,7 +76,7 @@ def _number(x: Any) -> float | None:
 
 
 def _test(test: Any, promise: Promise, goals: Sequence[Goal]) -> dict[str, Any]:
-    """The paired test on decide, with a lower bound on the gain at the test's level if scores are 0 or 1.
+    """The paired test on decide, with a lower bound on the gain at the test's level if wins and losses alone decide it.
 
     `hypothesis` is what the test proves of the candidate if its p-value is at most `alpha`. The gain is in units of its scores.
     Given the examples on which the two students disagree, the number of wins is binomial. With the Clopper-Pearson lower bound
@@ -85,7 +85,6 @@ def _test(test: Any, promise: Promise, goals: Sequence[Goal]) -> dict[str, Any]:
     """
     wins, losses, n, alpha = int(test.wins), int(test.losses), int(test.n), float(test.alpha)
     goal = goals[int(test.goal)] if test.goal >= 0 else None
-    binary = promise.binary if goal is None else goal.binary
     theta = binomial_lower(wins, wins + losses, alpha)
     hypothesis = f"the {promise.name} is higher than the champion's" if goal is None else goal.hypothesis
     return {
@@ -98,8 +97,8 @@ def _test(test: Any, promise: Promise, goals: Sequence[Goal]) -> dict[str, Any]:
         "n": n,
         "alpha": alpha,
         "p_value": float(test.p_value),
-        "gain": (wins - losses) / n,
-        "bound": (2 * theta - 1) * (wins + losses) / n if binary else None,
+        "gain": (wins - losses) / max(n, 1),  # no pairs: the class has no examples on decide
+        "bound": (2 * theta - 1) * (wins + losses) / max(n, 1) if test.counts else None,
     }
 
 

@@ -43,6 +43,7 @@ def decision(*, tuned=({}, {}), test_changes=None, **changes):
         "wins": 12,
         "losses": 3,
         "n": 100,
+        "counts": True,
         "alpha": 0.0625,
         "p_value": 0.0176,
     }
@@ -94,7 +95,9 @@ def test_row_equals_one_written_by_hand():
 
 def test_row_names_the_objective_that_steered():
     goals = [goal("worst_class_accuracy", 0.7), goal("ece", 0.02)]
-    ruled = decision(ruling=0, risks=jnp.array([-1.5, jnp.inf]), test_changes={"goal": 1, "breaks": True})
+    ruled = decision(
+        ruling=0, risks=jnp.array([-1.5, jnp.inf]), test_changes={"goal": 1, "breaks": True, "counts": False}
+    )
     row = row_of(ruled, ARMS, ACCURACY, goals, wall_s=0)
     assert (row["objective"], row["risks"]) == ("worst_class_accuracy", {"worst_class_accuracy": -1.5, "ece": None})
     assert (row["test"]["objective"], row["test"]["kept"], row["test"]["bound"]) == ("ece", True, None)
@@ -107,6 +110,13 @@ def test_row_names_the_hypothesis_of_the_test_and_why_it_did_not_suffice():
     test = row_of(lowered, ARMS, ACCURACY, goals, wall_s=0)["test"]
     assert test["hypothesis"] == "the accuracy on every class is higher than the champion's on class 3"
     assert (test["kept"], test["reason"]) == (True, "the guard's own metric fell on decide")
+
+
+def test_row_of_a_test_without_pairs():
+    """The champion's worst class has no examples on decide."""
+    changes = {"wins": 0, "losses": 0, "n": 0, "p_value": 1.0, "promoted": False}
+    test = row_of(decision(test_changes=changes), ARMS, ACCURACY, wall_s=0)["test"]
+    assert (test["gain"], test["bound"]) == (0, 0)
 
 
 def test_row_names_the_verdict_and_its_arm():
