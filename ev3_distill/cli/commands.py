@@ -14,7 +14,7 @@ from ev3_distill.arms import label_arm_name
 from ev3_distill.cli.options import EvaluateCommand
 from ev3_distill.config import Compress, Preprocessing, RunConfig, Teach
 from ev3_distill.config_file import ConfigT, check_unchanged, read_run_config
-from ev3_distill.data.class_names import untrained_classes_warning
+from ev3_distill.data.class_names import name_classes, untrained_classes_warning
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.monitor import report
@@ -129,7 +129,7 @@ def teach(
         setup = classification_setup(config, config.network, dataset, dataset.num_classes, placement)
         warn_of_duplicates(setup)
         if resume:
-            run_dir.read_inputs(own, dataset.fingerprint)
+            run_dir.read_inputs(own, dataset.fingerprint, dataset.class_names)
         return RunResult(directory, _teach(own, config, setup, resume=resume))
 
 
@@ -182,6 +182,11 @@ def _load_data(directory: Path, config: RunConfig, *, resume: bool) -> Dataset:
     return dataset
 
 
+def _inputs(dataset: Dataset) -> dict[str, Any]:
+    """What a run records of its inputs at the start, see `run_dir.read_inputs`."""
+    return {"fingerprint": dataset.fingerprint, "class_names": list(dataset.class_names), "teacher": None}
+
+
 @contextlib.contextmanager
 def _opened(
     directory: Path, config: RunConfig, inputs: dict[str, Any], *, resume: bool
@@ -197,15 +202,16 @@ def _opened(
 
 def _compress(directory: Path, config: Compress, *, resume: bool, devices: Devices) -> dict[str, Any]:
     dataset = _load_data(directory, config, resume=resume)
-    inputs: dict[str, Any] = {"fingerprint": dataset.fingerprint, "teacher": None}
+    inputs = _inputs(dataset)
     if resume:
-        inputs = run_dir.read_inputs(directory, dataset.fingerprint)
+        inputs = run_dir.read_inputs(directory, dataset.fingerprint, dataset.class_names)
     if not config.teacher:
         return _with_new_teacher(directory, config, dataset, inputs, resume=resume, devices=devices)
     if config.teacher.startswith("logits:"):
         return _with_recorded_teacher(directory, config, dataset, inputs, resume=resume, devices=devices)
     teacher = _load_teacher(config.teacher, config, dataset)
     teacher_checks.warn_if_trained_on_test(config, dataset)
+    dataset = name_classes(dataset, teacher.class_names or ())
     outputs = teacher.outputs(dataset.inputs[:1])
     num_classes = dataset.num_classes or teacher.num_classes or outputs["logits"].shape[1]
     shapes = {name: rows.shape[1:] for name, rows in outputs.items() if name != "logits"}
@@ -320,8 +326,7 @@ def _search_or_train(
 
 def _teach(directory: Path, config: Teach, setup: TrainingSetup, *, resume: bool) -> dict[str, Any]:
     """Trains a network on labels alone."""
-    inputs = {"fingerprint": setup.dataset.fingerprint, "teacher": None}
-    with _opened(directory, config, inputs, resume=resume) as finished:
+    with _opened(directory, config, _inputs(setup.dataset), resume=resume) as finished:
         if finished:
             return finished
         targets = BlankTargets(len(setup.dataset.labels), setup.task.teacher_spec)

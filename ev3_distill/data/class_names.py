@@ -36,6 +36,13 @@ def normalize(dataset: Dataset) -> Dataset:
     return dataset if names == dataset.class_names else dataclasses.replace(dataset, class_names=names)
 
 
+def name_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:
+    """The data set with these class names, such as those of a teacher, if it has no labels and no names of its own."""
+    if dataset.class_names or not names or (dataset.labels >= 0).any():
+        return dataset
+    return dataclasses.replace(dataset, class_names=tuple(map(nfc, names)), num_classes=len(names))
+
+
 def are_numbers(names: Sequence[str]) -> bool:
     """Whether names are just 0 to K-1 in order, as where a data set has numbers and no names."""
     return list(names) == [str(i) for i in range(len(names))]

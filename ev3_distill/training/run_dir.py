@@ -1,6 +1,6 @@
 """The directory of a run: its lock, its files and its format version.
 
-given.json       format version, fingerprint of the data, and what was known of the teacher at the start
+given.json       format version, fingerprint and class names of the data, and what was known of the teacher at the start
 config.toml      resolved and complete; a directory with this file is a run
 teacher/         the teacher's own run, if the run trains one
 control/         the run of a student trained on labels alone, if configured
@@ -22,10 +22,11 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import itertools
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,17 +116,31 @@ def create(directory: Path, config: RunConfig, inputs: dict[str, Any]) -> None:
     _write(directory / "config.toml", tomli_w.dumps(dataclasses.asdict(config)))
 
 
-def read_inputs(directory: Path, fingerprint: str) -> dict[str, Any]:
-    """The inputs that a run started with: `fingerprint` of its data, and `teacher` facts if one was named.
+def read_inputs(directory: Path, fingerprint: str, class_names: Sequence[str] | None = None) -> dict[str, Any]:
+    """The inputs that a run started with: `fingerprint` and `class_names` of its data, and `teacher` facts if one was named.
+
+    Args:
+      directory: of the run.
+      fingerprint: of the data now. It covers the numbers of the classes, and not always their names.
+      class_names: of the data now; None: not compared.
 
     Raises:
-      InputError: the data have another fingerprint now, or the run is unfinished and of another format version.
+      InputError: the data have another fingerprint or other class names now, or the run is unfinished and of another format
+        version.
     """
     inputs: dict[str, Any] = read_json(directory / "given.json")
     if inputs["fingerprint"] != fingerprint:
         raise InputError(
             f"a resumed run needs the data that it started with, fingerprint {inputs['fingerprint'][:12]}; got "
             f"{fingerprint[:12]}: restore the old data, or start a new run with --out"
+        )
+    started_with = inputs.get("class_names")  # missing in older runs
+    if class_names is not None and started_with is not None and list(class_names) != started_with:
+        pairs = itertools.zip_longest(started_with, class_names)
+        old, new = next(pair for pair in pairs if pair[0] != pair[1])
+        raise InputError(
+            f"a resumed run needs the class names that it started with; got '{new}' where '{old}' was: restore the old "
+            "names, or start a new run with --out"
         )
     check_format(directory)
     return inputs

@@ -57,12 +57,12 @@ def write_seen_rows(directory: Path, dataset: Dataset, rows: Mapping[str, np.nda
         np.savez(file, used=used, sealed=sealed, fingerprint=np.array(dataset.fingerprint))
 
 
-def read_seen_rows(directory: Path, fingerprint: str) -> SeenRows | None:
+def read_seen_rows(directory: Path, fingerprint: str | None = None) -> SeenRows | None:
     """Reads the digests of a run.
 
     Args:
       directory: of the run, or of an exported file.
-      fingerprint: of the run's data.
+      fingerprint: of the run's data; None: any.
 
     Returns:
       The digests; None if there are none, or if they are of other data.
@@ -74,7 +74,7 @@ def read_seen_rows(directory: Path, fingerprint: str) -> SeenRows | None:
     if not path.is_file():
         return None
     content = npz.read(path, (("used", "sealed"),), optional="fingerprint", option=NAME, expected="used and sealed")
-    if str(content.get("fingerprint")) != fingerprint:
+    if fingerprint not in (None, str(content.get("fingerprint"))):
         return None
     if any(content[name].dtype != np.uint64 or content[name].ndim != 1 for name in SeenRows._fields):
         raise InputError(f"{path} must hold digests [N] uint64; got other arrays: restore the file, or delete it")

@@ -7,13 +7,14 @@ import numpy as np
 
 from ev3_distill.config import Compress
 from ev3_distill.data import splits_of
+from ev3_distill.data.row_digests import row_digests
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.teachers import Teacher
 from ev3_distill.teachers.diagnosis import CHECKS, Diagnosis, find_row_shift
 from ev3_distill.training.memory import example_bytes
-from ev3_distill.training.run_dir import read_json
-from ev3_distill.training.run_reader import config_of
+from ev3_distill.training.run_reader import config_of, report_in
+from ev3_distill.training.seen_rows import read_seen_rows
 from ev3_distill.training.setup import TrainingSetup
 
 ROWS = 1 << 16  # recorded rows converted at a time
@@ -119,28 +120,28 @@ def _parts(recorded: np.ndarray) -> list[np.ndarray]:
 
 
 def warn_if_trained_on_test(config: Compress, dataset: Dataset) -> None:
-    """Warns if the teacher is a run on the same data with other splits, and so has seen examples of the test split."""
+    """Warns if the teacher is a network of a run that has seen examples of the test split, in whatever data it found them."""
     kind, _, place = config.teacher.partition(":")
     if kind != "flax":
         return
     test = splits_of(config, dataset)["test"]
     if seen := _count_seen(Path(place.partition("#")[0]), dataset, test):
         warn(
-            f"{config.teacher} was trained on these data with other splits and has seen {seen} of the {len(test)} test "
-            "examples: the certificate may promise too much; give both runs the same --seed and splits, and train a teacher of "
-            "an older version again"
+            f"{config.teacher} was trained on these data with other splits, or on data that overlap with them, and has seen "
+            f"{seen} of the {len(test)} test examples: the certificate may promise too much; give both runs the same data, "
+            "--seed and splits, and train a teacher of an older version again"
         )
 
 
 def _count_seen(place: Path, dataset: Dataset, test: np.ndarray) -> int:
-    """Counts the test examples that the run of a teacher did not seal; 0 if it was trained on other data."""
+    """Counts the test examples that the run of a teacher has seen and did not seal; 0 if that is unknown."""
     for directory in (place, place.absolute().parent):
-        if not (directory / "report.json").exists():
-            continue
-        report = read_json(directory / "report.json")
-        if report["data"]["fingerprint"] != dataset.fingerprint:
+        report = report_in(directory)
+        if report is not None and report["data"]["fingerprint"] == dataset.fingerprint:
+            sealed = splits_of(config_of(directory, report), dataset)["test"]
+            return len(np.setdiff1d(test, sealed))
+        if (seen := read_seen_rows(directory)) is not None:
+            return int(np.isin(row_digests(dataset.inputs)[test], seen.used).sum())
+        if report is not None:
             return 0
-        teacher_config = config_of(directory, report)
-        sealed = splits_of(teacher_config, dataset)["test"]
-        return len(np.setdiff1d(test, sealed))
     return 0

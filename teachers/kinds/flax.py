@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from ev3_distill.config import Preprocessing
+from ev3_distill.data.class_names import are_ids, are_numbers
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.compile import jit
 from ev3_distill.runtime.digest import leaf_bytes
@@ -57,6 +59,7 @@ def flax_teacher(
     *,
     features: Sequence[str] = (),
     file_preprocessing: Preprocessing = IDENTITY,
+    class_names: tuple[str, ...] | None = None,
 ) -> Teacher:
     """Builds a teacher from a network.
 
@@ -67,6 +70,7 @@ def flax_teacher(
       request: the data it will run on; by default data like those that it was trained on.
       features: names of the features to return besides the logits.
       file_preprocessing: from the TOML file beside it.
+      class_names: of its outputs; None if unknown.
 
     Returns:
       The teacher. If it needs no preprocessing, it has a `network`, which may run inside the training step.
@@ -86,6 +90,7 @@ def flax_teacher(
         file_preprocessing=file_preprocessing,
         input_shape=shape,
         num_outputs=classes,
+        class_names=class_names,
         params=count_params(variables),
         network=network,
         variables=variables,
@@ -100,17 +105,40 @@ def saved_teacher(place: str, request: Request) -> Teacher:
     Raises:
       InputError: there is no network, or it does not fit the data.
     """
-    from pathlib import Path
-
     if request.load_network is None:
         raise ValueError("a flax: teacher needs load_network=, which reads its directory: pass students.load")
     directory, _, names = place.partition("#")
     network, variables = request.load_network(directory)
     features = tuple(filter(None, names.split(",")))
     file_preprocessing = read_preprocessing_file(Path(directory).expanduser())
+    class_names = _class_names(Path(directory).expanduser().absolute(), network.spec["num_classes"])
+    if are_numbers(request.class_names) and class_names is not None and not are_ids(class_names):
+        class_names = None  # the data number their classes in its order
     return flax_teacher(
-        network, variables, request.source, request, features=features, file_preprocessing=file_preprocessing
+        network,
+        variables,
+        request.source,
+        request,
+        features=features,
+        file_preprocessing=file_preprocessing,
+        class_names=class_names,
     )
+
+
+def _class_names(directory: Path, num_classes: int) -> tuple[str, ...] | None:
+    """Class names of a saved network, from the report of its run or the metadata of its export; None if there are none."""
+    folders = [directory]
+    if directory.name == "student":  # of a run, or of a size NN in a search: sizes/NN/student
+        folders += [directory.parents[0], directory.parents[min(2, len(directory.parents) - 1)]]
+    for path in (directory / "model.json", *(folder / "report.json" for folder in folders)):
+        if path.is_file():
+            try:
+                content = json.loads(path.read_text())
+                names = tuple(map(str, content["classes"] if path.name == "model.json" else content["data"]["classes"]))
+            except (OSError, ValueError, KeyError, TypeError):
+                return None
+            return names if len(names) == num_classes else None
+    return None
 
 
 def _digest(network: Network, variables: Variables, features: Sequence[str]) -> str:

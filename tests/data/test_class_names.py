@@ -1,5 +1,6 @@
 """Class names: normal form, pairing by name, names in archives, and labels that are ids."""
 
+import json
 import unicodedata
 import zipfile
 import zlib
@@ -8,10 +9,17 @@ import numpy as np
 import pytest
 from image_files import archive, contents, load, tree
 
-from ev3_distill.data.class_names import absent_classes, match_classes, pairing_warnings, untrained_classes_warning
+from ev3_distill.data.class_names import (
+    absent_classes,
+    match_classes,
+    name_classes,
+    pairing_warnings,
+    untrained_classes_warning,
+)
 from ev3_distill.data.sources import load_data
 from ev3_distill.data.sources.dataset import Dataset
 from ev3_distill.errors import InputError
+from ev3_distill.training import run_dir
 
 COMPOSED, DECOMPOSED = "caf\u00e9", unicodedata.normalize("NFD", "caf\u00e9")
 
@@ -91,6 +99,27 @@ def test_classes_that_never_occur_in_training_are_told():
     assert "1 of 2 classes never occur in training (dog)" in untrained_classes_warning(
         dataset([0, 0, 1], ("cat", "dog"), np.array([2]))
     )
+
+
+def test_data_without_labels_take_names_from_elsewhere():
+    unlabeled = dataset([-1, -1], ())
+    named = name_classes(unlabeled, ("cat", DECOMPOSED))
+    assert (named.class_names, named.num_classes) == (("cat", COMPOSED), 2)
+    assert name_classes(unlabeled, ()) is unlabeled
+    for other in (named, dataset([0, 1], ("0", "1"))):
+        assert name_classes(other, ("a", "b")) is other
+
+
+def test_a_resumed_run_needs_its_class_names(tmp_path):
+    """The fingerprint of an npz file does not cover them."""
+    given = {"fingerprint": "f", "class_names": ["cat", "dog"], "format": run_dir.FORMAT}
+    (tmp_path / "given.json").write_text(json.dumps(given))
+    assert run_dir.read_inputs(tmp_path, "f", ("cat", "dog")) == run_dir.read_inputs(tmp_path, "f") == given
+    for names, text in ((("dog", "cat"), "got 'dog' where 'cat' was"), (("cat",), "got 'None' where 'dog' was")):
+        with pytest.raises(InputError, match=text):
+            run_dir.read_inputs(tmp_path, "f", names)
+    (tmp_path / "given.json").write_text(json.dumps({"fingerprint": "f", "format": run_dir.FORMAT}))
+    assert run_dir.read_inputs(tmp_path, "f", ("dog", "cat"))["fingerprint"] == "f"
 
 
 # Names in folders and archives.

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from exported_runs import CLASSES, error_of
 
+from ev3_distill.config import Compress
 from ev3_distill.data import splits_of
 from ev3_distill.data.sources import load_data
 from ev3_distill.export.overlap import find_new_rows
 from ev3_distill.training.run_reader import config_of
 from ev3_distill.training.seen_rows import NAME, SeenRows, read_seen_rows, seen_rows
+from ev3_distill.training.teacher_checks import warn_if_trained_on_test
 
 of_images = exported_runs.of_images  # fixture
 
@@ -119,6 +121,22 @@ def test_copies_within_new_data_are_told(capsys):
     rows, overlap = find_new_rows(dataset, SeenRows(nothing, nothing), keep=False)
     assert (rows.tolist(), overlap) == ([*range(8)], 0)
     assert "2 of the 8 examples to score have the same inputs as another one" in capsys.readouterr().err
+
+
+def test_a_teacher_that_has_seen_test_examples_in_other_data_is_told(finished, here, capsys):
+    """The teacher's data are all digits, the student's all but one."""
+    digits = load_data("digits")
+    dataset = load_data(save(here / "d.npz", digits.inputs[1:], digits.labels[1:]))
+    config = Compress(data="npz:d.npz", teacher=f"flax:{finished}")
+    capsys.readouterr()
+    warn_if_trained_on_test(config, dataset)
+    test = splits_of(config, dataset)["test"]
+    sealed = splits_of(config_of(finished, json.loads((finished / "report.json").read_text())), digits)["test"]
+    seen = len(np.setdiff1d(test + 1, sealed))
+    assert seen > 100
+    assert f"has seen {seen} of the {len(test)} test examples" in capsys.readouterr().err
+    warn_if_trained_on_test(config, load_data(save(here / "new.npz", *new_digits())))
+    assert capsys.readouterr().err == ""
 
 
 # Classes.
