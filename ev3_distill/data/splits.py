@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ev3_distill.config import Fractions
+from ev3_distill.data.sources import RowFile, in_chunks
 from ev3_distill.errors import InputError
 
 SPLITS = ("explore", "assess", "decide", "test")
@@ -124,7 +125,7 @@ def _stratified(strata: np.ndarray, shares: np.ndarray, sizes: np.ndarray, rng: 
     return split_index
 
 
-def count_shared(inputs: np.ndarray, rows: Mapping[str, np.ndarray]) -> dict[tuple[str, str], int]:
+def count_shared(inputs: np.ndarray | RowFile, rows: Mapping[str, np.ndarray]) -> dict[tuple[str, str], int]:
     """Counts held-out examples whose inputs equal those of an example in another split, by a hash of their content.
 
     Args:
@@ -135,24 +136,28 @@ def count_shared(inputs: np.ndarray, rows: Mapping[str, np.ndarray]) -> dict[tup
       {(split, other split): number of examples of the first}, for each held-out split and each split before it in SPLITS;
       pairs without shared examples are omitted.
     """
-    digests = _digests(inputs)
+    hashes = digests(inputs)
     counts = {
-        (later, earlier): int(np.isin(digests[rows[later]], digests[rows[earlier]]).sum())
+        (later, earlier): int(np.isin(hashes[rows[later]], hashes[rows[earlier]]).sum())
         for i, later in enumerate(SPLITS)
         for earlier in SPLITS[:i]
     }
     return {names: count for names, count in counts.items() if count}
 
 
-def _digests(inputs: np.ndarray) -> np.ndarray:
+def digests(inputs: np.ndarray | RowFile) -> np.ndarray:
     """A 64-bit hash [N] of the bytes of each example: a sum of products with random odd numbers, modulo 2^64."""
-    flat = np.ascontiguousarray(inputs).reshape(len(inputs), -1).view(np.uint8)
-    factors = np.random.default_rng(0).integers(0, 2**63, flat.shape[1], np.uint64) * 2 + 1
-    digests = np.empty(len(flat), np.uint64)
-    for start in range(0, len(flat), _HASH_CHUNK):
-        part = flat[start : start + _HASH_CHUNK].astype(np.uint64) + 1
-        digests[start : start + _HASH_CHUNK] = (part * factors).sum(axis=1, dtype=np.uint64)
-    return digests
+    hashes, row = np.empty(len(inputs), np.uint64), 0
+    factors: np.ndarray | None = None
+    for chunk in in_chunks(inputs):
+        flat = np.ascontiguousarray(chunk).reshape(len(chunk), -1).view(np.uint8)
+        if factors is None:
+            factors = np.random.default_rng(0).integers(0, 2**63, flat.shape[1], np.uint64) * 2 + 1
+        for start in range(0, len(flat), _HASH_CHUNK):
+            part = flat[start : start + _HASH_CHUNK].astype(np.uint64) + 1
+            hashes[row + start : row + start + len(part)] = (part * factors).sum(axis=1, dtype=np.uint64)
+        row += len(flat)
+    return hashes
 
 
 def split_generator(seed: int) -> np.random.Generator:

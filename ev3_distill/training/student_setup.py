@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 
 import jax
-import numpy as np
 
 from ev3_distill import students
 from ev3_distill.arms import PEER_ARMS, arms_named, default_arm_names, teacher_features_of
@@ -62,9 +61,7 @@ def prepare_student(
 
 
 def warn_of_duplicates(setup: TrainingSetup) -> None:
-    """Warns if examples of one split occur in another one too. Data that stay on disk are not compared."""
-    if not isinstance(setup.dataset.inputs, np.ndarray):
-        return
+    """Warns if examples of one split occur in another one too, exactly or nearly."""
     for (later, earlier), count in count_shared(setup.dataset.inputs, setup.rows).items():
         effect = "the certificate may promise too much" if later == "test" else "its decisions may be optimistic"
         warn(
