@@ -201,6 +201,9 @@ class RunConfig:
     split_by: str = EXAMPLES
     """What is divided among the splits: examples, or groups: all examples of a group (patient, video, author) go to one split.
     The data then need a column `groups`, and all proofs count groups."""
+    groups: str = ""
+    """File with the group of each example, if the data have no column `groups`: .npz with an array `groups`,
+    or .csv with the name of each image and its group."""
     joint_strata: tyro.conf.Suppress[bool] = False
     """Stratify all four splits jointly by class, as runs of older versions do: their certificates may promise too much."""
     ev3: EV3 = EV3()
@@ -320,6 +323,7 @@ class Compress(RunConfig):
             checkpoint_s=self.checkpoint_s,
             splits=self.splits,
             split_by=self.split_by,
+            groups=self.groups,
             joint_strata=self.joint_strata,
             ev3=ev3,
         )

@@ -127,7 +127,7 @@ def teach(
         dataset = _load_data(own, config, resume=resume)
         require_labels(dataset, "teach")
         setup = classification_setup(config, config.network, dataset, dataset.num_classes, placement)
-        warn_of_duplicates(setup)
+        setup = warn_of_duplicates(setup)
         if resume:
             run_dir.read_inputs(own, dataset.fingerprint, dataset.class_names)
         return RunResult(directory, _teach(own, config, setup, resume=resume))

@@ -3,6 +3,7 @@
 from ev3_distill.data.augment import Augmentation
 from ev3_distill.data.batches import Resident, Window, held_out, resident, sampler
 from ev3_distill.data.deal import splits_of, units_of
+from ev3_distill.data.near_copies import count_near_copies, duplicate_groups
 from ev3_distill.data.pipeline import ResidentPipeline, Views, WindowPipeline
 from ev3_distill.data.sources import Dataset, load_data
 from ev3_distill.data.splits import SPLITS, count_shared, split_rows
@@ -17,7 +18,9 @@ __all__ = [
     "Views",
     "Window",
     "WindowPipeline",
+    "count_near_copies",
     "count_shared",
+    "duplicate_groups",
     "held_out",
     "input_statistics",
     "load_data",

@@ -32,7 +32,7 @@ def splits_of(config: RunConfig, dataset: Dataset, strata: np.ndarray | None = N
         if groups is None:
             raise InputError(
                 f"--split-by groups needs the group of each example; {dataset.source} has none: add an array `groups` to the "
-                "npz file"
+                "npz file, or name a file with --groups"
             )
         return split_groups(
             groups, strata, dataset.test_rows, seed=config.seed, fractions=config.splits, names=dataset.group_names

@@ -93,6 +93,7 @@ def report_content(
             "input_shape": list(dataset.inputs.shape[1:]),
             "dtype": dataset.inputs.dtype.name,
             "augmentation": "none" if setup.augmentation is None else setup.augmentation.describe(),
+            **setup.copies,
         },
         "command": f"ev3-distill {'teach' if teacher is None else 'compress'} --config config.toml",
         **final.facts,

@@ -7,6 +7,7 @@ from typing import Any
 
 from ev3_distill import config as configs
 from ev3_distill.config_file import OLDER, read_config
+from ev3_distill.data.group_file import with_groups
 from ev3_distill.data.sources import Dataset, load_data
 from ev3_distill.errors import InputError, warn
 from ev3_distill.runtime.progress import CountProgress
@@ -50,7 +51,7 @@ def config_of(directory: Path, report: dict[str, Any]) -> configs.Compress | con
 def data_of(config: configs.RunConfig, source: str = "") -> Dataset:
     """The data of a run, or another source read with the options of that run."""
     with CountProgress("images", things="images") as progress:
-        return load_data(
+        dataset = load_data(
             source or config.data,
             memory=dataset_limit(memory_limit(config.memory)),
             skip_corrupt=config.skip_corrupt,
@@ -58,3 +59,4 @@ def data_of(config: configs.RunConfig, source: str = "") -> Dataset:
             warn=warn,
             progress=progress.update,
         )
+    return with_groups(dataset, config.groups) if config.groups and source in ("", config.data) else dataset

@@ -47,6 +47,7 @@ class TrainingSetup:
       control: directory of the run that trained the same student on labels alone.
       costs: [K, K] of predictions, if a guard needs them.
       devices: of the run.
+      copies: numbers of examples that occur in several splits, for the report.
       units: [N] the independent unit of each example, such as a patient; None where each example is one.
     """
 
@@ -63,6 +64,7 @@ class TrainingSetup:
     costs: np.ndarray | None = None
     devices: Devices = ONE
     units: np.ndarray | None = None
+    copies: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def targets(self) -> PyTree:

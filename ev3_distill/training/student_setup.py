@@ -8,12 +8,14 @@ import jax
 from ev3_distill import students
 from ev3_distill.arms import PEER_ARMS, arms_named, default_arm_names, teacher_features_of
 from ev3_distill.config import Compress
-from ev3_distill.data import count_shared
+from ev3_distill.data import count_near_copies, count_shared
 from ev3_distill.errors import InputError, warn
 from ev3_distill.tasks.classification.user_metrics import read_costs
 from ev3_distill.training.certify_run import sizes_of
 from ev3_distill.training.guard_checks import parse_guards, require_labels
 from ev3_distill.training.setup import TrainingSetup
+
+NEAR_SHARE = 0.01  # fraction of near-copies in a split from which on a warning appears
 
 
 def prepare_student(
@@ -34,7 +36,7 @@ def prepare_student(
     """
     num_classes = setup.network.spec["num_classes"]
     setup = dataclasses.replace(setup, network=students.with_precision(setup.network, config.deploy))
-    warn_of_duplicates(setup)
+    setup = warn_of_duplicates(setup)
     costs = read_costs(config.costs, num_classes) if config.costs else None
     sizes = sizes_of(jax.eval_shape(setup.network.init, jax.random.key(0)))
     guards = parse_guards(
@@ -60,11 +62,25 @@ def prepare_student(
     return setup, [arm.name for arm in arms]
 
 
-def warn_of_duplicates(setup: TrainingSetup) -> None:
-    """Warns if examples of one split occur in another one too, exactly or nearly."""
-    for (later, earlier), count in count_shared(setup.dataset.inputs, setup.rows).items():
+def warn_of_duplicates(setup: TrainingSetup) -> TrainingSetup:
+    """Warns if examples of one split occur in another one too, exactly or nearly; returns the setup with the counts."""
+    shared = count_shared(setup.dataset.inputs, setup.rows)
+    for (later, earlier), count in shared.items():
         effect = "the certificate may promise too much" if later == "test" else "its decisions may be optimistic"
         warn(
             f"{count} of the {len(setup.rows[later])} examples of {later} have the same inputs as one in {earlier}: "
             f"{effect}; remove duplicates from the data"
         )
+    near = count_near_copies(setup.dataset.inputs, setup.rows)
+    for name, (copied, sampled) in near.items():
+        if copied >= NEAR_SHARE * sampled:
+            warn(
+                f"{copied} of {sampled} examples of {name} that were compared have a near-copy in another split: "
+                f"{'the certificate promises too much for new examples' if name == 'test' else 'promotions prove less'}; "
+                "if some examples show the same thing, give their group with --groups and --split-by groups"
+            )
+    facts = {
+        "duplicates": {f"{later} in {earlier}": count for (later, earlier), count in shared.items()},
+        "near_copies": {name: copies._asdict() for name, copies in near.items()},
+    }
+    return dataclasses.replace(setup, copies={name: counts for name, counts in facts.items() if counts})

@@ -1,5 +1,7 @@
 """Splits of whole groups: no group is in two splits, and the sealed groups are a simple random sample."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from ev3_distill.config import Compress, Fractions
 from ev3_distill.data import Dataset, splits_of, units_of
+from ev3_distill.data.group_file import same_content, with_groups
 from ev3_distill.data.group_splits import split_groups
 from ev3_distill.data.splits import SPLITS
 from ev3_distill.errors import InputError
@@ -15,7 +18,9 @@ from ev3_distill.errors import InputError
 def data_of_groups(groups, names=None):
     names = tuple(map(str, range(int(np.max(groups)) + 1))) if names is None else names
     n = 40 if groups is None else len(groups)
-    return Dataset(np.zeros((n, 2), np.float32), np.zeros(n, np.int32), 1, ("a",), None, "npz:x.npz", "", groups, names)
+    return Dataset(
+        np.zeros((n, 2), np.float32), np.zeros(n, np.int32), 1, ("a",), None, "npz:x.npz", 64 * "0", groups, names
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -85,3 +90,34 @@ def test_a_run_by_groups_needs_groups():
     assert units_of(Compress(), data) is None
     with pytest.raises(InputError, match="split_by must be examples or groups"):
         Compress(split_by="patients")
+
+
+def test_groups_come_from_a_file_of_their_own(tmp_path):
+    data = data_of_groups(None, names=())
+    np.savez(tmp_path / "g.npz", groups=np.arange(40) // 2)
+    grouped = with_groups(data, str(tmp_path / "g.npz"))
+    np.testing.assert_array_equal(np.unique(grouped.groups, return_counts=True)[1], [2] * 20)
+    assert grouped.fingerprint != data.fingerprint
+    np.savez(tmp_path / "g.npz", groups=np.arange(40) // 4)
+    assert with_groups(data, str(tmp_path / "g.npz")).fingerprint != grouped.fingerprint
+    assert same_content(with_groups(data, str(tmp_path / "g.npz")).fingerprint, data.fingerprint)
+    np.savez(tmp_path / "g.npz", groups=np.arange(39))
+    with pytest.raises(InputError, match=r"a text for each of the 40 examples of .*; .* has int64 \[39\]"):
+        with_groups(data, str(tmp_path / "g.npz"))
+
+
+def test_images_get_their_groups_by_name(tmp_path):
+    files = tuple(f"{'ab'[i % 2]}/{i}.png" for i in range(40))
+    data = dataclasses.replace(data_of_groups(None, names=()), names=files)
+    rows = [f"{name},patient {i % 7}" for i, name in enumerate(files)]
+    (tmp_path / "g.csv").write_text("\n".join(reversed(rows)) + "\n", encoding="utf-8")
+    grouped = with_groups(data, str(tmp_path / "g.csv"))
+    assert [grouped.group_names[i] for i in grouped.groups] == [f"patient {i % 7}" for i in range(40)]
+    (tmp_path / "g.csv").write_text("\n".join(rows[2:]), encoding="utf-8")
+    with pytest.raises(InputError, match="lacks 2 of 40, such as a/0.png: add them"):
+        with_groups(data, str(tmp_path / "g.csv"))
+    (tmp_path / "g.csv").write_text("one,two,three\n", encoding="utf-8")
+    with pytest.raises(InputError, match="rows of a name and a group; .* has 'one,two,three'"):
+        with_groups(data, str(tmp_path / "g.csv"))
+    with pytest.raises(InputError, match="has no names of files: give an .npz file"):
+        with_groups(dataclasses.replace(data, names=()), str(tmp_path / "g.csv"))

@@ -26,6 +26,7 @@ class Dataset:
     fingerprint: str  # SHA-256 of everything that the arrays depend on, in hexadecimal
     groups: np.ndarray | None = None  # [N] int32, the subgroup of each example, if the source has any
     group_names: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  # [N] the file of each image in a folder or an archive
 
 
 def _warn(message: str) -> None:

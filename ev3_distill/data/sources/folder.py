@@ -69,4 +69,5 @@ def _dataset(listing: ImageListing, decoded: DecodedRows, source: str) -> Datase
             )
     test_rows = np.flatnonzero(is_test[valid]) if listing.has_test else None
     names = listing.class_names
-    return Dataset(decoded.rows, labels[valid], len(names), names, test_rows, source, decoded.fingerprint)
+    files = tuple(name for name, is_valid in zip(listing.names, valid, strict=True) if is_valid)
+    return Dataset(decoded.rows, labels[valid], len(names), names, test_rows, source, decoded.fingerprint, names=files)
