@@ -34,6 +34,14 @@ Three rows are about `latency_ms`, on simulated times of passes: the bound of on
 recorded and corrected as reopenings, and the lowest of ten without correction. Their differences are in percent of the true
 median. They are not among the four claims.
 
+Two rows are about near-copies: 200 simulated patients with 10 images each, whose labels are coins, and a student that knows the
+patients of explore by heart. Its accuracy on new patients is 50 %. It is promised from splits by examples, and from splits by
+groups (`--split-by groups`), where bounds count patients.
+
+The second table is about a student of the prior: the labels of 2,000 examples are noise, and the student predicts the most common
+class of explore. Its accuracy is 1 / classes. A promise is false if the bound is higher, a promotion if decide proves that this
+class is a better prediction than the rarest. Splits are dealt as runs deal them, and with strata that all four splits share.
+
 The small size has digits instead of MNIST: 400 examples for the teacher, 400 for explore, 150 for each other split, and the
 remaining 547 for the truth, which are too few. Its figures mean nothing.
 """
@@ -51,6 +59,7 @@ from ev3_distill import students
 from ev3_distill.arms import DEFAULT, arms_named
 from ev3_distill.benchmarks import datasets, statistics
 from ev3_distill.benchmarks.latency_coverage import latency_claims
+from ev3_distill.benchmarks.split_coverage import near_copies
 from ev3_distill.certify import clopper_pearson_lower, make_certificate
 from ev3_distill.config import EV3
 from ev3_distill.core.assess import outputs_of
@@ -86,6 +95,7 @@ TEACHER_SEED = 0
 CONFIDENCE = 0.95
 CLAIMS = ("accuracy", "agreement", "worst_class_accuracy", "drop(accuracy)")
 TOGETHER = "all claims together"
+DEALT = ("wrong", "promoted", "jointly_wrong", "jointly_promoted")  # fields of `split_coverage.dealt`
 LEAST = 0.92  # required lower limit of their joint coverage
 
 
@@ -187,10 +197,12 @@ def _row(population: Population, everything: jax.Array, size: str, rng: np.rando
     claims = promised(*predictions(finished.delivered))
     best_truth = _truth(predictions(finished.best)[1])["accuracy"]
     latency = latency_claims(np.random.default_rng([own, 1]), confidence=CONFIDENCE)
+    simulated = np.random.default_rng([own, 2])
     return {
         "student": student, "arms": list(arms), "budget": budget, "iterations": finished.iterations, "which": finished.which,
         "sealed": len(dealt["sealed"]), "truth": len(dealt["truth"]), "claims": claims,
         "instead": instead(finished.best_right, len(dealt["assess"]), best_truth, claims[0]), "latency": latency,
+        "copies": near_copies(simulated, confidence=CONFIDENCE), "dealt": dealt(simulated, confidence=CONFIDENCE),
     }  # fmt: skip
 
 
@@ -294,15 +306,18 @@ def plot(rows: Sequence[dict[str, Any]]) -> "Figure":
 
 def measures(row: Mapping[str, Any]) -> dict[str, float]:
     """By how much each promise of a row goes beyond the truth."""
-    promises = (*row["claims"], *row["instead"], *row.get("latency", ()))
-    return {f"{claim['metric']}, beyond the truth": beyond(claim) for claim in promises}
+    return {f"{claim['metric']}, beyond the truth": beyond(claim) for claim in _promises(row)}
+
+
+def _promises(row: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
+    return (*row["claims"], *row["instead"], *row.get("latency", ()), *row.get("copies", ()))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """How often each promise held, with exact 95 % intervals, and how far it went beyond the truth."""
     found: dict[str, list[float]] = {}  # by promise, beyond the truth in points, a value per run
     for row in rows:
-        for claim in (*row["claims"], *row["instead"], *row.get("latency", ())):
+        for claim in _promises(row):
             found.setdefault(claim["metric"], []).append(100 * beyond(claim))
     held = {metric: statistics.proportion(sum(x <= 0 for x in values), len(values)) for metric, values in found.items()}
     sound = sum(all(beyond(claim) <= 0 for claim in row["claims"]) for row in rows)
@@ -325,8 +340,30 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             ),
             f"{TOGETHER.capitalize()}: target ≥ {100 * CONFIDENCE:g} % of runs, with a lower limit of at least "
             f"{100 * LEAST:g} %: {verdict(together)}.",
+            *_table_of_dealing(rows),
         ]
     )
+
+
+def _table_of_dealing(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How often a student of the prior is promised too much, by classes and share of the test split."""
+    settings: dict[tuple[int, float], list[dict[str, Any]]] = {}
+    for part in itertools.chain.from_iterable(row.get("dealt", ()) for row in rows):
+        settings.setdefault((part["classes"], part["share"]), []).append(part)
+    if not settings:
+        return []
+    body = []
+    for (classes, share), parts in settings.items():
+        runs = sum(part["runs"] for part in parts)
+        rates = [statistics.proportion(sum(part[name] for part in parts), runs) for name in DEALT]
+        body.append([str(classes), f"{share:g}", *(statistics.percent(rate, 2) for rate in rates)])
+    return [
+        f"A student of the prior, {runs:,} splits a row. False promises and false promotions, in % of splits; 5 % are allowed:",
+        statistics.markdown(
+            ["classes", "`--test`", "promises", "promotions", "promises, joint strata", "promotions, joint strata"],
+            body,
+        ),
+    ]
 
 
 def verdict(together: statistics.Interval) -> str:

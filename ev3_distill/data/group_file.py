@@ -56,8 +56,8 @@ def _by_position(dataset: Dataset, path: Path) -> np.ndarray:
 def _by_name(dataset: Dataset, path: Path) -> np.ndarray:
     if not dataset.names:
         raise InputError(
-            f"--groups takes a .csv file for folders of images; {dataset.source} has no names of files: give an .npz file with an "
-            "array `groups` in the order of the data"
+            f"--groups takes a .csv file for folders of images; {dataset.source} has no names of files: give an .npz file with "
+            "an array `groups` in the order of the data"
         )
     try:
         with path.open(encoding="utf-8", newline="") as file:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ev3_distill.config import Preprocessing
+from ev3_distill.data.group_file import same_content
 from ev3_distill.errors import InputError
 from ev3_distill.runtime import npz
 from ev3_distill.runtime.files import atomic_write
@@ -73,7 +74,7 @@ def load_logits(
         expected="logits, or train_logits and test_logits",
     )
     recorded_on = arrays.get("fingerprint")
-    if fingerprint is not None and recorded_on is not None and str(recorded_on) != fingerprint:
+    if fingerprint is not None and recorded_on is not None and not same_content(str(recorded_on), fingerprint):
         raise InputError(
             f"{path}: logits must come from this data set, fingerprint {fingerprint[:12]}; got "
             f"{str(recorded_on)[:12]}: the logits are stale or belong to other data, run the teacher again"

@@ -114,10 +114,10 @@ def test_images_get_their_groups_by_name(tmp_path):
     grouped = with_groups(data, str(tmp_path / "g.csv"))
     assert [grouped.group_names[i] for i in grouped.groups] == [f"patient {i % 7}" for i in range(40)]
     (tmp_path / "g.csv").write_text("\n".join(rows[2:]), encoding="utf-8")
-    with pytest.raises(InputError, match="lacks 2 of 40, such as a/0.png: add them"):
+    with pytest.raises(InputError, match=r"lacks 2 of 40, such as a/0\.png: add them"):
         with_groups(data, str(tmp_path / "g.csv"))
     (tmp_path / "g.csv").write_text("one,two,three\n", encoding="utf-8")
-    with pytest.raises(InputError, match="rows of a name and a group; .* has 'one,two,three'"):
+    with pytest.raises(InputError, match=r"rows of a name and a group; .* has 'one,two,three'"):
         with_groups(data, str(tmp_path / "g.csv"))
-    with pytest.raises(InputError, match="has no names of files: give an .npz file"):
+    with pytest.raises(InputError, match=r"has no names of files: give an \.npz file"):
         with_groups(dataclasses.replace(data, names=()), str(tmp_path / "g.csv"))
