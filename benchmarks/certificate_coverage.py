@@ -38,8 +38,8 @@ Two rows are about near-copies: 200 simulated patients with 10 images each, whos
 patients of explore by heart. Its accuracy on new patients is 50 %. It is promised from splits by examples, and from splits by
 groups (`--split-by groups`), where bounds count patients.
 
-The second table is about a student of the prior: the labels of 2,000 examples are noise, and the student predicts the most common
-class of explore. Its accuracy is 1 / classes. A promise is false if the bound is higher, a promotion if decide proves that this
+The second table is about a student of the prior: the labels of 2,000 examples are noise, and the student predicts the most
+common class of explore. Its accuracy is 1 / classes. A promise is false if the bound is higher, a promotion if decide proves that this
 class is a better prediction than the rarest. Splits are dealt as runs deal them, and with strata that all four splits share.
 
 The small size has digits instead of MNIST: 400 examples for the teacher, 400 for explore, 150 for each other split, and the
@@ -59,7 +59,7 @@ from ev3_distill import students
 from ev3_distill.arms import DEFAULT, arms_named
 from ev3_distill.benchmarks import datasets, statistics
 from ev3_distill.benchmarks.latency_coverage import latency_claims
-from ev3_distill.benchmarks.split_coverage import near_copies
+from ev3_distill.benchmarks.split_coverage import near_copies, prior_splits
 from ev3_distill.certify import clopper_pearson_lower, make_certificate
 from ev3_distill.config import EV3
 from ev3_distill.core.assess import outputs_of
@@ -95,7 +95,7 @@ TEACHER_SEED = 0
 CONFIDENCE = 0.95
 CLAIMS = ("accuracy", "agreement", "worst_class_accuracy", "drop(accuracy)")
 TOGETHER = "all claims together"
-DEALT = ("wrong", "promoted", "jointly_wrong", "jointly_promoted")  # fields of `split_coverage.dealt`
+DEALT = ("wrong", "promoted", "jointly_wrong", "jointly_promoted")  # fields of `split_coverage.prior_splits`
 LEAST = 0.92  # required lower limit of their joint coverage
 
 
@@ -202,7 +202,7 @@ def _row(population: Population, everything: jax.Array, size: str, rng: np.rando
         "student": student, "arms": list(arms), "budget": budget, "iterations": finished.iterations, "which": finished.which,
         "sealed": len(dealt["sealed"]), "truth": len(dealt["truth"]), "claims": claims,
         "instead": instead(finished.best_right, len(dealt["assess"]), best_truth, claims[0]), "latency": latency,
-        "copies": near_copies(simulated, confidence=CONFIDENCE), "dealt": dealt(simulated, confidence=CONFIDENCE),
+        "copies": near_copies(simulated, confidence=CONFIDENCE), "dealt": prior_splits(simulated, confidence=CONFIDENCE),
     }  # fmt: skip
 
 

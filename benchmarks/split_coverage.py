@@ -4,11 +4,10 @@
 class of explore, so that its true accuracy is 1 / K. Each run deals REPETITIONS such data sets as `compress` does, and as
 versions before it did, which stratified all four splits jointly.
 
-*Near-copies.* 200 patients have 10 images each and a label that is a coin. The student knows the patients of explore by heart and
-guesses the others: on a new patient it is right half of the time. Splits are dealt by examples or by patients.
+*Near-copies.* 200 patients have 10 images each and a label that is a coin. The student knows the patients of explore by heart
+and guesses the others: on a new patient it is right half of the time. Splits are dealt by examples or by patients.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,10 +32,10 @@ EXAMPLES, REPETITIONS = 2000, 20
 PATIENTS, IMAGES = 200, 10
 BY_EXAMPLES, BY_GROUPS = "near-copies, split by examples", "near-copies, split by groups"
 
-Deal = Callable[..., dict[str, np.ndarray]]
 
-
-def dealt(rng: np.random.Generator, *, confidence: float, repetitions: int = REPETITIONS) -> list[dict[str, Any]]:
+def prior_splits(
+    rng: np.random.Generator, *, confidence: float, repetitions: int = REPETITIONS
+) -> list[dict[str, Any]]:
     """How often a student of the prior was promised, or promoted for, too much: a row for each setting.
 
     `wrong` counts bounds above the true accuracy, `promoted` the tests on decide which prove at level 1 - confidence that the
@@ -49,19 +48,21 @@ def dealt(rng: np.random.Generator, *, confidence: float, repetitions: int = REP
         for _ in range(repetitions):
             labels, seed = rng.integers(0, classes, EXAMPLES), int(rng.integers(2**31))
             for i, deal in enumerate((split_rows, split_rows_jointly)):
-                counts[2 * i : 2 * i + 2] += _faults(deal, labels, seed, classes, share, confidence)
+                rows_of = deal(labels, None, seed=seed, fractions=_fractions(share))
+                counts[2 * i : 2 * i + 2] += _faults(rows_of, labels, classes, confidence)
         names = ("wrong", "promoted", "jointly_wrong", "jointly_promoted")
         of = {"classes": classes, "share": share, "runs": repetitions}
         rows.append({**of, **dict(zip(names, counts.tolist(), strict=True))})
     return rows
 
 
-def _faults(
-    deal: Deal, labels: np.ndarray, seed: int, classes: int, share: float, confidence: float
-) -> tuple[bool, bool]:
+def _fractions(share: float) -> Fractions:
     rest = 1 - share
-    fractions = Fractions(0.4 * rest, 0.2 * rest, 0.4 * rest, share, most=EXAMPLES)
-    rows = deal(labels, None, seed=seed, fractions=fractions)
+    return Fractions(0.4 * rest, 0.2 * rest, 0.4 * rest, share, most=EXAMPLES)
+
+
+def _faults(rows: dict[str, np.ndarray], labels: np.ndarray, classes: int, confidence: float) -> tuple[bool, bool]:
+    """Whether these splits prove too much of a student of the prior: on test, and on decide."""
     seen = np.bincount(labels[rows["explore"]], minlength=classes)
     hits = labels[rows["test"]] == seen.argmax()
     wins, losses = ((labels[rows["decide"]] == c).sum() for c in (seen.argmax(), seen.argmin()))

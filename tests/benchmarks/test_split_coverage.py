@@ -3,11 +3,11 @@
 import numpy as np
 
 from ev3_distill.benchmarks.certificate_coverage import _table_of_dealing, beyond
-from ev3_distill.benchmarks.split_coverage import BY_EXAMPLES, BY_GROUPS, SHARES, dealt, near_copies
+from ev3_distill.benchmarks.split_coverage import BY_EXAMPLES, BY_GROUPS, SHARES, near_copies, prior_splits
 
 
 def test_simple_random_splits_promise_too_much_in_at_most_one_of_twenty():
-    rows = [dealt(np.random.default_rng([0, run]), confidence=0.95, repetitions=8) for run in range(40)]
+    rows = [prior_splits(np.random.default_rng([0, run]), confidence=0.95, repetitions=8) for run in range(40)]
     for setting in range(len(SHARES)):
         runs, wrong, promoted = (sum(row[setting][name] for row in rows) for name in ("runs", "wrong", "promoted"))
         assert max(wrong, promoted) <= 0.05 * runs + 3 * (0.05 * 0.95 * runs) ** 0.5
