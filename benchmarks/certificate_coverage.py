@@ -39,8 +39,9 @@ patients of explore by heart. Its accuracy on new patients is 50 %. It is promis
 groups (`--split-by groups`), where bounds count patients.
 
 The second table is about a student of the prior: the labels of 2,000 examples are noise, and the student predicts the most
-common class of explore. Its accuracy is 1 / classes. A promise is false if the bound is higher, a promotion if decide proves that this
-class is a better prediction than the rarest. Splits are dealt as runs deal them, and with strata that all four splits share.
+common class of explore. Its accuracy is 1 / classes. A promise is false if the bound is higher, a promotion if decide proves
+that this class is a better prediction than the rarest. Splits are dealt as runs deal them, and with strata that all four splits
+share.
 
 The small size has digits instead of MNIST: 400 examples for the teacher, 400 for explore, 150 for each other split, and the
 remaining 547 for the truth, which are too few. Its figures mean nothing.
