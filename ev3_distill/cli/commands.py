@@ -29,7 +29,7 @@ from ev3_distill.training.devices import BATCH as BATCH_SPREAD
 from ev3_distill.training.devices import ONE, Devices, devices_of
 from ev3_distill.training.guard_checks import require_labels
 from ev3_distill.training.memory import eval_batch_size, return_freed_memory
-from ev3_distill.training.run_reader import data_of, report_in
+from ev3_distill.training.run_reader import check_joint_strata, data_of, report_in
 from ev3_distill.training.setup import InStepTeacher, TrainingSetup, classification_setup
 from ev3_distill.training.student_setup import prepare_student, warn_of_duplicates
 from ev3_distill.training.train import train
@@ -168,13 +168,7 @@ def _session(
 def _load_data(directory: Path, config: RunConfig, *, resume: bool) -> Dataset:
     if not resume:
         run_dir.refuse_occupied(directory)
-    if config.joint_strata and not resume:
-        raise InputError("joint_strata is how older versions divided data; got true for a new run: remove it")
-    if config.joint_strata and report_in(directory) is None:
-        warn(
-            f"{directory} was started by an older version, whose sealed split has the class counts of explore: its "
-            "certificate may promise too much, most of all with many classes; prefer a new run"
-        )
+    check_joint_strata(directory, config, resume=resume)
     return_freed_memory(config.memory)
     dataset = data_of(config)
     if text := untrained_classes_warning(dataset):

@@ -75,7 +75,8 @@ def count_near_copies(
 def duplicate_groups(inputs: np.ndarray | RowFile) -> np.ndarray:
     """A number for each example [N], the same for examples that are identical or near-copies of each other.
 
-    Compares all pairs: about two minutes for 50,000 images on two cores. Save it as the array `groups` of an npz file for `--groups`.
+    Compares all pairs: about two minutes for 50,000 images on two cores. Save it as the array `groups` of an npz file for
+    `--groups`.
 
     Args:
       inputs: [N, ...].

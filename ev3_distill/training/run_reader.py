@@ -60,3 +60,18 @@ def data_of(config: configs.RunConfig, source: str = "") -> Dataset:
             progress=progress.update,
         )
     return with_groups(dataset, config.groups) if config.groups and source in ("", config.data) else dataset
+
+
+def check_joint_strata(directory: Path, config: configs.RunConfig, *, resume: bool) -> None:
+    """Warns if an unfinished run of an older version continues with its splits.
+
+    Raises:
+      InputError: a new run would be divided as in older versions.
+    """
+    if config.joint_strata and not resume:
+        raise InputError("joint_strata is how older versions divided data; got true for a new run: remove it")
+    if config.joint_strata and report_in(directory) is None:
+        warn(
+            f"{directory} was started by an older version, whose sealed split has the class counts of explore: its "
+            "certificate may promise too much, most of all with many classes; prefer a new run"
+        )
