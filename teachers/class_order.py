@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ev3_distill.data.class_names import nfc
+from ev3_distill.data.class_names import are_numbers, nfc
 from ev3_distill.errors import InputError
 
 LISTED_NAMES = 10  # most class names that an error lists
@@ -39,9 +39,9 @@ def class_columns(
     A teacher may know more classes than the data have. Its other outputs are dropped, so the softmax over the rest is its
     belief given that the class is one of the data's. A teacher may not know fewer classes.
 
-    Names are equal if they are spelled alike, or if they are the same number or truth value: 1, 1.0 and True. If the model's
-    own names are numbers that the data do not have, and there are as many as classes, they count as labels in increasing
-    order, where either the model's are 0, 1, ... or 1, 2, ..., or the data number their classes 0, 1, ...
+    Names are equal if their normal forms NFC are, or if they are the same number or truth value: 1, 1.0 and True. If the
+    model's own names are numbers that the data do not have, and there are as many as classes, they count as labels in
+    increasing order, where either the model's are 0, 1, ... or 1, 2, ..., or the data number their classes 0, 1, ...
 
     Args:
       user_names: names of the outputs from the options or the file beside the teacher; empty if there are none.
@@ -57,7 +57,7 @@ def class_columns(
     given, data_names = tuple(map(nfc, user_names or model_names or ())), tuple(map(nfc, data_names))
     names = _as_data_spell(given, data_names)
     notes: tuple[str, ...] = ()
-    if not user_names and set(data_names) != set(names) and _is_range(names, 0):
+    if not user_names and set(data_names) != set(names) and are_numbers(names):
         names = ()
     elif not user_names and _are_labels_in_order(names, data_names):
         notes = (
@@ -76,10 +76,12 @@ def class_columns(
     if not data_names:
         return ClassOrder(None, names, notes)
     if missing := [name for name in data_names if name not in names]:
+        ids = "give labels=ids to the data where their labels are ids, "
         raise InputError(
             f"a teacher must know every class of the data; {source} knows {shortened(given)}, the data have "
-            f"{shortened(data_names)}, and it lacks {shortened(missing)}: name its outputs as the data spell their classes "
-            "with --teacher-input.classes, or use another teacher"
+            f"{shortened(data_names)}, and it lacks {shortened(missing)}: "
+            f"{ids if are_numbers(data_names) and set(names) < set(data_names) else ''}name its outputs as the data spell "
+            "their classes with --teacher-input.classes, or use another teacher"
         )
     columns = np.array([names.index(name) for name in data_names])
     unchanged = columns.tolist() == list(range(len(names)))
@@ -108,10 +110,6 @@ def _plain(name: str) -> str:
     return str(int(number)) if number.is_integer() else name
 
 
-def _is_range(names: Sequence[str], first: int) -> bool:
-    return list(names) == [str(first + i) for i in range(len(names))]
-
-
 def _are_labels_in_order(names: Sequence[str], data_names: Sequence[str]) -> bool:
     """Whether numbered outputs belong to the classes of the data by their rank."""
     if not names or len(names) != len(data_names) or set(names) == set(data_names):
@@ -119,7 +117,7 @@ def _are_labels_in_order(names: Sequence[str], data_names: Sequence[str]) -> boo
     if not all(name.removeprefix("-").isdecimal() for name in names):
         return False
     increasing = sorted(map(int, names)) == list(map(int, names))
-    return increasing and (_is_range(names, 1) or _is_range(data_names, 0))
+    return increasing and (list(names) == [str(1 + i) for i in range(len(names))] or are_numbers(data_names))
 
 
 def _check_count(num_outputs: int | None, num_classes: int, source: str) -> None:

@@ -150,7 +150,7 @@ class Diagnosis:
         """Messages for the user: the accuracy, then one line for each note and warning; a warning begins with `warning:`."""
         lines = [self._first_line(), *(f"teacher {self.source}: {note}" for note in self.notes)]
         lines += [f"warning: {text}" for text in (*self._of_accuracy(), *self._of_predictions())]
-        if not self.stated and (advice := advice_on(self.meaning)):
+        if not (self.stated or self.why_not_logits) and (advice := advice_on(self.meaning)):
             lines.append(f"warning: {advice}")
         for member in self.members:
             if member.remedy is not None:
