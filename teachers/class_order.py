@@ -76,16 +76,23 @@ def class_columns(
     if not data_names:
         return ClassOrder(None, names, notes)
     if missing := [name for name in data_names if name not in names]:
-        ids = "give labels=ids to the data where their labels are ids, "
-        raise InputError(
-            f"a teacher must know every class of the data; {source} knows {shortened(given)}, the data have "
-            f"{shortened(data_names)}, and it lacks {shortened(missing)}: "
-            f"{ids if are_numbers(data_names) and set(names) < set(data_names) else ''}name its outputs as the data spell "
-            "their classes with --teacher-input.classes, or use another teacher"
-        )
+        raise _missing_error(given, names, data_names, missing, source=source)
     columns = np.array([names.index(name) for name in data_names])
     unchanged = columns.tolist() == list(range(len(names)))
     return ClassOrder(None if unchanged else columns, names, notes)
+
+
+def _missing_error(
+    given: Sequence[str], names: Sequence[str], data_names: Sequence[str], missing: Sequence[str], *, source: str
+) -> InputError:
+    """The error for classes of the data that the teacher does not know, with both lists."""
+    way_out = "name its outputs as the data spell their classes with --teacher-input.classes, or use another teacher"
+    if are_numbers(data_names) and set(names) < set(data_names):
+        way_out = f"give labels=ids to the data where their labels are ids, {way_out}"
+    return InputError(
+        f"a teacher must know every class of the data; {source} knows {shortened(given)}, the data have "
+        f"{shortened(data_names)}, and it lacks {shortened(missing)}: {way_out}"
+    )
 
 
 def _as_data_spell(names: tuple[str, ...], data_names: Sequence[str]) -> tuple[str, ...]:

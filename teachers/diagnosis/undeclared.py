@@ -25,7 +25,7 @@ def why_not_logits(outputs: np.ndarray) -> str:
     meaning = meaning_of(outputs)
     reason = "" if len(outputs) < LEAST_ROWS or meaning == PROBABILITIES else _reason(outputs, meaning)
     way_out = "embeddings and regressions are tasks that ev3-distill does not offer yet; if these are logits, give"
-    return f"{reason} {OPTION} logits" if reason else ""
+    return f"{reason}; {way_out} {OPTION} logits" if reason else ""
 
 
 def _reason(outputs: np.ndarray, meaning: str) -> str:
