@@ -39,6 +39,7 @@ import numpy as np
 import pytest
 
 from ev3_distill.cli.main import GC_THRESHOLDS, main
+from ev3_distill.data.sources import load_data
 
 gc.set_threshold(*GC_THRESHOLDS)
 pytest.register_assert_rewrite(
@@ -130,6 +131,16 @@ def finished(tmp_path_factory):
     """A small finished run of compress. Each worker gets a copy, since one process at a time may work in a run."""
     place = once(tmp_path_factory, "finished", lambda place: main(["compress", *SMALL, "--out", str(place / "run")]))
     return shutil.copytree(place / "run", tmp_path_factory.mktemp("copy") / "run")
+
+
+@pytest.fixture(scope="session")
+def new_digits(tmp_path_factory):
+    """A data source: all digits with a little noise, which no run has seen."""
+    digits = load_data("digits")
+    noise = np.random.default_rng(0).uniform(0, 0.01, digits.inputs.shape).astype(np.float32)
+    path = tmp_path_factory.mktemp("new") / "new.npz"
+    np.savez(path, inputs=digits.inputs + noise, labels=digits.labels)
+    return f"npz:{path}"
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,14 @@ Two different examples among n have one digest with a probability of about n^2 /
 """
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 
 from ev3_distill.data.sources.row_file import RowFile, in_chunks
 
 _BYTES_KEY, _FLOAT_KEY = b"ev3-distill rows: bytes", b"ev3-distill rows: float32"
+_TEXT_KEY = b"ev3-distill text"
 _TOLERANCE = 0.1  # of a level of 255; float16 is off by up to 0.06
 
 
@@ -23,6 +25,14 @@ def row_digests(inputs: np.ndarray | RowFile) -> np.ndarray:
     """Digests [N] uint64 of examples [N, ...] in memory or on disk."""
     parts = [_digests(np.asarray(chunk)) for chunk in in_chunks(inputs)]
     return np.concatenate(parts) if parts else np.empty(0, np.uint64)
+
+
+def text_digests(texts: Iterable[str]) -> np.ndarray:
+    """Digests [N] uint64 of texts, such as names of groups."""
+    content = b"".join(
+        hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8, key=_TEXT_KEY).digest() for text in texts
+    )
+    return np.frombuffer(content, "<u8").astype(np.uint64)
 
 
 def _digests(chunk: np.ndarray) -> np.ndarray:

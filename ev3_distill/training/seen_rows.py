@@ -4,6 +4,7 @@ seen_rows.npz of a run directory and of an exported folder, 8 bytes for each exa
 
 - used: [N] uint64, sorted digests of the examples of explore, assess and decide, see `data.row_digests`;
 - sealed: [M] uint64, the same of the sealed test split;
+- groups: [G] uint64, sorted digests of the names of the groups, of a run whose splits hold whole groups;
 - fingerprint: of the data set.
 """
 
@@ -13,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ev3_distill.config import RunConfig
+from ev3_distill.config import GROUPS, RunConfig
 from ev3_distill.data import splits_of
-from ev3_distill.data.row_digests import row_digests
+from ev3_distill.data.row_digests import row_digests, text_digests
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError
 from ev3_distill.runtime import npz
@@ -30,31 +31,35 @@ class SeenRows(NamedTuple):
 
     used: np.ndarray  # of explore, assess and decide
     sealed: np.ndarray  # of the test split
+    groups: np.ndarray  # of the names of the groups, where splits hold whole groups; else empty
 
 
-def seen_rows(dataset: Dataset, rows: Mapping[str, np.ndarray]) -> SeenRows:
+def seen_rows(dataset: Dataset, rows: Mapping[str, np.ndarray], *, by_groups: bool) -> SeenRows:
     """Digests of the examples of a run.
 
     Args:
       dataset: of the run.
       rows: by split.
+      by_groups: whether splits hold whole groups.
     """
     digests = row_digests(dataset.inputs)
     used = np.concatenate([rows[name] for name in ("explore", "assess", "decide")])
-    return SeenRows(np.unique(digests[used]), np.unique(digests[rows["test"]]))
+    groups = np.unique(text_digests(dataset.group_names if by_groups else ()))
+    return SeenRows(np.unique(digests[used]), np.unique(digests[rows["test"]]), groups)
 
 
-def write_seen_rows(directory: Path, dataset: Dataset, rows: Mapping[str, np.ndarray]) -> None:
+def write_seen_rows(directory: Path, dataset: Dataset, rows: Mapping[str, np.ndarray], *, by_groups: bool) -> None:
     """Writes the digests of a run, atomically.
 
     Args:
       directory: of the run.
       dataset: of the run.
       rows: by split.
+      by_groups: whether splits hold whole groups.
     """
-    used, sealed = seen_rows(dataset, rows)
+    content = seen_rows(dataset, rows, by_groups=by_groups)._asdict()
     with atomic_write(directory / NAME) as file:
-        np.savez(file, used=used, sealed=sealed, fingerprint=np.array(dataset.fingerprint))
+        np.savez(file, fingerprint=np.array(dataset.fingerprint), **content)
 
 
 def read_seen_rows(directory: Path, fingerprint: str | None = None) -> SeenRows | None:
@@ -73,12 +78,13 @@ def read_seen_rows(directory: Path, fingerprint: str | None = None) -> SeenRows 
     path = directory / NAME
     if not path.is_file():
         return None
-    content = npz.read(path, (("used", "sealed"),), optional="fingerprint", option=NAME, expected="used and sealed")
+    names = SeenRows._fields
+    content = npz.read(path, (names,), optional="fingerprint", option=NAME, expected=", ".join(names))
     if fingerprint not in (None, str(content.get("fingerprint"))):
         return None
-    if any(content[name].dtype != np.uint64 or content[name].ndim != 1 for name in SeenRows._fields):
+    if any(content[name].dtype != np.uint64 or content[name].ndim != 1 for name in names):
         raise InputError(f"{path} must hold digests [N] uint64; got other arrays: restore the file, or delete it")
-    return SeenRows(content["used"], content["sealed"])
+    return SeenRows(*(content[name] for name in names))
 
 
 def seen_rows_of_data(config: RunConfig, fingerprint: str) -> SeenRows | None:
@@ -92,4 +98,6 @@ def seen_rows_of_data(config: RunConfig, fingerprint: str) -> SeenRows | None:
         dataset = data_of(config)
     except InputError:
         return None
-    return seen_rows(dataset, splits_of(config, dataset)) if dataset.fingerprint == fingerprint else None
+    if dataset.fingerprint != fingerprint:
+        return None
+    return seen_rows(dataset, splits_of(config, dataset), by_groups=config.split_by == GROUPS)

@@ -148,7 +148,7 @@ def conclude(
         students.save(directory / "student", final.network, final.variables)
     control = gain(sealed_batches(setup, targets)) if gain else None
     content = report_content(directory, config, setup, final, certification, teacher=teacher, control=control)
-    write_seen_rows(directory, dataset, setup.rows)
+    write_seen_rows(directory, dataset, setup.rows, by_groups=setup.units is not None)
     if content["usefulness"] and content["usefulness"]["alarm"] and not told:
         warn(alarm_line(content["usefulness"]))
     write_json(directory / "report.json", content)

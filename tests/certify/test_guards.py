@@ -152,7 +152,7 @@ def close(logits, labels):
 """
 
 
-def test_every_metric_can_be_guarded(here, cli):
+def test_every_metric_can_be_guarded(here, cli, new_digits):
     (here / "guard_metric.py").write_text(OWN)
     np.savetxt("costs.csv", 1 - np.eye(10), delimiter=",")
     certain = (
@@ -199,8 +199,8 @@ def test_every_metric_can_be_guarded(here, cli):
     )
     assert len(json.loads((here / "run" / "opened.json").read_text())["openings"]) == 1
     # on other data all is claimed anew
-    other = cli("evaluate", "run", *options, "--costs", "costs.csv", "--data", "digits")
-    assert other.code == 0 and "contains the examples that the student was trained on" in other.err
+    other = cli("evaluate", "run", *options, "--costs", "costs.csv", "--data", new_digits)
+    assert other.code == 0, other.err
 
 
 def test_worst_group_can_be_guarded(here, cli):
@@ -289,7 +289,7 @@ def test_unreachable_guards_are_rejected_before_anything_is_written(here, cli, g
     assert not (here / "run").exists()
 
 
-def test_precision_and_recall_are_certified_by_a_run(here, cli):
+def test_precision_and_recall_are_certified_by_a_run(here, cli, new_digits):
     """A run with easy guards certifies them, a run with hard ones exits with code 3; the report names the class."""
     easy = ("--guard", "recall(3) >= 0.5", "--guard", "precision(3) >= 0.5")
     answer = cli("compress", *SMALL, *easy, "--out", "easy")
@@ -309,5 +309,5 @@ def test_precision_and_recall_are_certified_by_a_run(here, cli):
     answer = cli("evaluate", "easy", "--guard", "recall(3) >= 0.999", "--reopen")
     assert answer.code == 3, answer
     assert "Guard recall(3) >= 0.999: NOT CERTIFIED" in answer.out
-    answer = cli("evaluate", "easy", "--data", "digits", "--guard", "precision(3) >= 0.999")
+    answer = cli("evaluate", "easy", "--data", new_digits, "--guard", "precision(3) >= 0.999")
     assert answer.code == 3, answer

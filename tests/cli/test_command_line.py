@@ -58,14 +58,14 @@ def test_a_run_prints_its_bounds_and_its_directory(finished, cli, here):
     assert report["splits"] == {"explore": 898, "assess": 270, "decide": 270, "test": 359}
 
 
-def test_evaluate_reproduces_the_certificate(finished, cli, here):
+def test_evaluate_reproduces_the_certificate(finished, cli, here, new_digits):
     claim = json.loads((finished / "report.json").read_text())["certificate"]["claims"][0]
     answer = cli("evaluate", finished)
     assert answer.code == 0
     assert answer.out.startswith(f"accuracy: {claim['point']:.2%} of {claim['n']} examples; at least ")
     stated = float(re.search(r"at least ([\d.]+)%", answer.out)[1]) / 100
     assert claim["lower_bound"] - 1e-4 < stated <= claim["lower_bound"]  # rounded down
-    whole = cli("evaluate", finished, "--data", "digits", "--confidence", "0.9")
+    whole = cli("evaluate", finished, "--data", new_digits, "--confidence", "0.9")
     assert re.match(r"accuracy: [\d.]+% of 1797 examples; at least [\d.]+% with 90% confidence\n", whole.out)
     teacher = cli("evaluate", finished / "teacher")
     accuracy = json.loads((finished / "report.json").read_text())["teacher"]["accuracy"]
@@ -134,7 +134,7 @@ def test_a_teacher_that_has_seen_the_test_split_is_reported(finished, cli, here,
         other = cli("compress", *FAST, "--teacher", f"flax:{teacher}", "--seed", 1, "--out", f"other{i}")
         assert f"flax:{teacher} was trained on these data with other splits" in other.err
         assert f"has seen {len(unsealed)} of the 359 test examples" in other.err
-        assert "give both runs the same --seed and splits" in other.err
+        assert "give both runs the same data, --seed and splits" in other.err
     more = ("--test", "0.3", "--explore", "0.4")
     answer = cli("compress", *FAST, "--teacher", f"flax:{finished}", *more, "--out", "more")
     assert re.search(r"has seen \d+ of the 539 test examples", answer.err)
@@ -154,6 +154,7 @@ def test_compress_and_evaluate_on_npz_data(cli, here):
         class_names=np.array(["ant", "bee", "<cat>"]),
     )
     np.savez(here / "rest.npz", inputs=inputs[700:], labels=labels[700:])
+    np.savez(here / "new.npz", inputs=inputs[700:] + np.float32(1e-4), labels=labels[700:])
     answer = cli(
         *("compress", *FAST, "--data", "npz:data.npz", "--out", "run"),
         *("--teacher-network", "mlp:hidden=16", "--teacher-budget", "200"),
@@ -165,7 +166,9 @@ def test_compress_and_evaluate_on_npz_data(cli, here):
     assert report["student"]["accuracy"] > 0.85
     again = cli("evaluate", "run")
     assert again.out.startswith(f"accuracy: {report['student']['accuracy']:.2%} of 200 examples")
-    other = cli("evaluate", "run", "--data", "npz:rest.npz")  # the same examples, from another file
+    refused = cli("evaluate", "run", "--data", "npz:rest.npz")  # the same examples, from another file
+    assert (refused.code, "200 in its sealed split, which has been opened" in refused.err) == (2, True)
+    other = cli("evaluate", "run", "--data", "npz:new.npz")
     assert other.out.partition(";")[0] == again.out.partition(";")[0]
     bounds = [float(re.search(r"at least ([\d.]+)%", answer.out)[1]) for answer in (again, other)]
     assert bounds[0] < bounds[1]  # one claim alone has all of the error probability

@@ -46,7 +46,8 @@ def test_a_run_keeps_digests_of_its_splits(finished):
     rows = splits_of(config_of(finished, report), digits)
     seen = read_seen_rows(finished, digits.fingerprint)
     assert (len(seen.used), len(seen.sealed)) == (1797 - len(rows["test"]), len(rows["test"]))
-    assert all((one == other).all() for one, other in zip(seen, seen_rows(digits, rows), strict=True))
+    computed = seen_rows(digits, rows, by_groups=False)
+    assert all(one.tolist() == other.tolist() for one, other in zip(seen, computed, strict=True))
     assert read_seen_rows(finished, "other data") is None
 
 
@@ -118,9 +119,20 @@ def test_copies_within_new_data_are_told(capsys):
     dataset = load_data("digits")
     dataset = type(dataset)(np.concatenate([inputs, inputs[:2]]), np.zeros(8, np.int32), 1, ("0",), None, "x", "")
     nothing = np.empty(0, np.uint64)
-    rows, overlap = find_new_rows(dataset, SeenRows(nothing, nothing), keep=False)
+    rows, overlap = find_new_rows(dataset, SeenRows(nothing, nothing, nothing), keep=False)
     assert (rows.tolist(), overlap) == ([*range(8)], 0)
     assert "2 of the 8 examples to score have the same inputs as another one" in capsys.readouterr().err
+
+
+def test_groups_with_the_names_of_the_runs_are_told(tmp_path, capsys):
+    inputs, labels = np.arange(24, dtype=np.float32).reshape(12, 2), np.arange(12) % 2
+    run = load_data(save(tmp_path / "run.npz", inputs, labels, groups=[f"p{i // 3}" for i in range(12)]))
+    halves = {"explore": np.arange(6), "assess": np.arange(0), "decide": np.arange(0), "test": np.arange(6, 12)}
+    new = load_data(save(tmp_path / "new.npz", inputs + 100, labels, groups=[f"p{2 + i // 4}" for i in range(12)]))
+    find_new_rows(new, seen_rows(run, halves, by_groups=False), keep=False)
+    assert capsys.readouterr().err == ""
+    assert len(find_new_rows(new, seen_rows(run, halves, by_groups=True), keep=False).rows) == 12
+    assert "8 of the 12 examples to score are of groups that the run has as well (p2, p3)" in capsys.readouterr().err
 
 
 def test_a_teacher_that_has_seen_test_examples_in_other_data_is_told(finished, here, capsys):

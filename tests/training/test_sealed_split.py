@@ -148,15 +148,14 @@ def test_other_claims_need_a_reopening_with_wider_bounds(run, cli):
     assert cli("evaluate", run).out.startswith("accuracy: ")  # still the certificate of the run
 
 
-def test_other_data_do_not_reopen_the_split(run, cli, here):
+def test_other_data_do_not_reopen_the_split(run, cli, here, new_digits):
     rng = np.random.default_rng(0)
     np.savez(here / "other.npz", inputs=rng.random((50, 8, 8, 1)).astype(np.float32), labels=np.arange(50) % 10)
     before = (run / "opened.json").read_bytes()
-    for options in (("--data", "npz:other.npz"), ("--data", "digits")):
+    for options in (("--data", "npz:other.npz"), ("--data", new_digits)):
         answer = cli("evaluate", run, *options, "--guard", "brier <= 0.99", "--confidence", "0.9")
         assert answer.code == 0, answer.err
         assert "with 90% confidence" in answer.out
-        assert ("contains the examples that the student was trained on" in answer.err) == (options[1] == "digits")
     assert (run / "opened.json").read_bytes() == before
 
 
@@ -320,7 +319,9 @@ def test_runs_older_than_the_family_entry_keep_its_original_size(run, cli, extra
 
 
 @pytest.mark.parametrize("metric", ["extra_accuracy", "recall(3)"])
-def test_metric_added_after_the_first_opening_cannot_be_claimed_from_the_same_split(run, cli, extra_metric, metric):
+def test_metric_added_after_the_first_opening_cannot_be_claimed_from_the_same_split(
+    run, cli, extra_metric, metric, new_digits
+):
     content = read(run / "opened.json")
     del content["openings"][0]["family"]
     (run / "opened.json").write_text(json.dumps(content))
@@ -329,7 +330,7 @@ def test_metric_added_after_the_first_opening_cannot_be_claimed_from_the_same_sp
     assert answer.code == 2
     assert f"was opened without {metric}: score other data with --data" in answer.err
     assert (run / "opened.json").read_bytes() == before
-    assert cli("evaluate", run, "--guard", f"{metric} >= 0.1", "--data", "digits").code == 0
+    assert cli("evaluate", run, "--guard", f"{metric} >= 0.1", "--data", new_digits).code == 0
 
 
 def test_new_metric_is_claimed_by_new_runs(run, cli, extra_metric):
