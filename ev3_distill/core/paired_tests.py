@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.scipy.special import betainc
 
 BETS = (0.95, *(0.5**i for i in range(1, 9)))  # fractions of the capital that the bets of `betting` stake
+AVERAGED_SIZE = 3  # examples of a unit, on average, from which on their mean beats one of them; as in the certificate
 
 PairedTest = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 # (candidate [N], champion [N]) -> (wins, losses, p-value)
@@ -25,16 +26,21 @@ def paired(scores: jax.Array, reference: jax.Array) -> tuple[jax.Array, jax.Arra
     return difference.mean(axis=-1), difference.std(axis=-1) / jnp.sqrt(jnp.maximum(n - 1, 1))
 
 
-def suitable_test(*, binary: bool, unit: jax.Array | tuple[()] = ()) -> PairedTest:
+def suitable_test(*, binary: bool, unit: jax.Array | tuple[()] = (), lone: jax.Array | tuple[()] = ()) -> PairedTest:
     """The test that suits the scores: McNemar's for scores of 0 or 1, betting for other scores in [0, 1].
 
     Args:
       binary: whether scores are 0 or 1.
-      unit: [N] int32, the independent unit of each example, see `Batch.unit`. The test then bets on the units' mean scores.
+      unit: [N] int32, the independent unit of each example, see `Batch.unit`. The test then bets on the units' mean scores; or
+        it takes one example of each unit, where units have fewer than AVERAGED_SIZE examples on average.
+      lone: [U] int32, the row of one example of each unit.
     """
-    if not isinstance(unit, tuple):
-        return lambda candidate, champion: betting(means_of_units(candidate, unit), means_of_units(champion, unit))
-    return mcnemar if binary else betting
+    test = mcnemar if binary else betting
+    if isinstance(unit, tuple):
+        return test
+    if not isinstance(lone, tuple) and unit.shape[0] < AVERAGED_SIZE * lone.shape[0]:
+        return lambda candidate, champion: test(candidate[lone], champion[lone])
+    return lambda candidate, champion: betting(means_of_units(candidate, unit), means_of_units(champion, unit))
 
 
 def means_of_units(scores: jax.Array, unit: jax.Array) -> jax.Array:

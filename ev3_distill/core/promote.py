@@ -111,7 +111,7 @@ def _compare(state: State, pools: Pools, objectives: Objectives, outputs: PyTree
     n = jnp.int32(pools.decide.index.shape[0]) if isinstance(unit, tuple) else unit.max() + 1
 
     def pairs(ours: jax.Array, theirs: jax.Array, *, binary: bool) -> _Test:
-        wins, losses, p_value = suitable_test(binary=binary, unit=unit)(ours, theirs)
+        wins, losses, p_value = suitable_test(binary=binary, unit=unit, lone=pools.decide.lone)(ours, theirs)
         return _Test(wins, losses, n, p_value, jnp.bool_(binary and isinstance(unit, tuple)))
 
     tests = [pairs(candidate, state.champion.decide, binary=objectives.promise.binary)]
@@ -143,7 +143,7 @@ def _foci(evidence: Evidence) -> jax.Array:
 
 def _predicted_p_value(state: State, pools: Pools, objectives: Objectives, ruling: jax.Array) -> jax.Array:
     """The p-value of the test on assess: it predicts the result on decide, and proves nothing."""
-    test = suitable_test(binary=objectives.promise.binary, unit=pools.assess.unit)
+    test = suitable_test(binary=objectives.promise.binary, unit=pools.assess.unit, lone=pools.assess.lone)
     candidate, champion = state.current.evidence, state.champion.evidence
     if not objectives.goals:
         return test(candidate.promise, champion.promise)[2]

@@ -41,9 +41,13 @@ class Outputs(NamedTuple):
         """One example of each unit, drawn uniformly by a fixed seed: independent draws of an average example of a new unit."""
         if self.units is None:
             return self
-        order = np.random.default_rng(UNIT_SEED).permutation(len(self.units))
-        first = np.unique(np.asarray(self.units)[order], return_index=True)[1]
-        return self._at(np.sort(order[first]))._replace(units=None)
+        return self._at(self.rows_of_units())._replace(units=None)
+
+    def rows_of_units(self) -> np.ndarray:
+        """The row of one example of each unit [U], ascending, drawn uniformly by a fixed seed."""
+        units = np.arange(len(jax.tree.leaves(self.targets)[0])) if self.units is None else np.asarray(self.units)
+        order = np.random.default_rng(UNIT_SEED).permutation(len(units))
+        return np.sort(order[np.unique(units[order], return_index=True)[1]])
 
     def means_of_units(self, scores: np.ndarray) -> np.ndarray:
         """The mean score of each unit [U], in the order of their numbers; the scores [N] themselves without units."""

@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 
 from ev3_distill import students
 from ev3_distill.arms import PEER_ARMS, arms_named, default_arm_names, teacher_features_of
+from ev3_distill.certify.bounds import clopper_pearson_lower
 from ev3_distill.config import Compress
 from ev3_distill.data import count_near_copies, count_shared
 from ev3_distill.errors import InputError, warn
@@ -15,6 +17,7 @@ from ev3_distill.training.certify_run import sizes_of
 from ev3_distill.training.guard_checks import parse_guards, require_labels
 from ev3_distill.training.setup import TrainingSetup
 
+FEW_GROUPS_BOUND = 0.8  # a warning appears if the best possible bound is lower
 NEAR_SHARE = 0.01  # fraction of near-copies in a split from which on a warning appears
 
 
@@ -37,6 +40,7 @@ def prepare_student(
     num_classes = setup.network.spec["num_classes"]
     setup = dataclasses.replace(setup, network=students.with_precision(setup.network, config.deploy))
     setup = warn_of_duplicates(setup)
+    _warn_of_few_groups(setup, config.confidence)
     costs = read_costs(config.costs, num_classes) if config.costs else None
     sizes = sizes_of(jax.eval_shape(setup.network.init, jax.random.key(0)))
     guards = parse_guards(
@@ -84,3 +88,16 @@ def warn_of_duplicates(setup: TrainingSetup) -> TrainingSetup:
         "near_copies": {name: copies._asdict() for name, copies in near.items()},
     }
     return dataclasses.replace(setup, copies={name: counts for name, counts in facts.items() if counts})
+
+
+def _warn_of_few_groups(setup: TrainingSetup, confidence: float) -> None:
+    """Warns if the sealed split has so few groups that little can be proven, however good the student is."""
+    if setup.units is None:
+        return
+    groups = len(np.unique(setup.units[setup.rows["test"]]))
+    best = clopper_pearson_lower(groups, groups, confidence=(1 + confidence) / 2)
+    if best < FEW_GROUPS_BOUND:
+        warn(
+            f"the sealed split has {groups} groups: a student without an error can be promised at most {best:.1%} accuracy; "
+            "collect more groups, or raise --test"
+        )

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ev3_distill.certify.bounds import clopper_pearson_lower, mean_lower, mean_upper
+from ev3_distill.certify.bounds import clopper_pearson_lower, difference_upper, mean_lower, mean_upper
 from ev3_distill.certify.certificate import COVERED_GROUPS, Units
 from ev3_distill.monitor.sentences import claim_line, units_sentence
 from ev3_distill.tasks.classification.task import classification
@@ -23,7 +23,7 @@ def outputs(hits, units, classes=2):
 
 
 def test_a_mean_over_examples_becomes_the_mean_over_groups():
-    sealed = outputs([1, 1, 0, 1, 0, 0, 0, 0], [7, 7, 7, 7, 2, 5, 5, 5])
+    sealed = outputs([1, 1, 0, 1, 0, 0, 0, 0, 0], [7, 7, 7, 7, 2, 2, 5, 5, 5])
     claims = {
         name: bound(0.9) for name, bound in bounds_of(("accuracy", "agreement", "drop(accuracy)"), sealed).items()
     }
@@ -33,6 +33,20 @@ def test_a_mean_over_examples_becomes_the_mean_over_groups():
     assert claims["accuracy"].lower_bound == mean_lower(means, 0, 1, confidence=0.9)
     assert claims["agreement"].lower_bound == claims["accuracy"].lower_bound
     assert claims["drop(accuracy)"].upper_bound == pytest.approx(mean_upper(1 - means, -1, 1, confidence=0.9))
+
+
+def test_small_groups_have_the_exact_bound_of_one_example_each():
+    """A data set with a few duplicates loses little: 3 of 40 groups have two examples."""
+    hits = np.arange(43) % 10 > 0
+    sealed = outputs(hits, np.minimum(np.arange(43), 39))
+    right = int(sealed.one_per_unit().student[:, 0].sum())
+    claims = {
+        name: bound(0.9) for name, bound in bounds_of(("accuracy", "agreement", "drop(accuracy)"), sealed).items()
+    }
+    for name in ("accuracy", "agreement"):
+        assert claims[name].n == 40
+        assert claims[name].lower_bound == clopper_pearson_lower(right, 40, confidence=0.9)
+    assert claims["drop(accuracy)"].upper_bound == difference_upper(40 - right, 0, 40, confidence=0.9)
 
 
 def test_other_metrics_see_one_example_of_each_group():

@@ -183,3 +183,37 @@ def test_stop_when_met_ends_a_run_early(cli, here):
     refused = cli("compress", *options, "--stop-when-met", "--out", "other")
     assert refused.code == 2
     assert "stop_when_met needs a guard; got none" in refused.err
+
+
+def test_patients_with_several_images_are_certified_as_patients(cli, here):
+    """60 patients with 6 near-copies each, whose classes are coins: by examples the student would be certified at 90 %."""
+    rng = np.random.default_rng(0)
+    patient = np.repeat(np.arange(60), 6)
+    labels = rng.integers(0, 2, 60)[patient]
+    inputs = (rng.normal(size=(60, 16))[patient] + 0.05 * rng.normal(size=(360, 16))).astype(np.float32)
+    np.savez("data.npz", inputs=inputs, labels=labels, groups=[f"patient {i}" for i in patient])
+    np.savez("logits.npz", logits=(4 * np.eye(2)[labels]).astype(np.float32))
+    options = ("--data", "npz:data.npz", "--teacher", "logits:logits.npz", "--student", "mlp:hidden=16", "--arms", "ce")
+    answer = cli("compress", *options, "--split-by", "groups", "--budget", "300", "--out", "run")
+    assert answer.code == 0, answer
+    assert (
+        "the sealed split has 12 groups: a student without an error can be promised at most 73.5% accuracy"
+        in answer.err
+    )
+    assert "near-copy" not in answer.err
+    assert "The bounds count 12 groups of 72 examples" in " ".join(answer.out.split())
+    report = report_of(here / "run")
+    assert report["groups"] == {"explore": 30, "assess": 9, "decide": 9, "test": 12}
+    certificate = json.loads((here / "run/certificate.json").read_text())
+    assert certificate["units"] == {"of": "groups", "number": 12, "examples": 72}
+    assert "new group" in certificate["population"]["covered"]
+    assert claims_of(report)["accuracy"]["lower_bound"] < 0.5
+    assert [table["of"] for table in certificate["tables"]] == ["class"]
+    again = cli("evaluate", "run")
+    assert again.code == 0, again
+    assert f"at least {int(100 * claims_of(report)['accuracy']['lower_bound'])}." in again.out
+    refused = cli(
+        "compress", *options, "--split-by", "groups", "--guard", "worst_group_accuracy >= 0.5", "--out", "other"
+    )
+    assert refused.code == 2
+    assert "a guard on worst_group_accuracy needs groups that are in all splits" in refused.err

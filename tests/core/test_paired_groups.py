@@ -18,6 +18,14 @@ def test_copies_of_an_example_are_one_piece_of_evidence():
     assert float(suitable_test(binary=True)(candidate[unit], champion[unit])[2]) < 1e-9
 
 
+def test_small_units_are_tested_by_one_example_each():
+    candidate, champion = jnp.array([1.0, 1, 1, 1, 1, 0]), jnp.array([0.0, 0, 0, 0, 0, 1])
+    test = suitable_test(binary=True, unit=jnp.array([0, 1, 2, 3, 4, 4]), lone=jnp.array([0, 1, 2, 3, 5]))
+    wins, losses, p_value = test(candidate, champion)
+    assert (int(wins), int(losses)) == (4, 1)
+    np.testing.assert_allclose(p_value, 6 / 32, rtol=1e-3)
+
+
 def test_means_of_units_by_hand():
     means = means_of_units(jnp.array([1.0, 0.0, 1.0, 1.0, 0.0]), jnp.array([1, 1, 0, 2, 2]))
     np.testing.assert_allclose(means, [1.0, 0.5, 0.5, 0, 0])
