@@ -17,6 +17,7 @@ MEANINGS = (LOGITS, PROBABILITIES, SIGMOID)
 LEAST_PROBABILITY = 1e-7  # of a class; keeps its logarithm finite
 OPTION = "--teacher-input.outputs"
 NO_REGRESSION = "a teacher of numbers needs a regression task, which ev3-distill does not offer yet"
+LEAST_VALUES = 32  # least number of values in [0, 1] that look like sigmoids
 _SUM_TOLERANCE = 1e-3  # of probabilities: float16 models sum to 1 within a few 1e-4
 
 
@@ -29,7 +30,7 @@ def meaning_of(outputs: np.ndarray) -> str:
         return LOGITS
     if outputs.shape[1] > 1 and np.allclose(outputs.sum(axis=1), 1, atol=_SUM_TOLERANCE):
         return PROBABILITIES
-    return SIGMOID if outputs.max() <= 1 else LOGITS
+    return SIGMOID if outputs.max() <= 1 and outputs.size >= LEAST_VALUES else LOGITS
 
 
 def to_logits(outputs: np.ndarray, stated: str, *, source: str) -> np.ndarray:
@@ -80,9 +81,9 @@ def one_column_error(num_classes: int, *, source: str) -> InputError:
     )
     if num_classes > 2:
         binary = "return one logit per class, instead of a class number or a score"
+    count = num_classes if num_classes > 1 else "at least 2"
     return InputError(
-        f"a teacher must have one output column per class, {num_classes or 'at least 2'}; {source} has one: {binary}; "
-        f"{NO_REGRESSION}"
+        f"a teacher must have one output column per class, {count}; {source} has one: {binary}; {NO_REGRESSION}"
     )
 
 
