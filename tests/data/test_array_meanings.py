@@ -48,6 +48,14 @@ def test_text_labels_of_both_parts_are_numbered_together(save):
         load_data(save(**parts, test_labels=[0, 1]))
 
 
+def test_spellings_of_a_text_label_are_one_class(save):
+    nfc, nfd = "caf\u00e9", "cafe\u0301"
+    for names in ({}, {"class_names": [nfd, "bar"]}):
+        dataset = load_data(save(inputs=ROWS, labels=[nfc, nfd, "bar", nfc, nfd, "bar"], **names))
+        assert sorted(dataset.class_names) == ["bar", nfc]
+        assert [dataset.class_names[label] for label in dataset.labels] == [nfc, nfc, "bar"] * 2
+
+
 def test_truth_values_are_classes(save):
     dataset = load_data(save(inputs=ROWS, labels=LABELS == 1))
     assert (dataset.labels.tolist(), dataset.class_names) == (LABELS.tolist(), ("0", "1"))
