@@ -58,7 +58,7 @@ def promote(state: State, pools: Pools, algorithm: Algorithm, *, closing: jax.Ar
 
     tested = jax.lax.cond(due, predict, lambda: jnp.bool_(False))
     result, focus = jax.lax.cond(tested, compare, skip), _foci(state.champion.evidence)[jnp.maximum(ruling, 0)]
-    proven = tested & (alpha > 0) & (result.test.p_value <= alpha)  # a p-value may underflow to 0
+    proven = tested & (alpha > 0) & (result.outcome.p_value <= alpha)  # a p-value may underflow to 0
     promoted = proven & ~result.breaks & ~result.lowers
     won = (jnp.arange(state.arms.promotions.shape[0]) == state.current.arm) & promoted
     candidate = Champion(state.current.variables, state.current.evidence, result.decide, result.goals)
@@ -72,12 +72,12 @@ def promote(state: State, pools: Pools, algorithm: Algorithm, *, closing: jax.Ar
         tested=tested,
         goal=ruling,
         focus=focus,
-        wins=result.test.wins,
-        losses=result.test.losses,
-        n=result.test.n,
-        counts=result.test.counts,
+        wins=result.outcome.wins,
+        losses=result.outcome.losses,
+        n=result.outcome.n,
+        counts=result.outcome.counts,
         alpha=alpha,
-        p_value=result.test.p_value,
+        p_value=result.outcome.p_value,
         promoted=promoted,
         breaks=proven & result.breaks,
         lowers=proven & result.lowers,
@@ -99,7 +99,7 @@ class _Comparison(NamedTuple):
 
     decide: jax.Array  # [N] promise scores
     goals: GoalScores | tuple[()]
-    test: _Test
+    outcome: _Test
     breaks: jax.Array  # whether it breaks a goal that the champion meets
     lowers: jax.Array  # whether the metric of the ruling goal is lower than the champion's
 
