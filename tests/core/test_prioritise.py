@@ -261,11 +261,11 @@ def apply_to_three(variables, inputs, *, train, key=None):
     return 4 * jax.nn.one_hot(jnp.where(right, label, (label + 1) % 3), 3), variables
 
 
-def promotion(goals, champion, candidate, assess):
+def promotion(goals, champion, candidate, assess, decide=None):
     """The champion's goals before and after a test of the candidate, and that test."""
     objectives = Objectives(example_scores.accuracy, ACCURACY, goals)
     algorithm = Algorithm(apply_to_three, ARMS, lambda pool, step: pool, objectives, CONFIG)
-    pools = Pools(jnp.zeros(1), assess, three_classes())
+    pools = Pools(jnp.zeros(1), assess, three_classes() if decide is None else decide)
     ours, theirs = (Variables({"skill": jnp.array(skill)}, {}) for skill in (candidate, champion))
     state = initial_state(jax.random.key_data(jax.random.key(0)), theirs, pools, algorithm)
     evidence = objectives.evidence(apply_to_three(ours, assess.inputs, train=False)[0], assess)
@@ -291,6 +291,16 @@ def test_promotion_for_the_worst_class_proves_that_every_class_is_better():
     before, after, test = promotion(WORST, (0.45, 0.9, 0.9), (0.65, 0.8, 0.95), three_classes())
     assert test.promoted and test.n == 200
     np.testing.assert_allclose((before[0], after[0]), (0.45, 0.65), atol=1e-5)
+
+
+def test_promotion_for_the_worst_class_counts_independent_units():
+    """Each example of decide stands there three times, as one unit: the proof is that of one copy."""
+    once = three_classes()
+    thrice = jax.tree.map(lambda leaf: jnp.repeat(leaf, 3, axis=0), once)
+    thrice = thrice._replace(unit=jnp.repeat(once.index, 3), lone=3 * once.index)
+    skills = (0.45, 0.9, 0.9), (0.65, 0.8, 0.95)
+    (*_, test), (*_, copies) = (promotion(WORST, *skills, three_classes(), decide) for decide in (once, thrice))
+    assert (copies.wins, copies.losses, copies.n, copies.p_value) == (test.wins, test.losses, test.n, test.p_value)
 
 
 def test_promotion_by_another_mean_needs_a_goal_that_does_not_fall():
