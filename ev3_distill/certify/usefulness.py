@@ -41,6 +41,7 @@ class Usefulness(NamedTuple):
     balanced: float  # balanced gain
     p_value: float  # of "the student is no better than the constant answer"
     teacher_useless: bool  # whether the teacher would raise the alarm of the constant answer itself
+    labeled: bool  # whether the right answers are labels, not the teacher's classes
 
 
 def usefulness(
@@ -49,6 +50,7 @@ def usefulness(
     *,
     predicted: np.ndarray | None = None,
     teacher: np.ndarray | None = None,
+    labeled: bool = True,
 ) -> Usefulness:
     """Compares a student with the constant answer and with its teacher.
 
@@ -56,7 +58,8 @@ def usefulness(
       correct: [N] whether the student gives the right answer; N is at least 1.
       answers: [N] the right answers: labels or, in data without any, the teacher's classes.
       predicted: [N] the student's classes, if they are known.
-      teacher: [N] the teacher's classes, if it is known beside the answers.
+      teacher: [N] the teacher's classes, if they are known.
+      labeled: whether the answers are labels.
     """
     classes, counts = np.unique(answers, return_counts=True)
     majority = int(classes[counts.argmax()])
@@ -82,6 +85,7 @@ def usefulness(
         agreement=None if teacher is None or predicted is None else float((teacher == predicted).mean()),
         balanced=balanced,
         p_value=p_value,
+        labeled=labeled,
         teacher_useless=t is not None and _p_value(t, c) > LEVEL and _balanced_gain(t, answers) < HALF,
     )
 

@@ -93,11 +93,13 @@ def alarm_sentence(found: Usefulness, class_names: Sequence[str], split: str) ->
     accuracy, constant = f"{found.accuracy:.1%}", f"{found.constant:.1%}"
     if found.alarm == ONE_CLASS:
         return f"The student is useless: it predicts '{class_names[found.predicted]}' for all {found.n:,} examples of {split}"
+    is_right = "is right" if found.labeled else "gives its teacher's answer"
     if found.alarm == CONSTANT:
-        return f"The student is useless: it is right on {accuracy} of {split}, always answering {name} on {constant}"
+        return f"The student is useless: it {is_right} on {accuracy} of {split}, always answering {name} on {constant}"
+    teacher = f", the teacher on {found.teacher:.1%}" if found.labeled else ""
     return (
-        f"The student is far below its teacher: it is right on {accuracy} of {split}, the teacher on {found.teacher:.1%}, and "
-        f"always answering {name} on {constant}"
+        f"The student is far below its teacher: it {is_right} on {accuracy} of {split}{teacher}, and always answering {name} "
+        f"on {constant}"
     )
 
 
@@ -118,7 +120,7 @@ def likely_causes(
             f"the teacher is no better, with {found.teacher:.1%}: check its inputs (--teacher-input) and the order of its "
             "classes (--teacher-input.classes)"
         )
-    elif found.agreement is not None and found.agreement >= AGREES:
+    elif found.labeled and found.agreement is not None and found.agreement >= AGREES:
         causes.append(
             f"the student agrees with its teacher on {found.agreement:.1%}, so its faults are the teacher's: give a better one"
         )

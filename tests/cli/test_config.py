@@ -8,7 +8,7 @@ import pytest
 import tomli_w
 
 from ev3_distill.config import EV3, Budget, Compress, Fractions, Teach
-from ev3_distill.config_file import read_config
+from ev3_distill.config_file import read_config, read_run_config
 from ev3_distill.errors import InputError
 
 
@@ -109,3 +109,11 @@ def test_every_option_has_a_help_text():
         for field in dataclasses.fields(kind):
             at = next(i for i, line in enumerate(lines) if line.startswith(f"{field.name}:"))
             assert lines[at + 1].startswith('"""'), field.name
+
+
+def test_runs_of_older_versions_take_raw_inputs(tmp_path):
+    (tmp_path / "config.toml").write_text('budget = "9"\n')
+    assert read_run_config(Compress, tmp_path) == Compress(budget="9", standardize=False)
+    assert read_config(Compress, tmp_path / "config.toml") == Compress(budget="9")
+    (tmp_path / "config.toml").write_text("standardize = true\n")
+    assert read_run_config(Compress, tmp_path).standardize

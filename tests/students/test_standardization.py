@@ -1,5 +1,6 @@
 """Standardization is a part of the student: of its outputs, its files, its digest, its growth and its exports."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,12 +10,17 @@ import pytest
 from onnx_runner import run_onnx
 
 from ev3_distill import students
+from ev3_distill.config import Compress
+from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError
 from ev3_distill.export.export_config import ExportConfig
 from ev3_distill.export.model_file import exported_forward
+from ev3_distill.search import first_network
+from ev3_distill.search.sizes import Sizes
 from ev3_distill.students.growth import grow
 from ev3_distill.students.growth.narrow import narrow
 from ev3_distill.students.quantization import RANGES
+from ev3_distill.training.setup import classification_setup
 
 RNG = np.random.default_rng(0)
 MEAN, SCALE = np.array([1e6, 0.5, -3], np.float32), np.array([10, 1e-3, 1 / 3], np.float32)
@@ -101,6 +107,25 @@ def test_exported_programs_take_raw_inputs():
     forward = exported_forward(network, ExportConfig("onnx"))
     outputs = run_onnx(lambda inputs: forward(variables, inputs), RAW)
     np.testing.assert_allclose(outputs, logits(network, variables, RAW), atol=1e-5)
+
+
+def test_every_student_of_a_run_standardizes_by_the_explore_split():
+    inputs = (RNG.normal(size=(200, 3)) * [1, 100, 1e-3] + [0, 50, 1]).astype(np.float32)
+    dataset = Dataset(inputs, np.arange(200, dtype=np.int32) % 2, 2, ("a", "b"), None, "npz:data.npz", "0")
+    config = Compress(start="tiny", student="mlp:hidden=4", guards=("accuracy >= 0.5",))
+    setup = classification_setup(config, config.student, dataset, 2)
+    statistics = setup.network.spec["standardize"]
+    explore = inputs[setup.rows["explore"]].astype(np.float64)
+    np.testing.assert_allclose(statistics["mean"], explore.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(statistics["scale"], explore.std(0), rtol=1e-5)
+    assert first_network(config, setup.network.spec).spec["standardize"] == statistics
+    ladder = Compress(sizes=("mlp:hidden=2", "mlp:hidden=4"), guards=("accuracy >= 0.5",))
+    sizes = Sizes(ladder, setup, factory=None)
+    first = first_network(ladder, setup.network.spec)
+    assert [spec["standardize"] for spec in (first.spec, *sizes.larger(first.spec).values())] == [statistics] * 2
+    raw = dataclasses.replace(config, standardize=False)
+    assert "standardize" not in classification_setup(raw, config.student, dataset, 2).network.spec
+    assert raw.teacher_config().standardize is False
 
 
 @pytest.mark.parametrize(

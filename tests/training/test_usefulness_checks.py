@@ -95,6 +95,10 @@ def test_without_labels_the_teachers_classes_stand_in(tmp_path):
     content = content_of(tmp_path, np.zeros(120, int), LABELS, setup)
     assert content["message"].startswith("The student is useless: it predicts 'cat' for all 120 examples")
     assert content_of(tmp_path, LABELS, LABELS, setup)["alarm"] == ""
+    weak = np.where(np.random.default_rng(0).random(120) < 0.35, LABELS, 0)
+    message = content_of(tmp_path, weak, LABELS, setup)["message"]
+    assert message.startswith("The student is far below its teacher: it gives its teacher's answer on ")
+    assert message.endswith("% of the sealed split, and always answering 'cat' on 50.0%")
 
 
 def test_the_warning_comes_before_the_sealed_split_is_opened(tmp_path, capsys):

@@ -28,10 +28,11 @@ def classifier_usefulness(
     labels = np.asarray(targets)
     of_teacher = None if teacher is None else np.asarray(predicted_class(np.asarray(teacher["logits"])))
     rows = np.flatnonzero(labels != -1)
+    labeled = len(rows) > 0
     if not len(rows):
         if of_teacher is None or not len(labels):
             return None
-        labels, of_teacher, rows = of_teacher, None, np.arange(len(labels))
+        labels, rows = of_teacher, np.arange(len(labels))
     predicted = None if outputs is None else np.asarray(predicted_class(np.asarray(outputs)))
     correct = np.asarray(scores) > 0 if predicted is None else predicted == labels
     return usefulness(
@@ -39,4 +40,5 @@ def classifier_usefulness(
         labels[rows],
         predicted=None if predicted is None else predicted[rows],
         teacher=None if of_teacher is None else of_teacher[rows],
+        labeled=labeled,
     )
