@@ -113,7 +113,7 @@ def test_every_option_has_a_help_text():
 
 def test_runs_of_older_versions_take_raw_inputs(tmp_path):
     (tmp_path / "config.toml").write_text('budget = "9"\n')
-    assert read_run_config(Compress, tmp_path) == Compress(budget="9", standardize=False)
-    assert read_config(Compress, tmp_path / "config.toml") == Compress(budget="9")
+    assert not read_run_config(Compress, tmp_path).standardize
+    assert read_config(Compress, tmp_path / "config.toml").standardize
     (tmp_path / "config.toml").write_text("standardize = true\n")
     assert read_run_config(Compress, tmp_path).standardize
