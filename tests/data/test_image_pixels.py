@@ -11,6 +11,8 @@ import pytest
 from image_files import contents, encoded, load, picture, tree
 from PIL import Image
 
+from ev3_distill.config import Compress
+from ev3_distill.config_file import OLDER, read_config
 from ev3_distill.data.sources import load_data
 from ev3_distill.data.sources.image_decode import decode_image
 from ev3_distill.data.sources.image_options import ImageOptions, parse_place
@@ -314,3 +316,9 @@ def test_older_runs_read_the_stored_pixels(tmp_path):
     deep = tree(tmp_path / "deep", {"a.tiff": tiff_of_12_bits([4095, 2048]), "b.tiff": tiff_of_12_bits([0, 4095])})
     assert load(deep, stored_pixels=True)[0].inputs.ravel().tolist() == [16, 8, 0, 16]
     assert load(deep)[0].inputs.ravel().tolist() == [255, 128, 0, 255]
+
+
+def test_runs_without_the_key_are_older(tmp_path):
+    (tmp_path / "config.toml").write_text('data = "digits"\n')
+    assert read_config(Compress, tmp_path / "config.toml", missing=OLDER).stored_pixels
+    assert not Compress().stored_pixels
