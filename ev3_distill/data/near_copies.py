@@ -32,7 +32,8 @@ SAMPLES = {"decide": 400, "test": 1000}  # examples that are compared with the r
 REFERENCES = 100_000  # examples that they are compared with, at most
 _BLOCKS = 16  # per side of an image
 _NUMBERS = 256  # per example, at most
-_CHUNK = 1 << 24  # distances at a time
+_CHUNK = 1 << 21  # distances at a time
+_MEMORY_SHARE = 16  # 1 / the part of a memory limit that the vectors may take
 _TINY = 1e-6  # squared distances below this part of the typical squared length are of identical examples
 
 
@@ -44,7 +45,7 @@ class NearCopies(NamedTuple):
 
 
 def count_near_copies(
-    inputs: np.ndarray | RowFile, rows: Mapping[str, np.ndarray], seed: int = 0
+    inputs: np.ndarray | RowFile, rows: Mapping[str, np.ndarray], *, seed: int = 0, memory: int | None = None
 ) -> dict[str, NearCopies]:
     """Counts the near-copies across splits of random samples of decide and test; splits without any are omitted.
 
@@ -52,14 +53,16 @@ def count_near_copies(
       inputs: [N, ...].
       rows: by split, as of `split_rows`.
       seed: of the samples.
+      memory: limit in bytes, beyond which fewer examples are compared.
     """
+    most = REFERENCES if memory is None else min(REFERENCES, memory // _MEMORY_SHARE // (4 * _NUMBERS))
     rng, split_of = np.random.default_rng(seed), np.full(len(inputs), -1)
     for i, name in enumerate(rows):
         split_of[rows[name]] = i
     sampled = {name: rng.permutation(rows[name])[:size] for name, size in SAMPLES.items()}
     among = np.flatnonzero(split_of >= 0)
-    if len(among) > REFERENCES:
-        among = np.unique(np.concatenate([*sampled.values(), rng.permutation(among)[:REFERENCES]]))
+    if len(among) > most:
+        among = np.unique(np.concatenate([*sampled.values(), rng.permutation(among)[:most]]))
     if len(among) < FEWEST:
         return {}
     vectors = _vectors(inputs, among)

@@ -75,7 +75,7 @@ def warn_of_duplicates(setup: TrainingSetup) -> TrainingSetup:
             f"{count} of the {len(setup.rows[later])} examples of {later} have the same inputs as one in {earlier}: "
             f"{effect}; remove duplicates from the data"
         )
-    near = count_near_copies(setup.dataset.inputs, setup.rows)
+    near = count_near_copies(setup.dataset.inputs, setup.rows, memory=setup.memory)
     for name, (copied, sampled) in near.items():
         if copied >= NEAR_SHARE * sampled:
             warn(

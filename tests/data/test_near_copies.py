@@ -93,3 +93,11 @@ def test_data_on_disk_are_compared_as_data_in_memory(tmp_path):
     assert count_shared(on_disk, rows) == count_shared(inputs, rows) != {}
     assert count_near_copies(on_disk, rows) == count_near_copies(inputs, rows) != {}
     np.testing.assert_array_equal(duplicate_groups(on_disk), duplicate_groups(inputs))
+
+
+def test_a_memory_limit_bounds_the_number_of_examples_compared():
+    inputs, _ = patients(400, 5)
+    everything = count_near_copies(inputs, splits_of(len(inputs)))["test"]
+    few = count_near_copies(inputs, splits_of(len(inputs)), memory=16 * 4 * 256 * 200)["test"]
+    assert few.sampled == everything.sampled == 400
+    assert 0 < few.copied < everything.copied
