@@ -10,7 +10,7 @@ import numpy as np
 from ev3_distill import config, students
 from ev3_distill.certify.certificate import Bound, Certificate, median_bound
 from ev3_distill.data import splits_of, units_of
-from ev3_distill.data.class_names import match_classes, pairing_warnings
+from ev3_distill.data.class_names import match_classes, nfc, pairing_warnings
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.export import file_latency
@@ -301,7 +301,7 @@ def _query(
         grouped=examples.units is not None,
     )
     metrics = metrics_to_claim(guards, labeled=True, teacher=False)
-    return Query(metrics, classes, costs, settings.confidence, settings.reopen), guards
+    return Query(metrics, list(map(nfc, classes)), costs, settings.confidence, settings.reopen), guards
 
 
 def _level(sealed: Path | None, subject: Subject, query: Query) -> Level:
