@@ -112,14 +112,20 @@ def rows_of(
             yield {"seed": seed, "contender": contender, "cost": COST[size], **figures, "met": met, **facts}
 
 
-def imbalanced(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
-    """Divides a data set into an imbalanced part and the remainder, both without test rows."""
+def imbalanced(dataset: Dataset, seed: int, *, rarest: float = RAREST) -> tuple[Dataset, Dataset]:
+    """Divides a data set into an imbalanced part and the remainder, both without test rows.
+
+    Args:
+      dataset: to divide.
+      seed: of the order of the classes and of the examples that are kept.
+      rarest: size of the rarest class relative to the most frequent one.
+    """
     rng = np.random.default_rng(seed)
     rarity = rng.permutation(dataset.num_classes) / (dataset.num_classes - 1)
     most = np.bincount(dataset.labels).min()
     kept = np.zeros(len(dataset.labels), bool)
     for k, rare in enumerate(rarity):
-        kept[rng.permutation(np.flatnonzero(dataset.labels == k))[: int(most * RAREST**rare)]] = True
+        kept[rng.permutation(np.flatnonzero(dataset.labels == k))[: int(most * rarest**rare)]] = True
     both = []
     for rows in (np.flatnonzero(kept), np.flatnonzero(~kept)):
         inputs, labels = np.asarray(dataset.inputs)[rows], dataset.labels[rows]

@@ -14,7 +14,8 @@ Optional members:
 - `REPEATS`: the fields of KEY that number repetitions, if not `seed` alone;
 - `REPETITION`: what a repetition is called, if not a seed;
 - `TIMED`: the fields that depend on the machine;
-- `measures(row)`: the measurements of a row, if they are not simply its numbers.
+- `measures(row)`: the measurements of a row, if they are not simply its numbers;
+- a parameter `only` of `collect`: names of parts to measure, the option `--only`.
 """
 
 from types import ModuleType
@@ -36,6 +37,7 @@ from ev3_distill.benchmarks import (
     protonet_evolution,
     protonet_sweeps,
     pytorch_quality,
+    robustness,
     rotation_angle,
     search_smallest,
     tuned_arm,
@@ -58,6 +60,7 @@ SUITES: dict[str, ModuleType] = {
     "pytorch": pytorch_quality,
     "quality": default_quality,
     "rescue": worst_class_evolution,
+    "robustness": robustness,
     "rotation": rotation_angle,
     "safety": false_promotions,
     "search": search_smallest,

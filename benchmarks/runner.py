@@ -6,7 +6,7 @@ In a run of several processes, process 0 alone writes and prints.
 import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,7 @@ from ev3_distill.runtime.progress import Bar
 _IDENTITY = ("suite", "size", "machine", "versions", "code")  # must agree among the rows of one table
 
 
-def run_suite(suite: str, *, seeds: int, size: str, out: Path | None = None) -> None:
+def run_suite(suite: str, *, seeds: int, size: str, out: Path | None = None, only: Sequence[str] = ()) -> None:
     """Collects a suite's rows and prints their table.
 
     Args:
@@ -32,9 +32,10 @@ def run_suite(suite: str, *, seeds: int, size: str, out: Path | None = None) -> 
       size: full, or smoke: a quick check whose figures mean nothing.
       out: directory for `rows.jsonl` (a header with the provenance, then one row a line), `table.md`, `report.html` and, for
         a suite that draws one, `plot.svg`. Rows that are already there are kept and not measured again.
+      only: names of parts of a suite that can be measured in parts.
 
     Raises:
-      InputError: unknown suite or size, no seed, or rows in `out` of another provenance.
+      InputError: unknown suite, size or part, no seed, or rows in `out` of another provenance.
     """
     if suite not in SUITES:
         raise InputError(f"a suite is one of {', '.join(SUITES)}; got '{suite}': name one of these")
@@ -42,10 +43,13 @@ def run_suite(suite: str, *, seeds: int, size: str, out: Path | None = None) -> 
         raise InputError(f"a size is one of {', '.join(SIZES)}; got '{size}': name one of these")
     if seeds < 1:
         raise InputError(f"seeds counts repetitions, at least 1; got {seeds}: try 10")
+    if only and "only" not in inspect.signature(SUITES[suite].collect).parameters:
+        raise InputError(f"--only is for suites with parts, such as robustness; got it for {suite}: omit it")
     header = provenance(suite, seeds=seeds, size=size)
     old = _existing_rows(out, header)
     rows, writes = [*old], distributed.is_first_process()
-    for row in _with_progress(suite, _missing_rows(SUITES[suite], old, seeds=seeds, size=size), len(old)):
+    missing = _missing_rows(SUITES[suite], old, seeds=seeds, size=size, only=only)
+    for row in _with_progress(suite, missing, len(old)):
         rows.append(row)
         if out is not None and writes:
             Ledger(out / "rows.jsonl").append([row])
@@ -85,10 +89,13 @@ def _reopen(out: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _missing_rows(module: ModuleType, old: list[dict[str, Any]], *, seeds: int, size: str) -> Iterator[dict[str, Any]]:
+def _missing_rows(
+    module: ModuleType, old: list[dict[str, Any]], *, seeds: int, size: str, only: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     done = {_key(module, row) for row in old}
-    skip = {"done": done} if "done" in inspect.signature(module.collect).parameters else {}
-    for row in module.collect(seeds=seeds, size=size, **skip):
+    options: dict[str, Any] = {"done": done} if "done" in inspect.signature(module.collect).parameters else {}
+    options |= {"only": only} if only else {}
+    for row in module.collect(seeds=seeds, size=size, **options):
         if _key(module, row) not in done:
             yield row
 

@@ -191,7 +191,7 @@ def _bench(command: BenchCommand) -> None:
     from ev3_distill.runtime import distributed
 
     with distributed.watch_peers():
-        benchmarks.run_suite(command.suite, seeds=command.seeds, size=command.size, out=command.out)
+        benchmarks.run_suite(command.suite, seeds=command.seeds, size=command.size, out=command.out, only=command.only)
 
 
 def _compare_or_render(command: BenchCommand) -> None:

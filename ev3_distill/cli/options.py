@@ -135,12 +135,14 @@ class BenchCommand(DistributedOptions):
     """Measure the tool itself: raw rows, a table and a page with plots; or compare two such results."""
 
     suite: tyro.conf.Positional[str] = ""
-    """coverage, evolution, growth, guards, hypergrad, int8, memory, portfolio, protonet, pytorch, quality, rescue, rotation,
-    safety, search, speed, sweeps, throughput or tuning."""
+    """coverage, evolution, growth, guards, hypergrad, int8, memory, portfolio, protonet, pytorch, quality, rescue, robustness,
+    rotation, safety, search, speed, sweeps, throughput or tuning."""
     seeds: int = 10
     """Number of seeds."""
     size: str = "full"
     """full; or smoke: a quick run that checks the code and proves nothing."""
+    only: tuple[str, ...] = ()
+    """Parts to measure, by name, of a suite that has parts: robustness."""
     out: Path | None = None
     """Directory for rows, table and page. Default: print only. With --compare: an HTML file."""
     compare: tuple[Path, Path] | None = None
