@@ -25,7 +25,7 @@ Scenarios:
 - `digits`, `mnist`, `cifar10`: clean. The last distills a pretrained ResNet-56 (ONNX) into a ResNet-8 of width 8, in 6 epochs;
 - `wrong-labels`: 30 % of the labels are those of another class, also for the teacher;
 - `two-classes`: the teacher says 5 where it sees a 3;
-- `weak-teacher`: it was trained on 40 images, and about 60 % of its answers are right;
+- `weak-teacher`: it was trained on 50 images, and about 60 % of its answers are right;
 - `over-confident`: logits times 8;
 - `500-rows`: 500 training images, with the teacher of 20,000;
 - `few-labels`: labels for 5 % of the training images, and teacher outputs for all;
@@ -103,7 +103,7 @@ def collect(
 
     Args:
       seeds: number of seeds from FIRST_SEED. A scenario's `most` limits it.
-      size: full, or smoke: two scenarios on digits, few steps, no ablations.
+      size: full, or smoke: one scenario on digits, few steps, no ablations.
       done: keys of rows to skip.
       only: names of scenarios and of PARTS; if none of a kind is named, all are measured.
 

@@ -9,8 +9,8 @@ from ev3_distill import benchmarks
 from ev3_distill.cli.main import main
 
 # What no other test runs, the longest first; but pytorch and int8, whose smallest size takes pretrained files or PyTorch.
-SMOKED = ["speed", "search", "memory", "safety", "hypergrad", "protonet", "evolution", "growth", "rescue", "rotation", "guards",
-          "tuning"]  # fmt: skip
+SMOKED = ["speed", "search", "memory", "safety", "hypergrad", "protonet", "evolution", "growth", "rescue", "robustness",
+          "rotation", "guards", "tuning"]  # fmt: skip
 NEEDS = {"rotation": "mnist.npz", "protonet": "omniglot_images_background.zip"}
 
 
