@@ -47,6 +47,8 @@ ev3-distill bench throughput --seeds 1 --size smoke
 Data are read from the folder that the environment variable `EV3_DISTILL_DATA` names: `mnist.npz`, `cifar10_jpeg.zip`, and the
 Omniglot archives. Where a file is missing, a suite refuses to run or leaves that part out.
 
+`--only` restricts a suite that has parts to some of them: `bench robustness --only mnist ev3 recipes`.
+
 With `--out DIR`, the rows are kept together with their provenance, and an interrupted suite continues where it stopped.
 `DIR/report.html` is one self-contained page: table, plot, method, machine, versions, code and command.
 

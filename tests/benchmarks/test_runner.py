@@ -20,7 +20,7 @@ from ev3_distill.errors import InputError
             1,
             "full",
             "a suite is one of coverage, evolution, growth, guards, hypergrad, int8, memory, noise, portfolio, protonet, "
-            "pytorch, quality, rescue, rotation, safety, search, speed, sweeps, throughput, "
+            "pytorch, quality, rescue, robustness, rotation, safety, search, speed, sweeps, throughput, "
             "tuning; got 'swiftness'",
         ),
         ("throughput", 1, "huge", "a size is one of full, smoke; got 'huge'"),
@@ -30,6 +30,21 @@ from ev3_distill.errors import InputError
 def test_unknown_suite_size_or_no_seeds_is_refused(suite, seeds, size, expected):
     with pytest.raises(InputError, match=expected):
         benchmarks.run_suite(suite, seeds=seeds, size=size)
+
+
+def test_parts_of_a_suite_without_parts_are_refused():
+    with pytest.raises(
+        InputError, match="--only is for suites with parts, such as robustness; got it for speed: omit it"
+    ):
+        benchmarks.run_suite("speed", seeds=1, size="smoke", only=["digits"])
+
+
+def test_parts_reach_the_suite(monkeypatch, capsys):
+    suite = SimpleNamespace(KEY=("seed",), table=lambda rows: f"{[row['seed'] for row in rows]}")
+    suite.collect = lambda *, seeds, size, only=(): ({"seed": name} for name in only)
+    monkeypatch.setitem(benchmarks.SUITES, "toy", suite)
+    benchmarks.run_suite("toy", seeds=1, size="smoke", only=["b", "a"])
+    assert "['b', 'a']" in capsys.readouterr().out
 
 
 class Toy(SimpleNamespace):
