@@ -31,6 +31,7 @@ class Summary(NamedTuple):
     """A contender over scenarios."""
 
     mean: Interval
+    median: float
     worst: Interval
     where: str  # the scenario of the worst regret
     scenarios: list[str]  # in which it was measured
@@ -55,7 +56,7 @@ def regret(cell: Cell, contender: str, fixed: Collection[str]) -> Regret | None:
 
 
 def summary(cells: Cells, contender: str, fixed: Collection[str]) -> Summary | None:
-    """The mean and the worst regret over the scenarios in which a contender was measured; None without any.
+    """The mean, the median and the worst regret over the scenarios in which a contender was measured; None without any.
 
     The mean is that of the scenarios' regrets. Its interval has the width of that of the mean by seed, over the seeds that all
     these scenarios share.
@@ -73,7 +74,8 @@ def summary(cells: Cells, contender: str, fixed: Collection[str]) -> Summary | N
         half = (spread.high - spread.low) / 2
     mean = Interval(center, center - half, center + half, len(shared), statistics.CONFIDENCE)
     where = max(intervals, key=lambda name: intervals[name].center)
-    return Summary(mean, intervals[where], where, [*found])
+    median = statistics.median([one.center for one in intervals.values()]).center
+    return Summary(mean, median, intervals[where], where, [*found])
 
 
 def best_overall(cells: Cells, fixed: Iterable[str]) -> str | None:

@@ -35,7 +35,7 @@ def table(rows: Sequence[dict[str, Any]], *, scenarios: Mapping[str, Scenario]) 
 
 
 def _headline(cells: Cells, rows: Sequence[dict[str, Any]], fixed: Sequence[str]) -> str:
-    """The mean and the worst regret of each contender."""
+    """The mean, the median and the worst regret of each contender."""
     if not cells:
         return "No scenario has both the recipes and EV3."
     best = best_overall(cells, fixed)
@@ -47,9 +47,10 @@ def _headline(cells: Cells, rows: Sequence[dict[str, Any]], fixed: Sequence[str]
     for name, shown in names.items():
         if one := summary(cells, name, fixed):
             body.append([
-                shown, statistics.spread(one.mean, 2), statistics.spread(one.worst, 2), one.where, str(len(one.scenarios))
+                shown, statistics.spread(one.mean, 2), statistics.number(one.median, 2), statistics.spread(one.worst, 2),
+                one.where, str(len(one.scenarios)),
             ])  # fmt: skip
-    head = statistics.markdown(["contender", "mean regret", "worst regret", "where", "scenarios"], body)
+    head = statistics.markdown(["contender", "mean", "median", "worst", "where", "scenarios"], body)
     return f"**Regret over scenarios**, in points\n\n{head}"
 
 

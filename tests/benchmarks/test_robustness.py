@@ -44,7 +44,7 @@ def test_summary_is_the_mean_and_the_worst_over_scenarios():
     half width 12.706 * 0.625."""
     found = summary(CELLS, "ours", FIXED)
     assert found.mean.center == pytest.approx(0.875) and found.where == "two" and found.scenarios == ["one", "two"]
-    assert found.worst.center == pytest.approx(1.5)
+    assert found.worst.center == pytest.approx(1.5) and found.median == pytest.approx(0.875)
     assert found.mean.high - found.mean.center == pytest.approx(12.7062 * 0.625, rel=1e-4)
 
 
@@ -74,7 +74,7 @@ def test_table_has_headline_targets_and_what_is_missing():
     }  # fmt: skip
     table = robustness.table(rows_of(cells))
     assert "| EV3 | 0.65 (" in table and "| two-classes | 2 |" in table
-    assert "| best fixed recipe: ce | 1.00 (1.00 to 1.00) | 2.00 (2.00 to 2.00) | digits | 2 |" in table
+    assert "| best fixed recipe: ce | 1.00 (1.00 to 1.00) | 1.00 | 2.00 (2.00 to 2.00) | digits | 2 |" in table
     assert "Mean regret of EV3 at most 0.3: missed, but the interval reaches within." in table
     assert "in every scenario (2 with 500 rows): held." in table
     assert "0.80 behind in the mean of 1 scenarios (digits 0.80 (" in table
