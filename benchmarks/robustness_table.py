@@ -25,22 +25,22 @@ def table(rows: Sequence[dict[str, Any]], *, scenarios: Mapping[str, Scenario]) 
     complete = {name: cell for name, cell in cells.items() if regret(cell, OURS, fixed)}
     missing = [name for name in scenarios if name not in complete]
     parts = [
-        _headline(complete, rows, fixed),
+        _headline(complete, fixed),
         *_targets(complete, rows, fixed, scenarios),
         _by_scenario(complete, rows, fixed, scenarios),
+        _ablations(complete),
         _by_recipe(complete, fixed),
         f"Not measured: {', '.join(missing)}." if missing else "",
     ]
     return "\n\n".join(filter(None, parts))
 
 
-def _headline(cells: Cells, rows: Sequence[dict[str, Any]], fixed: Sequence[str]) -> str:
+def _headline(cells: Cells, fixed: Sequence[str]) -> str:
     """The mean, the median and the worst regret of each contender."""
     if not cells:
         return "No scenario has both the recipes and EV3."
     best = best_overall(cells, fixed)
-    others = dict.fromkeys(row["contender"] for row in rows if not row["fixed"])
-    names = {name: name for name in sorted(others, key=lambda name: not name.startswith(OURS))}
+    names = {name: name for name in (OURS, ALL_ROWS, ALL_ROWS + STOPPED)}
     names |= {f"{LABELS}{STOPPED}": "labels alone, stopped", PLAIN: "KD, T = 4"}
     names |= {PLAIN + STOPPED: "KD, T = 4, stopped"} | ({best: f"best fixed recipe: {best}"} if best else {})
     body = []
@@ -134,6 +134,22 @@ def _by_scenario(
         ])  # fmt: skip
     head = ["scenario", "seeds", "steps", "teacher, %", "best recipe, %"]
     return "**Regret by scenario**, in points\n\n" + statistics.markdown([*head, *dict.fromkeys(shown)], body)
+
+
+def _ablations(cells: Cells) -> str:
+    """What EV3 gains by each of its parts, in the scenarios in which it was measured without."""
+    names = dict.fromkeys(name for cell in cells.values() for name in cell if name.startswith(f"{OURS} "))
+    body = []
+    for name in names:
+        if one := summary(cells, name, [OURS]):  # its regret against EV3 as it is
+            body.append([
+                name, statistics.spread(one.mean, 2), statistics.number(one.median, 2), statistics.spread(one.worst, 2),
+                one.where, str(len(one.scenarios)),
+            ])  # fmt: skip
+    if not body:
+        return ""
+    head = statistics.markdown(["contender", "mean", "median", "largest", "where", "scenarios"], body)
+    return f"**What a part is worth**: the figure of {OURS} minus that without the part, in points\n\n{head}"
 
 
 def _text(one: Regret | None) -> str:
