@@ -75,7 +75,7 @@ def test_the_command_line_uses_modules_of_the_user_where_named_and_ours_elsewher
         folder,
         *command,
         *("compress", "--data", "npz:data.npz", "--teacher", "python:teachers:logits", "--student", "students:make"),
-        *("--guard", GUARD, "--arms", "mse", "--budget", "60", "--out", run),
+        *("--guard", GUARD, "--arms", "mse", "--budget", "300", "--out", run),
     )
     assert code == 0, err
     assert "python:teachers:logits: accuracy 100.0%" in err + out
