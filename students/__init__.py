@@ -11,7 +11,7 @@ from ev3_distill.students.naming import from_name, import_factory, name_of, tiny
 from ev3_distill.students.network import count_params, feature_shapes, from_nnx
 from ev3_distill.students.registry import FAMILIES, build, growth_spec, with_precision
 from ev3_distill.students.saving import load, save
-from ev3_distill.students.standardization import standardized, standardized_like
+from ev3_distill.students.standardization import offset_of, standardized, standardized_like
 
 __all__ = [
     "FAMILIES",
@@ -24,6 +24,7 @@ __all__ = [
     "import_factory",
     "load",
     "name_of",
+    "offset_of",
     "save",
     "standardized",
     "standardized_like",

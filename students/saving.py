@@ -45,7 +45,8 @@ def load(directory: str | Path, *, factory: Callable[..., Any] | None = None) ->
       factory: the user's factory, for a network that was created by one.
 
     Returns:
-      The network and its variables; `network.apply(variables, inputs, train=False)[0]` gives logits [B, K].
+      The network and its variables; `network.apply(variables, inputs, train=False)[0]` gives logits [B, K]. Where the spec has
+      an offset (`students.offset_of`), inputs are x - offset, computed in float64 and converted to float32.
 
     Raises:
       InputError: the directory has no network, one that cannot be read, or another one than was saved or certified there.

@@ -3,6 +3,9 @@
 The spec of a standardized network has the entry `standardize`: lists `mean` and `scale` along the last axis of the inputs, of
 their length or of length 1. The network computes (x - mean) / scale in float32 before its first layer. The lists hold float32
 numbers, which JSON keeps exactly. `ev3_distill/data/statistics.py` computes them.
+
+The entry `offset`, if there is one, holds what is subtracted from each column in float64 before the inputs become float32. The
+network takes inputs from which it is subtracted already.
 """
 
 import dataclasses
@@ -17,6 +20,7 @@ from ev3_distill.errors import InputError
 from ev3_distill.types import Network, Variables
 
 STANDARDIZE = "standardize"  # key of the spec
+OFFSET = "offset"  # key within it
 
 
 def standardized(network: Network, statistics: Mapping[str, Any] | None) -> Network:
@@ -24,7 +28,8 @@ def standardized(network: Network, statistics: Mapping[str, Any] | None) -> Netw
 
     Args:
       network: in float32; its spec has `input_shape`.
-      statistics: `mean` and `scale` of the last axis of the inputs; None leaves the network as it is.
+      statistics: `mean` and `scale` of the last axis of the inputs, and their `offset`, which is only recorded; None leaves the
+        network as it is.
 
     Raises:
       InputError: the statistics do not fit the inputs, or are not finite, or a scale is not positive.
@@ -50,13 +55,20 @@ def standardized(network: Network, statistics: Mapping[str, Any] | None) -> Netw
         assert forward is not None
         return forward(variables, ready(inputs) / scale, train=train, key=key)
 
-    spec = {**network.spec, STANDARDIZE: {"mean": mean.tolist(), "scale": scale.tolist()}}
+    recorded = {OFFSET: list(map(float, statistics[OFFSET]))} if OFFSET in statistics else {}
+    spec = {**network.spec, STANDARDIZE: {"mean": mean.tolist(), "scale": scale.tolist(), **recorded}}
     return dataclasses.replace(network, apply=apply, spec=spec, features=None if forward is None else features)
 
 
 def standardized_like(network: Network, spec: Mapping[str, Any]) -> Network:
     """The network, with its inputs standardized as those of the network of another spec are."""
     return standardized(network, spec.get(STANDARDIZE))
+
+
+def offset_of(spec: Mapping[str, Any]) -> np.ndarray | None:
+    """What is subtracted from inputs [B, F] before the network of a spec gets them: [F] float64; None: nothing."""
+    offset = (spec.get(STANDARDIZE) or {}).get(OFFSET)
+    return None if offset is None else np.asarray(offset, np.float64)
 
 
 def _checked(statistics: Mapping[str, Any], input_shape: Any) -> tuple[np.ndarray, np.ndarray]:

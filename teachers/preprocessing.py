@@ -254,24 +254,31 @@ def _conversion(after: tuple[int, ...], model_shape: Shape, layout: str) -> str:
 # Application.
 
 
-def preprocess(inputs: np.ndarray, steps: Preprocessing) -> np.ndarray:
-    """Applies the steps to examples [B, ...]: channels, order, resize, scale, mean, std, layout.
+def preprocess(inputs: np.ndarray, steps: Preprocessing, shift: np.ndarray | None = None) -> np.ndarray:
+    """Applies the steps to examples [B, ...]: shift, channels, order, resize, scale, mean, std, layout.
+
+    Args:
+      inputs: uint8, which counts as x / 255, or float32.
+      steps: to apply.
+      shift: what to add to an example first, float64.
 
     Returns:
-      float32, in the teacher's layout. For a teacher of vectors the caller flattens them.
+      float32, or float64 with a shift, in the teacher's layout. For a teacher of vectors the caller flattens them.
     """
-    x: np.ndarray = inputs.astype(np.float32)
+    x: np.ndarray = inputs.astype(np.float32 if shift is None else np.float64)
     if inputs.dtype == np.uint8:
         x /= np.float32(255)
+    if shift is not None:
+        x += shift
     if inputs.ndim == 4:
         x = _convert_channels(x, steps)
         x = resize_images(x, steps.resize) if steps.resize else x
     if steps.scale:
-        x *= np.float32(steps.scale)  # in place: x is a copy
+        x *= x.dtype.type(steps.scale)  # in place: x is a copy
     if steps.mean:
-        x -= np.array(steps.mean, np.float32)
+        x -= np.array(steps.mean, x.dtype)
     if steps.std:
-        x /= np.array(steps.std, np.float32)
+        x /= np.array(steps.std, x.dtype)
     axes = axes_of(steps.layout, inputs.ndim - 1)
     return np.ascontiguousarray(x.transpose(0, *(axis + 1 for axis in axes)))
 

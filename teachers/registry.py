@@ -3,6 +3,7 @@
 `logits:FILE.npz`, recorded logits, is not in it, because it runs no model: see `kinds/recorded.py`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -43,6 +44,7 @@ def load_teacher(
     class_names: Sequence[str],
     load_network: Callable[[str], tuple[Network, Variables]] | None = None,
     task: Task | None = None,
+    offset: np.ndarray | None = None,
 ) -> Teacher:
     """Loads a teacher and fits it to the data: preprocessing, layout and class order.
 
@@ -56,6 +58,7 @@ def load_teacher(
       load_network: reads the directory of a `flax:` teacher, such as `students.load`.
       task: what the teacher's outputs mean. The main output gets the name of the task's first teacher output and must have
         its shape. None: classification.
+      offset: what was subtracted from the columns of the data [F]; it is added again, in float64.
 
     Raises:
       InputError: the kind is unknown, or the teacher cannot be loaded or does not fit the data.
@@ -68,17 +71,16 @@ def load_teacher(
             "ensemble:onnx:a.onnx,onnx:b.onnx or logits:logits.npz"
         )
 
-    def load_member(member: str) -> Teacher:
-        return load_teacher(
-            member,
-            preprocessing=preprocessing,
-            input_shape=input_shape,
-            num_classes=num_classes,
-            class_names=class_names,
-            load_network=load_network,
-            task=task,
-        )
-
+    load_member = functools.partial(
+        load_teacher,
+        preprocessing=preprocessing,
+        input_shape=input_shape,
+        num_classes=num_classes,
+        class_names=class_names,
+        load_network=load_network,
+        task=task,
+        offset=offset,
+    )
     request = Request(
         source=text,
         options=preprocessing,
@@ -89,6 +91,7 @@ def load_teacher(
         load_member=load_member,
         kinds=(*KINDS, "logits"),
         task=task,
+        offset=offset,
     )
     return KINDS[kind](place, request)
 

@@ -106,6 +106,7 @@ class Request:
       load_member: loads a member of an ensemble.
       kinds: names of all kinds of teachers.
       task: what the teacher's outputs mean; None: classification.
+      offset: what was subtracted from the columns of the data, see `Dataset.offset`; teachers see the values as saved.
     """
 
     source: str
@@ -117,6 +118,7 @@ class Request:
     load_member: Callable[[str], Teacher] | None = None
     kinds: tuple[str, ...] = ()
     task: Task | None = None
+    offset: np.ndarray | None = None
 
     @property
     def main_output(self) -> str:
@@ -140,7 +142,8 @@ class Model:
     """A model as its file describes it.
 
     Attributes:
-      run: preprocessed float32 [B, ...] -> {"logits": [B, R], FEATURE: [B, ...]}.
+      run: preprocessed [B, ...] -> {"logits": [B, R], FEATURE: [B, ...]}. Inputs are float32, or float64 where the data
+        have another offset.
       digest: of the file's content and of the names of the outputs in use.
       file_preprocessing: from the TOML file beside the model.
       input_shape: of one example; None, or None for an axis, if the model does not fix it.
@@ -152,6 +155,7 @@ class Model:
       variables: of that network.
       notes: see `Teacher`.
       classifier: see `Teacher`.
+      offset: what is subtracted from the columns of its inputs before it gets them, see `students.offset_of`.
     """
 
     run: Callable[[np.ndarray], Outputs]
@@ -166,6 +170,7 @@ class Model:
     variables: Variables | None = None
     notes: tuple[str, ...] = ()
     classifier: bool = False
+    offset: np.ndarray | None = None
 
 
 def build_teacher(model: Model, request: Request) -> Teacher:
@@ -186,7 +191,8 @@ def build_teacher(model: Model, request: Request) -> Teacher:
     names = output_names if columns is None or output_names is None else tuple(output_names[i] for i in columns)
     effective = canonical(steps, shape)
     flat = needs_flattening(shape, model.input_shape)
-    untouched = columns is None and effective == IDENTITY and not flat and model.num_outputs != 1
+    same = columns is None and effective == IDENTITY and _shift(model, request) is None
+    untouched = same and not flat and model.num_outputs != 1
     return Teacher(
         source=source,
         digest=_digest(model, effective, columns),
@@ -202,6 +208,14 @@ def build_teacher(model: Model, request: Request) -> Teacher:
         notes=(*model.notes, *order.notes),
         classifier=model.classifier or model.class_names is not None,
     )
+
+
+def _shift(model: Model, request: Request) -> np.ndarray | None:
+    """What to add to an example of the data so that the model sees what it is made for; None: nothing."""
+    if model.offset is None and request.offset is None:
+        return None
+    add, subtract = (np.zeros(1) if of is None else of for of in (request.offset, model.offset))
+    return (add - subtract).reshape(request.input_shape) if (add != subtract).any() else None
 
 
 def _class_order(model: Model, request: Request, options: Preprocessing) -> ClassOrder:
@@ -233,14 +247,15 @@ def _output_function(
     model: Model, request: Request, steps: Preprocessing, order: ClassOrder
 ) -> Callable[[np.ndarray], Outputs]:
     """A function that preprocesses inputs, runs the model, checks its outputs and puts the classes in order."""
-    flat = needs_flattening(request.input_shape, model.input_shape)
+    flat, shift = needs_flattening(request.input_shape, model.input_shape), _shift(model, request)
     channels_first = steps.layout in ("NCHW", "NCWH")
     known = columns_as_logits(model.num_outputs, steps.outputs) or len(order.output_names or ())
     width = known or request.num_classes  # of the logits; 0 until the first batch determines it
 
     def outputs(inputs: np.ndarray) -> Outputs:
         nonlocal width
-        ready = preprocess(inputs, steps)
+        ready = preprocess(inputs, steps, shift)
+        ready = ready if model.network is None else ready.astype(np.float32, copy=False)
         raw = _run(model, ready.reshape(len(ready), -1) if flat else ready, request.source)
         checked = {name: _checked(name, value, len(inputs), request, steps.outputs) for name, value in raw.items()}
         main = checked.pop(MAIN)

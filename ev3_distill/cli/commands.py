@@ -352,6 +352,7 @@ def _load_teacher(
         num_classes=dataset.num_classes,
         class_names=dataset.class_names,
         load_network=load_network,
+        offset=dataset.offset,
     )
 
 

@@ -39,7 +39,7 @@ from ev3_distill.training.certify_run import (
 )
 from ev3_distill.training.guard_checks import parse_guards, require_labels
 from ev3_distill.training.memory import eval_batch_size, memory_limit
-from ev3_distill.training.run_reader import certificate_in, config_of, data_of, report_in
+from ev3_distill.training.run_reader import certificate_in, config_of, data_of, offset_in, report_in
 from ev3_distill.training.sealed_split import TIMING, is_renewed, metric_kind
 from ev3_distill.training.setup import CHUNK
 from ev3_distill.types import Network, Variables
@@ -232,14 +232,14 @@ def _load_examples(
       run: its directory.
       run_config: its configuration.
       settings: name the data source; without one, the run's own.
-      trained_on: `fingerprint` of the run's data and, without `file`, their `input_shape` and `classes`.
+      trained_on: `fingerprint` and `offset` of the run's data and, without `file`, their `input_shape` and `classes`.
       file: to be scored.
 
     Raises:
       InputError: the data do not fit the student or the file, or none of them is new.
     """
     about = None if file is None else file.metadata
-    dataset = data_of(run_config, settings.data)
+    dataset = data_of(run_config, settings.data, offset=offset_in(trained_on))
     if about is None:
         matched = _as_student_sees(dataset, trained_on["input_shape"], trained_on["classes"])
     else:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ev3_distill import students
 from ev3_distill.data import splits_of
-from ev3_distill.data.sources import Dataset
+from ev3_distill.data.sources import Dataset, describe_offset
 from ev3_distill.errors import InputError
 from ev3_distill.export import file_latency, model_card
 from ev3_distill.export.acceptance import (
@@ -39,7 +39,7 @@ from ev3_distill.tasks.metrics import find_metric
 from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.training import seen_rows
 from ev3_distill.training.run_dir import read_json, write_json
-from ev3_distill.training.run_reader import certificate_in, config_of, data_of
+from ev3_distill.training.run_reader import certificate_in, config_of, data_of, offset_in
 
 EVIDENCE = "evidence.json"
 EXAMPLES = 1000  # number of examples on which a file is run again
@@ -189,6 +189,11 @@ def _export(
         evidence = {**evidence, "latency": _latency(exported, run)}
     shape = list(config.input_shape(about.input_shape))
     lines.append(f"File: {path.name}, {path.stat().st_size:,} bytes, {about.dtype} {shape} to {about.output}.")
+    if offset := offset_in(about.data):
+        lines.append(
+            f"Its inputs are shifted: subtract {describe_offset(offset)} in float64, then convert to float32 (data.offset in "
+            f"{SIDECAR})."
+        )
     return about, evidence, lines
 
 
@@ -217,7 +222,7 @@ def _metadata(
         dtype=dtype,
         layout=config.layout,
         output=config.output,
-        data={name: run_report["data"][name] for name in ("source", "fingerprint")},
+        data={name: of for name, of in run_report["data"].items() if name in ("source", "fingerprint", "offset")},
         teacher={"source": run_report["teacher"]["source"], "licence": config.license},
         promise=promise,
         certificate=certificate,
@@ -237,7 +242,7 @@ def _load_data(run: Path, run_report: dict[str, Any]) -> _Data | None:
     """The run's data; None if they are missing or have changed."""
     config = config_of(run, run_report)
     try:
-        dataset = data_of(config)
+        dataset = data_of(config, offset=offset_in(run_report["data"]))
     except InputError:
         return None
     if dataset.fingerprint != run_report["data"]["fingerprint"]:

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from ev3_distill.certify.certificate import COVERED, COVERED_GROUPS, NOT_COVERED
+from ev3_distill.data.sources import describe_offset
 from ev3_distill.export.export_config import ExportConfig
 from ev3_distill.export.formats.metadata import ModelMetadata
 from ev3_distill.monitor.number_format import count, exact_percent, floor_percent, percent
@@ -52,6 +53,7 @@ def render(
     return environment.get_template("model_card.md.j2").render(
         run=run_report,
         about=about,
+        offset=describe_offset(about.data["offset"]) if "offset" in about.data else "",
         config=config,
         library=LIBRARIES[config.format],
         task=task.card_task(tuple(shape)),

@@ -48,6 +48,7 @@ def measure_teacher(
         facts = {
             "num_classes": dataset.num_classes,
             "class_names": list(dataset.class_names),
+            "offset": None if dataset.offset is None else dataset.offset.tolist(),
             "batch_sizes": list(batch_sizes),
         }
         (folder / "facts.json").write_text(json.dumps(facts))
@@ -87,6 +88,8 @@ def _measure(run: Path, folder: Path) -> dict[int, list[float]] | str:
 
 def _load_teacher(run: Path, facts: dict[str, Any], input_shape: tuple[int, ...]) -> "Teacher | str":
     """The teacher of a run, or the reason why it cannot be timed."""
+    import numpy as np
+
     from ev3_distill import students
     from ev3_distill.config import Compress
     from ev3_distill.teachers import load_teacher
@@ -108,6 +111,7 @@ def _load_teacher(run: Path, facts: dict[str, Any], input_shape: tuple[int, ...]
         num_classes=facts["num_classes"],
         class_names=facts["class_names"],
         load_network=load,
+        offset=None if facts["offset"] is None else np.array(facts["offset"]),
     )
 
 

@@ -1,7 +1,7 @@
 """Reads runs: their report, their configuration and their data."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +48,30 @@ def config_of(directory: Path, report: dict[str, Any]) -> configs.Compress | con
     return read_config(kind, directory / "config.toml", missing=OLDER)
 
 
-def data_of(config: configs.RunConfig, source: str = "") -> Dataset:
-    """The data of a run, or another source read with the options of that run."""
+def data_of(config: configs.RunConfig, source: str = "", *, offset: Sequence[float] | None = None) -> Dataset:
+    """The data of a run, or another source read with the options of that run.
+
+    Args:
+      config: of the run.
+      source: the other source.
+      offset: of the run's data, `offset_in` its report; None: of a run that starts.
+    """
     with CountProgress("images", things="images") as progress:
         dataset = load_data(
             source or config.data,
             memory=dataset_limit(memory_limit(config.memory)),
             skip_corrupt=config.skip_corrupt,
             stored_pixels=config.stored_pixels,
+            offset=offset,
             warn=warn,
             progress=progress.update,
         )
     return with_groups(dataset, config.groups) if config.groups and source in ("", config.data) else dataset
+
+
+def offset_in(facts: Mapping[str, Any]) -> Sequence[float]:
+    """What was subtracted from the columns of a run's data, from `data` of report.json or model.json; empty: nothing."""
+    return [float(number) for number in facts.get("offset", ())]
 
 
 def check_joint_strata(directory: Path, config: configs.RunConfig, *, resume: bool) -> None:

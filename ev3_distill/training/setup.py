@@ -106,9 +106,9 @@ def classification_setup(
     """The setup of a run that trains the student of that name to classify, with standardized inputs if configured."""
     network = students.from_name(name, dataset.inputs.shape[1:], num_classes)
     setup = make_setup(config, network, dataset, classification(num_classes), devices)
-    if not config.standardize:
-        return setup
-    statistics = input_statistics(dataset.inputs, setup.rows["explore"])
+    statistics = input_statistics(dataset.inputs, setup.rows["explore"]) if config.standardize else None
+    if dataset.offset is not None:  # a student says of which inputs it is
+        statistics = {**(statistics or {"mean": [0.0], "scale": [1.0]}), "offset": dataset.offset.tolist()}
     return dataclasses.replace(setup, network=students.standardized(network, statistics))
 
 

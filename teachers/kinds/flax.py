@@ -12,7 +12,7 @@ from ev3_distill.data.class_names import are_ids, are_numbers
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.compile import jit
 from ev3_distill.runtime.digest import leaf_bytes
-from ev3_distill.students import count_params, feature_shapes
+from ev3_distill.students import count_params, feature_shapes, offset_of
 from ev3_distill.teachers.loading import digest_of
 from ev3_distill.teachers.preprocessing import IDENTITY, read_preprocessing_file
 from ev3_distill.teachers.teacher import Model, Request, Teacher, build_teacher
@@ -95,6 +95,7 @@ def flax_teacher(
         network=network,
         variables=variables,
         classifier=True,
+        offset=offset_of(network.spec),
     )
     return build_teacher(model, request or Request(source, IDENTITY, shape, classes, ()))
 

@@ -18,10 +18,10 @@ from ev3_distill.teachers.teacher import Model, Outputs, Request, Teacher, build
 def python_teacher(place: str, request: Request) -> Teacher:
     """Loads a function of the user.
 
-    It gets preprocessed inputs, float32 [B, ...], with a B that may differ between calls. It returns logits [B, R], or a
-    dictionary of `logits` and features [B, ...]. The digest covers the source file of the module and the name of the function.
-    It cannot cover what the code reads or imports, such as weights, other modules or a server: if these change, rename the
-    function or edit its file.
+    It gets preprocessed inputs, float32 [B, ...], or float64 of data with an offset, with a B that may differ between calls. It
+    returns logits [B, R], or a dictionary of `logits` and features [B, ...]. The digest covers the source file of the
+    module and the name of the function. It cannot cover what the code reads or imports, such as weights, other modules or a
+    server: if these change, rename the function or edit its file.
 
     Args:
       place: MODULE:FUNCTION; the module is importable or in the working directory.

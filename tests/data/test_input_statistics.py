@@ -1,10 +1,13 @@
 """Statistics by which students standardize inputs, and columns that float32 cannot resolve."""
 
+import re
+
 import numpy as np
 import pytest
 
 from ev3_distill.data import input_statistics
 from ev3_distill.data.sources import load_data
+from ev3_distill.data.sources.dataset import fingerprint
 from ev3_distill.data.sources.row_file import Part, RowFile
 from ev3_distill.errors import InputError
 
@@ -60,22 +63,93 @@ def table(tmp_path, **columns):
     return path
 
 
-def test_columns_that_float32_cannot_resolve_are_refused_with_the_constant_to_subtract(tmp_path):
+def loaded(path, **options):
+    told = []
+    return load_data(f"npz:{path}", warn=told.append, **options), told
+
+
+def test_columns_that_float32_cannot_resolve_are_shifted_by_a_round_constant(tmp_path):
     rng = np.random.default_rng(1)
     time = 1.7e9 + rng.normal(size=300)
-    time[::50] = 0  # missing values: the standard deviation alone would hide what is lost
     path = table(tmp_path, time=time)
-    message = (
-        r"apart near 17000000.*column 1 \(1.2\d* wide at 17.*inputs\[:, 1\] -= 1700000000, and add it again in the t"
-    )
-    with pytest.raises(InputError, match=message):
-        load_data(f"npz:{path}")
+    data, told = loaded(path)
+    assert data.offset.tolist() == [0, 1.7e9]
+    np.testing.assert_array_equal(data.inputs[:, 1], (time - 1.7e9).astype(np.float32))
+    np.testing.assert_array_equal(data.inputs[:, 0], np.random.default_rng(0).normal(size=300).astype(np.float32))
+    assert len(told) == 1
+    assert re.search(r"does not resolve column 1 \(1.\d+ wide\): subtracting 1700000000 from column 1 first", told[0])
     np.savez(path, inputs=np.arange(300)[:, None] // 9 + 2**40, labels=np.arange(300) % 2)  # integers, too
-    with pytest.raises(InputError, match=r"column 0 .*inputs\[:, 0\] -= 10995116277"):
+    data, _ = loaded(path)
+    assert data.offset.tolist() == [2**40 + 24]  # 1,099,511,627,800
+    np.testing.assert_array_equal(data.inputs[:, 0], np.arange(300) // 9 - 24)
+    np.savez(path, inputs=0.25 + 1e-9 * rng.normal(size=(300, 1)), labels=np.arange(300) % 2)
+    data, _ = loaded(path)
+    assert data.offset.tolist() == [0.25]
+
+
+def test_the_offset_is_the_same_in_memory_and_on_disk_and_counts_in_the_fingerprint(tmp_path):
+    time = 1.7e9 + np.random.default_rng(1).normal(size=300)
+    data, _ = loaded(table(tmp_path, time=time))
+    on_disk, _ = loaded(tmp_path / "table.npz", memory=0)
+    assert isinstance(on_disk.inputs, RowFile)
+    np.testing.assert_array_equal(on_disk.inputs[np.arange(300)], data.inputs)
+    given, told = loaded(tmp_path / "table.npz", offset=[0.0, 1.7e9])
+    assert not told
+    assert data.fingerprint == on_disk.fingerprint == given.fingerprint
+    other, _ = loaded(table(tmp_path, time=time - 1.7e9), offset=[])  # the same numbers after the shift
+    np.testing.assert_allclose(other.inputs, data.inputs, atol=1e-6)
+    np.savez(tmp_path / "shifted.npz", inputs=data.inputs, labels=data.labels)
+    assert loaded(tmp_path / "shifted.npz")[0].fingerprint != data.fingerprint
+
+
+def test_new_data_are_shifted_by_the_offset_of_a_run_and_not_by_their_own(tmp_path):
+    time = 1.7e9 + 500 + np.random.default_rng(1).normal(size=300)
+    path = table(tmp_path, time=time)
+    shifted, _ = loaded(path, offset=[0, 1.7e9], memory=0)
+    np.testing.assert_array_equal(shifted.inputs[np.arange(300)][:, 1], (time - 1.7e9).astype(np.float32))
+    raw, told = loaded(path, offset=())
+    assert raw.offset is None
+    assert not told
+    np.testing.assert_array_equal(raw.inputs[:, 1], time.astype(np.float32))
+    np.savez(path, inputs=raw.inputs, labels=raw.labels)  # float32, which could stay in the file
+    shifted, _ = loaded(path, offset=[0, 1.7e9], memory=0)
+    np.testing.assert_array_equal(shifted.inputs[np.arange(300)][:, 1], raw.inputs[:, 1].astype(np.float64) - 1.7e9)
+
+
+def test_the_offset_is_of_the_rows_for_training_where_a_file_has_its_own_test_rows(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "parts.npz"
+    parts = {
+        "train_inputs": 1.7e9 + rng.normal(size=(200, 1)),
+        "train_labels": np.arange(200) % 2,
+        "test_inputs": 1.7e9 + 50 + rng.normal(size=(100, 1)),
+        "test_labels": np.arange(100) % 2,
+    }
+    np.savez(path, **parts)
+    data, _ = loaded(path)
+    assert data.offset.tolist() == [1.7e9]
+    np.testing.assert_array_equal(data.inputs[200:], (parts["test_inputs"] - 1.7e9).astype(np.float32))
+
+
+def test_a_few_values_far_away_are_refused_since_the_others_would_be_alike_once_standardized(tmp_path):
+    time = 1.7e9 + np.random.default_rng(1).normal(size=300)
+    time[::50] = 0  # missing
+    with pytest.raises(
+        InputError, match=r"column 1, 1.2\d wide at 17\d+.*, with values as far away as 0: if these mean"
+    ):
+        load_data(f"npz:{table(tmp_path, time=time)}")
+
+
+def test_columns_that_float64_cannot_resolve_either_are_refused(tmp_path):
+    path = table(
+        tmp_path, nanoseconds=1_700_000_000_000_000_000.0 + 256.0 * np.random.default_rng(1).integers(0, 4, 300)
+    )
+    with pytest.raises(
+        InputError, match=r"got column 1, .* which float64 does not resolve either: subtract a constant"
+    ):
         load_data(f"npz:{path}")
 
 
-def test_columns_that_float32_resolves_are_not_refused(tmp_path):
+def test_columns_that_float32_resolves_stay_as_they_are(tmp_path):
     rng = np.random.default_rng(1)
     path = table(
         tmp_path,
@@ -87,4 +161,8 @@ def test_columns_that_float32_resolves_are_not_refused(tmp_path):
         ids=rng.integers(0, 2**40, 300),
         tiny=rng.normal(size=300) * 1e-30,
     )
-    assert load_data(f"npz:{path}").inputs.shape == (300, 8)
+    data, told = loaded(path)
+    assert data.offset is None
+    assert not told
+    with np.load(path) as saved:
+        assert data.fingerprint == fingerprint(saved["inputs"].astype(np.float32), data.labels, None)

@@ -5,7 +5,8 @@
 
   - `inputs` and `labels`, or `image` and `label`: numbers [N, F] (vectors), [N, H, W] or [N, H, W, C] (images), and
     integers [N] from 0, or text [N]. uint8 stays uint8 (pixels, used as x / 255), all other numbers become float32.
-    `npz:FILE,layout=nchw` reads images [N, C, H, W].
+    `npz:FILE,layout=nchw` reads images [N, C, H, W]. From a column of vectors that float32 cannot resolve, a constant is
+    subtracted in float64 first.
   - `sequences` and `labels`: numbers [N, L, C], whose last two axes are kept as they are.
   - Each with the prefixes `train_` and `test_` (`train_inputs`, `test_inputs`, ...): the source has its own test examples.
   - Labels are optional: all label arrays are missing, or every label is -1.
@@ -26,16 +27,17 @@
   `validation`). Takes the same options as `folder`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ev3_distill.data.class_names import normalize
 from ev3_distill.data.sources import digits, folder, npz, tfds
 from ev3_distill.data.sources.dataset import Dataset, ReadOptions
 from ev3_distill.data.sources.input_checks import check_inputs
+from ev3_distill.data.sources.resolution import describe_offset
 from ev3_distill.data.sources.row_file import RowFile, in_chunks
 from ev3_distill.errors import InputError
 
-__all__ = ["KINDS", "Dataset", "ReadOptions", "RowFile", "in_chunks", "load_data"]
+__all__ = ["KINDS", "Dataset", "ReadOptions", "RowFile", "describe_offset", "in_chunks", "load_data"]
 
 KINDS: dict[str, Callable[[str, ReadOptions], Dataset]] = {
     "digits": digits.load,
@@ -52,6 +54,7 @@ def load_data(
     memory: int | None = None,
     skip_corrupt: bool = False,
     stored_pixels: bool = False,
+    offset: Sequence[float] | None = None,
     warn: Callable[[str], None] = _DEFAULTS.warn,
     progress: Callable[[int, int], None] = _DEFAULTS.progress,
 ) -> Dataset:
@@ -62,6 +65,8 @@ def load_data(
       memory: maximum bytes of inputs to hold in memory, 1 GiB by default; larger inputs become a `RowFile`.
       skip_corrupt: skip images that cannot be read, with a warning, instead of refusing the source.
       stored_pixels: ignore transparency and EXIF orientation where the source does not decide, as older versions did.
+      offset: what to subtract in float64 from the columns of vectors [N, F], such as the `offset` of the data of a run; empty:
+        nothing; by default what the columns need, see `Dataset.offset`.
       warn: called with each warning.
       progress: called while images are decoded, with the numbers of examples done and in total.
 
@@ -74,6 +79,6 @@ def load_data(
             f"a data source is digits, npz:FILE, folder:DIR, folder:FILE.zip or tfds:NAME; got {source!r}: name one of these"
         )
     limit = _DEFAULTS.memory if memory is None else memory
-    dataset = KINDS[kind](place, ReadOptions(limit, skip_corrupt, stored_pixels, warn, progress))
+    dataset = KINDS[kind](place, ReadOptions(limit, skip_corrupt, stored_pixels, offset, warn, progress))
     check_inputs(dataset.inputs, source, warn)
     return normalize(dataset)

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class Dataset:
     groups: np.ndarray | None = None  # [N] int32, the subgroup of each example, if the source has any
     group_names: tuple[str, ...] = ()
     names: tuple[str, ...] = ()  # [N] the file of each image in a folder or an archive
+    offset: np.ndarray | None = None  # [F] float64, subtracted from vectors [N, F] as saved; None: nothing is
 
 
 def _warn(message: str) -> None:
@@ -47,6 +48,8 @@ class ReadOptions:
     """Whether to skip examples that cannot be read, with a warning, instead of refusing the source."""
     stored_pixels: bool = False
     """Whether transparency and EXIF orientation are ignored where a source does not decide."""
+    offset: Sequence[float] | None = None
+    """What to subtract from the columns of vectors [N, F] before they become float32; empty: nothing; None: what they need."""
     warn: Callable[[str], None] = _warn
     """Called with each warning."""
     progress: Callable[[int, int], None] = _no_progress
@@ -54,7 +57,11 @@ class ReadOptions:
 
 
 def fingerprint(
-    inputs: np.ndarray | RowFile, labels: np.ndarray, test_rows: np.ndarray | None, groups: np.ndarray | None = None
+    inputs: np.ndarray | RowFile,
+    labels: np.ndarray,
+    test_rows: np.ndarray | None,
+    groups: np.ndarray | None = None,
+    offset: np.ndarray | None = None,
 ) -> str:
     """The SHA-256 of arrays in hexadecimal, the same for arrays in memory and on disk.
 
@@ -63,9 +70,10 @@ def fingerprint(
       labels: [N].
       test_rows: [M], or None.
       groups: [N], or None.
+      offset: [F], or None.
     """
     digest = hashlib.sha256()
-    for array in (inputs, labels, test_rows, groups):
+    for array in (inputs, labels, test_rows, groups, offset):
         if array is not None:
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             for chunk in in_chunks(array):

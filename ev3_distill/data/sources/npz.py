@@ -1,6 +1,8 @@
 """`npz:FILE`: named arrays in a file of numpy.savez or numpy.savez_compressed. Nothing is unpickled."""
 
+import dataclasses
 import functools
+import hashlib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from ev3_distill.data.sources.array_shapes import LAYOUTS, TOKEN_NAMES, TOKEN_RO
 from ev3_distill.data.sources.dataset import Dataset, ReadOptions, fingerprint
 from ev3_distill.data.sources.label_arrays import check_labels, number_ids, number_labels
 from ev3_distill.data.sources.place_options import split_options
-from ev3_distill.data.sources.resolution import ResolutionCheck
+from ev3_distill.data.sources.resolution import ColumnSample, find_offset
 from ev3_distill.data.sources.row_cache import Notes, RowWriter, load_or_create
 from ev3_distill.data.sources.row_file import Part, RowFile
 from ev3_distill.data.sources.zip_reader import ZipReader
@@ -66,12 +68,14 @@ def load(place: str, options: ReadOptions) -> Dataset:
         labels, names_array = (number_ids if are_ids else number_labels)(labels, names_array, path)
         names = _class_names(np.concatenate(labels), names_array, path)
         groups, group_names = _groups(archive, members, examples)
-        inputs = _inputs(archive, examples, path, options)
+        offset = _offset(archive, examples, options)
+        inputs = _inputs(archive, examples, offset, options)
     _warn_of_token_ids(inputs, examples[0], path, options)
     all_labels = np.concatenate(labels).astype(np.int32)
     test_rows = np.arange(len(labels[0]), len(all_labels)) if len(pairs) > 1 else None
-    digest = fingerprint(inputs, all_labels, test_rows, groups)
-    return Dataset(inputs, all_labels, len(names), names, test_rows, f"npz:{place}", digest, groups, group_names)
+    digest, source = fingerprint(inputs, all_labels, test_rows, groups, offset), f"npz:{place}"
+    dataset = Dataset(inputs, all_labels, len(names), names, test_rows, source, digest, groups, group_names)
+    return dataclasses.replace(dataset, offset=offset)
 
 
 def _parse_place(place: str) -> tuple[Path, str, bool]:
@@ -215,17 +219,35 @@ def _groups(
     return groups.astype(np.int32), tuple(map(str, group_names))
 
 
-def _inputs(archive: ZipReader, members: list[ArrayMember], path: Path, options: ReadOptions) -> np.ndarray | RowFile:
+def _offset(archive: ZipReader, members: list[ArrayMember], options: ReadOptions) -> np.ndarray | None:
+    """What to subtract from the columns of vectors: what is given or, by the first array alone, what they need."""
+    first = members[0]
+    if options.offset is not None:
+        given = np.asarray(options.offset, np.float64)
+        return given if given.any() and first.shape[1:] == given.shape else None
+    sample = ColumnSample(first.dtype, first.shape)
+    if not sample.every:
+        return None
+    for chunk in _chunks(archive, first):
+        sample.add(chunk)
+    return find_offset(sample.rows(), f"{archive.path}: {first.name}", options.warn)
+
+
+def _inputs(
+    archive: ZipReader, members: list[ArrayMember], offset: np.ndarray | None, options: ReadOptions
+) -> np.ndarray | RowFile:
     """The examples of all parts: in memory, in place in the file, or converted once into the cache."""
+    path = archive.path
     shapes = {member.name: member.row_shape for member in members}
     if len(set(shapes.values())) > 1:
         raise InputError(f"{path}: train and test examples must have one shape; got {shapes}: make them the same")
-    dtype = np.dtype(np.uint8 if all(member.dtype == np.uint8 for member in members) else np.float32)
+    are_bytes = all(member.dtype == np.uint8 for member in members) and offset is None
+    dtype = np.dtype(np.uint8 if are_bytes else np.float32)
     shape = (sum(member.shape[0] for member in members), *members[0].row_shape)
     if int(np.prod(shape, dtype=np.float64)) * dtype.itemsize <= options.memory:
-        return _in_memory(archive, members, np.empty(shape, dtype))
-    if all(_usable_in_place(member, dtype) for member in members):
-        for _ in _convert(archive, members, dtype):
+        return _in_memory(archive, members, offset, np.empty(shape, dtype))
+    if offset is None and all(_usable_in_place(member, dtype) for member in members):
+        for _ in _convert(archive, members, None, dtype):
             pass  # checks them
         parts = tuple(Part(path, archive.offset(member.info) + member.header, member.shape[0]) for member in members)
         return RowFile(parts, shape[1:], dtype)
@@ -235,8 +257,9 @@ def _inputs(archive: ZipReader, members: list[ArrayMember], path: Path, options:
             "column order: save them with numpy.ascontiguousarray"
         )
     layout = "-nchw" if members[0].channels_first else ""
-    key = f"{sha256_of(path)}-{members[0].name}-{_FORMAT}{layout}"
-    return load_or_create(key, functools.partial(_write, archive, members, dtype), options)[0]
+    subtracted = "" if offset is None else f"-{hashlib.sha256(offset.tobytes()).hexdigest()[:16]}"
+    key = f"{sha256_of(path)}-{members[0].name}-{_FORMAT}{layout}{subtracted}"
+    return load_or_create(key, functools.partial(_write, archive, members, offset, dtype), options)[0]
 
 
 def _usable_in_place(member: ArrayMember, dtype: np.dtype) -> bool:
@@ -244,29 +267,37 @@ def _usable_in_place(member: ArrayMember, dtype: np.dtype) -> bool:
     return member.info.compress_type == zipfile.ZIP_STORED and member.dtype == dtype and not reordered
 
 
-def _in_memory(archive: ZipReader, members: list[ArrayMember], out: np.ndarray) -> np.ndarray:
+def _in_memory(
+    archive: ZipReader, members: list[ArrayMember], offset: np.ndarray | None, out: np.ndarray
+) -> np.ndarray:
     done = 0
-    for chunk in _convert(archive, members, out.dtype):
+    for chunk in _convert(archive, members, offset, out.dtype):
         out[done : done + len(chunk)] = chunk
         done += len(chunk)
     return out
 
 
-def _write(archive: ZipReader, members: list[ArrayMember], dtype: np.dtype, writer: RowWriter) -> Notes:
-    for chunk in _convert(archive, members, dtype):
+def _write(
+    archive: ZipReader, members: list[ArrayMember], offset: np.ndarray | None, dtype: np.dtype, writer: RowWriter
+) -> Notes:
+    for chunk in _convert(archive, members, offset, dtype):
         writer.add(chunk)
     return {}
 
 
-def _convert(archive: ZipReader, members: list[ArrayMember], dtype: np.dtype) -> Iterator[np.ndarray]:
+def _convert(
+    archive: ZipReader, members: list[ArrayMember], offset: np.ndarray | None, dtype: np.dtype
+) -> Iterator[np.ndarray]:
     """Yields chunks of examples [n, ...] as uint8 or float32; uint8 is scaled to [0, 1] if others are floats."""
     for member in members:
-        row, check = 0, ResolutionCheck(member.dtype, member.shape, f"{archive.path}: {member.name}")
+        row = 0
         for chunk in _chunks(archive, member):
-            check.add(chunk)
             scale = np.float32(255 if member.dtype == np.uint8 else 1)
             with np.errstate(over="ignore"):  # of float64; reported below
-                converted = chunk if dtype == np.uint8 else chunk.astype(np.float32) / scale
+                if offset is not None:
+                    converted = (chunk.astype(np.float64) / scale - offset).astype(np.float32)
+                else:
+                    converted = chunk if dtype == np.uint8 else chunk.astype(np.float32) / scale
             if (bad := _first_bad_row(converted)) is not None:
                 raise InputError(
                     f"{archive.path}: {member.name} must be finite; got nan or infinity in row {row + bad}: repair or "
@@ -276,7 +307,6 @@ def _convert(archive: ZipReader, members: list[ArrayMember], dtype: np.dtype) ->
                 converted = converted.transpose(0, 2, 3, 1)
             yield converted.reshape(len(converted), *member.row_shape)
             row += len(converted)
-        check.refuse_lost_columns()
 
 
 def _chunks(archive: ZipReader, member: ArrayMember) -> Iterator[np.ndarray]:

@@ -29,7 +29,7 @@ class ModelMetadata:
     params: int
     student: str  # digest of its variables, see `runtime.digest.tree_digest`
     network: str
-    data: dict[str, Any]  # source and fingerprint
+    data: dict[str, Any]  # source, fingerprint and, where columns were shifted, the offset to subtract in float64
     teacher: dict[str, Any]  # source and license, under the key "licence"
     promise: str  # the certificate in words
     certificate: dict[str, Any]  # of the student; empty if it has none
