@@ -12,7 +12,6 @@ from ev3_distill.errors import InputError
 
 STEPS = 16  # float32 numbers within the spread of a column, below which it gets an offset
 SAMPLE = 10_000  # rows that are looked at
-_LARGEST = 1e37  # magnitude of columns that get one; float32 ends at 3.4e38
 _FAR = 1000  # ratio of the standard deviation of a column and the distance between its quartiles, above which it is refused
 _LISTED = 3  # columns in a message
 
@@ -61,7 +60,7 @@ def find_offset(rows: np.ndarray, name: str, warn: Callable[[str], None]) -> np.
         low, middle, high = np.quantile(rows, (0.25, 0.5, 0.75), axis=0)
         spread = np.where(high > low, high - low, rows.std(axis=0))
         steps = np.spacing(middle.astype(np.float32)).astype(np.float64)
-        lost = (spread < STEPS * np.abs(steps)) & (rows.min(0) < rows.max(0)) & (np.abs(middle) < _LARGEST)
+        lost = (spread < STEPS * np.abs(steps)) & (rows.min(0) < rows.max(0))
     if not lost.any():
         return None
     offset = np.zeros(rows.shape[1])
