@@ -147,6 +147,10 @@ def test_columns_that_float64_cannot_resolve_either_are_refused(tmp_path):
         InputError, match=r"got column 1, .* which float64 does not resolve either: subtract a constant"
     ):
         load_data(f"npz:{path}")
+    for size in (1e-50, 1e-300):  # squares of the latter are 0
+        tiny = size * np.random.default_rng(1).integers(0, 2, 300)
+        with pytest.raises(InputError, match=r"got column 1, .* wide: multiply that column by a constant"):
+            load_data(f"npz:{table(tmp_path, tiny=tiny)}")
 
 
 def test_columns_that_float32_resolves_stay_as_they_are(tmp_path):

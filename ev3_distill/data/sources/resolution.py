@@ -78,6 +78,11 @@ def find_offset(rows: np.ndarray, name: str, warn: Callable[[str], None]) -> np.
 
 def _check_column(i: int, column: np.ndarray, middle: float, spread: float, name: str) -> None:
     """Raises InputError if float64 does not resolve a column, or if a few values far away would hide what differs in it."""
+    if spread < STEPS * np.finfo(np.float32).tiny:
+        raise InputError(
+            f"{name} become float32, whose numbers are {np.finfo(np.float32).tiny:.2g} or larger; got column {i}, {spread:.3g} "
+            "wide: multiply that column by a constant before you save it, and divide it again in the teacher"
+        )
     if spread < STEPS * abs(np.spacing(middle)):
         raise InputError(
             f"{name} become float32, after a constant is subtracted in float64; got column {i}, {spread:.3g} wide at "
