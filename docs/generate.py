@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-COMMANDS = ("compress", "teach", "evaluate", "report", "export", "bench")
+COMMANDS = ("compress", "teach", "evaluate", "copies", "report", "export", "bench")
 _LONG = 40  # characters of a default that is not shown
 _WIDTH = "110"  # columns of the help text
 _EXAMPLE_SHAPES = ([32, 32, 3], [64, 3], [16])  # an image, a sequence, a vector

@@ -17,6 +17,7 @@ from ev3_distill.cli.options import (
     DISTRIBUTED_SUITES,
     BenchCommand,
     CompressCommand,
+    CopiesCommand,
     DistributedOptions,
     EvaluateCommand,
     ExportCommand,
@@ -68,6 +69,7 @@ def _parse(argv: list[str]) -> Any:
                 | Annotated[EvaluateCommand, tyro.conf.subcommand("evaluate")]
                 | Annotated[ReportCommand, tyro.conf.subcommand("report")]
                 | Annotated[ExportCommand, tyro.conf.subcommand("export")]
+                | Annotated[CopiesCommand, tyro.conf.subcommand("copies")]
                 | Annotated[BenchCommand, tyro.conf.subcommand("bench")],
                 prog="ev3-distill",
                 description="Distill a big model into a small one, with a certificate.",
@@ -131,6 +133,13 @@ def _evaluate(command: EvaluateCommand) -> None:
 
     if not commands.evaluate(command):
         raise SystemExit(3)
+
+
+def _copies(command: CopiesCommand) -> None:
+    from ev3_distill.cli import copies
+
+    for line in copies.write_clusters(command.data, command.out, memory=command.memory):
+        print(line)
 
 
 def _exit_by(guards: list[dict[str, Any]]) -> None:
@@ -211,6 +220,7 @@ _COMMANDS: dict[type, Callable[[Any], None]] = {
     CompressCommand: _run,
     TeachCommand: _run,
     EvaluateCommand: _evaluate,
+    CopiesCommand: _copies,
     ReportCommand: _report,
     ExportCommand: _export,
     BenchCommand: _bench,

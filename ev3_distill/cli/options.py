@@ -93,6 +93,18 @@ class EvaluateCommand:
 
 
 @dataclasses.dataclass(frozen=True)
+class CopiesCommand:
+    """Find examples that are identical or near-copies of each other, and write their clusters as groups."""
+
+    data: str
+    """Data source, as --data of compress."""
+    out: Path
+    """New npz file for --groups of compress, which with --split-by groups keeps each cluster in one split."""
+    memory: str = config.Compress.memory
+    """Maximum memory, as --memory of compress."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ReportCommand:
     """Print the report of a finished run and render its page again, or follow a run."""
 

@@ -73,7 +73,8 @@ def warn_of_duplicates(setup: TrainingSetup) -> TrainingSetup:
         effect = "the certificate may promise too much" if later == "test" else "its decisions may be optimistic"
         warn(
             f"{count} of the {len(setup.rows[later])} examples of {later} have the same inputs as one in {earlier}: "
-            f"{effect}; remove duplicates from the data"
+            f"{effect}; remove duplicates from the data, or keep them in one split: `ev3-distill copies` writes the file for "
+            "--groups and --split-by groups"
         )
     near = count_near_copies(setup.dataset.inputs, setup.rows, memory=setup.memory)
     for name, (copied, sampled) in near.items():
@@ -81,7 +82,8 @@ def warn_of_duplicates(setup: TrainingSetup) -> TrainingSetup:
             warn(
                 f"{copied} of {sampled} examples of {name} that were compared have a near-copy in another split: "
                 f"{'the certificate promises too much for new examples' if name == 'test' else 'promotions prove less'}; "
-                "if some examples show the same thing, give their group with --groups and --split-by groups"
+                "if some examples show the same thing, give their group with --groups and --split-by groups; "
+                "`ev3-distill copies` writes such a file"
             )
     facts = {
         "duplicates": {f"{later} in {earlier}": count for (later, earlier), count in shared.items()},

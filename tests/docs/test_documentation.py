@@ -127,7 +127,7 @@ def test_api_page_has_every_field_of_a_public_class(generate):
             assert len(undescribed) <= 1, (name, undescribed)
 
 
-@pytest.mark.parametrize("command", ["compress", "teach", "evaluate", "report", "export", "bench"])
+@pytest.mark.parametrize("command", ["compress", "teach", "evaluate", "copies", "report", "export", "bench"])
 def test_command_line_page_has_the_help_of_every_command(generate, command):
     assert f"## {command}\n" in generate.command_line()
     assert f"usage: ev3-distill {command}" in generate.help_text(command)
