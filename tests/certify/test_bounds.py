@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from bound_checks import allowed, confidences, counts, samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
@@ -25,16 +26,6 @@ from ev3_distill.certify.bounds import (
     median_upper,
 )
 from ev3_distill.errors import InputError
-
-counts = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
-confidences = st.floats(0.5, 0.999)
-samples = st.lists(st.floats(0, 1), min_size=1, max_size=40).map(np.array)
-
-
-def allowed(trials, risk):
-    """The largest number of failures that is consistent with this error probability at a level of 0.001."""
-    return binom.isf(0.001, trials, risk)
-
 
 # Clopper and Pearson.
 

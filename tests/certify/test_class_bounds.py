@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from bound_checks import allowed, confidences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, brentq, minimize
-from scipy.stats import binom
 
 from ev3_distill.certify.bounds import (
     _greatest,
@@ -16,16 +16,6 @@ from ev3_distill.certify.bounds import (
     macro_f1,
     macro_f1_lower,
 )
-
-counts = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
-confidences = st.floats(0.5, 0.999)
-samples = st.lists(st.floats(0, 1), min_size=1, max_size=40).map(np.array)
-
-
-def allowed(trials, risk):
-    """The largest number of failures that is consistent with this error probability at a level of 0.001."""
-    return binom.isf(0.001, trials, risk)
-
 
 # Balanced accuracy.
 
