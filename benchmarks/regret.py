@@ -1,7 +1,7 @@
 """Regret: how far a contender ends behind the best fixed recipe in hindsight, by scenario and over scenarios.
 
 Figures are in percent by scenario, contender and seed. In a scenario, the best fixed recipe is the one with the highest mean
-over the seeds; hindsight picks it by the very figures that it is compared on, which favors it.
+over the seeds; hindsight picks it by the same figures on which it is compared, which favors it.
 """
 
 import math

@@ -123,7 +123,7 @@ def conclude(
       fallback: delivered instead if the sealed split does not prove the guards of `final`.
     """
     dataset, finals = setup.dataset, [final, *([fallback] if fallback else [])]
-    told = warn_if_useless_on_decide(
+    warned = warn_if_useless_on_decide(
         directory, config, setup, final.on_decide, targets.unchanged(setup.rows["decide"]) if teacher else None
     )
     students.save(directory / "student", final.network, final.variables)
@@ -149,7 +149,7 @@ def conclude(
     control = gain(sealed_batches(setup, targets)) if gain else None
     content = report_content(directory, config, setup, final, certification, teacher=teacher, control=control)
     write_seen_rows(directory, dataset, setup.rows, by_groups=setup.units is not None)
-    if content["usefulness"] and content["usefulness"]["alarm"] and not told:
+    if content["usefulness"] and content["usefulness"]["alarm"] and not warned:
         warn(alarm_line(content["usefulness"]))
     write_json(directory / "report.json", content)
     return content

@@ -1,8 +1,8 @@
 """Outputs without labels or class names: do their columns look like the logits of classes?
 
 Without labels the number of classes is the number of columns, whatever they hold, and a certificate of agreement would be about
-the largest entry of an embedding or of several regression targets. What logits never do is told here; the user may declare them
-with `--teacher-input.outputs logits`. Outputs of two or three numbers on one scale cannot be told from logits.
+the largest entry of an embedding or of several regression targets. This module finds what logits never do; the user may declare
+that outputs are logits with `--teacher-input.outputs logits`. Two or three numbers on one scale look the same.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ UNIT_TOLERANCE = 1e-3  # of the length of a normalized row
 def why_not_logits(outputs: np.ndarray) -> str:
     """Why outputs [n, K] are probably not logits of classes, and what to do; empty if nothing speaks against it.
 
-    Probabilities and sigmoids are outputs of a classifier, and are told elsewhere.
+    Probabilities and sigmoids are outputs of a classifier, and are diagnosed elsewhere.
     """
     meaning = meaning_of(outputs)
     reason = "" if len(outputs) < LEAST_ROWS or meaning == PROBABILITIES else _reason(outputs, meaning)

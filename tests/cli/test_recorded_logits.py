@@ -1,4 +1,4 @@
-"""Recorded logits from the command line: diagnosed as any teacher is, refused or told where they are wrong."""
+"""Recorded logits from the command line: diagnosed as any teacher is, refused or with a warning where they are wrong."""
 
 import re
 

@@ -157,7 +157,7 @@ def encoded_archive(path, names, *, encoding, extra=False):
 
 
 @pytest.mark.parametrize(
-    ("name", "encoding", "extra", "told"),
+    ("name", "encoding", "extra", "count"),
     [
         (COMPOSED, "utf-8", False, 0),
         (DECOMPOSED, "utf-8", False, 0),  # as macOS packs
@@ -166,11 +166,11 @@ def encoded_archive(path, names, *, encoding, extra=False):
         (COMPOSED, "cp437", False, 1),
     ],
 )
-def test_names_in_archives_are_read_in_their_encoding(tmp_path, name, encoding, extra, told):
+def test_names_in_archives_are_read_in_their_encoding(tmp_path, name, encoding, extra, count):
     source = encoded_archive(tmp_path / "set.zip", [f"{name}/1.png", "tea/2.png"], encoding=encoding, extra=extra)
     data, warnings = load(source)
     assert sorted(data.class_names) == sorted([unicodedata.normalize("NFC", name), "tea"])
-    assert len(warnings) == told
+    assert len(warnings) == count
     assert all("code page 437" in text for text in warnings)
 
 

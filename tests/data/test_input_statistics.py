@@ -64,20 +64,22 @@ def table(tmp_path, **columns):
 
 
 def loaded(path, **options):
-    told = []
-    return load_data(f"npz:{path}", warn=told.append, **options), told
+    warnings = []
+    return load_data(f"npz:{path}", warn=warnings.append, **options), warnings
 
 
 def test_columns_that_float32_cannot_resolve_are_shifted_by_a_round_constant(tmp_path):
     rng = np.random.default_rng(1)
     time = 1.7e9 + rng.normal(size=300)
     path = table(tmp_path, time=time)
-    data, told = loaded(path)
+    data, warnings = loaded(path)
     assert data.offset.tolist() == [0, 1.7e9]
     np.testing.assert_array_equal(data.inputs[:, 1], (time - 1.7e9).astype(np.float32))
     np.testing.assert_array_equal(data.inputs[:, 0], np.random.default_rng(0).normal(size=300).astype(np.float32))
-    assert len(told) == 1
-    assert re.search(r"does not resolve column 1 \(1.\d+ wide\): subtracting 1700000000 from column 1 first", told[0])
+    assert len(warnings) == 1
+    assert re.search(
+        r"does not resolve column 1 \(1.\d+ wide\): subtracting 1700000000 from column 1 first", warnings[0]
+    )
     np.savez(path, inputs=np.arange(300)[:, None] // 9 + 2**40, labels=np.arange(300) % 2)  # integers, too
     data, _ = loaded(path)
     assert data.offset.tolist() == [2**40 + 24]  # 1,099,511,627,800
@@ -93,8 +95,8 @@ def test_the_offset_is_the_same_in_memory_and_on_disk_and_counts_in_the_fingerpr
     on_disk, _ = loaded(tmp_path / "table.npz", memory=0)
     assert isinstance(on_disk.inputs, RowFile)
     np.testing.assert_array_equal(on_disk.inputs[np.arange(300)], data.inputs)
-    given, told = loaded(tmp_path / "table.npz", offset=[0.0, 1.7e9])
-    assert not told
+    given, warnings = loaded(tmp_path / "table.npz", offset=[0.0, 1.7e9])
+    assert not warnings
     assert data.fingerprint == on_disk.fingerprint == given.fingerprint
     other, _ = loaded(table(tmp_path, time=time - 1.7e9), offset=[])  # the same numbers after the shift
     np.testing.assert_allclose(other.inputs, data.inputs, atol=1e-6)
@@ -107,9 +109,9 @@ def test_new_data_are_shifted_by_the_offset_of_a_run_and_not_by_their_own(tmp_pa
     path = table(tmp_path, time=time)
     shifted, _ = loaded(path, offset=[0, 1.7e9], memory=0)
     np.testing.assert_array_equal(shifted.inputs[np.arange(300)][:, 1], (time - 1.7e9).astype(np.float32))
-    raw, told = loaded(path, offset=())
+    raw, warnings = loaded(path, offset=())
     assert raw.offset is None
-    assert not told
+    assert not warnings
     np.testing.assert_array_equal(raw.inputs[:, 1], time.astype(np.float32))
     np.savez(path, inputs=raw.inputs, labels=raw.labels)  # float32, which could stay in the file
     shifted, _ = loaded(path, offset=[0, 1.7e9], memory=0)
@@ -165,8 +167,8 @@ def test_columns_that_float32_resolves_stay_as_they_are(tmp_path):
         ids=rng.integers(0, 2**40, 300),
         tiny=rng.normal(size=300) * 1e-30,
     )
-    data, told = loaded(path)
+    data, warnings = loaded(path)
     assert data.offset is None
-    assert not told
+    assert not warnings
     with np.load(path) as saved:
         assert data.fingerprint == fingerprint(saved["inputs"].astype(np.float32), data.labels, None)

@@ -39,7 +39,7 @@ LOGITS = {
     "thousand": classifier(1000),
     "weak, hundred classes": classifier(100, margin=2.0),
     "log-probabilities": log_softmax(classifier(50), axis=1),
-    "probabilities": softmax(classifier(50), axis=1),  # told elsewhere
+    "probabilities": softmax(classifier(50), axis=1),  # diagnosed elsewhere
     "certain": softmax(40 * classifier(50), axis=1),
     "distances": -(np.abs(classifier(10)) ** 2),
     "votes": 4 * np.eye(10)[RNG.integers(0, 10, 500)],

@@ -134,9 +134,9 @@ def test_latency_of_a_file_is_its_own(run, cli, here):
 def test_latency_on_new_data_is_told_to_be_one_measurement(run, cli, here):
     rng = np.random.default_rng(0)
     np.savez(here / "new.npz", inputs=rng.random((50, 8, 8, 1)).astype(np.float32), labels=np.arange(50) % 10)
-    for guard, told in (("latency_ms <= 1e6", True), ("mine:score >= 0", False)):
+    for guard, warns in (("latency_ms <= 1e6", True), ("mine:score >= 0", False)):
         answer = cli("evaluate", run, "--data", "npz:new.npz", "--guard", guard)
-        assert ("not for the best of several" in answer.err) == told
+        assert ("not for the best of several" in answer.err) == warns
     assert len(sealed_split.read_openings(run)) == 1
 
 
@@ -154,7 +154,7 @@ def test_costs_are_claimed_by_their_numbers(run, cli, here):
 
 
 def test_a_resumed_run_repeats_what_it_has_certified(run, cli, monkeypatch):
-    """It was killed between its certificate and its report; nobody may choose the better of two latencies by killing it."""
+    """It was killed between its certificate and its report; a kill does not give a choice between two latencies."""
     before = read(run / "certificate.json")
     for name in ("report.json", "report.html"):
         (run / name).unlink()

@@ -1,4 +1,4 @@
-"""A useless student is told before the sealed split is opened, in the report, on the page and in the model card."""
+"""A warning names a useless student before the sealed split is opened, and so do the report, its page and the model card."""
 
 import copy
 import json

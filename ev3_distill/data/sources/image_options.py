@@ -20,8 +20,8 @@ class ImageOptions(NamedTuple):
 
     size: tuple[int, int] | None = None  # height and width; None: unchanged
     channels: int = 0  # 1 or 3; 0: unchanged
-    background: str = ""  # behind transparent pixels: a color or `ignore`; empty: white, and told
-    bits: int = 0  # used by the values of 16-bit files; 0: all 16, and told if they are not
+    background: str = ""  # behind transparent pixels: a color or `ignore`; empty: white, with a warning
+    bits: int = 0  # used by the values of 16-bit files; 0: all 16, with a warning if few of them occur
     orientation: str = ""  # in the EXIF data: `apply` or `ignore`; empty: apply
 
     @property

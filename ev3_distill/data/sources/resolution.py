@@ -1,7 +1,7 @@
 """Columns of float64 or wide integers that float32 cannot resolve: near 1.7e9, neighboring float32 numbers are 128 apart.
 
 From such a column a round constant near its median is subtracted in float64 before it becomes float32. The constants are the
-offset of a data set: whoever gives other examples to the student subtracts them, too, and teachers get them back.
+offset of a data set: they are subtracted from all examples that the student gets, and added again for teachers.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,7 +56,7 @@ def find_offset(rows: np.ndarray, name: str, warn: Callable[[str], None]) -> np.
     Raises:
       InputError: such a column cannot be resolved by a shift.
     """
-    with np.errstate(all="ignore"):  # of numbers that are not finite, which whoever converts the rows refuses
+    with np.errstate(all="ignore"):  # of numbers that are not finite, which the conversion of rows refuses
         low, middle, high = np.quantile(rows, (0.25, 0.5, 0.75), axis=0)
         spread = np.where(high > low, high - low, rows.std(axis=0))
         steps = np.spacing(middle.astype(np.float32)).astype(np.float64)
