@@ -1,4 +1,4 @@
-"""What a teacher's outputs mean: a warning on probabilities and sigmoids, or a conversion; one column is refused or explained."""
+"""What a teacher's outputs mean: probabilities and sigmoids are named or converted, one column is refused or explained."""
 
 import dataclasses
 import sys
