@@ -23,17 +23,17 @@ class EV3:
     batch_size: int = 128
     """Examples per training step."""
     length: int = 50
-    """Initial trajectory length in steps; adapted during the run."""
+    """Shortest trajectory in steps, outside of a race."""
     max_length: int = 2000
-    """Maximum trajectory length in steps."""
-    max_share: float = 0.2
-    """Maximum trajectory length as a fraction of the steps that the student has trained for.
-    After a trajectory without progress the limit is at least 4 * length."""
-    exploration: float = 0.2
-    """Probability that an iteration also trains a challenger, for the same number of steps as the leading arm.
-    Decreases linearly to 0 at the end of the budget, where a better arm no longer pays off."""
-    takeover: float = 1.0
-    """Standard errors on the assess split by which a challenger must beat the leader's proposal to replace it."""
+    """Longest trajectory in steps. A trajectory takes a fiftieth of the budget, within these limits."""
+    race: float = 0.1
+    """Fraction of the budget that each arm may use in the race at the start, for at most half of the budget in total.
+    0: no race, the first arm leads."""
+    drop: float = 5.0
+    """Standard errors on the assess split by which an arm must lie behind the best arm to leave the race early."""
+    final: float = 0.2
+    """Fraction of the budget, at its end, that trains on the assess and decide splits, too: nothing is decided any more.
+    0: none. Runs with guards and searches decide to the end, and have none."""
     delta: float = 0.05
     """Error budget: bound on the probability that any promotion of the whole run is to a truly worse student."""
     roll_back: float = 0.01
@@ -49,9 +49,9 @@ class EV3:
         check(self.eval_batch_size >= 1, "eval_batch_size must be at least 1", self.eval_batch_size, "try 1024")
         check(1 <= self.length <= self.max_length, "1 <= length <= max_length must hold",
               (self.length, self.max_length), "raise max_length or lower length")  # fmt: skip
-        check(0 < self.max_share <= 1, "max_share must be above 0 and at most 1", self.max_share, "try 0.2")
-        check(0 <= self.exploration <= 1, "exploration must be a probability from 0 to 1", self.exploration, "try 0.2")
-        check(self.takeover >= 0, "takeover must not be negative", self.takeover, "try 1.0")
+        check(0 <= self.race <= 0.5, "race must be a fraction from 0 to 0.5", self.race, "try 0.1")
+        check(self.drop > 0, "drop must be positive", self.drop, "try 5")
+        check(0 <= self.final < 1, "final must be a fraction from 0, below 1", self.final, "try 0.2")
         check(0 < self.delta < 1, "delta must be a probability above 0 and below 1", self.delta, "try 0.05")
         check(self.patience >= 0, "patience must not be negative", self.patience, "try 2")
         check(0 < self.roll_back < 0.5, "roll_back must be a level above 0 and below 0.5", self.roll_back, "try 0.01")

@@ -49,12 +49,17 @@ class Batch(NamedTuple):
 class Pools(NamedTuple):
     """The three splits that a run may see. The fourth split, test, is sealed and not part of this."""
 
-    explore: PyTree  # trains students: `Sample` makes batches of it
+    explore: PyTree  # trains students: `Sample` makes batches of it. If it has a field `final`, that says whether a batch may
+    # have examples of assess and decide, too
     assess: Batch  # selects among proposals
     decide: Batch  # proves promotions
     seen: Batch | None = (
         None  # a part of explore without augmentation; shows whether training still helps, see core/plateau
     )
+
+    def explore_in(self, *, final: jax.Array) -> PyTree:
+        """What the arms train on: `explore`, and in the final phase of a run (`final`, a scalar bool) all three splits."""
+        return self.explore._replace(final=final) if hasattr(self.explore, "final") else self.explore
 
 
 class Apply(Protocol):
@@ -187,13 +192,11 @@ class Arm(NamedTuple):
     grow: Callable[[PyTree, Growth], PyTree] | None = None  # state -> state for the larger student; None: a fresh start
     uses_held_out: bool = False  # whether it needs held-out batches, to tune its loss by them
     hyperparameters: Callable[[PyTree], dict[str, jax.Array]] | None = None  # state -> tuned values, for the ledger
-    races: bool = (
-        True  # whether it takes part in the race at the start of a run; otherwise it only challenges the leader
-    )
+    races: bool = True  # whether it takes part in the race at the start of a run; otherwise it waits to be asked
 
 
 class Proposals(NamedTuple):
-    """Results of explore. With several arms, row P-1 is the average of the other rows."""
+    """Results of explore, one row for each arm: P is A."""
 
     variables: Variables  # leaves [P, ...]
     arm_states: tuple[PyTree, ...]  # [A]
@@ -278,7 +281,7 @@ class CurrentStudent(NamedTuple):
 
     variables: Variables
     evidence: Evidence  # on assess, leaves [N]
-    arm: jax.Array  # int32, the arm that proposed it; A for the average, -1 for none
+    arm: jax.Array  # int32, the arm that proposed it; -1 for none
 
 
 class Champion(NamedTuple):
@@ -300,14 +303,19 @@ class SafestStudent(NamedTuple):
 class ArmsState(NamedTuple):
     """The arms of a run and how compute is allocated to them."""
 
-    states: tuple[PyTree, ...]  # [A] each arm's own state, ready to continue from the current student
+    states: tuple[PyTree, ...]  # [A] each arm's own state: arms train students of their own
     value: jax.Array  # [A] paired difference from the best arm beside it, in standard errors; 0 is level
+    lag: (
+        jax.Array
+    )  # [A] paired difference of its newest proposal from the current student, in standard errors, smoothed
     cost: jax.Array  # [A] int32, steps spent
     wins: jax.Array  # [A] int32, proposals that became current
     promotions: jax.Array  # [A] int32, proposals that became champion
-    leader: jax.Array  # int32, the arm that exploration exploits
-    round: jax.Array  # int32, iterations since the arms' race started
-    length: jax.Array  # float32, present trajectory length in steps
+    leader: jax.Array  # int32, the arm that trains on when the race is over: the one that proposed the current student
+    racing: jax.Array  # [A] bool, still in the race; the race is over when one is left
+    raced: jax.Array  # int32, steps of each racing arm since the race began
+    asked: jax.Array  # int32, the arm that trains beside the leader from the current student, as nothing moved; or -1
+    length: jax.Array  # float32, the last trajectory length in steps
 
 
 class ErrorBudget(NamedTuple):
@@ -340,11 +348,12 @@ class State(NamedTuple):
     budget: ErrorBudget
     plateau: Plateau | tuple[()]  # () if the run's patience has no end
     met: jax.Array  # bool, whether decide proved all goals of the current student, in a run that then ends
+    final: jax.Array  # bool, whether the run trains on assess and decide as well: nothing is decided any more
     closed: jax.Array  # bool, whether the closing iteration was made: the run is finished
 
 
-KEEP, ADOPT, PROMOTE, ROLL_BACK = range(4)
-VERDICTS = ("keep", "adopt", "promote", "roll back")
+KEEP, ADOPT, PROMOTE, ROLL_BACK, FINAL = range(5)
+VERDICTS = ("keep", "adopt", "promote", "roll back", "final phase")
 
 
 class PromotionTest(NamedTuple):
@@ -374,7 +383,13 @@ class Decision(NamedTuple):
     position: jax.Array  # int32
     steps: jax.Array  # [A] int32, each arm's in this iteration
     scores: jax.Array  # [P] mean select score on assess, nan if inactive
-    selected: jax.Array  # int32, the best proposal: an arm, or A for the average; -1 if none was finite
+    behind: (
+        jax.Array
+    )  # [A] mean paired difference of each arm's score from the best arm beside it, at most 0; nan if none
+    behind_se: jax.Array  # [A] its standard error
+    racing: jax.Array  # [A] bool, still in the race after this iteration
+    asked: jax.Array  # int32, the arm that trained beside the leader because nothing had moved; -1 if none
+    selected: jax.Array  # int32, the arm with the best proposal; -1 if none was finite
     discarded: jax.Array  # int32, non-finite proposals
     ruling: jax.Array  # int32, the goal that selection followed, -1 for the promise
     risks: jax.Array  # [G] standard errors of the current student above each goal on assess
@@ -385,8 +400,9 @@ class Decision(NamedTuple):
     promoted_arm: jax.Array  # int32, the arm that proposed the new champion, -1 if none
     champion_score: jax.Array  # float32, mean promise score on decide
     current_score: jax.Array  # float32, mean promise score on assess
-    length: jax.Array  # float32, next trajectory length
+    length: jax.Array  # float32, trajectory length
     tuned: tuple[dict[str, jax.Array], ...]  # [A] current hyperparameters of arms that tune any, else {}
     stuck: jax.Array  # bool, whether the student no longer improves at its size
     met: jax.Array  # bool, whether all goals are proven on decide, in a run that then ends
+    final: jax.Array  # bool, whether this iteration trained on assess and decide, too
     closed: jax.Array  # bool, whether this was the closing iteration

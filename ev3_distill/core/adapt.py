@@ -41,7 +41,6 @@ from ev3_distill.core.paired_tests import paired
 from ev3_distill.types import ErrorBudget, Evidence
 
 SHARE = 0.8  # c: the fraction of the remaining budget that a test may spend; from 0.5 to 0.9 the power changes little
-TOLERANCE = 2.0  # standard errors within which promise scores of one trajectory count as level; 1 stalls small splits
 MET_SHARE = (
     0.2  # of the budget of a search that continues after decide has proved all goals; a failed test leaves as much
 )
@@ -106,31 +105,27 @@ class Choice(NamedTuple):
     gain_se: jax.Array  # float32, its standard error
 
 
-def choose(
-    evidence: Evidence, current: Evidence, active: jax.Array, leader: jax.Array, *, takeover: jax.Array
-) -> Choice:
-    """Selects a proposal, and decides whether exploration moves to it.
+def choose(evidence: Evidence, current: Evidence, active: jax.Array, leader: jax.Array) -> Choice:
+    """Selects a proposal, and decides whether the current student moves to it.
 
-    A challenger replaces the leader's proposal if it beats it by more than `takeover` standard errors of their paired
-    difference in the promise score: a change of arms costs a fresh start of the optimizer, and the best of many noisy
-    scores is optimistic. Exploration moves if the promise score is strictly higher than the current student's. On a
-    small split that score is too coarse for the small steps of one trajectory; so the leader also moves it if the
-    promise score is level, to TOLERANCE standard errors, and the smooth select score is strictly higher. (Between
-    different losses the smooth score would prefer the loss that resembles it.) Ties go to the incumbent.
+    The proposal with the highest promise score is selected. The student moves if that is strictly higher than the current
+    student's. On a small split equal scores are common, so the leader also moves it if the promise score is equal and the
+    smooth select score is strictly higher. (Between different losses the smooth score would prefer the loss that resembles
+    it.) Ties go to the incumbent.
 
     Args:
       evidence: of the proposals, leaves [P, N], nan if inactive.
       current: of the current student, leaves [N].
       active: [P] bool.
       leader: int32, row of the leading arm.
-      takeover: scalar, standard errors.
     """
     active = active & jnp.isfinite(evidence.promise.mean(axis=1) + evidence.select.mean(axis=1))
-    row = leader if active.shape[0] == 1 else _preferred(evidence.promise, active, leader, takeover=takeover)
+    means = jnp.where(active, evidence.promise.mean(axis=1), -jnp.inf)
+    row = jnp.where(means[leader] == means.max(), leader, jnp.argmax(means)).astype(jnp.int32)
     scores = jnp.stack([evidence.promise[row], evidence.select[row]])
     (gain, smooth), (gain_se, smooth_se) = paired(scores, jnp.stack([current.promise, current.select]))
     better = gain > 0
-    level_but_smoother = (row == leader) & (smooth > 0) & (gain >= -TOLERANCE * gain_se)
+    level_but_smoother = (row == leader) & (smooth > 0) & (gain == 0)
     any_active = active[row]
     return Choice(
         row,
@@ -139,12 +134,3 @@ def choose(
         jnp.where(better, gain, smooth),
         jnp.where(better, gain_se, smooth_se),
     )
-
-
-def _preferred(promise: jax.Array, active: jax.Array, leader: jax.Array, *, takeover: jax.Array) -> jax.Array:
-    """The leader's row, or the row of the proposal that replaces it."""
-    means = jnp.where(active, promise.mean(axis=1), -jnp.inf)
-    best = jnp.where(means[leader] == means.max(), leader, jnp.argmax(means))
-    lead, lead_se = paired(promise[best], promise[leader])
-    stays = jnp.isfinite(means[leader]) & (lead <= takeover * lead_se)
-    return jnp.where(stays, leader, best).astype(jnp.int32)

@@ -22,6 +22,8 @@ class Algorithm:
       distribute: assigns proposals to devices.
       continues: whether further runs use what this one leaves of its error budget, as the stages of a search do; then no
         test is the last one.
+      has_final: whether the run ends with a phase that trains on all three splits, for the fraction `config.final` of its
+        budget.
     """
 
     apply: Apply
@@ -32,6 +34,7 @@ class Algorithm:
     stop_level: float | None = None
     distribute: Distribute = on_one_device
     continues: bool = False
+    has_final: bool = False
 
     @property
     def racers(self) -> tuple[bool, ...]:

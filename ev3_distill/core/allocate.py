@@ -1,100 +1,77 @@
 """Allocate: which arms train in an iteration, and for how long, so that a portfolio costs little more than its best member.
 
-A run starts with a race by successive halving (Jamieson and Talwalkar 2016): first all arms that race, then the better
-half, and so on. After that the leader trains alone, except for an occasional challenger. Challengers are drawn with
-odds that follow how each arm compared with the best arm beside it.
+A run starts with a race. Each arm trains a student of its own, from common initial parameters and with its own optimizer,
+for up to a fraction `config.race` of the budget. After each iteration, an arm that assess shows to be clearly behind the best
+one leaves the race. When it is over, the arm that proposed the current student leads: it continues its own trajectory alone.
+If nothing has moved for PATIENCE iterations, another arm is asked: it starts from the current student and trains beside the
+leader for an iteration. If its proposal becomes current, it leads.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ev3_distill.config import EV3
 from ev3_distill.core.paired_tests import paired
-from ev3_distill.types import ArmsState, State
+from ev3_distill.types import ArmsState, Clock, Evidence
 
-SOFT = 2.0  # standard errors by which an arm's odds of being drawn as challenger fall by a factor e
-LATE = (
-    0.25  # fraction of a student's budget after which arms that do not race may challenge: earlier, fast starters win
+TRAJECTORIES = 50  # of a run, each at most this part of the budget: enough points among which assess selects the best
+MOST_RACING = 0.5  # of the budget, for the race of all arms
+LEAST = 0.02  # of the budget that each arm trains for before it may leave the race
+ROUNDS = 4  # iterations of a race, at least
+GROWS = (
+    0.2  # a trajectory may take this fraction of the steps so far, however large the budget: a wall time begins unknown
 )
+PATIENCE = 3  # iterations without a move after which another arm is asked
 REST = (
     0.85  # factor on the distance of a resting arm from level, per iteration: early results say little about late ones
 )
-IN_VAIN = 4  # trajectories without a gain may grow to this many times the initial length, whatever the student's cost
+FARTHEST = 10.0  # standard errors; differences count as at most that
 
 
-def rounds_of(racers: Sequence[bool]) -> int:
-    """Iterations of a race, until one arm is left."""
-    return math.ceil(math.log2(sum(racers)))
-
-
-def race_again(state: State, pressing: jax.Array, *, racers: Sequence[bool], config: EV3) -> State:
-    """Starts another race if a goal presses and the leader, alone since the last race, no longer improves the student.
-
-    The arms' values come from another objective, or from a student that was easier to improve; so all start level, and
-    on trajectories half as long.
+def race_steps(racers: Sequence[bool], budget: jax.Array, config: EV3) -> jax.Array:
+    """Steps of each arm that stays in the race to its end, float; 0 if there is no race.
 
     Args:
-      state: after this iteration's move.
-      pressing: scalar bool, whether a goal rules or prevented a move.
-      racers: [A], see `Algorithm.racers`.
+      racers: [A], which arms race.
+      budget: of the student.
       config: of the run.
     """
-    arms = state.arms
-    again = pressing & (state.clock.stale > 0) & (arms.round > rounds_of(racers))
-    return state._replace(
-        arms=arms._replace(
-            round=jnp.where(again, 0, arms.round),
-            value=jnp.where(again, 0.0, arms.value),
-            length=jnp.where(again, jnp.maximum(arms.length / 2, config.length), arms.length),
-        )
-    )
+    count = sum(racers)
+    return budget * (min(config.race, MOST_RACING / count) if count > 1 else 0.0)
 
 
-class Spent(NamedTuple):
-    """Fractions of a budget that were spent before an iteration."""
-
-    run: float | jax.Array  # of the run's budget
-    student: float | jax.Array  # of the student's budget since it started or grew
+def is_racing(arms: ArmsState, steps: jax.Array) -> jax.Array:
+    """Whether the race goes on, given the steps of each arm."""
+    return (arms.racing.sum() > 1) & (arms.raced < jnp.floor(steps))
 
 
-def active_arms(
-    key: jax.Array,
-    arms: ArmsState,
-    *,
-    racers: Sequence[bool],
-    spent: Spent,
-    exploration: float,
-    pressed: bool | jax.Array = False,
-) -> jax.Array:
-    """Which arms train now, [A] bool; the leader always does.
+def active_arms(arms: ArmsState, racing: jax.Array) -> jax.Array:
+    """Which arms train now, [A] bool: those in the race, or else the leader and an arm that is asked."""
+    numbers = jnp.arange(arms.value.shape[0])
+    return jnp.where(racing, arms.racing, (numbers == arms.leader) | (numbers == arms.asked))
+
+
+def next_length(racing: jax.Array, left: jax.Array, budget: jax.Array, cost: jax.Array, *, config: EV3) -> jax.Array:
+    """The length of a trajectory, a float in steps.
+
+    It is a fiftieth of the budget, between `config.length` and `config.max_length`, and at most GROWS of the cost so far unless
+    that is less than `config.length`. In a race it may be shorter than `config.length`.
 
     Args:
-      key: consumed.
-      arms: their value, leader and round. Round r races the best ceil(R / 2^r) of R arms until one is left.
-      racers: [A], which arms race; the others only challenge, and late.
-      spent: before this iteration.
-      exploration: probability of a challenger after the race; it falls with the remaining budget, because a better arm
-        then pays off less.
-      pressed: whether there must be a challenger, as soon as all arms may challenge; see `core/step.py`.
+      racing: whether the arms race.
+      left: steps that each arm has left in the race.
+      budget: of the student.
+      cost: of the student so far.
+      config: of the run.
     """
-    value, leader = arms.value, arms.leader
-    count = value.shape[0]
-    if count == 1:
-        return jnp.ones(1, bool)
-    is_leader = jnp.arange(count) == leader
-    of_racers = jnp.where(jnp.array(racers), value, -jnp.inf)
-    rank = jnp.argsort(jnp.argsort(jnp.where(is_leader, jnp.inf, of_racers), descending=True))
-    racing = jnp.ceil(sum(racers) / 2.0 ** jnp.minimum(arms.round, 30)).astype(jnp.int32)
-    coin, draw = jax.random.split(key)
-    eligible = ~is_leader & (jnp.array(racers) | (spent.student >= LATE))
-    challenger = jax.random.categorical(draw, jnp.where(eligible, value / SOFT, -jnp.inf))
-    challenge = jax.random.bernoulli(coin, exploration * (1 - spent.run)) | (pressed & (spent.student >= LATE))
-    challenged = challenge & eligible & (jnp.arange(count) == challenger)
-    return jnp.where(racing > 1, rank < racing, is_leader | (challenged & (count > 1)))
+    most = jnp.maximum(GROWS * cost, config.length)
+    wanted = jnp.minimum(budget / TRAJECTORIES, most)
+    alone = jnp.clip(wanted, config.length, config.max_length)
+    in_race = jnp.clip(jnp.minimum(wanted, left), 1, config.max_length)
+    return jnp.round(jnp.where(racing, in_race, alone))
 
 
 def steps_of(
@@ -120,43 +97,78 @@ def steps_of(
     return jnp.where(remaining > 0, least, 0)
 
 
-def next_values(value: jax.Array, active: jax.Array, scores: jax.Array) -> jax.Array:
+def behind_best(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """By how much each proposal lies behind the best one, paired by example: the mean difference, at most 0, and its error.
+
+    Args:
+      scores: [A, N], nan if there is none.
+
+    Returns:
+      [A] and [A], nan for an arm without a proposal.
+    """
+    means = scores.mean(axis=1)
+    best = jnp.argmax(jnp.where(jnp.isnan(means), -jnp.inf, means))
+    gap, se = paired(scores, scores[best])
+    return jnp.minimum(gap, 0.0), se
+
+
+def standardized(gap: jax.Array, se: jax.Array) -> jax.Array:
+    """A paired difference in standard errors, within FARTHEST; without a proposal (nan) as far behind as can be."""
+    z = jnp.where(gap == 0, 0.0, gap / jnp.maximum(se, 1e-12))
+    return jnp.where(jnp.isnan(z), -FARTHEST, jnp.clip(z, -FARTHEST, FARTHEST))
+
+
+def next_values(value: jax.Array, active: jax.Array, behind: jax.Array) -> jax.Array:
     """The arms' values after an iteration, [A].
 
-    The value of an arm that trained moves half way to its paired difference from the best arm beside it, in standard
-    errors and at least -10; an arm without a finite proposal counts as -10. The value of an arm that rested drifts
-    slowly back towards level, so that the arm is tried again.
+    The value of an arm that trained moves half way to its difference from the best arm beside it. The value of an arm that
+    rested drifts slowly back towards level, so that the arm is asked again.
 
     Args:
       value: [A] before.
       active: [A] bool, trained in this iteration, finite or not.
-      scores: [A, N] of the arms' proposals, nan if there is none.
+      behind: [A] standard errors behind the best arm, see `standardized`.
     """
-    if value.shape[0] == 1:
-        return value
-    means = scores.mean(axis=1)
-    best = jnp.argmax(jnp.where(jnp.isnan(means), -jnp.inf, means))
-    gain, se = paired(scores, scores[best])
-    difference = jnp.clip(jnp.where(gain == 0, 0.0, gain / jnp.maximum(se, 1e-12)), -10, 0)
-    difference = jnp.where(jnp.isnan(difference), -10, difference)
-    moved = jnp.where(active.sum() > 1, (value + difference) / 2, value)
+    moved = jnp.where(active.sum() > 1, (value + behind) / 2, value)
     return jnp.where(active, moved, REST * value)
 
 
-def next_length(
-    length: jax.Array, gain: jax.Array, gain_se: jax.Array, moved: jax.Array, cost: jax.Array, *, config: EV3
-) -> jax.Array:
-    """The next trajectory length, a float in steps.
+def next_lag(arms: ArmsState, trained: jax.Array, scores: jax.Array, current: Evidence) -> jax.Array:
+    """How far the arms' newest proposals lie from the current student, smoothed over iterations, [A].
 
-    A trajectory should be just long enough for assess to see its effect. The length doubles if nothing beat the current
-    student, grows by half if the gain was under two standard errors, shrinks by a quarter if it was over eight, and
-    else does not change. It stays within [config.length, config.max_length] and under config.max_share of the cost
-    since the student started or grew, so that a run makes many decisions whatever its budget. If nothing beat the
-    current student, that fraction is no limit up to IN_VAIN times config.length: a student that has just grown may have
-    to get worse before it gets better.
+    Args:
+      arms: before.
+      trained: [A] bool.
+      scores: [A, N] of their proposals, nan if there is none.
+      current: evidence of the current student after this iteration, whose promise is the score that `scores` has.
     """
-    z = gain / jnp.maximum(gain_se, 1e-12)
-    factor = jnp.where(~moved, 2.0, jnp.where(z < 2, 1.5, jnp.where(z > 8, 0.75, 1.0)))
-    shortest = jnp.where(moved, 1, IN_VAIN) * config.length
-    longest = jnp.clip(config.max_share * cost, jnp.minimum(shortest, config.max_length), config.max_length)
-    return jnp.clip(length * factor, config.length, longest)
+    newest = standardized(*paired(scores, current.promise))
+    return jnp.where(trained, (arms.lag + newest) / 2, arms.lag)
+
+
+def race_on(arms: ArmsState, behind: jax.Array, steps: jax.Array, *, budget: jax.Array, config: EV3) -> ArmsState:
+    """The arms after an iteration of the race: some leave it, and at its end all but the leader.
+
+    Args:
+      arms: with the leader of now, and `raced` with this iteration.
+      behind: [A] standard errors behind the best arm in this iteration.
+      steps: of each arm in the whole race.
+      budget: of the student.
+      config: of the run.
+    """
+    leads = jnp.arange(arms.value.shape[0]) == arms.leader
+    stays = (behind >= -config.drop) | (arms.raced < LEAST * budget)
+    return arms._replace(racing=leads | (arms.racing & stays & is_racing(arms, steps)))
+
+
+def to_ask(arms: ArmsState, clock: Clock, pressing: jax.Array) -> jax.Array:
+    """The arm that trains beside the leader in the next iteration, int32; -1 for none.
+
+    Nothing has moved for PATIENCE iterations, or since the last one if a goal presses. It is the arm of the highest value.
+    """
+    a = arms.value.shape[0]
+    if a == 1:
+        return jnp.int32(-1)
+    due = jnp.where(pressing, clock.stale > 0, (clock.stale > 0) & (clock.stale % PATIENCE == 0))
+    others = jnp.where(jnp.arange(a) == arms.leader, -math.inf, arms.value)
+    return jnp.where(due & (arms.racing.sum() <= 1), jnp.argmax(others), -1).astype(jnp.int32)

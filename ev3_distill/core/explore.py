@@ -1,4 +1,4 @@
-"""Explore: every active arm rolls out a trajectory from the current student; arms -> proposals.
+"""Explore: every active arm continues its trajectory; arms -> proposals.
 
 EV3 (arXiv 2310.18893), section 3.1. All arms see the same batches and the same keys (common random numbers), so that
 their proposals differ only by what the arms do.
@@ -92,7 +92,7 @@ def fitting(arm: Arm, fit: Fit) -> Arm:
 
 
 def proposals_of(arm_states: tuple[PyTree, ...], students: Sequence[Variables], steps: jax.Array) -> Proposals:
-    """Collects the arms' proposals, and their average if there are several arms.
+    """Collects the arms' proposals.
 
     Args:
       arm_states: A of them.
@@ -100,31 +100,15 @@ def proposals_of(arm_states: tuple[PyTree, ...], students: Sequence[Variables], 
       steps: [A] int32, 0 for an arm that rested in this iteration.
 
     Returns:
-      Proposals, P = A + 1 (P = 1 for a single arm). A proposal with a non-finite entry, in the student or in the arm's
-      state, is inactive and excluded from the average; it does not affect the others.
+      Proposals. One with a non-finite entry, in the student or in the arm's state, is inactive; it does not affect the
+      others.
     """
     pairs = zip(arm_states, students, strict=True)
     active = jnp.stack([(steps[i] > 0) & all_finite(proposed) for i, proposed in enumerate(pairs)])
-    variables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *students)
-    if len(students) == 1:
-        return Proposals(variables, arm_states, active)
-    average = mean_of(variables, active)
-    variables = jax.tree.map(lambda rows, row: jnp.concatenate([rows, row[None]]), variables, average)
-    return Proposals(variables, arm_states, jnp.append(active, active.sum() >= 2))
+    return Proposals(jax.tree.map(lambda *leaves: jnp.stack(leaves), *students), arm_states, active)
 
 
 def all_finite(tree: PyTree) -> jax.Array:
     """Whether every floating entry of the tree is finite, a scalar bool."""
     floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.isfinite(jnp.concatenate([leaf.reshape(-1) for leaf in floats])).all()
-
-
-def mean_of(variables: Variables, active: jax.Array) -> Variables:
-    """The average over the active rows of leaves [P, ...]; zeros if none is active."""
-
-    def mean(leaf: jax.Array) -> jax.Array:
-        mask = active.reshape(-1, *[1] * (leaf.ndim - 1))
-        total = jnp.where(mask, leaf, 0).sum(axis=0)
-        return (total / jnp.maximum(active.sum(), 1)).astype(leaf.dtype)
-
-    return jax.tree.map(mean, variables)

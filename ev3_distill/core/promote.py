@@ -32,14 +32,15 @@ def promote(state: State, pools: Pools, algorithm: Algorithm, *, closing: jax.Ar
     The test is about the goal that the champion misses by most on assess; if it misses none, about the promise. What it
     proves is the goal's `hypothesis`. A proven candidate is blocked if it would break a goal that the champion meets on
     decide, or if the tested goal's own metric is lower on decide than the champion's. For the error budget, that is a
-    failed test. After a run was ended because decide proved all goals, no promotion is tested.
+    failed test. After a run was ended because decide proved all goals, no promotion is tested, nor in the final phase, in
+    which students learn from decide.
     """
     objectives, thresholds = algorithm.objectives, algorithm.objectives.thresholds
     last = closing & ~stuck(state) & (not algorithm.continues)  # a stuck student may grow and be tested again
     any_gain = closing & (not algorithm.continues)
     alpha = adapt.level(state.budget, last)
     ruling = prioritise.ruling_of(prioritise.risks_of(state.champion.evidence, thresholds), at_risk=0.0)
-    due = adapt.due(state.clock.cost, state.clock.tested_cost, closing) & ~state.met
+    due = adapt.due(state.clock.cost, state.clock.tested_cost, closing) & ~state.met & ~state.final
 
     def predict() -> jax.Array:
         return adapt.worth_testing(_predicted_p_value(state, pools, objectives, ruling), alpha, any_gain)

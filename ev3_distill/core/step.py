@@ -18,6 +18,7 @@ from ev3_distill.core.plateau import SHORT, start_plateau, stuck, update_plateau
 from ev3_distill.core.promote import where
 from ev3_distill.types import (
     ADOPT,
+    FINAL,
     KEEP,
     PROMOTE,
     ROLL_BACK,
@@ -38,6 +39,8 @@ from ev3_distill.types import (
     Stretch,
     Variables,
 )
+
+HARMED = 2.0  # standard errors below the current student, at which more training by the leader seems to harm
 
 Step = Callable[[Pools, State, Any], tuple[State, Decision]]
 # (pools, state, limit) -> (state, decision); the limit is an int32 scalar, of NumPy if it comes from the host
@@ -73,21 +76,26 @@ def initial_state(key: jax.Array, variables: Variables, pools: Pools, algorithm:
         budget=adapt.initial_budget(config.delta),
         plateau=plateau,
         met=jnp.bool_(False),
+        final=jnp.bool_(False),
         closed=jnp.bool_(False),
     )
 
 
 def _initial_arms(variables: Variables, algorithm: Algorithm) -> ArmsState:
-    a, zero = len(algorithm.arms), jnp.int32(0)
+    a, zero, leader = len(algorithm.arms), jnp.int32(0), algorithm.racers.index(True)
     counts = jnp.zeros(a, jnp.int32)
+    alone = jnp.arange(a) == leader
     return ArmsState(
         states=tuple(arm.init(variables) for arm in algorithm.arms),
         value=jnp.zeros(a),
+        lag=jnp.zeros(a),
         cost=counts,
         wins=counts,
         promotions=counts,
-        leader=jnp.int32(algorithm.racers.index(True)),
-        round=zero,
+        leader=jnp.int32(leader),
+        racing=jnp.array(algorithm.racers) if algorithm.config.race else alone,
+        raced=zero,
+        asked=jnp.int32(-1),
         length=jnp.float32(algorithm.config.length),
     )
 
@@ -98,7 +106,11 @@ class Plan(NamedTuple):
     steps: jax.Array  # [A] int32
     spent: jax.Array  # float32, fraction of the student's budget (since it started or grew) spent before the iteration
     per_step: jax.Array  # [A] float32, fraction that one step of each arm adds, parallel arms included
-    remaining: jax.Array  # int32, steps left of the budget
+    budget: jax.Array  # int32, the student's
+    length: jax.Array  # float32, of a trajectory
+    racing: jax.Array  # bool, whether the arms race
+    turns: jax.Array  # bool, whether the final phase follows this iteration, in which no arm trains
+    remaining: jax.Array  # int32, steps left of the budget, or left until the final phase
 
 
 Rollout = tuple[tuple[PyTree, ...], tuple[Variables, ...]]  # (arm states, proposed students), each of length A
@@ -132,7 +144,8 @@ def make_step(algorithm: Algorithm) -> Step:
         plan = parts.plan(state, limit)
         first = state.clock.position
         span = first, first + plan.steps.max()
-        rollout = parts.roll((pools.explore, pools.assess), state, state.arms.states, (plan, span))
+        explored = pools.explore_in(final=state.final)
+        rollout = parts.roll((explored, pools.assess), state, state.arms.states, (plan, span))
         return parts.settle(pools, state, rollout, plan)
 
     return jax.jit(step)
@@ -141,35 +154,31 @@ def make_step(algorithm: Algorithm) -> Step:
 def _plan(algorithm: Algorithm, state: State, limit: Any) -> Plan:
     """Decides which arms train, and for how long."""
     clock, arms, config = state.clock, state.arms, algorithm.config
-    remaining = jnp.where(state.met | stuck(state), 0, jnp.maximum(limit - clock.cost, 0))
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), clock.iteration)
-    end = jnp.minimum(limit, state.plateau.until) if isinstance(state.plateau, Plateau) else limit
-    budget = jnp.maximum(end - clock.start_cost, 1)
-    spent = allocate.Spent(run=clock.cost / limit, student=(clock.cost - clock.start_cost) / budget)
-    active = allocate.active_arms(
-        key,
-        arms,
-        racers=algorithm.racers,
-        spent=spent,
-        exploration=config.exploration,
-        pressed=_needs_challenger(state, algorithm),
-    )
+    end, turns = _end_of_phase(algorithm, state, limit)
+    remaining = jnp.where(state.met | stuck(state), 0, jnp.maximum(end - clock.cost, 0))
+    until = jnp.minimum(limit, state.plateau.until) if isinstance(state.plateau, Plateau) else jnp.asarray(limit)
+    budget, cost = jnp.maximum(until - clock.start_cost, 1), clock.cost - clock.start_cost
+    in_race = allocate.race_steps(algorithm.racers, budget, config)
+    racing = allocate.is_racing(arms, in_race)
+    length = allocate.next_length(racing, in_race - arms.raced, budget, cost, config=config)
     lengths = jnp.array([arm.length for arm in algorithm.arms], jnp.float32)
-    steps = allocate.steps_of(active, arms.leader, lengths, arms.length, remaining)
+    steps = allocate.steps_of(allocate.active_arms(arms, racing), arms.leader, lengths, length, remaining)
     per_step = steps.sum() / jnp.maximum(steps, 1) / budget
-    return Plan(steps, jnp.asarray(spent.student), per_step, remaining)
+    return Plan(steps, cost / budget, per_step, budget, length, racing, turns, remaining)
 
 
-def _needs_challenger(state: State, algorithm: Algorithm) -> bool | jax.Array:
-    """Whether assess leaves open if the goals are met, in a run that ends when the student is stuck.
+def _end_of_phase(algorithm: Algorithm, state: State, limit: Any) -> tuple[jax.Array, jax.Array]:
+    """The cost that the run may reach before its final phase, or in it, and whether that phase follows now.
 
-    There a better arm decides whether the student is large enough: small students often learn from labels what they do
-    not learn from a teacher, and vice versa.
+    It follows once the rest of the budget is the final phase's, unless the leader's newest proposals lie clearly below the
+    current student: more training harms there, for example if many labels are wrong.
     """
-    if not (algorithm.objectives.goals and isinstance(state.plateau, Plateau)):
-        return False
-    risk = prioritise.risks_of(state.current.evidence, algorithm.objectives.thresholds).min()
-    return risk < prioritise.AT_RISK
+    if not algorithm.has_final:
+        return jnp.asarray(limit), jnp.bool_(False)
+    before = jnp.floor(limit * (1 - algorithm.config.final)).astype(jnp.int32)
+    sound = state.arms.lag[state.arms.leader] >= -HARMED
+    waits = ~state.final & sound
+    return jnp.where(waits, before, limit), waits & (state.clock.cost >= before)
 
 
 def _roll(
@@ -213,6 +222,7 @@ def _settle(
     """Scores the proposals and applies what follows from the scores."""
     objectives, config, steps = algorithm.objectives, algorithm.config, plan.steps
     closing, thresholds, before = plan.remaining <= 0, objectives.thresholds, state.current.evidence
+    asked = state.arms.asked
     proposals = explore.proposals_of(*rollout, steps)
     evidence = assess(
         algorithm.apply,
@@ -223,21 +233,30 @@ def _settle(
         distribute=algorithm.distribute,
     )
     ruling = prioritise.ruling_of(prioritise.risks_of(before, thresholds))
-    state, choice, rolled_back = _move(algorithm, state, proposals, evidence, steps=steps, ruling=ruling)
-    state = _count(state, steps)._replace(closed=closing)
-    if objectives.goals:
-        prevented = prioritise.breaks(evidence, before, thresholds) & proposals.active
-        pressing = prevented.any() | (ruling >= 0)
-        state = allocate.race_again(state, pressing, racers=algorithm.racers, config=config)
+    state, choice, rolled_back = _move(algorithm, state, proposals, evidence, plan=plan, ruling=ruling)
+    state = _count(state, steps)._replace(closed=closing & ~plan.turns)
+    prevented = prioritise.breaks(evidence, before, thresholds) & proposals.active
+    state = _ask(algorithm, state, prevented.any() | (ruling >= 0))
     state, promotion = promote.promote(state, pools, algorithm, closing=closing)
     risks = prioritise.risks_of(state.current.evidence, thresholds)
     state = _track_plateau(algorithm, pools, state, ruling, promotion.promoted)
     state = _track_safest(algorithm, state, risks)
     state = promote.check_goals(state, pools, algorithm, risks, closing=closing)
-    verdict = jnp.where(choice.moves, ADOPT, KEEP)
+    verdict = jnp.where(choice.moves, jnp.where(state.final, FINAL, ADOPT), KEEP)
     verdict = jnp.where(rolled_back, ROLL_BACK, jnp.where(promotion.promoted, PROMOTE, verdict)).astype(jnp.int32)
-    outcome = _Outcome(proposals, evidence, ruling, choice, promotion, risks, verdict)
+    outcome = _Outcome(proposals, evidence, ruling, choice, promotion, risks, verdict, asked, state.final)
+    state = state._replace(final=state.final | plan.turns)
     return state, _decision(algorithm, state, steps, outcome)
+
+
+def _ask(algorithm: Algorithm, state: State, pressing: jax.Array) -> State:
+    """Selects the arm that trains beside the leader in the next iteration, if any, and starts it from the current student."""
+    asked = jnp.where(state.final, -1, allocate.to_ask(state.arms, state.clock, pressing))
+    states = tuple(
+        where(asked == i, arm.init(state.current.variables), state.arms.states[i])
+        for i, arm in enumerate(algorithm.arms)
+    )
+    return state._replace(arms=state.arms._replace(states=states, asked=asked))
 
 
 def _count(state: State, steps: jax.Array) -> State:
@@ -292,17 +311,24 @@ class _Outcome(NamedTuple):
     promotion: PromotionTest
     risks: jax.Array
     verdict: jax.Array
+    asked: jax.Array
+    final: jax.Array
 
 
 def _decision(algorithm: Algorithm, state: State, steps: jax.Array, outcome: _Outcome) -> Decision:
     """The record of an iteration after which the run has this state."""
     choice, promotion, arms = outcome.choice, outcome.promotion, algorithm.arms
+    behind, behind_se = allocate.behind_best(prioritise.ruled(outcome.evidence, outcome.ruling).promise)
     return Decision(
         iteration=state.clock.iteration,
         cost=state.clock.cost,
         position=state.clock.position,
         steps=steps,
         scores=outcome.evidence.select.mean(axis=1),
+        behind=behind,
+        behind_se=behind_se,
+        racing=state.arms.racing,
+        asked=outcome.asked,
         selected=jnp.where(choice.any_active, choice.row, -1),
         discarded=(steps > 0).sum() - outcome.proposals.active[: len(arms)].sum(),
         ruling=outcome.ruling,
@@ -321,6 +347,7 @@ def _decision(algorithm: Algorithm, state: State, steps: jax.Array, outcome: _Ou
         ),
         stuck=stuck(state),
         met=state.met,
+        final=outcome.final,
         closed=state.closed,
     )
 
@@ -331,46 +358,51 @@ def _move(
     proposals: Proposals,
     evidence: Evidence,
     *,
-    steps: jax.Array,
+    plan: Plan,
     ruling: jax.Array,
 ) -> tuple[State, adapt.Choice, jax.Array]:
     """Moves the current student to the proposal that assess prefers, or back to the champion, and updates the arms.
 
-    The winning arm continues from the state it proposed; the others start afresh from the new current student. After a
-    roll-back all start afresh. Without a move every arm keeps its state: a rejected proposal leaves no trace.
+    Each arm continues from its own proposal, whether it was preferred or not. An arm whose proposal is not finite starts afresh
+    from the current student, and after a roll-back all arms do. In the final phase the student moves to the leader's proposal,
+    because assess cannot compare students that learn from it.
 
     Returns:
       The state, the choice, and whether the run rolled back. It does if assess shows the student to be worse than the
       champion, and the champion lies no further below any goal.
     """
-    arms, clock, thresholds, config = state.arms, state.clock, algorithm.objectives.thresholds, algorithm.config
-    racing = arms.round < allocate.rounds_of(algorithm.racers)
-    takeover = jnp.where(racing, 0.0, config.takeover)
+    arms, clock, thresholds = state.arms, state.clock, algorithm.objectives.thresholds
     sound = proposals.active & ~prioritise.breaks(evidence, state.current.evidence, thresholds)
     scores, reference = (prioritise.ruled(x, ruling) for x in (evidence, state.current.evidence))
-    choice = adapt.choose(scores, reference, sound, arms.leader, takeover=takeover)
+    choice = adapt.choose(scores, reference, sound, arms.leader)
+    if algorithm.has_final:
+        trains = proposals.active[arms.leader]
+        followed = choice._replace(row=arms.leader, any_active=trains, moves=trains)
+        choice = where(state.final, followed, choice)
     current, rolled_back = _next_current(algorithm, state, proposals, evidence, choice)
+    trained = plan.steps > 0
     arm_states = tuple(
         where(
-            choice.moves | rolled_back,
-            where((choice.row == i) & ~rolled_back, proposals.arm_states[i], arm.init(current.variables)),
-            arms.states[i],
+            rolled_back | (trained[i] & ~proposals.active[i]),
+            arm.init(current.variables),
+            proposals.arm_states[i],
         )
         for i, arm in enumerate(algorithm.arms)
     )
-    a, trained = len(algorithm.arms), steps > 0
-    arm_moved = choice.moves & (choice.row < a)
-    length = allocate.next_length(
-        arms.length, choice.gain, choice.gain_se, choice.moves, clock.cost - clock.start_cost, config=config
-    )
+    won = (jnp.arange(len(algorithm.arms)) == choice.row) & choice.moves
+    behind = allocate.standardized(*allocate.behind_best(scores.promise))
     arms = arms._replace(
         states=arm_states,
-        value=allocate.next_values(arms.value, trained, scores.promise[:a]),
-        wins=arms.wins + (jnp.arange(a) == choice.row) * arm_moved,
-        leader=jnp.where(arm_moved, choice.row, arms.leader),
-        length=jnp.where(trained.any(), length, arms.length),
-        round=arms.round + 1,
+        value=allocate.next_values(arms.value, trained, behind),
+        lag=allocate.next_lag(arms, trained, scores.promise, prioritise.ruled(current.evidence, ruling)),
+        wins=arms.wins + won,
+        leader=jnp.where(choice.moves, choice.row, arms.leader),
+        length=plan.length,
+        raced=arms.raced + jnp.where(plan.racing, plan.steps.max(), 0),
     )
+    in_race = allocate.race_steps(algorithm.racers, plan.budget, algorithm.config)
+    onward = allocate.race_on(arms, behind, in_race, budget=plan.budget, config=algorithm.config)
+    arms = where(plan.racing, onward, arms)
     clock = clock._replace(stale=jnp.where(choice.moves | rolled_back, 0, clock.stale + 1))
     return state._replace(clock=clock, current=current, arms=arms), choice, rolled_back
 
@@ -387,7 +419,7 @@ def _next_current(
     )
     champion, binary = state.champion, algorithm.objectives.promise.binary
     rolled_back = proves(champion.evidence.promise, shown.promise, algorithm.config.roll_back, binary=binary)
-    rolled_back &= ~prioritise.falls_shorter(champion.evidence, shown, thresholds)
+    rolled_back &= ~prioritise.falls_shorter(champion.evidence, shown, thresholds) & ~state.final
     variables, shown = where(rolled_back, (champion.variables, champion.evidence), (variables, shown))
     arm = jnp.where(rolled_back, -1, jnp.where(choice.moves, choice.row, state.current.arm))
     return CurrentStudent(variables, shown, arm), rolled_back

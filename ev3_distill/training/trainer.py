@@ -46,6 +46,7 @@ class Distillation:
         objectives: Objectives | None = None,
         stop_level: float | None = None,
         continues: bool = False,
+        has_final: bool = False,
         devices: Devices = ONE,
     ):
         """Builds the run.
@@ -58,6 +59,7 @@ class Distillation:
           objectives: that score students; by default those of classification.
           stop_level: if given, the run ends once decide proves every goal, each at this level.
           continues: whether further runs use what this one leaves of its error budget.
+          has_final: whether the run ends with a phase that trains on all three splits; the explore pool must hold them.
           devices: of the run.
         """
         config = config or EV3()
@@ -70,6 +72,7 @@ class Distillation:
             config,
             stop_level=stop_level,
             continues=continues,
+            has_final=has_final,
             distribute=devices.distribute,
         )
         self.devices, self._algorithm = devices, algorithm
@@ -143,13 +146,14 @@ class Distillation:
           seconds: of the run, if wall time is its budget.
           pipeline: as for `loop`.
         """
-        best = self.begin(pools, seed)
+        first = self.begin(pools, seed)
+        best = self._alone(first)
         most, start = budget // DRAWING_SHARE, time.perf_counter()
         if has_batch_stats(best.current.variables) or most < 2 * self._algorithm.config.length:
-            return best
+            return first
         compiled, cost, highest = self.compile_s, 0, (-np.inf, -np.inf)
         for draw in range(DRAWS):
-            initial = self.begin(pools, seed, draw=draw)
+            initial = self._alone(self.begin(pools, seed, draw=draw))
             *_, (flat, decisions) = self.loop(pools, initial, budget=budget, pipeline=pipeline, pause=1, at_once=1)
             evidence = self.loop.unflatten(flat).current.evidence
             score = float(evidence.promise.mean()), float(evidence.select.mean())
@@ -161,7 +165,13 @@ class Distillation:
             late = seconds is not None and broadcast_number(spent) > seconds / DRAWING_SHARE
             if cost + one > most or late:
                 break
-        return best._replace(clock=best.clock._replace(cost=jnp.int32(cost), start_cost=jnp.int32(cost)))
+        best = best._replace(clock=best.clock._replace(cost=jnp.int32(cost), start_cost=jnp.int32(cost)))
+        return best._replace(arms=best.arms._replace(racing=first.arms.racing))
+
+    def _alone(self, state: State) -> State:
+        """The state with the race over: the leader trains alone."""
+        racing = jnp.arange(len(self._algorithm.arms)) == state.arms.leader
+        return state._replace(arms=state.arms._replace(racing=racing))
 
     def shapes(self, pools: Pools) -> State:
         """A state's shapes and types; compiles nothing."""
@@ -171,9 +181,8 @@ class Distillation:
     def grow(self, pools: Pools, state: State, growth: Growth) -> State:
         """The state of a run with a smaller student, mapped to this larger student, which computes the same.
 
-        Proofs and the remaining error budget stay valid. Arms of the same names continue from their states, on short
-        trajectories again. The first arm leads again, and if several race, they race anew: the winner for the smaller
-        student may be the wrong one for the larger.
+        Proofs and the remaining error budget stay valid. The leading arm continues from its state, and leads on: another arm,
+        which starts from the grown student, is asked if nothing moves.
         """
         state = self.devices.gather(state)
         current, champion, old = state.current, state.champion, state.arms
@@ -190,8 +199,9 @@ class Distillation:
                     for arm, arm_state, initial in zip(self._algorithm.arms, old.states, fresh, strict=True)
                 ),
                 length=jnp.float32(self._algorithm.config.length),
-                leader=jnp.int32(self._algorithm.racers.index(True)),
-                round=jnp.int32(0),
+                racing=jnp.arange(len(old.value)) == old.leader,
+                asked=jnp.int32(-1),
+                lag=jnp.zeros_like(old.lag),
                 value=jnp.zeros_like(old.value),
             ),
             clock=state.clock._replace(start_cost=state.clock.cost, stale=jnp.int32(0)),
