@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from optax.contrib import MuonDimensionNumbers
 
 from ev3_distill import students
 from ev3_distill.arms.gradient import gradient_arm
-from ev3_distill.arms.optimizers import adamw
+from ev3_distill.arms.optimizers import adamw, muon, sgd
 from ev3_distill.arms.zoo import is_convolutional, up_and_down
 from ev3_distill.config import EV3
 from ev3_distill.core.assess import outputs_of
@@ -25,8 +24,7 @@ from ev3_distill.core.explore import draw_from
 from ev3_distill.data import batches
 from ev3_distill.runtime.compile import jit
 from ev3_distill.tasks.classification import losses
-from ev3_distill.tasks.classification.loss_terms import at_target, kl, log_softmaxes, weighted_mean
-from ev3_distill.types import Arm, Batch, Loss, Network, PyTree, Stretch, Variables
+from ev3_distill.types import Arm, Network, PyTree, Stretch, Variables
 
 
 class Recipe(NamedTuple):
@@ -35,7 +33,7 @@ class Recipe(NamedTuple):
     ce: float = 0.0  # cross-entropy with the labels
     kd: float = 0.0  # distillation at `temperature`
     mse: float = 0.0  # squared error of logits
-    trusted: float = 0.0  # `trusted_kd`
+    trusted: float = 0.0  # `losses.trusted_kd`
     temperature: float = 4.0
     smoothing: float = 0.0  # of labels
     balance: float = 0.0  # power of the class weights: 0 none, 1 equal weight for every class
@@ -66,40 +64,7 @@ RECIPES: dict[str, Recipe] = {
 PLAIN = "kd4"  # the usual recipe
 
 
-def trusted_kd(*, temperature: float | jax.Array, smoothing: float | jax.Array = 0.0) -> Loss:
-    """Distillation where the teacher agrees with the label, else the label: mean of w T^2 KL(p || q) + (1 - w) CE.
-
-    w is the teacher's probability of the label at T = 1; 1 for an example without a label.
-    """
-
-    def loss(logits: jax.Array, batch: Batch) -> jax.Array:
-        log_q, log_p = log_softmaxes(logits, batch, temperature)
-        labeled = batch.targets >= 0
-        trust = jnp.where(labeled, at_target(jax.nn.softmax(batch.teacher["logits"]), batch.targets), 1.0)
-        log_student = jax.nn.log_softmax(logits)
-        hard = (1 - smoothing) * at_target(log_student, batch.targets) + smoothing * log_student.mean(-1)
-        return weighted_mean(trust * temperature**2 * kl(log_p, log_q) - (1 - trust) * hard, batch.weight)
-
-    return loss
-
-
-def _sgd(rate: Any) -> optax.GradientTransformation:
-    return optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=0.9, nesterov=True))
-
-
-def _muon(rate: Any) -> optax.GradientTransformation:
-    """Muon for every matrix and kernel, Adam at a quarter of the rate for the rest."""
-    return optax.contrib.muon(rate, adam_learning_rate=rate / 4, muon_weight_dimension_numbers=_matrices)
-
-
-def _matrices(params: PyTree) -> PyTree:
-    def of_leaf(leaf: jax.Array) -> MuonDimensionNumbers | None:
-        return MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), (leaf.ndim - 1,)) if leaf.ndim > 1 else None
-
-    return jax.tree.map(of_leaf, params)
-
-
-OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {"adamw": adamw, "sgd": _sgd, "muon": _muon}
+OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {"adamw": adamw, "sgd": sgd, "muon": muon}
 
 
 def _arm(network: Network, optimizer: str, values: Mapping[str, jax.Array]) -> Arm:
@@ -109,7 +74,7 @@ def _arm(network: Network, optimizer: str, values: Mapping[str, jax.Array]) -> A
         "ce": losses.cross_entropy(label_smoothing=smoothing),
         "kd": losses.kd(temperature=temperature),
         "mse": losses.logit_mse(),
-        "trusted": trusted_kd(temperature=temperature, smoothing=smoothing),
+        "trusted": losses.trusted_kd(temperature=temperature, label_smoothing=smoothing),
     }
     mixed = losses.mix(*((values[name], term) for name, term in terms.items()))
     anneal = up_and_down if optimizer == "muon" else None

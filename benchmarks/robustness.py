@@ -74,9 +74,11 @@ STOPPED = robustness_table.STOPPED
 ALL_ROWS = robustness_table.ALL_ROWS
 OURS = robustness_table.OURS
 ABLATIONS: dict[str, dict[str, Any]] = {  # fields of Compress that leave a part out; ev3.X is a field of its EV3
-    "EV3 without challengers": {"ev3.exploration": 0.0},
+    "EV3 without a portfolio": {"arms": ("kd4-muon",)},
+    "EV3 without a race": {"ev3.race": 0.0},
+    "EV3 without leaving the race": {"ev3.drop": 1e6},
+    "EV3 without a final phase": {"ev3.final": 0.0},
     "EV3 without roll-back": {"ev3.roll_back": 1e-6},
-    "EV3 without adaptive lengths": {"ev3.max_length": 50},
     "EV3 without unproven students": {"deliver": "champion"},
 }
 PARTS = ("recipes", "plain", "ev3", "ablations")

@@ -2,6 +2,7 @@
 
 import jax
 import optax
+from jax.tree_util import KeyPath
 from optax.contrib import MuonDimensionNumbers
 
 from ev3_distill.types import PyTree
@@ -16,19 +17,27 @@ def adamw(rate: float) -> optax.GradientTransformation:
     return optax.flatten(optax.adamw(rate, weight_decay=1e-4))
 
 
+def sgd(rate: float) -> optax.GradientTransformation:
+    """Stochastic gradient descent with Nesterov momentum 0.9 and weight decay 5e-4; one vector, as `adamw`."""
+    return optax.flatten(optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=0.9, nesterov=True)))
+
+
 def muon(rate: float) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024): orthogonalised momentum for matrices and kernels, Adam at a quarter of the rate for the rest.
 
     Args:
-      rate: of matrices; a kernel [h, w, C, O] counts as the matrix [h w C, O].
+      rate: of matrices. In a network with convolutions these are its kernels [h, w, C, O], each as the matrix [h w C, O]; in
+        others, kernels [I, O].
     """
     return optax.contrib.muon(rate, adam_learning_rate=rate / 4, muon_weight_dimension_numbers=_dimensions)
 
 
 def _dimensions(params: PyTree) -> PyTree:
     """Which leaves are matrices, and how; None for those that Adam gets."""
-    return jax.tree.map(_of_leaf, params)
+    rank = 4 if any(leaf.ndim == 4 for leaf in jax.tree.leaves(params)) else 2
 
+    def of_leaf(path: KeyPath, leaf: jax.Array) -> MuonDimensionNumbers | None:
+        is_matrix = leaf.ndim == rank and (rank == 4 or "kernel" in jax.tree_util.keystr(path[-1:]))
+        return MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), (leaf.ndim - 1,)) if is_matrix else None
 
-def _of_leaf(leaf: jax.Array) -> MuonDimensionNumbers | None:
-    return MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), (leaf.ndim - 1,)) if leaf.ndim == 4 else None
+    return jax.tree_util.tree_map_with_path(of_leaf, params)

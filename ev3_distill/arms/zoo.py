@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from ev3_distill.arms.gradient import Schedule, gradient_arm
-from ev3_distill.arms.optimizers import adamw, muon
+from ev3_distill.arms.optimizers import adamw, muon, sgd
 from ev3_distill.evolution import EvolutionConfig
 from ev3_distill.tasks.classification import example_scores, losses, steering
 from ev3_distill.tasks.metrics import find_metric
 from ev3_distill.types import Apply, Arm, Loss, Objective
 
-RATE, MUON_RATE = 1e-2, 5e-2  # learning rates of AdamW and Muon
+RATE, MUON_RATE, SGD_RATE = 1e-2, 5e-2, 1e-1  # learning rates of AdamW, Muon and SGD
 EVOLUTION_RATE = 3e-3
 EVOLUTION = EvolutionConfig(pairs=32, sigma=0.02)
 ROUNDING_START = 0.75  # fraction of the budget after which a student for int8 trains with rounded weights
@@ -41,15 +41,14 @@ class Recipe(NamedTuple):
 
     loss: Callable[[], Loss]
     rate: float = RATE
-    muon: bool = False  # Muon with the schedule `up_and_down`, in place of AdamW
-    races: bool = (
-        True  # whether it takes part in the race that starts a run; otherwise it only challenges the leader later
-    )
+    optimizer: str = "adamw"  # or sgd; or muon, with the schedule `up_and_down`
+    races: bool = True  # whether it takes part in the race that starts a run; otherwise it waits to be asked
     uses_teacher: bool = True  # whether the loss needs a teacher; otherwise it needs labels
 
     def arm(self, name: str, forward: Forward) -> Arm:
         """The arm of this name."""
-        optimizer, anneal = (muon(self.rate), up_and_down) if self.muon else (adamw(self.rate), None)
+        optimizer = {"adamw": adamw, "sgd": sgd, "muon": muon}[self.optimizer](self.rate)
+        anneal = up_and_down if self.optimizer == "muon" else None
         arm = gradient_arm(name, forward.apply, self.loss(), optimizer, anneal=anneal, rounding=forward.rounding)
         return arm._replace(races=self.races)
 
@@ -73,6 +72,10 @@ def _from_peer(share: float) -> Callable[[], Loss]:
     return lambda: losses.taught_by(kd4(), PEER, share=share)
 
 
+def _trusted(temperature: float) -> Callable[[], Loss]:
+    return lambda: losses.trusted_kd(temperature=temperature)
+
+
 def _balanced(loss: Callable[[], Loss], power: float = 1.0) -> Callable[[], Loss]:
     return lambda: losses.balanced(loss(), power=power)
 
@@ -82,45 +85,47 @@ def _balanced(loss: Callable[[], Loss], power: float = 1.0) -> Callable[[], Loss
 PEER = "peer"
 ARMS: dict[str, Recipe] = {
     "ce": Recipe(losses.cross_entropy, uses_teacher=False),
-    "ce-challenger": Recipe(losses.cross_entropy, uses_teacher=False, races=False),
     "ce-slow": Recipe(losses.cross_entropy, 1e-3, uses_teacher=False),
     "kd2": Recipe(kd2),
-    "kd2-challenger": Recipe(kd2, races=False),
     "kd2-slow": Recipe(kd2, 1e-3),
     "kd4": Recipe(kd4),
     "kd4-fast": Recipe(kd4, 3e-2),
     "mse": Recipe(losses.logit_mse),
     "dkd": Recipe(losses.dkd),
     "dist": Recipe(losses.dist),
-    "dist-challenger": Recipe(losses.dist, races=False),
     "nkd": Recipe(losses.nkd),
     "standardized": Recipe(lambda: with_labels(losses.standardized_kd())),
     "reverse-kl": Recipe(losses.reverse_kl),
     "jsd": Recipe(losses.jsd),
-    "ce-muon": Recipe(losses.cross_entropy, MUON_RATE, muon=True, uses_teacher=False),
-    "ce-muon-challenger": Recipe(losses.cross_entropy, MUON_RATE, muon=True, races=False, uses_teacher=False),
-    "kd2-muon": Recipe(kd2, MUON_RATE, muon=True),
-    "kd4-muon": Recipe(kd4, MUON_RATE, muon=True),
-    "dist-muon": Recipe(losses.dist, MUON_RATE, muon=True),
+    "ce-muon": Recipe(losses.cross_entropy, MUON_RATE, "muon", uses_teacher=False),
+    "ce-sgd": Recipe(losses.cross_entropy, SGD_RATE, "sgd", uses_teacher=False),
+    "kd2-sgd": Recipe(kd2, SGD_RATE, "sgd"),
+    "trust": Recipe(_trusted(4.0)),
+    "trust-sgd": Recipe(_trusted(2.0), SGD_RATE, "sgd"),
+    "trust-muon": Recipe(_trusted(4.0), MUON_RATE, "muon"),
+    "kd2-muon": Recipe(kd2, MUON_RATE, "muon"),
+    "kd4-muon": Recipe(kd4, MUON_RATE, "muon"),
+    "dist-muon": Recipe(losses.dist, MUON_RATE, "muon"),
     "ce-balanced": Recipe(_balanced(losses.cross_entropy), uses_teacher=False),
     "ce-half-balanced": Recipe(_balanced(losses.cross_entropy, 0.5), uses_teacher=False),
     "kd2-balanced": Recipe(_balanced(kd2)),
     "kd4-balanced": Recipe(_balanced(kd4)),
     "kd4-peer": Recipe(_from_peer(1.0), races=False),
     "kd4-ensemble": Recipe(_from_peer(0.5), races=False),
-    "kd4-muon-peer": Recipe(_from_peer(1.0), MUON_RATE, muon=True, races=False),
-    "kd4-muon-ensemble": Recipe(_from_peer(0.5), MUON_RATE, muon=True, races=False),
-    "kd4-muon-balanced": Recipe(_balanced(kd4), MUON_RATE, muon=True),
+    "kd4-muon-peer": Recipe(_from_peer(1.0), MUON_RATE, "muon", races=False),
+    "kd4-muon-ensemble": Recipe(_from_peer(0.5), MUON_RATE, "muon", races=False),
+    "kd4-muon-balanced": Recipe(_balanced(kd4), MUON_RATE, "muon"),
+    "ce-sgd-balanced": Recipe(_balanced(losses.cross_entropy), SGD_RATE, "sgd", uses_teacher=False),
 }
 EVOLVING: dict[str, Callable[[], Objective]] = {  # evolution arms, by what they improve
     "es-accuracy": lambda: example_scores.accuracy,
     "es-worst-class": lambda: steering.goal("worst_class_accuracy", 0).score,
 }
-# One arm leads from the start. A race of some 50 steps each is won by losses that start fast (ce, then kd2), and the whole run
-# would pay for it. Challengers, labels alone among them, are tried now and then.
-DEFAULT = ("kd4", "ce-challenger", "kd2-challenger", "dist-challenger")
-CONVOLUTIONAL = ("kd4-muon", "ce-muon-challenger")
-GUARDED = ("ce", "kd2", "kd4", "dist", "ce-balanced", "ce-half-balanced")  # if rare classes must count: these race
+# Arms that differ in loss and optimizer race, labels alone among them. With guards on rare classes, balanced losses do, too.
+DEFAULT = ("kd4-muon", "trust-sgd", "ce-sgd", "ce-muon")
+CONVOLUTIONAL = ("kd4-muon", "ce-muon")
+BALANCED = ("ce-sgd-balanced", "kd4-muon-balanced")
+CONVOLUTIONAL_BALANCED = ("kd4-muon-balanced",)
 MLP_PEER_ARMS = ("kd4-peer", "kd4-ensemble")
 CONVOLUTIONAL_PEER_ARMS = ("kd4-muon-peer", "kd4-muon-ensemble")
 PEER_ARMS = MLP_PEER_ARMS + CONVOLUTIONAL_PEER_ARMS
@@ -143,7 +148,7 @@ def default_arm_names(spec: Mapping[str, Any], *, labels: bool = True, goals: Se
     convolutional = is_convolutional(spec)
     names: tuple[str, ...] = CONVOLUTIONAL if convolutional else DEFAULT
     if any((query := find_metric(name)) and query.row.balances_classes for name in goals):
-        names = (*CONVOLUTIONAL, "kd4-muon-balanced") if convolutional else GUARDED
+        names += CONVOLUTIONAL_BALANCED if convolutional else BALANCED
     return tuple(name for name in names if labels or ARMS[name].uses_teacher)
 
 

@@ -47,6 +47,7 @@ __all__ = [
     "reverse_kl",
     "standardized_kd",
     "taught_by",
+    "trusted_kd",
 ]
 
 
@@ -235,6 +236,32 @@ def standardized_kd(*, base: Scalar = 2.0) -> Loss:
     return loss
 
 
+def trusted_kd(*, temperature: Scalar = 4.0, label_smoothing: Scalar = 0.0) -> Loss:
+    """Distillation where the teacher agrees with the label, else the label: w T^2 KL(p || q) - (1 - w) log q_y.
+
+    w is the teacher's probability of the label at T = 1; 1 for an example without a label. The second term is at T = 1.
+
+    Args:
+      temperature: T, positive.
+      label_smoothing: of the second term, in [0, 1); see `cross_entropy`.
+
+    Returns:
+      The loss.
+    """
+    check_temperature("temperature", temperature)
+    check("label_smoothing", label_smoothing, lambda a: 0 <= a < 1, "at least 0 and below 1", "0 turns it off")
+
+    def loss(logits: jax.Array, batch: Batch) -> jax.Array:
+        log_q, log_p = log_softmaxes(logits, batch, temperature)
+        labeled = batch.targets >= 0
+        trust = jnp.where(labeled, at_target(jax.nn.softmax(batch.teacher["logits"]), batch.targets), 1.0)
+        log_student = jax.nn.log_softmax(logits)
+        hard = (1 - label_smoothing) * at_target(log_student, batch.targets) + label_smoothing * log_student.mean(-1)
+        return weighted_mean(trust * temperature**2 * kl(log_p, log_q) - (1 - trust) * hard, batch.weight)
+
+    return loss
+
+
 def reverse_kl(*, temperature: Scalar = 1.0) -> Loss:
     """Reverse divergence, which seeks the teacher's modes: KL(q || p), without the factor T^2 of kd.
 
@@ -292,6 +319,7 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     "dist": dist,
     "nkd": nkd,
     "standardized_kd": standardized_kd,
+    "trusted_kd": trusted_kd,
     "reverse_kl": reverse_kl,
     "jsd": jsd,
 }
