@@ -26,7 +26,7 @@ class EV3:
     """Shortest trajectory in steps, outside of a race."""
     max_length: int = 2000
     """Longest trajectory in steps. A trajectory takes a fiftieth of the budget, within these limits."""
-    race: float = 0.1
+    race: float = 0.08
     """Fraction of the budget that each arm may use in the race at the start, for at most half of the budget in total.
     0: no race, the first arm leads."""
     drop: float = 5.0
@@ -49,7 +49,7 @@ class EV3:
         check(self.eval_batch_size >= 1, "eval_batch_size must be at least 1", self.eval_batch_size, "try 1024")
         check(1 <= self.length <= self.max_length, "1 <= length <= max_length must hold",
               (self.length, self.max_length), "raise max_length or lower length")  # fmt: skip
-        check(0 <= self.race <= 0.5, "race must be a fraction from 0 to 0.5", self.race, "try 0.1")
+        check(0 <= self.race <= 0.5, "race must be a fraction from 0 to 0.5", self.race, "try 0.08")
         check(self.drop > 0, "drop must be positive", self.drop, "try 5")
         check(0 <= self.final < 1, "final must be a fraction from 0, below 1", self.final, "try 0.2")
         check(0 < self.delta < 1, "delta must be a probability above 0 and below 1", self.delta, "try 0.05")
