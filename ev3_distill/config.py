@@ -33,7 +33,7 @@ class EV3:
     """Standard errors on the assess split by which an arm must lie behind the best arm to leave the race early."""
     final: float = 0.2
     """Fraction of the budget, at its end, that trains on the assess and decide splits, too: nothing is decided any more.
-    0: none. Runs with guards and searches decide to the end, and have none."""
+    0: none. Runs with guards, a control or a patience, searches, and runs that deliver the champion decide to the end."""
     delta: float = 0.05
     """Error budget: bound on the probability that any promotion of the whole run is to a truly worse student."""
     roll_back: float = 0.01
@@ -302,12 +302,15 @@ class Compress(RunConfig):
         return bool(self.start or self.sizes)
 
     def teacher_config(self) -> "Teach":
-        """The configuration of the teacher that is trained when none is named, on the same splits."""
-        return self._teach(self.teacher_network, self.teacher_budget, EV3())
+        """The configuration of the teacher that is trained when none is named, on the same splits.
+
+        It has no final phase: a teacher that has learned from assess and decide would favor the students that follow it there.
+        """
+        return self._teach(self.teacher_network, self.teacher_budget, EV3(final=0.0))
 
     def control_config(self) -> "Teach":
-        """The configuration of the control: the same student, trained on labels alone."""
-        return self._teach(self.student, self.budget, self.ev3)
+        """The configuration of the control: the same student, trained on labels alone; decide compares both."""
+        return self._teach(self.student, self.budget, dataclasses.replace(self.ev3, final=0.0))
 
     def _teach(self, network: str, budget: str, ev3: EV3) -> "Teach":
         return Teach(

@@ -336,6 +336,13 @@ class Plateau(NamedTuple):
     stuck: jax.Array  # bool, whether it has not improved for as long as the run's patience, or that part is used up
 
 
+class BeforeFinal(NamedTuple):
+    """Where the run stood when its final phase began: nothing was decided since."""
+
+    variables: Variables  # of the current student
+    cost: jax.Array  # int32
+
+
 class State(NamedTuple):
     """The complete state of a run, one pytree: everything that a resumed run needs."""
 
@@ -349,6 +356,7 @@ class State(NamedTuple):
     plateau: Plateau | tuple[()]  # () if the run's patience has no end
     met: jax.Array  # bool, whether decide proved all goals of the current student, in a run that then ends
     final: jax.Array  # bool, whether the run trains on assess and decide as well: nothing is decided any more
+    before: BeforeFinal | tuple[()]  # () if the run has no final phase; of no meaning until it begins
     closed: jax.Array  # bool, whether the closing iteration was made: the run is finished
 
 

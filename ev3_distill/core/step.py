@@ -24,6 +24,7 @@ from ev3_distill.types import (
     ROLL_BACK,
     ArmsState,
     Batch,
+    BeforeFinal,
     Champion,
     Clock,
     CurrentStudent,
@@ -77,6 +78,7 @@ def initial_state(key: jax.Array, variables: Variables, pools: Pools, algorithm:
         plateau=plateau,
         met=jnp.bool_(False),
         final=jnp.bool_(False),
+        before=BeforeFinal(variables, zero) if algorithm.has_final else (),
         closed=jnp.bool_(False),
     )
 
@@ -245,8 +247,19 @@ def _settle(
     verdict = jnp.where(choice.moves, jnp.where(state.final, FINAL, ADOPT), KEEP)
     verdict = jnp.where(rolled_back, ROLL_BACK, jnp.where(promotion.promoted, PROMOTE, verdict)).astype(jnp.int32)
     outcome = _Outcome(proposals, evidence, ruling, choice, promotion, risks, verdict, asked, state.final)
-    state = state._replace(final=state.final | plan.turns)
+    state = _begin_final(state, plan.turns)
     return state, _decision(algorithm, state, steps, outcome)
+
+
+def _begin_final(state: State, turns: jax.Array) -> State:
+    """The state after an iteration; if it `turns`, the leader alone trains from now on, in the final phase."""
+    if not isinstance(state.before, BeforeFinal):
+        return state
+    arms, now = state.arms, BeforeFinal(state.current.variables, state.clock.cost)
+    alone = arms._replace(racing=jnp.arange(len(arms.value)) == arms.leader, asked=jnp.int32(-1))
+    return state._replace(
+        arms=where(turns, alone, arms), final=state.final | turns, before=where(turns, now, state.before)
+    )
 
 
 def _ask(algorithm: Algorithm, state: State, pressing: jax.Array) -> State:

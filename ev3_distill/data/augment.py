@@ -163,21 +163,21 @@ def view_of(
     return out, mixed
 
 
-def partner_of(augmentation: Augmentation, row: jax.Array, view: jax.Array | int, n: int) -> jax.Array:
+def partner_of(augmentation: Augmentation, row: jax.Array, view: jax.Array | int, n: jax.Array | int) -> jax.Array:
     """The rows of the examples with which a batch is mixed, uniform among all others.
 
     Args:
       augmentation: only its seed matters.
       row: [B] int32, of the examples, from 0 to n - 1.
       view: int32, [B] or one for all.
-      n: number of rows; if it is 1, an example is its own partner.
+      n: number of rows, an array or static; if it is 1, an example is its own partner.
 
     Returns:
       Rows [B] int32.
     """
-    word = _words(augmentation, row, view)[:, _CHOICE]
-    away = 1 + _below(word, max(n - 1, 1)).astype(jnp.uint32)
-    return ((jnp.asarray(row).astype(jnp.uint32) + away) % np.uint32(n)).astype(jnp.int32)
+    word, rows = _words(augmentation, row, view)[:, _CHOICE], jnp.asarray(n).astype(jnp.uint32)
+    away = 1 + word % (jnp.maximum(rows, 2) - 1)
+    return ((jnp.asarray(row).astype(jnp.uint32) + away) % rows).astype(jnp.int32)
 
 
 def _words(augmentation: Augmentation, index: jax.Array, view: jax.Array | int) -> jax.Array:

@@ -3,6 +3,9 @@
 A pool holds the examples. `Resident` is the whole split on the device; `Window` is the next few steps of a split that is too
 large for the device. Both give the same batches. Each epoch trains on the next view of every example: view v is the example
 augmented with counter-based keys, together with the teacher's outputs on those pixels. After V views the first one returns.
+
+The final phase of a run trains on all rows of explore, assess and decide. Before it, no batch has an example of assess or
+decide, nor a part of one: examples are mixed with rows of the phase alone.
 """
 
 from collections.abc import Mapping
@@ -21,11 +24,13 @@ from ev3_distill.types import Apply, Batch, Pools, PyTree, Sample, Variables
 
 
 class Resident(NamedTuple):
-    """The explore split on the device."""
+    """The explore split on the device, and for a final phase the rows of assess and decide after it."""
 
-    examples: Batch  # leaves [N, ...]; those of `teacher` [V, N, ...]
-    order: Order
+    examples: Batch  # leaves [N, ...]; those of `teacher` [V, N, ...]; the rows of explore are the first
+    order: Order  # of the rows of explore
     teacher: Variables | tuple[()] = ()  # variables of a JAX teacher that runs inside the training step
+    final_order: Order | tuple[()] = ()  # of all rows; () in a run without a final phase
+    final: jax.Array | tuple[()] = ()  # bool, whether the run is in its final phase; () means that it is not
 
 
 class Window(NamedTuple):
@@ -52,9 +57,9 @@ def sampler(
             at = (step - pool.first) * batch_size
             batch = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, at, batch_size), pool.examples)
         else:
-            positions = batch_rows(pool.order, step, batch_size=batch_size)
-            view = epoch_of(pool.order, step, batch_size=batch_size) % np.uint32(views)
-            batch = view_batch(pool.examples, positions, view.astype(jnp.int32), augmentation)
+            positions, epoch, rows = _visit(pool, step, batch_size)
+            view = (epoch % np.uint32(views)).astype(jnp.int32)
+            batch = view_batch(pool.examples, positions, view, augmentation, rows=rows)
         if teacher is None:
             return batch
         logits, _ = teacher(pool.teacher, batch.inputs, train=False)
@@ -63,10 +68,38 @@ def sampler(
     return sample
 
 
-def view_batch(examples: Batch, positions: jax.Array, view: jax.Array, augmentation: Augmentation | None) -> Batch:
+def _visit(pool: Resident, step: jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array, jax.Array | int]:
+    """The rows of a step's batch [B], their epoch, and the number of rows that batches may have in this phase of the run."""
+
+    def visit(order: Order) -> tuple[jax.Array, jax.Array, jax.Array | int]:
+        rows = batch_rows(order, step, batch_size=batch_size)
+        return rows, epoch_of(order, step, batch_size=batch_size), order.base.shape[0]
+
+    if isinstance(pool.final, tuple) or not isinstance(pool.final_order, Order):
+        return visit(pool.order)
+    before, last = visit(pool.order), visit(pool.final_order)
+    rows, epoch, number = (jnp.where(pool.final, b, a) for a, b in zip(before, last, strict=True))
+    return rows, epoch, number
+
+
+def view_batch(
+    examples: Batch,
+    positions: jax.Array,
+    view: jax.Array,
+    augmentation: Augmentation | None,
+    *,
+    rows: jax.Array | int,
+) -> Batch:
     """Selects rows [B] of a resident split in one view.
 
     Examples that are mixed with others have no target of their own; there the teacher's outputs are the only target.
+
+    Args:
+      examples: of the pool.
+      positions: rows to select.
+      view: number of the view.
+      augmentation: None for unchanged examples.
+      rows: number of rows, the first ones, that examples may be mixed with.
     """
     cached = {name: leaf[view % leaf.shape[0], positions] for name, leaf in examples.teacher.items()}
     batch = Batch(
@@ -80,7 +113,7 @@ def view_batch(examples: Batch, positions: jax.Array, view: jax.Array, augmentat
         return batch
     partners = None
     if augmentation.mix:
-        partners = examples.inputs[partner_of(augmentation, positions, view, len(examples.index))]
+        partners = examples.inputs[partner_of(augmentation, positions, view, rows)]
     inputs, mixed = view_of(augmentation, batch.inputs, partners, batch.index, view)
     return batch._replace(inputs=inputs, targets=without_targets(batch.targets, mixed))
 
@@ -96,9 +129,15 @@ def without_targets(targets: PyTree, missing: Any) -> PyTree:
 
 
 def resident(
-    inputs: np.ndarray, targets: PyTree, index: np.ndarray, teacher: Mapping[str, np.ndarray], *, seed: int
+    inputs: np.ndarray,
+    targets: PyTree,
+    index: np.ndarray,
+    teacher: Mapping[str, np.ndarray],
+    *,
+    seed: int,
+    explored: int | None = None,
 ) -> Resident:
-    """Places a split on the default device.
+    """Places a split on the default device; for a run with a final phase, all three splits.
 
     Args:
       inputs: [N, ...] uint8 or float32.
@@ -106,8 +145,12 @@ def resident(
       index: [N] positions in the data set.
       teacher: the teacher's outputs and features by name, [V, N, ...].
       seed: of the order in which examples are visited.
+      explored: number of rows of explore, which are the first, if those of assess and decide follow for a final phase.
     """
-    return Resident(make_batch(inputs, targets, index, teacher), make_order(len(index), seed))
+    examples, final_order = make_batch(inputs, targets, index, teacher), make_order(len(index), seed)
+    if explored is None:
+        return Resident(examples, final_order)
+    return Resident(examples, make_order(explored, seed), final_order=final_order)
 
 
 def held_out(
@@ -141,8 +184,18 @@ def _as_target(leaf: Any) -> jax.Array:
     return jnp.asarray(leaf, jnp.float32 if floating else jnp.int32)
 
 
+def rows_of_final(rows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The rows that a final phase trains on, those of explore first, from the rows of each split."""
+    return np.concatenate([rows[name] for name in ("explore", "assess", "decide")])
+
+
 def split(
-    dataset: Any, teacher_logits: np.ndarray, *, seed: int, fractions: Fractions = DEFAULT_FRACTIONS
+    dataset: Any,
+    teacher_logits: np.ndarray,
+    *,
+    seed: int,
+    fractions: Fractions = DEFAULT_FRACTIONS,
+    final: bool = True,
 ) -> tuple[Pools, Batch]:
     """Divides a labeled data set into the four splits and places them on the default device.
 
@@ -151,6 +204,7 @@ def split(
       teacher_logits: [N, K], in the data set's order.
       seed: of the division and of the order in which examples are visited.
       fractions: of the splits; without `test` where the source has test examples.
+      final: whether the pool of explore also holds the rows of assess and decide, for a final phase that trains on all three.
 
     Returns:
       The three splits that a run may see, and the sealed test split.
@@ -171,9 +225,10 @@ def split(
             "its input scale"
         )
     positions = split_rows(dataset.labels, dataset.test_rows, seed=seed, fractions=fractions)
-    explore = positions["explore"]
-    logits = {"logits": teacher_logits[explore][None]}
-    pool = resident(dataset.inputs[explore], dataset.labels[explore], explore, logits, seed=seed)
+    explored = len(positions["explore"]) if final else None
+    rows = rows_of_final(positions) if final else positions["explore"]
+    logits = {"logits": teacher_logits[rows][None]}
+    pool = resident(dataset.inputs[rows], dataset.labels[rows], rows, logits, seed=seed, explored=explored)
 
     def held(name: str) -> Batch:
         at = positions[name]

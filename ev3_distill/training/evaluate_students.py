@@ -6,7 +6,14 @@ import numpy as np
 from ev3_distill.core import Objectives, prioritise
 from ev3_distill.core.assess import outputs_of, score
 from ev3_distill.training.devices import Devices
-from ev3_distill.types import Batch, Evidence, Network, Pools, State, Variables
+from ev3_distill.types import Batch, BeforeFinal, Evidence, Network, Pools, State, Variables
+
+
+def final_steps(state: State) -> int:
+    """Training steps of the final phase so far, 0 if it has not begun."""
+    if not isinstance(state.before, BeforeFinal) or not bool(state.final):
+        return 0
+    return int(state.clock.cost) - int(state.before.cost)
 
 
 class StudentEvaluator:
@@ -45,15 +52,37 @@ class StudentEvaluator:
         return scores
 
     def select(self, pools: Pools, state: State, policy: str = "best") -> tuple[str, Variables]:
-        """Selects the student to deliver: 'champion', 'current' or 'safest', and its variables.
+        """Selects the student to deliver: 'champion', 'current', 'safest' or 'final', and its variables.
 
         The champion is proven. The current student has usually improved since, by gains too small to prove on decide.
         Policy `best` takes whichever decide ranks strictly higher, among these two and, in a run with goals, the
         student that was safest on assess. Policy `champion` always takes the champion. A run that ended because decide
         proved all goals delivers the student that it proved.
+
+        A run with a final phase delivers the student at its end, 'final', which has learned from assess and decide, too. If it
+        scores lower on these rows than the student before the phase, or is not finite, the phase went wrong: that student
+        is delivered.
         """
+        name, variables = self.select_before_final(pools, state, policy)
+        if final_steps(state) and self._gains(pools, state.current.variables, variables):
+            name, variables = "final", self._devices.gather(state.current.variables)
+        return name, variables
+
+    def select_before_final(self, pools: Pools, state: State, policy: str = "best") -> tuple[str, Variables]:
+        """What `select` would have returned before the final phase; only this student's scores on decide are held out."""
+        if isinstance(state.before, BeforeFinal) and final_steps(state):
+            state = state._replace(current=state.current._replace(variables=state.before.variables))
         name, variables = self._select(pools, state, policy)
         return name, self._devices.gather(variables)
+
+    def _gains(self, pools: Pools, after: Variables, before: Variables) -> bool:
+        """Whether a student that has learned from assess and decide is finite, and not worse there than the one before."""
+        ours, theirs = (
+            np.concatenate([self.evaluate(student, split).promise for split in (pools.assess, pools.decide)]).mean()
+            for student in (after, before)
+        )
+        finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self._devices.gather(after)))
+        return bool(finite and ours >= theirs)
 
     def _select(self, pools: Pools, state: State, policy: str) -> tuple[str, Variables]:
         champion, current, safest = state.champion.variables, state.current.variables, state.safest.variables

@@ -14,8 +14,8 @@ from ev3_distill.training.devices import Devices
 from ev3_distill.training.dispatch import AT_ONCE, Programs, RepeatedStep
 from ev3_distill.types import Decision, Pools, PyTree, State
 
-Pipeline = Callable[[int, int], Iterator[tuple[PyTree, int, int]]]
-# (first, last) -> (explore pool, first, last) of consecutive parts of the global steps [first, last)
+Pipeline = Callable[[int, int, bool], Iterator[tuple[PyTree, int, int]]]
+# (first, last, whether in the final phase) -> (pool, first, last) of consecutive parts of the global steps [first, last)
 
 UNLIMITED = 2**30  # steps, if the budget is a wall time
 DISPATCH_S = 0.1  # target duration of one dispatch; bounds the latency of checkpoints, ledger rows and Ctrl-C
@@ -119,9 +119,9 @@ class IterationLoop:
         state = self.unflatten(self._flatten(state))
         while not closed:
             plan = self._programs.call("plan", self._parts.plan, state, limit_at(int(state.clock.cost)))
-            first = int(state.clock.position)
+            first, final = int(state.clock.position), bool(state.final)
             rollout = state.arms.states, (state.current.variables,) * len(state.arms.states)
-            for pool, begin, end in pipeline(first, first + int(plan.steps.max())):
+            for pool, begin, end in pipeline(first, first + int(plan.steps.max()), final):
                 rollout = self._programs.call(
                     "roll",
                     self._parts.roll,

@@ -15,6 +15,7 @@ from ev3_distill.data import SPLITS
 from ev3_distill.runtime.ledger import read_rows
 from ev3_distill.students import count_params
 from ev3_distill.training.certify_run import Certification
+from ev3_distill.training.evaluate_students import final_steps
 from ev3_distill.training.setup import TrainingSetup
 from ev3_distill.training.usefulness_checks import usefulness_content
 from ev3_distill.types import Network, State, Variables
@@ -35,7 +36,8 @@ class FinalStudent:
       compile_s: seconds spent compiling.
       name: of the network, if it is not the configured one.
       facts: entries of the report that replace or extend the usual ones.
-      on_decide: [N] promise scores on decide.
+      on_decide: [N] promise scores on decide; after a final phase, those of the student before it, which has not learned from
+        decide.
     """
 
     network: Network
@@ -82,6 +84,7 @@ def report_content(
         "guards": certification.guards,
         "usefulness": usefulness_content(directory, config, setup, certification),
         "devices": str(setup.devices),
+        "final": None,
         "seed": config.seed,
         "budget": config.budget,
         "splits": {name: len(setup.rows[name]) for name in SPLITS},
@@ -98,6 +101,24 @@ def report_content(
         },
         "command": f"ev3-distill {'teach' if teacher is None else 'compress'} --config config.toml",
         **final.facts,
+    }
+
+
+def final_phase_content(setup: TrainingSetup, final: FinalStudent, before: str) -> dict[str, Any]:
+    """The entry of a final phase: decide proves nothing about a student that has learned from it.
+
+    Args:
+      setup: of the run.
+      final: the delivered student, with the scores of the student before the phase.
+      before: which of the run's students that was: champion or current.
+    """
+    scores = np.asarray(final.on_decide)
+    return {
+        "steps": final_steps(final.state),
+        "rows": len(setup.rows["assess"]) + len(setup.rows["decide"]),  # that it trained on besides explore
+        "delivered": final.origin == "final",  # else the phase went wrong, and the student before it is delivered
+        "before": before,
+        f"before_{setup.task.promise.name}": float(scores.mean()),  # on decide, of the student before the phase
     }
 
 

@@ -12,8 +12,8 @@ from ev3_distill import students
 from ev3_distill.arms import arms_named
 from ev3_distill.config import Budget, Compress, RunConfig
 from ev3_distill.data import augment, input_statistics, splits_of, units_of
-from ev3_distill.data.batches import held_out, sampler
-from ev3_distill.data.pipeline import ResidentPipeline, Views, WindowPipeline
+from ev3_distill.data.batches import held_out, rows_of_final, sampler
+from ev3_distill.data.pipeline import ResidentPipeline, Source, Views, WindowPipeline
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError
 from ev3_distill.guards import Guard
@@ -148,14 +148,15 @@ def make_run(
       targets: of the teacher.
       in_step: a JAX teacher that runs inside the training step.
       stop_share: fraction of the certificate's level at which decide must prove every goal for the run to end early; 0: never.
-      continues: whether further runs use what this one leaves of its error budget.
+      continues: whether further runs use what this one leaves of its error budget; then it has no final phase.
     """
+    has_final = not continues and _wants_final(config, setup)
     assess, decide = (_split(setup, setup.rows[name], targets, name) for name in ("assess", "decide"))
     seen = None
     if config.ev3.patience:
         among = np.random.default_rng(config.seed).permutation(setup.rows["explore"])
         seen = _split(setup, np.sort(among[: len(setup.rows["assess"])]), targets, "explore")
-    sample, pipeline = _make_pipeline(config, setup, targets, in_step)
+    sample, pipeline = _make_pipeline(config, setup, targets, in_step, has_final=has_final)
     explore: Any = ()
     stream: Pipeline | None = pipeline
     if isinstance(pipeline, ResidentPipeline) and setup.augmentation is None:
@@ -179,9 +180,19 @@ def make_run(
         objectives=setup.task.objectives(goals),
         stop_level=stop_share * (1 - config.confidence) / len(goals) if stop_share and goals else None,
         continues=continues,
+        has_final=has_final,
         devices=setup.devices,
     )
     return TrainingRun(distillation, setup.devices.place(pools), tuple(arm_names), stream)
+
+
+def _wants_final(config: RunConfig, setup: TrainingSetup) -> bool:
+    """Whether a run ends with a phase that trains on assess and decide, too.
+
+    Guards, a control and the champion are compared on decide at the end of a run, and a patience on assess to its end.
+    """
+    compares = bool(setup.guards) or setup.control is not None or config.ev3.patience > 0
+    return config.ev3.final > 0 and not compares and not (isinstance(config, Compress) and config.deliver == "champion")
 
 
 def _goals(setup: TrainingSetup) -> list[Goal]:
@@ -197,7 +208,12 @@ def _goals(setup: TrainingSetup) -> list[Goal]:
 
 
 def _make_pipeline(
-    config: RunConfig, setup: TrainingSetup, targets: TeacherTargets, in_step: InStepTeacher | None
+    config: RunConfig,
+    setup: TrainingSetup,
+    targets: TeacherTargets,
+    in_step: InStepTeacher | None,
+    *,
+    has_final: bool,
 ) -> tuple[Sample, ResidentPipeline | WindowPipeline]:
     """The function that makes batches, and the pipeline that brings the explore split.
 
@@ -207,7 +223,8 @@ def _make_pipeline(
     dataset, size, index = setup.dataset, config.ev3.batch_size, setup.rows["explore"]
     views = Views(dataset.inputs, setup.targets, index, setup.augmentation)
     count = _count_views(config, setup, targets)
-    teacher_bytes = 4 * count * len(index) * sum(math.prod(shape) for shape in setup.teacher_features.values())
+    all_rows = rows_of_final(setup.rows) if has_final else index
+    teacher_bytes = 4 * count * len(all_rows) * sum(math.prod(shape) for shape in setup.teacher_features.values())
     if in_step is not None and setup.teacher_features:
         raise InputError(
             "a teacher inside the training step gives logits alone; got arms that need "
@@ -222,12 +239,16 @@ def _make_pipeline(
     apply = None if in_step is None else setup.devices.network(in_step.network).apply
     sample = sampler(batch_size=size, views=count, augmentation=setup.augmentation, teacher=apply)
     teacher_of, facts = targets.for_views(views, count), {"batch_size": size, "seed": config.seed}
+    final = None
+    if has_final:
+        of_all = Views(dataset.inputs, setup.targets, all_rows, setup.augmentation)
+        final = Source(of_all, targets.for_views(of_all, count))
     if not resident:
         steps = window_steps(dataset, setup.memory, size)
-        return sample, WindowPipeline(views, teacher_of, count=count, steps=steps, **facts)
+        return sample, WindowPipeline(views, teacher_of, count=count, steps=steps, final=final, **facts)
     cached = 1 if isinstance(targets, BlankTargets) else count
     variables = () if in_step is None else in_step.variables
-    return sample, ResidentPipeline(views, teacher_of, count=cached, teacher=variables, **facts)
+    return sample, ResidentPipeline(views, teacher_of, count=cached, teacher=variables, final=final, **facts)
 
 
 def _count_views(config: RunConfig, setup: TrainingSetup, targets: TeacherTargets) -> int:

@@ -18,9 +18,10 @@ from ev3_distill.tasks.outputs import Outputs
 from ev3_distill.teachers.targets import TeacherTargets
 from ev3_distill.training import run_loop
 from ev3_distill.training.certify_run import CertificateRequest, certify_run, metrics_to_claim
+from ev3_distill.training.evaluate_students import final_steps
 from ev3_distill.training.iterate import UNLIMITED, Limits
 from ev3_distill.training.memory import eval_batch_size
-from ev3_distill.training.report_content import FinalStudent, report_content
+from ev3_distill.training.report_content import FinalStudent, final_phase_content, report_content
 from ev3_distill.training.run_dir import write_json
 from ev3_distill.training.seen_rows import write_seen_rows
 from ev3_distill.training.setup import InStepTeacher, TrainingRun, TrainingSetup, make_run, sealed_batches
@@ -62,14 +63,17 @@ def train(
         limits = Limits(setup.steps or UNLIMITED, seconds)
         state = iterate_run(directory, config, run, targets, progress, limits=limits)
     origin, variables = evaluator.select(run.pools, state, policy)
+    before = evaluator.select_before_final(run.pools, state, policy)
 
     def scores(student: Variables) -> np.ndarray:
         return np.asarray(evaluator.evaluate(student, run.pools.decide).promise)
 
     compile_s = run.distillation.compile_s
     final = FinalStudent(
-        setup.network, variables, origin, state, run.arms, compile_s=compile_s, on_decide=scores(variables)
+        setup.network, variables, origin, state, run.arms, compile_s=compile_s, on_decide=scores(before[1])
     )
+    if final_steps(state):
+        final = dataclasses.replace(final, facts={"final": final_phase_content(setup, final, before[0])})
     if setup.control is None or not isinstance(config, Compress):
         return conclude(directory, config, setup, final, targets, teacher=teacher)
     control = students.load(setup.control, factory=students.import_factory(config.student))[1]

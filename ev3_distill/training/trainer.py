@@ -12,7 +12,8 @@ from ev3_distill.core import Algorithm, Objectives, initial_state, make_parts, m
 from ev3_distill.core.explore import fitting
 from ev3_distill.core.plateau import start_plateau
 from ev3_distill.core.promote import seen_scores
-from ev3_distill.data.batches import sampler
+from ev3_distill.data.batches import Resident, sampler
+from ev3_distill.data.shuffle import Order
 from ev3_distill.runtime.distributed import broadcast_number
 from ev3_distill.students.quantization import has_batch_stats
 from ev3_distill.tasks.classification.task import classification
@@ -263,6 +264,9 @@ def distill(
 ) -> Iterator[tuple[State, Decision]]:
     """Distills a teacher into a student; a generator of (state, decision), one per EV3 iteration.
 
+    The last part of the budget, `config.final`, trains on the rows of assess and decide as well if the pool of explore has
+    them, as that of `split` does, and the objectives have no goals.
+
     Args:
       student: the network to train.
       pools: the explore, assess and decide splits, with the teacher's outputs.
@@ -275,7 +279,12 @@ def distill(
       state: to continue from, as yielded before.
 
     Yields: The state after each iteration and the decision that led to it. `state.champion.variables` is the proven
-      best student, `state.current.variables` the one from which exploration continues.
+      best student, `state.current.variables` the one from which exploration continues. After a final phase the current
+      student has learned from decide, so nothing that it scores there is proven, and the champion has not.
     """
-    run = Distillation(student, arms, config=config, objectives=objectives)
+    config, explore = config or EV3(), pools.explore
+    can = isinstance(explore, Resident) and isinstance(explore.final_order, Order)
+    decides = config.patience > 0 or bool(objectives and objectives.goals)
+    has_final = can and config.final > 0 and not decides
+    run = Distillation(student, arms, config=config, objectives=objectives, has_final=has_final)
     yield from run.run(pools, run.begin_best(pools, seed, budget=budget) if state is None else state, budget=budget)

@@ -143,7 +143,11 @@ def _badly_scaled(setup: TrainingSetup) -> bool:
 
 
 def _rising(history: Sequence[Mapping[str, Any]], name: str) -> bool:
-    """Whether the current student's score on assess rose in the last third of the steps, or there were few iterations."""
+    """Whether the current student's score on assess rose in the last third of the steps, or there were few iterations.
+
+    Iterations of a final phase, in which students learn from assess, do not count.
+    """
+    history = [row for row in history if not row.get("final")]
     if len(history) < 3:
         return True
     before = list(itertools.takewhile(lambda row: row["cost"] <= history[-1]["cost"] * 2 / 3, history)) or history[:1]
