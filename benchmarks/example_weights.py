@@ -95,7 +95,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
         own = FIRST_SEED + seed
         if all((wrong, name, seed) in done for wrong, of in CONTENDERS.items() for name in of):
             continue
-        pools, test = batches.split(dataset, teach(own), seed=own, fractions=problems.FRACTIONS)
+        pools, test = batches.split(dataset, teach(own), seed=own, fractions=problems.FRACTIONS, final=False)
         pools = pools._replace(assess=jax.tree.map(lambda leaf: leaf[: subject.clean], pools.assess))
         for wrong, name, row in bench.rows(pools, test, own):
             if (wrong, name, seed) not in done:

@@ -95,7 +95,7 @@ def rows_of(
         pools, _ = batches.split(used, blank, seed=seed, fractions=guard_steering.FRACTIONS)
         teacher_variables = trainer.complete(pools, seed, budget=guard_steering.TEACHER_COST[size]).current.variables
         logits = forward(teacher, teacher_variables)(np.asarray(used.inputs))
-        pools, test = batches.split(used, logits, seed=seed, fractions=guard_steering.FRACTIONS)
+        pools, test = batches.split(used, logits, seed=seed, fractions=guard_steering.FRACTIONS, final=False)
         share = np.bincount(used.labels, minlength=classes) / len(used.labels)
         inputs = np.concatenate([np.asarray(test.inputs), unused.inputs])
         labels = np.concatenate([np.asarray(test.targets), unused.labels])
