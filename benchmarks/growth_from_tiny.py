@@ -25,7 +25,7 @@ from ev3_distill import students
 from ev3_distill.arms import arms_named, default_arm_names
 from ev3_distill.benchmarks import problems, statistics, trajectories
 from ev3_distill.config import EV3
-from ev3_distill.data import batches
+from ev3_distill.data import batches, split_rows
 from ev3_distill.data.sources import Dataset
 from ev3_distill.students import count_params
 from ev3_distill.students.growth import growth_map
@@ -107,7 +107,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
 
 def _seen(dataset: Any, logits: np.ndarray, seed: int) -> Batch:
     """As many examples of explore as assess has, without augmentation."""
-    rows = batches.split_rows(dataset.labels, dataset.test_rows, seed=seed, fractions=problems.FRACTIONS)
+    rows = split_rows(dataset.labels, dataset.test_rows, seed=seed, fractions=problems.FRACTIONS)
     among = np.random.default_rng(seed).permutation(rows["explore"])[: len(rows["assess"])]
     return batches.held_out(np.asarray(dataset.inputs)[among], dataset.labels[among], among, {"logits": logits[among]})
 

@@ -14,7 +14,7 @@ from ev3_distill.arms import label_arm_name
 from ev3_distill.cli.options import EvaluateCommand
 from ev3_distill.config import Compress, Preprocessing, RunConfig, Teach
 from ev3_distill.config_file import ConfigT, check_unchanged, read_run_config
-from ev3_distill.data.class_names import name_classes, untrained_classes_warning
+from ev3_distill.data.class_names import name_classes
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.monitor import report
@@ -27,7 +27,7 @@ from ev3_distill.teachers.targets import BATCH, BlankTargets, CachedTargets, Rec
 from ev3_distill.training import run_dir, teacher_checks
 from ev3_distill.training.devices import BATCH as BATCH_SPREAD
 from ev3_distill.training.devices import ONE, Devices, devices_of
-from ev3_distill.training.guard_checks import require_labels
+from ev3_distill.training.label_checks import describe_labels, require_labels
 from ev3_distill.training.memory import eval_batch_size, return_freed_memory
 from ev3_distill.training.run_reader import check_joint_strata, data_of, report_in
 from ev3_distill.training.setup import InStepTeacher, TrainingSetup, classification_setup
@@ -171,8 +171,7 @@ def _load_data(directory: Path, config: RunConfig, *, resume: bool) -> Dataset:
     check_joint_strata(directory, config, resume=resume)
     return_freed_memory(config.memory)
     dataset = data_of(config)
-    if text := untrained_classes_warning(dataset):
-        warn(text)
+    describe_labels(dataset)
     return dataset
 
 

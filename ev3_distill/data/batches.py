@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ev3_distill.config import Fractions
+from ev3_distill.config import Compress, Fractions
 from ev3_distill.data.augment import Augmentation, partner_of, view_of
+from ev3_distill.data.deal import splits_of
 from ev3_distill.data.shuffle import Order, batch_rows, epoch_of, make_order
-from ev3_distill.data.splits import DEFAULT_FRACTIONS, SPLITS, split_rows
+from ev3_distill.data.splits import DEFAULT_FRACTIONS, SPLITS
 from ev3_distill.errors import InputError
 from ev3_distill.types import Apply, Batch, Pools, PyTree, Sample, Variables
 
@@ -197,7 +198,7 @@ def split(
     fractions: Fractions = DEFAULT_FRACTIONS,
     final: bool = True,
 ) -> tuple[Pools, Batch]:
-    """Divides a labeled data set into the four splits and places them on the default device.
+    """Divides a data set into the four splits and places them on the default device; see `splits_of`.
 
     Args:
       dataset: N examples of K classes, see `load_data`.
@@ -224,7 +225,7 @@ def split(
             f"teacher logits must be finite; got nan or infinity in row {int(finite.argmin())}: check the teacher and "
             "its input scale"
         )
-    positions = split_rows(dataset.labels, dataset.test_rows, seed=seed, fractions=fractions)
+    positions = splits_of(Compress(seed=seed, splits=fractions), dataset)
     explored = len(positions["explore"]) if final else None
     rows = rows_of_final(positions) if final else positions["explore"]
     logits = {"logits": teacher_logits[rows][None]}

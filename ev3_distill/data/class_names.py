@@ -143,6 +143,8 @@ def untrained_classes_warning(dataset: Dataset) -> str:
     remedy = "a student cannot learn them; add examples, or remove the classes"
     if are_numbers(dataset.class_names):
         remedy = f"where labels are ids, or begin at 1, give {dataset.source},labels=ids; else add examples"
+    if dataset.partly_labeled:
+        remedy = "nothing can be shown about them, and only a teacher can tell them; label examples of each class"
     return (
         f"{dataset.source}: {len(absent):,} of {total:,} classes never occur in training ({listed(absent)}): {remedy}"
     )

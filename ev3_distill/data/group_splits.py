@@ -25,6 +25,7 @@ def split_groups(
     seed: int,
     fractions: Fractions = DEFAULT_FRACTIONS,
     names: Sequence[str] = (),
+    things: str = "groups",
 ) -> dict[str, np.ndarray]:
     """Divides rows into the four splits, each group into one of them.
 
@@ -35,6 +36,7 @@ def split_groups(
       seed: of the division.
       fractions: of the *groups*; decide and assess hold about `fractions.most` examples at most.
       names: of the groups, for errors.
+      things: what the groups are, for errors.
 
     Returns:
       Sorted rows by split: disjoint, and complete.
@@ -45,7 +47,7 @@ def split_groups(
     rng = split_generator(seed)
     values, number, counts = np.unique(groups, return_inverse=True, return_counts=True)
     own = None if test_rows is None else _own_test(number, values, test_rows, names)
-    plan = plan_sizes(len(values), own, fractions, rng, things="groups", unlimited=True)
+    plan = plan_sizes(len(values), own, fractions, rng, things=things, unlimited=True)
     dealt = rng.permutation(plan.rest)
     test, decide, others = np.split(dealt, np.cumsum([plan.sizes.get("test", 0), plan.sizes["decide"]]))
     limit = max(1, int(fractions.most / counts[others].mean()))  # of sizes that tell nothing about the groups of decide

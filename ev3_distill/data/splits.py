@@ -19,7 +19,12 @@ DEFAULT_FRACTIONS = Fractions()
 
 
 def split_rows(
-    strata: np.ndarray, test_rows: np.ndarray | None, *, seed: int, fractions: Fractions = DEFAULT_FRACTIONS
+    strata: np.ndarray,
+    test_rows: np.ndarray | None,
+    *,
+    seed: int,
+    fractions: Fractions = DEFAULT_FRACTIONS,
+    things: str = "examples",
 ) -> dict[str, np.ndarray]:
     """Divides rows into the four splits: test and decide by simple random sampling, the rest stratum by stratum.
 
@@ -32,6 +37,7 @@ def split_rows(
       seed: of the division.
       fractions: of the splits, renormalized over those that are divided off. Examples of assess and decide beyond
         `fractions.most` go to explore.
+      things: what the rows are, for errors.
 
     Returns:
       Sorted rows by split: disjoint, and complete. Sizes are within 1 of proportional; those of explore and assess are so in
@@ -41,7 +47,7 @@ def split_rows(
       InputError: too few examples, or a negative seed.
     """
     rng = split_generator(seed)
-    plan = plan_sizes(len(strata), test_rows, fractions, rng)
+    plan = plan_sizes(len(strata), test_rows, fractions, rng, things=things)
     dealt, start, split_of = rng.permutation(plan.rest), 0, {}
     for name in plan.names[:1:-1]:
         split_of[name] = np.sort(dealt[start : start + plan.sizes[name]])

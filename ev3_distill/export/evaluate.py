@@ -37,7 +37,8 @@ from ev3_distill.training.certify_run import (
     sizes_of,
     write_certificate,
 )
-from ev3_distill.training.guard_checks import parse_guards, require_labels
+from ev3_distill.training.guard_checks import parse_guards
+from ev3_distill.training.label_checks import require_labels
 from ev3_distill.training.memory import eval_batch_size, memory_limit
 from ev3_distill.training.run_reader import certificate_in, config_of, data_of, offset_in, report_in
 from ev3_distill.training.sealed_split import TIMING, is_renewed, metric_kind

@@ -12,17 +12,6 @@ from ev3_distill.tasks.base import has_target
 from ev3_distill.tasks.metrics import GuardData, MetricQuery, find_metric, resolve
 
 
-def require_labels(dataset: Dataset, subject: str) -> None:
-    """Raises InputError where no example has a label.
-
-    Args:
-      dataset: to check.
-      subject: of the error, such as `evaluate`.
-    """
-    if not has_target(dataset.labels).any():
-        raise InputError(f"{subject} needs labels; {dataset.source} has none: name a --teacher, or data with labels")
-
-
 def parse_guards(
     texts: Sequence[str],
     dataset: Dataset,

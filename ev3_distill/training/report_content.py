@@ -95,6 +95,7 @@ def report_content(
             "classes": setup.class_names,
             "input_shape": list(dataset.inputs.shape[1:]),
             "dtype": dataset.inputs.dtype.name,
+            **({"labeled": int(dataset.is_labeled.sum())} if dataset.partly_labeled else {}),
             **({} if dataset.offset is None else {"offset": dataset.offset.tolist()}),
             "augmentation": "none" if setup.augmentation is None else setup.augmentation.describe(),
             **setup.copies,

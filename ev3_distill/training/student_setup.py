@@ -14,7 +14,8 @@ from ev3_distill.data import count_near_copies, count_shared
 from ev3_distill.errors import InputError, warn
 from ev3_distill.tasks.classification.user_metrics import read_costs
 from ev3_distill.training.certify_run import sizes_of
-from ev3_distill.training.guard_checks import parse_guards, require_labels
+from ev3_distill.training.guard_checks import parse_guards
+from ev3_distill.training.label_checks import require_labels
 from ev3_distill.training.setup import TrainingSetup
 
 FEW_GROUPS_BOUND = 0.8  # a warning appears if the best possible bound is lower

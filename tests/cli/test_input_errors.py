@@ -106,7 +106,10 @@ def test_missing_configuration(cli, here):
     [
         ({"labels": None}, "needs labels; npz:data.npz has none: name a --teacher, or data with labels"),
         ({"inputs": np.array([None, "x"], object)}, "got Python objects in 'inputs': save it with a plain dtype"),
-        ({"labels": np.arange(60) % 3 - 1}, "labels must not be negative; got -1 in row 0: number classes from 0"),
+        (
+            {"labels": np.arange(60) % 3 - 2},
+            "labels must not be negative, except for -1 where an example has none; got -2 in row 0: number classes from 0",
+        ),
         (
             {"class_names": np.array(["a", "b"])},
             "labels must be below the number of class_names, 2; got 2 in row 2: add names or fix labels",

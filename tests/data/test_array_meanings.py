@@ -71,8 +71,8 @@ BAD_LABELS = {
     "multi-label": (np.ones((6, 2), int), "zeros and ones: several classes per example are not supported"),
     "probabilities": (ONE_HOT * 0.5 + 0.25, r"which are probabilities: save labels.argmax\(axis=1\); .*logits:FILE"),
     "matrix": (ONE_HOT * 7, "save one number per example"),
-    "empty": (["", "a", "b", "a", "b", "a"], "must not be empty text; got one in row 0"),
     "ids": (list("abcdef"), "must be classes that recur; got 6 different texts in as many rows, such as 'a'"),
+    "ids and none": (["", *"abcde"], "must be classes that recur; got 5 different texts in as many rows, such as 'a'"),
     "latin": (np.array([b"\xe4", b"a"] * 3), "must be UTF-8 text"),
     "complex": (LABELS * 1j, "must be integers or text; got complex128: save the number or the name"),
 }

@@ -341,7 +341,7 @@ BAD_ARRAYS = {
         r"got .* and \[12, 12\], which is one-hot",
     ),
     "float labels": ({"image": IMAGES, "label": CLASSES * 1.0}, "label must be integers or text; got float64 of whole"),
-    "negative": ({"inputs": IMAGES, "labels": CLASSES.astype(int) - 1}, "must not be negative; got -1 in row 0"),
+    "negative": ({"inputs": IMAGES, "labels": CLASSES.astype(int) - 2}, "an example has none; got -2 in row 0"),
     "beyond names": (
         {"inputs": IMAGES, "labels": CLASSES, "class_names": ["a", "b"]},
         "below the number of class_names, 2; got 2 in row 2",

@@ -29,6 +29,16 @@ class Dataset:
     names: tuple[str, ...] = ()  # [N] the file of each image in a folder or an archive
     offset: np.ndarray | None = None  # [F] float64, subtracted from vectors [N, F] as saved; None: nothing is
 
+    @property
+    def is_labeled(self) -> np.ndarray:
+        """Which examples have a label, [N] bool."""
+        return self.labels != -1
+
+    @property
+    def partly_labeled(self) -> bool:
+        """Whether some examples have a label and others have none."""
+        return bool(self.is_labeled.any() and not self.is_labeled.all())
+
 
 def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=2)

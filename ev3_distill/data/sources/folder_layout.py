@@ -20,6 +20,7 @@ _SPLITS = {
 _LAYOUTS = "train/CLASS/ and test/CLASS/, CLASS/, or images without classes"
 Path = tuple[str, ...]  # names from the root, or from a split, down to an image or folder
 Group = dict[str, Path]  # images by full name
+_LIKELY_UNLABELED = ("unlabeled", "unlabelled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,23 +28,24 @@ class ImageListing:
     """The images of a folder: train before test, then by class, then by name."""
 
     names: list[str]
-    labels: list[int]  # of each image; -1 if there are no classes
+    labels: list[int]  # of each image; -1 if it has none
     is_test: list[bool]  # of each image
     class_names: tuple[str, ...]  # in alphabetical order, in normal form
     has_test: bool
     renamed: bool  # whether a folder's own name was not in normal form
 
 
-def list_images(container: Container, place: str, warn: Callable[[str], None]) -> ImageListing:
+def list_images(container: Container, place: str, warn: Callable[[str], None], *, unlabeled: str = "") -> ImageListing:
     """Recognizes the layout of an image folder.
 
     Args:
       container: its files and folders, including empty ones.
       place: of the folder, for messages.
       warn: called with what is left out.
+      unlabeled: folder of training images without labels, at the top or within train; empty: none.
 
     Raises:
-      InputError: there are no images, or their layout is not one of those known.
+      InputError: there are no images, or no such folder, or their layout is not one of those known.
     """
     images = [name for name in container.files if name.lower().endswith(SUFFIXES)]
     others = sorted(set(container.files) - set(images))
@@ -63,11 +65,39 @@ def list_images(container: Container, place: str, warn: Callable[[str], None]) -
     depth = _depth_of_root(images)
     if depth and all(name.count("/") == depth for name in images):
         warn(f"{place}: all images are in one folder, so they are used without labels")
-    below = [tuple(name.split("/"))[depth:] for name in container.folders]
-    groups = _groups(
-        {name: tuple(name.split("/"))[depth:] for name in images}, [path for path in below if path], place, warn
-    )
-    return _combine(groups, place)
+    paths = {name: tuple(name.split("/"))[depth:] for name in images}
+    below = [path for name in container.folders if (path := tuple(name.split("/"))[depth:])]
+    without = _without_labels(paths, unlabeled, place) if unlabeled else []
+    labeled = {name: path for name, path in paths.items() if name not in set(without)}
+    groups = _groups(labeled, [path for path in below if not _is_within(path, unlabeled)], place, warn)
+    return _combine(groups, place, without, warn)
+
+
+def _without_labels(images: Group, unlabeled: str, place: str) -> list[str]:
+    """The images in the folder `unlabeled`, in it or below, beside others.
+
+    Raises:
+      InputError: there are none, or no others, or some are in the test split.
+    """
+    without = {name: path for name, path in images.items() if _is_within(path, unlabeled)}
+    if not without or len(without) == len(images):
+        got = f"no image in a folder {printable(unlabeled)}" if not without else "no others beside them"
+        raise InputError(
+            f"{place}: unlabeled={unlabeled} needs a folder of images beside the folders of classes; got {got}: name "
+            "that folder, or omit unlabeled"
+        )
+    for name, path in without.items():
+        if nfc(path[0]) != unlabeled and _SPLITS[path[0].lower()] != _TRAIN:
+            raise InputError(
+                f"{place}: images without labels are for training; got {printable(name)}: move it to {unlabeled}/ at the top"
+            )
+    return sorted(without)
+
+
+def _is_within(path: Path, unlabeled: str) -> bool:
+    """Whether a path leads to or into the folder of images without labels, at the top or in a split."""
+    top, *rest = map(nfc, path)
+    return bool(unlabeled) and (top == unlabeled or (top.lower() in _SPLITS and rest[:1] == [unlabeled]))
 
 
 def _depth_of_root(images: Sequence[str]) -> int:
@@ -90,7 +120,8 @@ def _groups(images: Group, folders: list[Path], place: str, warn: Callable[[str]
         other = min(top for top, split in split_of.items() if split is None)
         if len(set(split_of.values())) > 1 and max(map(len, images.values())) > 2:
             raise InputError(
-                f"{place} must hold only train/ and test/; got {printable(other)} beside them: move it away"
+                f"{place} must hold only train/ and test/; got {printable(other)} beside them: move it away, or give "
+                f"unlabeled={printable(other)} if its images have no labels"
             )
         return {_TRAIN: _checked_group("", images, folders, place)}
     if len(set(split_of.values())) < len(split_of):
@@ -130,8 +161,8 @@ def _checked_group(top: str, images: Group, folders: list[Path], place: str) -> 
     return images
 
 
-def _combine(groups: dict[str, Group], place: str) -> ImageListing:
-    """Combines the splits, which must have the same classes."""
+def _combine(groups: dict[str, Group], place: str, without: Sequence[str], warn: Callable[[str], None]) -> ImageListing:
+    """Combines the splits, which must have the same classes, and the images without labels."""
     folders = {split: {path[0] for path in group.values() if len(path) == 2} for split, group in groups.items()}
     for split, present in folders.items():
         if repeated := [name for name, count in Counter(map(nfc, present)).items() if count > 1]:
@@ -153,9 +184,15 @@ def _combine(groups: dict[str, Group], place: str) -> ImageListing:
         raise InputError(
             f"{place}: at least 2 classes must occur; got {printable(names[0])} alone: add images of another class"
         )
+    if without and not names:
+        raise InputError(
+            f"{place}: images without labels need images with labels beside them; got no folder of a class: omit unlabeled"
+        )
+    if likely := [name for name in names if name.lower() in _LIKELY_UNLABELED]:
+        warn(f"{place}: {likely[0]} counts as a class; if its images have no labels, give unlabeled={likely[0]}")
     number = {"": -1} | {name: i for i, name in enumerate(names)}
     rows = [(split == _TEST, _class_of(path), name) for split, group in groups.items() for name, path in group.items()]
-    rows.sort()
+    rows = sorted([*rows, *((False, "", name) for name in without)])
     return ImageListing(
         names=[name for _, _, name in rows],
         labels=[number[label] for _, label, _ in rows],

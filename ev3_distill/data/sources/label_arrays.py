@@ -1,4 +1,7 @@
-"""Arrays of labels: integers, truth values or text become class numbers; an error says what others look like."""
+"""Arrays of labels: integers, truth values or text become class numbers; an error says what others look like.
+
+An example without a label has -1, or the empty text where labels are text.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +49,8 @@ def number_labels(
 ) -> tuple[list[np.ndarray], np.ndarray | None]:
     """Numbers text labels: the class names are the distinct texts, sorted, or those given. Integers are kept.
 
+    An empty text is no label.
+
     Args:
       parts: labels of each part of the data, each integers or text.
       names: class names [K] in the order of the numbers, if the file has any.
@@ -55,7 +60,7 @@ def number_labels(
       The labels as integers, and the class names if any are known.
 
     Raises:
-      InputError: text beside integers, an empty text, or a text that is not a class name.
+      InputError: text beside integers, texts that do not recur, or a text that is not a class name.
     """
     is_text = {labels.dtype.kind == "U" for labels in parts}
     if is_text == {False}:
@@ -66,17 +71,17 @@ def number_labels(
     if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
         return list(parts), names  # refused with the class names
     texts = np.concatenate(parts)
+    texts = texts[texts != ""]
+    if not len(texts):
+        return [np.full(len(labels), -1, np.int32) for labels in parts], names
     distinct = np.unique(texts)
-    if (distinct == "").any():
-        row = int((texts == "").argmax())
-        raise InputError(f"{path}: labels must not be empty text; got one in row {row}: name its class or remove it")
     if len(distinct) == len(texts) > 1:
         raise InputError(
             f"{path}: labels must be classes that recur; got {len(texts)} different texts in as many rows, such as "
             f"{str(distinct[0])!r}: save the class of each example"
         )
     known = np.unique(list(map(nfc, distinct.tolist()))) if names is None else names
-    number = {nfc(str(name)): i for i, name in enumerate(known)}
+    number = {nfc(str(name)): i for i, name in enumerate(known)} | {"": -1}
     if unknown := [text for text in distinct.tolist() if nfc(text) not in number]:
         raise InputError(
             f"{path}: every label must be one of class_names; got {unknown[0]!r}"
@@ -119,7 +124,8 @@ def _decoded(labels: np.ndarray, name: str, path: Path) -> np.ndarray:
 def _describe_shape(labels: np.ndarray, name: str, examples: int) -> tuple[str, str]:
     """What labels of a wrong shape look like, and the way out."""
     if labels.ndim != 2 or labels.shape[0] != examples or labels.dtype.kind not in "buif":
-        return "", "pair them up"
+        is_short = labels.ndim == 1 and len(labels) < examples
+        return "", "pair them up" + (", with -1 for each example without a label" if is_short else "")
     if labels.shape[1] == 1:
         return "", f"save {name}[:, 0]"
     values = labels.astype(np.float64)
@@ -141,7 +147,9 @@ def _describe_values(labels: np.ndarray, name: str) -> tuple[str, str]:
         return "", "save the number or the name of each example's class"
     if not np.isfinite(labels).all():
         row = int((~np.isfinite(labels)).argmax())
-        return f" with {labels[row]} in row {row}", "leave out examples without a class"
+        return f" with {labels[row]} in row {row}", (
+            "leave out examples without a class, or save integers with -1 for an example without a label"
+        )
     fractional = labels != np.floor(labels)
     if fractional.any():
         row = int(fractional.argmax())

@@ -66,7 +66,7 @@ def load(place: str, options: ReadOptions) -> Dataset:
         labels = [_labels(archive, members, y, x, path) for (_, y), x in zip(pairs, examples, strict=True)]
         names_array = _array(archive, members, "class_names") if "class_names" in members else None
         labels, names_array = (number_ids if are_ids else number_labels)(labels, names_array, path)
-        names = _class_names(np.concatenate(labels), names_array, path)
+        names = _class_names(np.concatenate(labels), names_array, path, options)
         groups, group_names = _groups(archive, members, examples)
         offset = _offset(archive, examples, options)
         inputs = _inputs(archive, examples, offset, options)
@@ -163,21 +163,24 @@ def _labels(
     return check_labels(_array(archive, members, y), y, (inputs.name, inputs.shape), path)
 
 
-def _class_names(labels: np.ndarray, names: np.ndarray | None, path: Path) -> tuple[str, ...]:
-    """The K class names, given or counted. Every label is in 0 .. K-1, or all are -1: no example is labeled."""
+def _class_names(labels: np.ndarray, names: np.ndarray | None, path: Path, options: ReadOptions) -> tuple[str, ...]:
+    """The K class names, given or counted. Every label is in 0 .. K-1, or -1 where an example has none."""
     if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
         raise InputError(
             f"{path}: class_names must be text [K]; got {names.dtype} {list(names.shape)}: save a list of strings"
         )
-    low, high = int(labels.min()), int(labels.max())
-    if low == high == -1:
+    known = labels[labels != -1]
+    if not len(known):
         return () if names is None else tuple(str(name) for name in names)
+    low, high = int(known.min()), int(known.max())
     if low < 0:
-        row = int((labels < 0).argmax())
+        row = int((labels < -1).argmax())
         raise InputError(
-            f"{path}: labels must not be negative; got {labels[row]} in row {row}: number classes from 0, or give "
-            f"npz:{path},labels=ids where labels are ids"
+            f"{path}: labels must not be negative, except for -1 where an example has none; got {labels[row]} in row {row}: "
+            f"number classes from 0, or give npz:{path},labels=ids where labels are ids"
         )
+    if len(known) < len(labels) and high <= 1 and names is None:
+        _check_signs(np.unique(known), path, options)
     if names is not None and high >= len(names):
         raise InputError(
             f"{path}: labels must be below the number of class_names, {len(names)}; got {high} "
@@ -191,6 +194,26 @@ def _class_names(labels: np.ndarray, names: np.ndarray | None, path: Path) -> tu
             f"number classes from 0 without gaps, add class_names, or give npz:{path},labels=ids where labels are ids"
         )
     return tuple(str(name) for name in (range(high + 1) if names is None else names))
+
+
+def _check_signs(known: np.ndarray, path: Path, options: ReadOptions) -> None:
+    """Refuses labels -1 and 1 (or 0) alone, and warns of -1, 0 and 1, which may all be classes.
+
+    Args:
+      known: the distinct labels that are not -1; at most 1.
+      path: of the file, for messages.
+      options: takes the warning.
+    """
+    if len(known) == 1:
+        raise InputError(
+            f"{path}: -1 means that an example has no label; got labels -1 and {known[0]} alone, which may be two classes: "
+            f"give npz:{path},labels=ids if they are, else add examples of another class than {known[0]}"
+        )
+    if known.tolist() == [0, 1]:
+        options.warn(
+            f"{path}: labels are -1, 0 and 1; examples with -1 count as without a label, and the classes are 0 and 1: give "
+            f"npz:{path},labels=ids if -1 is a class, too"
+        )
 
 
 def _groups(
