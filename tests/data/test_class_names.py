@@ -99,6 +99,7 @@ def test_classes_that_never_occur_in_training_are_told():
     assert "1 of 2 classes never occur in training (dog)" in untrained_classes_warning(
         dataset([0, 0, 1], ("cat", "dog"), np.array([2]))
     )
+    assert "only a teacher can tell them" in untrained_classes_warning(dataset([0, -1, 2], ("cat", "dog", "cow")))
 
 
 def test_data_without_labels_take_names_from_elsewhere():
