@@ -37,12 +37,18 @@ def row(tree, i):
 def parts_kept_by_rejection(state):
     """The parts of a state that must stay bit-identical in an iteration without adoption, promotion or rollback."""
     arms = state.arms
-    return state.key, state.current, state.champion, (arms.states, arms.wins, arms.promotions, arms.leader)
+    return state.key, state.current, state.champion, (arms.wins, arms.promotions, arms.leader)
 
 
 def replace_fields(state, **groups):
     """A copy of the state with fields of its groups replaced, for example clock={"cost": 3}."""
     return state._replace(**{name: getattr(state, name)._replace(**fields) for name, fields in groups.items()})
+
+
+def scored(state, score):
+    """The state, with a current student whose scores on assess are all `score`: 0 lets any proposal win, 1 none."""
+    evidence = jax.tree.map(lambda leaf: jnp.full_like(leaf, score), state.current.evidence)
+    return replace_fields(state, current={"evidence": evidence})
 
 
 # A student is a threshold t. It is right on examples of label 0 whose input is below t, and on examples of label 1 whose
@@ -133,16 +139,16 @@ def walker(i):
 
 
 WALKERS = tuple(walker(i) for i in range(4))
-CONFIG = EV3(batch_size=B, length=2, max_length=2, exploration=0.0, takeover=0.0)
+CONFIG = EV3(batch_size=B, length=2, max_length=2)
 
 
 OBJECTIVES = Objectives(example_scores.accuracy, ACCURACY)
 
 
 @functools.cache
-def compiled(arms):
-    """Jitted functions for a run with 1 or 4 arms: the initial state and the step."""
-    algorithm = Algorithm(apply_threshold, WALKERS[:arms], sample, OBJECTIVES, CONFIG)
+def compiled(arms, config=CONFIG, **options):
+    """Jitted functions for a run with this number of arms: the initial state and the step."""
+    algorithm = Algorithm(apply_threshold, WALKERS[:arms], sample, OBJECTIVES, config, **options)
 
     def start(variables, pools):
         return initial_state(jax.random.key_data(RUN_KEY), variables, pools, algorithm)
@@ -150,18 +156,30 @@ def compiled(arms):
     return jax.jit(start), make_step(algorithm)
 
 
-def begin(speeds, pools=POOLS, *, t=8, health=None):
-    return compiled(len(speeds))[0](threshold(t, speeds, health), pools)
+def begin(speeds, pools=POOLS, *, t=8, health=None, config=CONFIG):
+    return compiled(len(speeds), config)[0](threshold(t, speeds, health), pools)
 
 
-def steps_from(state, remaining, pools=POOLS):
+def steps_from(state, remaining, pools=POOLS, **options):
     """Runs one iteration for each remaining budget in `remaining`; returns the states and the decisions."""
     states, decisions = [], []
+    step = compiled(len(state.arms.states), **options)[1]
     for left in remaining:
-        limit = int(state.clock.cost) + left
-        state, decision = compiled(len(state.arms.states))[1](pools, state, np.int32(limit))
+        state, decision = step(pools, state, np.int32(int(state.clock.cost) + left))
         states.append(state)
         decisions.append(jax.device_get(decision))
+    return states, decisions
+
+
+def whole_run(state, limit, pools=POOLS, **options):
+    """Runs to the end with this limit, or with the limit that a function of the state returns; see `steps_from`."""
+    states, decisions = [], []
+    while not bool(state.closed):
+        left = (limit(state) if callable(limit) else limit) - int(state.clock.cost)
+        (state,), (decision,) = steps_from(state, [left], pools, **options)
+        states.append(state)
+        decisions.append(decision)
+        assert len(states) < 1000
     return states, decisions
 
 

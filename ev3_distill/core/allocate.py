@@ -20,7 +20,6 @@ from ev3_distill.types import ArmsState, Clock, Evidence
 TRAJECTORIES = 50  # of a run, each at most this part of the budget: enough points among which assess selects the best
 MOST_RACING = 0.5  # of the budget, for the race of all arms
 LEAST = 0.02  # of the budget that each arm trains for before it may leave the race
-ROUNDS = 4  # iterations of a race, at least
 GROWS = (
     0.2  # a trajectory may take this fraction of the steps so far, however large the budget: a wall time begins unknown
 )
@@ -28,11 +27,12 @@ PATIENCE = 3  # iterations without a move after which another arm is asked
 REST = (
     0.85  # factor on the distance of a resting arm from level, per iteration: early results say little about late ones
 )
+ASKED = 1.0  # standard errors by which an arm's value falls when it is asked
 FARTHEST = 10.0  # standard errors; differences count as at most that
 
 
 def race_steps(racers: Sequence[bool], budget: jax.Array, config: EV3) -> jax.Array:
-    """Steps of each arm that stays in the race to its end, float; 0 if there is no race.
+    """Steps of each arm that stays in the race to its end, a whole number as a float; 0 if there is no race.
 
     Args:
       racers: [A], which arms race.
@@ -40,12 +40,12 @@ def race_steps(racers: Sequence[bool], budget: jax.Array, config: EV3) -> jax.Ar
       config: of the run.
     """
     count = sum(racers)
-    return budget * (min(config.race, MOST_RACING / count) if count > 1 else 0.0)
+    return jnp.floor(budget * (min(config.race, MOST_RACING / count) if count > 1 else 0.0))
 
 
 def is_racing(arms: ArmsState, steps: jax.Array) -> jax.Array:
     """Whether the race goes on, given the steps of each arm."""
-    return (arms.racing.sum() > 1) & (arms.raced < jnp.floor(steps))
+    return (arms.racing.sum() > 1) & (arms.raced < steps)
 
 
 def active_arms(arms: ArmsState, racing: jax.Array) -> jax.Array:
@@ -149,16 +149,19 @@ def next_lag(arms: ArmsState, trained: jax.Array, scores: jax.Array, current: Ev
 def race_on(arms: ArmsState, behind: jax.Array, steps: jax.Array, *, budget: jax.Array, config: EV3) -> ArmsState:
     """The arms after an iteration of the race: some leave it, and at its end all but the leader.
 
+    The best arm lies 0 standard errors behind. If none does, no arm has a finite proposal, and none leaves.
+
     Args:
       arms: with the leader of now, and `raced` with this iteration.
-      behind: [A] standard errors behind the best arm in this iteration.
+      behind: [A] standard errors behind the best arm in this iteration, 0 for an arm that rested.
       steps: of each arm in the whole race.
       budget: of the student.
       config: of the run.
     """
     leads = jnp.arange(arms.value.shape[0]) == arms.leader
-    stays = (behind >= -config.drop) | (arms.raced < LEAST * budget)
-    return arms._replace(racing=leads | (arms.racing & stays & is_racing(arms, steps)))
+    stays = (behind >= -config.drop) | (behind.max() < 0) | (arms.raced < LEAST * budget)
+    racing = leads | (arms.racing & stays & is_racing(arms, steps))
+    return arms._replace(racing=jnp.where(arms.racing.sum() > 1, racing, arms.racing))
 
 
 def to_ask(arms: ArmsState, clock: Clock, pressing: jax.Array) -> jax.Array:
@@ -172,3 +175,17 @@ def to_ask(arms: ArmsState, clock: Clock, pressing: jax.Array) -> jax.Array:
     due = jnp.where(pressing, clock.stale > 0, (clock.stale > 0) & (clock.stale % PATIENCE == 0))
     others = jnp.where(jnp.arange(a) == arms.leader, -math.inf, arms.value)
     return jnp.where(due & (arms.racing.sum() <= 1), jnp.argmax(others), -1).astype(jnp.int32)
+
+
+def with_asked(arms: ArmsState, asked: jax.Array) -> ArmsState:
+    """The arms once one of them is asked, or none (-1).
+
+    Its lag starts anew, as its trajectory does. Its value falls, so that the turn of every other arm comes, even if this one
+    never lies behind the leader.
+    """
+    this = jnp.arange(arms.value.shape[0]) == asked
+    return arms._replace(
+        asked=asked,
+        lag=jnp.where(this, 0.0, arms.lag),
+        value=jnp.where(this, jnp.maximum(arms.value - ASKED, -FARTHEST), arms.value),
+    )

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from ev3_distill.core import adapt, allocate, explore, prioritise, promote
 from ev3_distill.core.algorithm import Algorithm
-from ev3_distill.core.assess import assess, outputs_of
+from ev3_distill.core.assess import assess
 from ev3_distill.core.paired_tests import proves
-from ev3_distill.core.plateau import SHORT, start_plateau, stuck, update_plateau
+from ev3_distill.core.plateau import SHORT, stuck, update_plateau
 from ev3_distill.core.promote import where
 from ev3_distill.types import (
     ADOPT,
@@ -22,11 +22,8 @@ from ev3_distill.types import (
     KEEP,
     PROMOTE,
     ROLL_BACK,
-    ArmsState,
     Batch,
     BeforeFinal,
-    Champion,
-    Clock,
     CurrentStudent,
     Decision,
     Evidence,
@@ -45,61 +42,6 @@ HARMED = 2.0  # standard errors below the current student, at which more trainin
 
 Step = Callable[[Pools, State, Any], tuple[State, Decision]]
 # (pools, state, limit) -> (state, decision); the limit is an int32 scalar, of NumPy if it comes from the host
-
-
-def initial_state(key: jax.Array, variables: Variables, pools: Pools, algorithm: Algorithm) -> State:
-    """The state before the first iteration: the student with these variables is both current and champion.
-
-    Args:
-      key: data of the run's PRNG key.
-      variables: of the student.
-      pools: the data.
-      algorithm: of the run.
-    """
-    objectives, config, zero = algorithm.objectives, algorithm.config, jnp.int32(0)
-
-    def outputs_on(split: Batch) -> Any:
-        return outputs_of(algorithm.apply, variables, split.inputs, batch_size=config.eval_batch_size)
-
-    evidence = objectives.evidence(outputs_on(pools.assess), pools.assess)
-    on_decide = outputs_on(pools.decide)
-    plateau: Plateau | tuple[()] = ()
-    if config.patience:
-        plateau = start_plateau(evidence, promote.seen_scores(algorithm, variables, pools), zero)
-    decide = objectives.promise.score(on_decide, pools.decide)
-    return State(
-        key=key,
-        clock=Clock(zero, zero, zero, zero, zero, zero, zero),
-        current=CurrentStudent(variables, evidence, jnp.int32(-1)),
-        champion=Champion(variables, evidence, decide, objectives.goal_scores(on_decide, pools.decide, evidence)),
-        safest=SafestStudent(variables if objectives.goals else (), jnp.float32(jnp.finfo(jnp.float32).min)),
-        arms=_initial_arms(variables, algorithm),
-        budget=adapt.initial_budget(config.delta),
-        plateau=plateau,
-        met=jnp.bool_(False),
-        final=jnp.bool_(False),
-        before=BeforeFinal(variables, zero) if algorithm.has_final else (),
-        closed=jnp.bool_(False),
-    )
-
-
-def _initial_arms(variables: Variables, algorithm: Algorithm) -> ArmsState:
-    a, zero, leader = len(algorithm.arms), jnp.int32(0), algorithm.racers.index(True)
-    counts = jnp.zeros(a, jnp.int32)
-    alone = jnp.arange(a) == leader
-    return ArmsState(
-        states=tuple(arm.init(variables) for arm in algorithm.arms),
-        value=jnp.zeros(a),
-        lag=jnp.zeros(a),
-        cost=counts,
-        wins=counts,
-        promotions=counts,
-        leader=jnp.int32(leader),
-        racing=jnp.array(algorithm.racers) if algorithm.config.race else alone,
-        raced=zero,
-        asked=jnp.int32(-1),
-        length=jnp.float32(algorithm.config.length),
-    )
 
 
 class Plan(NamedTuple):
@@ -177,7 +119,7 @@ def _end_of_phase(algorithm: Algorithm, state: State, limit: Any) -> tuple[jax.A
     """
     if not algorithm.has_final:
         return jnp.asarray(limit), jnp.bool_(False)
-    before = jnp.floor(limit * (1 - algorithm.config.final)).astype(jnp.int32)
+    before = limit - jnp.floor(limit * algorithm.config.final).astype(jnp.int32)
     sound = state.arms.lag[state.arms.leader] >= -HARMED
     waits = ~state.final & sound
     return jnp.where(waits, before, limit), waits & (state.clock.cost >= before)
@@ -224,7 +166,8 @@ def _settle(
     """Scores the proposals and applies what follows from the scores."""
     objectives, config, steps = algorithm.objectives, algorithm.config, plan.steps
     closing, thresholds, before = plan.remaining <= 0, objectives.thresholds, state.current.evidence
-    asked = state.arms.asked
+    trained = steps[state.arms.asked] > 0
+    asked = jnp.where(trained, state.arms.asked, -1)
     proposals = explore.proposals_of(*rollout, steps)
     evidence = assess(
         algorithm.apply,
@@ -269,7 +212,7 @@ def _ask(algorithm: Algorithm, state: State, pressing: jax.Array) -> State:
         where(asked == i, arm.init(state.current.variables), state.arms.states[i])
         for i, arm in enumerate(algorithm.arms)
     )
-    return state._replace(arms=state.arms._replace(states=states, asked=asked))
+    return state._replace(arms=allocate.with_asked(state.arms._replace(states=states), asked))
 
 
 def _count(state: State, steps: jax.Array) -> State:
@@ -403,7 +346,7 @@ def _move(
         for i, arm in enumerate(algorithm.arms)
     )
     won = (jnp.arange(len(algorithm.arms)) == choice.row) & choice.moves
-    behind = allocate.standardized(*allocate.behind_best(scores.promise))
+    behind = jnp.where(trained, allocate.standardized(*allocate.behind_best(scores.promise)), 0.0)
     arms = arms._replace(
         states=arm_states,
         value=allocate.next_values(arms.value, trained, behind),
@@ -414,8 +357,7 @@ def _move(
         raced=arms.raced + jnp.where(plan.racing, plan.steps.max(), 0),
     )
     in_race = allocate.race_steps(algorithm.racers, plan.budget, algorithm.config)
-    onward = allocate.race_on(arms, behind, in_race, budget=plan.budget, config=algorithm.config)
-    arms = where(plan.racing, onward, arms)
+    arms = allocate.race_on(arms, behind, in_race, budget=plan.budget, config=algorithm.config)
     clock = clock._replace(stale=jnp.where(choice.moves | rolled_back, 0, clock.stale + 1))
     return state._replace(clock=clock, current=current, arms=arms), choice, rolled_back
 

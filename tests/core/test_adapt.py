@@ -203,39 +203,58 @@ choose = jax.jit(adapt.choose)
 NAN = float("nan")
 
 
-def choose_by_scores(rows, active, leader, takeover, current=0):
-    """The selected row, None if no proposal is active, and whether exploration moves; for scores [P, N] of both kinds."""
+def choose_by_scores(rows, active, leader, current=0):
+    """The selected row, None if no proposal is active, and whether the student moves; for scores [P, N] of both kinds."""
     rows, active = np.asarray(rows, np.float32), np.asarray(active)
     current = np.broadcast_to(np.float32(current), rows.shape[1:])
-    choice = choose(
-        Evidence(rows, rows), Evidence(current, current), active, np.int32(leader), takeover=np.float32(takeover)
-    )
+    choice = choose(Evidence(rows, rows), Evidence(current, current), active, np.int32(leader))
     return int(choice.row) if choice.any_active else None, bool(choice.moves)
 
 
-@pytest.mark.parametrize("takeover", [0.0, 1.0])
 @pytest.mark.parametrize("leader", [0, 1, 2])
-def test_tie_among_proposals_goes_to_the_leader(leader, takeover):
+def test_tie_among_proposals_goes_to_the_leader(leader):
     same_scores = [[1, 0, 1, 0]] * 3
-    assert choose_by_scores(same_scores, [True] * 3, leader, takeover) == (leader, True)
+    assert choose_by_scores(same_scores, [True] * 3, leader) == (leader, True)
     same_mean = [[1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 0]]
-    assert choose_by_scores(same_mean, [True] * 3, leader, takeover) == (leader, True)
+    assert choose_by_scores(same_mean, [True] * 3, leader) == (leader, True)
 
 
 def test_tie_with_the_current_student_keeps_it():
-    assert choose_by_scores([[0, 0], [0, 0]], [True, True], 0, 0.0) == (0, False)
-    assert choose_by_scores([[1, 1], [1, 1]], [True, True], 0, 0.0, current=1) == (0, False)
-    assert choose_by_scores([[0, 1], [1, 1]], [True, True], 0, 0.0, current=1) == (1, False)
-    assert choose_by_scores([[0, 1], [1, 1]], [True, True], 0, 0.0, current=0.5) == (1, True)
+    assert choose_by_scores([[0, 0], [0, 0]], [True, True], 0) == (0, False)
+    assert choose_by_scores([[1, 1], [1, 1]], [True, True], 0, current=1) == (0, False)
+    assert choose_by_scores([[0, 1], [1, 1]], [True, True], 0, current=1) == (1, False)
+    assert choose_by_scores([[0, 1], [1, 1]], [True, True], 0, current=0.5) == (1, True)
 
 
-def test_challenger_needs_the_takeover_margin():
-    # Row 1 beats row 0 on 2 of 8 examples: mean gain 1/4, standard error sqrt(3/16) / sqrt(7) = 0.164, ratio 1.53.
-    rows = [[0] * 8, [1, 1, 0, 0, 0, 0, 0, 0]]
-    assert choose_by_scores(rows, [True, True], 0, 0.0) == (1, True)
-    assert choose_by_scores(rows, [True, True], 0, 1.5) == (1, True)
-    assert choose_by_scores(rows, [True, True], 0, 1.55) == (0, False)
-    assert choose_by_scores(rows, [True, True], 1, 1.55) == (1, True)  # the leader itself needs no margin
+@pytest.mark.parametrize("leader", [0, 1])
+def test_best_proposal_is_selected_by_any_margin(leader):
+    """Row 1 is right on one more of eight examples: one standard error."""
+    rows = [[0] * 8, [1] + 7 * [0]]
+    assert choose_by_scores(rows, [True, True], leader) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("promise", "select", "leader", "moves"),
+    [
+        ([1, 0, 0, 0], [0, 0, 0, 0], 0, False),  # equal in both scores
+        ([0, 1, 0, 0], [9, 9, 9, 9], 0, True),  # the promise is equal, on other examples: the smooth score decides
+        ([1, 0, 0, 0], [0, 0, 0, 0.1], 0, True),
+        ([1, 0, 0, 0], [0, 0, 0, -0.1], 0, False),
+        ([1, 0, 0, 0], [9, 9, 9, 9], 1, False),  # another arm than the leader needs a higher promise
+        ([0, 0, 0, 0], [9, 9, 9, 9], 0, False),  # a lower promise, by one standard error
+        ([1, 1, 0, 0], [-9, -9, -9, -9], 1, True),
+    ],
+)
+def test_smooth_score_decides_for_the_leader_if_the_promise_is_equal(promise, select, leader, moves):
+    """Row 0 is the best proposal; row 1 is wrong everywhere. The current student is right on the first of four examples."""
+    promise, select = np.float32([promise, [-1] * 4]), np.float32([select, [0] * 4])
+    current = Evidence(select=np.zeros(4, np.float32), promise=np.float32([1, 0, 0, 0]))
+    choice = choose(Evidence(select, promise), current, np.ones(2, bool), np.int32(leader))
+    assert (int(choice.row), bool(choice.any_active), bool(choice.moves)) == (0, True, moves)
+    rises = promise[0].sum() > 1
+    gains = (promise[0] - current.promise) if rises else select[0]
+    assert float(choice.gain) == pytest.approx(gains.mean())
+    assert float(choice.gain_se) == pytest.approx(gains.std(ddof=1) / 2, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -251,12 +270,12 @@ def test_challenger_needs_the_takeover_margin():
     ],
 )
 def test_broken_and_inactive_proposals_are_never_selected(rows, active, leader, want):
-    assert choose_by_scores(rows, active, leader, 1.0) == want
+    assert choose_by_scores(rows, active, leader) == want
 
 
 @pytest.mark.parametrize("leader", [0, 1])
-def test_exploration_does_not_move_if_all_scores_are_nan(leader):
-    assert choose_by_scores([[NAN, NAN], [NAN, 1]], [True, True], leader, 1.0)[1] is False
+def test_student_does_not_move_if_all_scores_are_nan(leader):
+    assert choose_by_scores([[NAN, NAN], [NAN, 1]], [True, True], leader)[1] is False
 
 
 @pytest.mark.parametrize("broken", ["promise", "select"])
@@ -268,7 +287,7 @@ def test_student_with_a_nan_in_select_or_promise_never_wins(broken):
     evidence = Evidence(scores, poisoned) if broken == "promise" else Evidence(poisoned, scores)
     current = Evidence(np.zeros(3, np.float32), np.zeros(3, np.float32))
     for leader in range(3):
-        choice = choose(evidence, current, np.ones(3, bool), np.int32(leader), takeover=np.float32(0))
+        choice = choose(evidence, current, np.ones(3, bool), np.int32(leader))
         assert not (choice.moves and int(choice.row) == 0)
 
 

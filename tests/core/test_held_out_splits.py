@@ -18,10 +18,10 @@ from random_walks import (
     assert_same,
     begin,
     differ,
-    finite,
     ladder,
     make_split,
     proposals_at,
+    scored,
     threshold,
 )
 
@@ -59,7 +59,7 @@ def test_proposals_do_not_depend_on_assess_or_decide():
 
 def test_iteration_has_zero_derivative_along_held_out_splits():
     """The forward derivative of an adopted iteration is zero along assess and decide, but not along explore."""
-    start = begin_good(LEARNABLE)
+    start = scored(begin_good(LEARNABLE), 0)
     at = {name: (getattr(LEARNABLE, name).inputs, getattr(LEARNABLE, name).teacher) for name in LEARNABLE._fields[:3]}
 
     def outcome(floats):
@@ -162,31 +162,14 @@ def test_paired_returns_mean_and_standard_error_of_differences():
     assert float(paired(jnp.ones(1), jnp.zeros(1))[1]) == 0  # one example: no spread, and no division by zero
 
 
-# Averages of proposals.
-
-
-def test_average_is_the_mean_of_the_active_rows():
-    rng = np.random.default_rng(0)
-    leaves = rng.normal(size=(4, 3, 2)).astype(np.float32)
-    leaves[1] = NAN
-    leaves[3] = np.inf
-    variables = Variables({"w": jnp.asarray(leaves)}, {"n": jnp.array([4, 1, 9, 1])})
-    got = explore.mean_of(variables, jnp.array([True, False, True, False]))
-    np.testing.assert_allclose(got.params["w"], (leaves[0] + leaves[2]) / 2, rtol=1e-6)
-    assert got.stats["n"].dtype == jnp.int32
-    empty_mean = explore.mean_of(variables, jnp.zeros(4, bool))
-    assert finite(empty_mean)
-
-
-@pytest.mark.parametrize(
-    ("steps", "active"), [((3, 3, 0, 0), True), ((3, 0, 0, 0), False), ((0, 0, 0, 0), False), ((3, 0, 3, 0), False)]
-)
-def test_average_needs_two_healthy_proposals(steps, active):
+@pytest.mark.parametrize("steps", [(3, 3, 0, 0), (3, 0, 0, 0), (0, 0, 0, 0), (3, 0, 3, 2)])
+def test_proposals_are_one_row_for_each_arm_and_active_if_trained_and_finite(steps):
     start = begin((1, 3, 5, 5), health=(SOUND, SOUND, NAN_STUDENT, SOUND))
     proposals = proposals_at(start, jnp.array(steps))
-    assert proposals.active.tolist() == [steps[0] > 0, steps[1] > 0, False, False, active]
-    if active:
-        assert float(proposals.variables.params["t"][4]) == 8 + (3 + 9) / 2
+    assert proposals.active.tolist() == [steps[0] > 0, steps[1] > 0, False, steps[3] > 0]
+    t = np.asarray(proposals.variables.params["t"])
+    np.testing.assert_array_equal(t[[0, 1, 3]], [8 + steps[0], 8 + 3 * steps[1], 8 + 5 * steps[3]])
+    assert np.isnan(t[2]) == (steps[2] > 0)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +216,7 @@ def test_rate_of_runs_with_a_false_promotion_is_at_most_delta():
         return Arm(str(i), lambda variables: variables.params["seed"], propose)
 
     arms = [random_arm(i) for i in range(2)]
-    config = EV3(batch_size=1, length=1, max_length=1, exploration=1.0, delta=delta, eval_batch_size=n)
+    config = EV3(batch_size=1, length=1, max_length=1, delta=delta, eval_batch_size=n)
     objectives = Objectives(example_scores.accuracy, ACCURACY)
     algorithm = Algorithm(apply, arms, lambda pool, step: pool, objectives, config)
     step = make_step(algorithm)

@@ -6,11 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_walks import CONFIG, OBJECTIVES, POOLS, WALKERS, apply_threshold, sample, threshold
+from allocations import arms_of, clock_of
+from random_walks import (
+    CONFIG,
+    OBJECTIVES,
+    POOLS,
+    WALKERS,
+    apply_threshold,
+    compiled,
+    replace_fields,
+    sample,
+    threshold,
+)
 
+from ev3_distill.config import EV3
 from ev3_distill.core import Algorithm, adapt, allocate, initial_state, make_step, paired_tests, prioritise, promote
 from ev3_distill.tasks.classification.steering import goal
-from ev3_distill.types import ArmsState, Evidence, GoalEvidence
+from ev3_distill.types import Evidence, GoalEvidence
 
 
 def scores(mean, se, n=100):
@@ -29,14 +41,6 @@ def test_promotion_test_spends_four_fifths_of_the_error_budget():
 def test_cost_grows_by_half_between_promotion_tests():
     due = [bool(adapt.due(jnp.int32(cost), jnp.int32(100), jnp.bool_(False))) for cost in (149, 151)]
     assert due == [False, True]
-
-
-@pytest.mark.parametrize(("loss_se", "moves"), [(1.5, True), (2.5, False)])
-def test_proposal_may_lose_two_standard_errors_of_the_promise(loss_se, moves):
-    proposal = Evidence(select=np.ones((1, 100), np.float32), promise=scores(-loss_se * 0.01, 0.01)[None])
-    current = Evidence(np.zeros(100, np.float32), np.zeros(100, np.float32))
-    choice = adapt.choose(proposal, current, jnp.ones(1, bool), jnp.int32(0), takeover=jnp.float32(0))
-    assert bool(choice.moves) == moves
 
 
 def test_p_value_of_betting_agrees_with_precomputed_values():
@@ -62,18 +66,47 @@ def test_proposal_may_lie_one_standard_error_below_a_goal(standard_errors_below,
     assert bool(prioritise.breaks(proposal, current, jnp.array([0.5]))[0]) == breaks
 
 
-def test_odds_of_challengers_fall_by_e_within_two_standard_errors():
-    arms = ArmsState((), jnp.array([0.0, 0.0, -2.0]), None, None, None, jnp.int32(0), jnp.int32(9), None)
-    draw = jax.vmap(
-        lambda key: allocate.active_arms(key, arms, racers=(True,) * 3, spent=allocate.Spent(0.0, 0.0), exploration=1.0)
-    )
-    rates = np.asarray(draw(jax.random.split(jax.random.key(0), 20_000))).mean(0)
-    assert rates[1] / rates[2] == pytest.approx(np.e, rel=0.05)
-
-
 def test_resting_arm_returns_to_level_by_15_percent_an_iteration():
-    value = allocate.next_values(jnp.array([0.0, -4.0]), jnp.array([True, False]), jnp.ones((2, 8)))
+    value = allocate.next_values(jnp.array([0.0, -4.0]), jnp.array([True, False]), jnp.zeros(2))
     np.testing.assert_allclose(value, [0, -3.4], rtol=1e-6)
+
+
+def test_value_falls_by_one_standard_error_when_the_arm_is_asked():
+    arms = arms_of(value=(-2.0, -4.0, -9.5), lag=(-3.0, -3.0, -3.0))
+    np.testing.assert_allclose(allocate.with_asked(arms, jnp.int32(1)).value, [-2, -5, -9.5])
+    np.testing.assert_allclose(allocate.with_asked(arms, jnp.int32(2)).value, [-2, -4, -10])
+
+
+@pytest.mark.parametrize(("stale", "asks"), [(1, False), (2, False), (3, True), (4, False), (5, False), (6, True)])
+def test_another_arm_is_asked_after_every_third_iteration_without_a_move(stale, asks):
+    arms = arms_of(value=(0.0, 0.0))
+    assert int(allocate.to_ask(arms, clock_of(stale=stale), jnp.bool_(False))) == (1 if asks else -1)
+
+
+@pytest.mark.parametrize(("raced", "racing"), [(19, True), (20, False)])
+def test_arm_leaves_the_race_after_a_fiftieth_of_the_budget(raced, racing):
+    arms = arms_of(value=(0.0, 0.0, 0.0), racing=(True,) * 3, raced=raced)
+    after = allocate.race_on(arms, jnp.array([0.0, 0.0, -9.0]), jnp.float32(100), budget=jnp.int32(1000), config=EV3())
+    assert after.racing.tolist() == [True, True, racing]
+
+
+def test_trajectory_is_a_fiftieth_of_the_budget_and_at_most_a_fifth_of_the_cost():
+    config = EV3(length=10, max_length=1000)
+
+    def length(budget, cost):
+        left = jnp.float32(0)
+        return float(allocate.next_length(jnp.bool_(False), left, jnp.int32(budget), jnp.int32(cost), config=config))
+
+    assert (length(5000, 5000), length(10_000, 5000)) == (100, 200)
+    assert (length(10**6, 200), length(10**6, 400)) == (40, 80)
+
+
+@pytest.mark.parametrize(("lag", "turns"), [(-1.9, True), (-2.1, False)])
+def test_final_phase_waits_if_the_leader_lies_two_standard_errors_below_the_current_student(lag, turns):
+    start, step = compiled(1, has_final=True)
+    state = replace_fields(start(threshold(8), POOLS), clock={"cost": jnp.int32(80)}, arms={"lag": jnp.array([lag])})
+    after, _ = step(POOLS, state, np.int32(100))
+    assert bool(after.final) == turns
 
 
 def test_patience_lasts_at_least_five_initial_trajectories():

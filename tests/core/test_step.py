@@ -1,4 +1,4 @@
-"""Rules of one step: common random numbers, adoption and rejection, ties, promotion, rollback."""
+"""Rules of one step: common random numbers, adoption and rejection, ties, promotion, roll-back."""
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from random_walks import (
     row,
     rows,
     sample,
+    scored,
     steps_from,
     t_of,
 )
@@ -88,54 +89,37 @@ def test_identical_arms_make_identical_proposals():
 
 @pytest.mark.parametrize("speeds", [(-1,), (0,), (0, 0, -3, -1)], ids=str)
 def test_rejected_proposal_changes_only_counters(speeds):
-    """After a worse or equal proposal only counters, the trajectory length and the arms' values change."""
+    """After a worse or equal proposal only counters, values and the arms' own trajectories change."""
     start = begin(speeds, t=30)
     states, decisions = steps_from(start, [MANY] * 4)
     for i, (state, decision) in enumerate(zip(states, decisions, strict=True)):
         assert decision.verdict == KEEP
         assert_same(parts_kept_by_rejection(state), parts_kept_by_rejection(start))
         assert (int(state.clock.stale), int(state.clock.iteration)) == (i + 1, i + 1)
+        assert [int(arm_state.age) for arm_state in state.arms.states] == [2 * (i + 1)] * len(speeds)
         assert finite(state)
 
 
-def test_adopted_arm_keeps_its_state_and_other_arms_restart():
+def test_every_arm_continues_its_own_trajectory_after_an_adoption():
     start = begin((1, 3, 2, 0))
     (first, second), decisions = steps_from(start, [MANY, MANY])
     assert (int(decisions[0].selected), int(first.current.arm), int(first.arms.leader)) == (1, 1, 1)
     proposals = proposals_at(start, decisions[0].steps)
-    assert_same(first.arms.states[1], proposals.arm_states[1])
+    assert_same(first.arms.states, proposals.arm_states)
     assert_same(first.current.variables, row(proposals.variables, 1))
-    for i in (0, 2, 3):
-        assert_same(first.arms.states[i], WALKERS[i].init(first.current.variables))
     np.testing.assert_array_equal(first.arms.wins, [0, 1, 0, 0])
-    assert int(second.arms.states[1].age) == 4  # the adopted arm continues for two more steps
+    for arm_state, speed in zip(second.arms.states, (1, 3, 2, 0), strict=True):
+        assert (int(arm_state.age), float(arm_state.student.params["t"])) == (4, 8 + 4 * speed)
+        assert (arm_state.log[:4] >= 0).all()  # the log of the first iteration is still there
     assert t_of(second) == 8 + 3 * 4
-    assert (second.arms.states[1].log[:4] >= 0).all()  # and still has its log of the first iteration
 
 
-def test_adopted_average_restarts_every_arm():
-    """The proposals are t = 0 and t = 48. Their average, 24, is right on every example of assess."""
-    pools = POOLS._replace(assess=make_split(np.arange(N) + 0.5, np.arange(N) >= 24))
-    start = begin((-4, 20, -4, 20), pools)
-    (state,), (decision,) = steps_from(start, [MANY], pools)
-    assert decision.selected == 4
-    assert (int(state.current.arm), t_of(state)) == (4, 24)
-    for i, arm_state in enumerate(state.arms.states):
-        assert_same(arm_state, WALKERS[i].init(state.current.variables))
-    np.testing.assert_array_equal(state.arms.wins, [0, 0, 0, 0])
-    assert int(state.arms.leader) == int(start.arms.leader)
-
-
-def test_two_adopted_iterations_equal_one_of_twice_the_length():
+def test_two_iterations_equal_one_of_twice_the_length():
     """2 x 6 steps and 1 x 12 by the same compiled step give the same student and optimizer states, bit for bit."""
-    start = begin_good(LEARNABLE)
-    first, decision_1 = step_good(LEARNABLE, start, np.int32(MANY))
-    second, decision_2 = step_good(
-        LEARNABLE, replace_fields(first, arms={"length": jnp.float32(LENGTH)}), np.int32(MANY)
-    )
-    longer, decision_3 = step_good(
-        LEARNABLE, replace_fields(start, arms={"length": jnp.float32(2 * LENGTH)}), np.int32(MANY)
-    )
+    start = replace_fields(scored(begin_good(LEARNABLE), 0), clock={"cost": jnp.int32(60)})
+    first, decision_1 = step_good(LEARNABLE, start, np.int32(50 * LENGTH))
+    second, decision_2 = step_good(LEARNABLE, scored(first, 0), np.int32(50 * LENGTH))
+    longer, decision_3 = step_good(LEARNABLE, start, np.int32(50 * 2 * LENGTH))
     for decision in (decision_1, decision_2, decision_3):
         assert int(decision.verdict) in (ADOPT, PROMOTE)
     assert [int(d.steps[0]) for d in (decision_1, decision_2, decision_3)] == [LENGTH, LENGTH, 2 * LENGTH]
@@ -144,18 +128,18 @@ def test_two_adopted_iterations_equal_one_of_twice_the_length():
     assert_same(second.current.evidence, longer.current.evidence)
 
 
-def test_rejected_trajectory_does_not_affect_the_next_one():
-    """After a rejected and then an adopted iteration, the arm's state contains only the adopted steps."""
+def test_rejection_does_not_change_a_trajectory():
+    """A rejected and then an adopted iteration give the student and the arm's state of two adopted ones, bit for bit."""
     start = begin_good(LEARNABLE)
-    perfect, poor = (jax.tree.map(lambda leaf, x=x: jnp.full_like(leaf, x), start.current.evidence) for x in (1, 0))
-    rejected, decision = step_good(LEARNABLE, replace_fields(start, current={"evidence": perfect}), np.int32(MANY))
+    rejected, decision = step_good(LEARNABLE, scored(start, 1), np.int32(MANY))
     assert int(decision.verdict) == KEEP
-    retry = replace_fields(rejected, current={"evidence": poor}, arms={"length": jnp.float32(LENGTH)})
-    after, decision = step_good(LEARNABLE, retry, np.int32(MANY))
+    assert_same(rejected.current.variables, start.current.variables)
+    adopted, decision = step_good(LEARNABLE, scored(start, 0), np.int32(MANY))
     assert int(decision.verdict) in (ADOPT, PROMOTE)
-    assert int(after.arms.states[0].age) == LENGTH
-    fresh, _ = step_good(LEARNABLE, replace_fields(retry, arms={"states": start.arms.states}), np.int32(MANY))
-    assert_same((after.arms.states, after.current.variables), (fresh.arms.states, fresh.current.variables))
+    (after, decision), (want, _) = (step_good(LEARNABLE, scored(x, 0), np.int32(MANY)) for x in (rejected, adopted))
+    assert int(decision.verdict) in (ADOPT, PROMOTE)
+    assert int(after.arms.states[0].age) == 2 * LENGTH
+    assert_same((after.arms.states, after.current.variables), (want.arms.states, want.current.variables))
 
 
 # Ties.
@@ -170,7 +154,7 @@ def test_tie_on_assess_keeps_the_current_student():
 
 @pytest.mark.parametrize("leader", [0, 1, 3])
 def test_tie_among_proposals_goes_to_the_leader(leader):
-    start = replace_fields(begin((1, 1, 1, 1)), arms={"leader": jnp.int32(leader)})  # the average ties as well
+    start = replace_fields(begin((1, 1, 1, 1)), arms={"leader": jnp.int32(leader)})
     _, (decision,) = steps_from(start, [MANY])
     assert decision.selected == leader
     assert len(set(decision.scores.tolist())) == 1
@@ -199,7 +183,7 @@ def test_tie_on_decide_keeps_the_champion(decide, counts):
         assert_same(state.champion, start.champion)
         assert_same(state.champion.decide, start.champion.decide)
         assert int(state.budget.promotions) == 0
-    assert t_of(states[-1]) == 24  # exploration moved nevertheless
+    assert t_of(states[-1]) == 24  # the current student moved nevertheless
 
 
 # Promotion and rollback.
@@ -250,7 +234,7 @@ def test_student_proved_worse_than_the_champion_is_rolled_back(speeds):
     assert (int(state.current.arm), int(state.clock.stale), int(state.budget.tests)) == (-1, 0, 0)
     assert decision.current_score == pytest.approx(40 / N)
     (after,), (decision,) = steps_from(state, [MANY])
-    assert t_of(after) == 40 + 2 * max(speeds)  # exploration continues from the champion
+    assert t_of(after) == 40 + 2 * max(speeds)  # the arms continue from the champion
 
 
 def test_small_loss_does_not_roll_back():
