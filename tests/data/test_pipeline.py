@@ -9,13 +9,15 @@ import pytest
 
 from ev3_distill.data.augment import Augmentation
 from ev3_distill.data.batches import sampler
-from ev3_distill.data.pipeline import PART_STEPS, ResidentPipeline, Views, WindowPipeline
+from ev3_distill.data.pipeline import PART_STEPS, ResidentPipeline, Source, Views, WindowPipeline
 from ev3_distill.data.shuffle import batch_rows, make_order
 from ev3_distill.data.sources import Dataset
 
 N, B, V, SEED = 70, 8, 3, 5
 PER_EPOCH = N // B
 INDEX = np.sort(np.random.default_rng(1).permutation(100)[:N])  # the explore split is some of the data set's rows
+ALL = np.concatenate([INDEX, np.setdiff1d(np.arange(90), INDEX)])  # and assess and decide; the other rows are sealed
+PER_FINAL_EPOCH = len(ALL) // B
 AUGMENTATIONS = {
     "none": None,
     "crop": Augmentation(flip=True, crop=2),
@@ -32,8 +34,8 @@ def make_dataset(dtype=np.uint8):
     return Dataset(inputs, rng.integers(0, 4, 100).astype(np.int32), 4, tuple("abcd"), None, "made", "f")
 
 
-def views_of(dataset, augmentation):
-    return Views(dataset.inputs, dataset.labels, INDEX, augmentation)
+def views_of(dataset, augmentation, index=INDEX):
+    return Views(dataset.inputs, dataset.labels, index, augmentation)
 
 
 def teacher(pixels):
@@ -55,19 +57,24 @@ class RecordingTeacher:
         return {"logits": teacher(pixels), "mean": pixels.reshape(len(pixels), -1).mean(1, dtype=np.float32)}
 
 
-def supplies(name, dtype=np.uint8, steps=5):
-    views = views_of(make_dataset(dtype), AUGMENTATIONS[name])
+def supplies(name, dtype=np.uint8, steps=5, has_final=False):
+    dataset, augmentation = make_dataset(dtype), AUGMENTATIONS[name]
+    views, of_all = (views_of(dataset, augmentation, index) for index in (INDEX, ALL))
     facts = {"count": V if AUGMENTATIONS[name] else 1, "batch_size": B, "seed": SEED}
     teachers = RecordingTeacher(), RecordingTeacher()
-    pair = ResidentPipeline(views, teachers[0], **facts), WindowPipeline(views, teachers[1], **facts, steps=steps)
+    finals = [Source(of_all, teacher_of) if has_final else None for teacher_of in teachers]
+    pair = (
+        ResidentPipeline(views, teachers[0], **facts, final=finals[0]),
+        WindowPipeline(views, teachers[1], **facts, steps=steps, final=finals[1]),
+    )
     sample = jax.jit(sampler(batch_size=B, views=facts["count"], augmentation=AUGMENTATIONS[name]))
     return pair, teachers, sample
 
 
-def batches(supply, sample, first, last):
+def batches(supply, sample, first, last, final=False):
     """Batch by step."""
     found = {}
-    for pool, begin, end in supply(first, last):
+    for pool, begin, end in supply(first, last, final):
         for step in range(begin, end):
             assert step not in found
             found[step] = jax.device_get(sample(pool, jnp.int32(step)))
@@ -125,6 +132,79 @@ def test_mixed_examples_have_no_label_and_partners_of_their_own_split():
         mixed += (batch.targets == -1).sum()
         assert set(batch.targets[batch.targets >= 0]) <= set(range(4))
     assert mixed > PER_EPOCH * B * 0.9
+
+
+def assert_equal_batches(ours, theirs):
+    assert list(ours) == list(theirs)
+    for step, batch in ours.items():
+        assert jax.tree.structure(batch) == jax.tree.structure(theirs[step])
+        jax.tree.map(np.testing.assert_array_equal, batch, theirs[step])
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_batches_before_a_final_phase_are_those_of_a_run_without_one(name):
+    without, _, sample = supplies(name)
+    having, teachers, _ = supplies(name, has_final=True)
+    for ours, theirs in zip(having, without, strict=True):
+        assert_equal_batches(batches(ours, sample, 0, 2 * V * PER_EPOCH), batches(theirs, sample, 0, 2 * V * PER_EPOCH))
+    for teacher_of in teachers:
+        assert {position for _, position in teacher_of.asked} == set(INDEX.tolist())
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_final_phase_has_all_rows_of_three_splits_in_both_pipelines(name):
+    """Teacher outputs are those of the very pixels, at the turn, after a resume, and with partners of all three splits."""
+    turn = 2 * PER_EPOCH + 3
+    first = turn // PER_FINAL_EPOCH * PER_FINAL_EPOCH + PER_FINAL_EPOCH  # of the first whole epoch of the phase
+    dataset, of_all = make_dataset(), views_of(make_dataset(), AUGMENTATIONS[name], ALL)
+    order, outcomes = make_order(len(ALL), SEED), []
+    pair, _, sample = supplies(name, has_final=True)
+    for supply in pair:
+        batches(supply, sample, 0, turn)
+        outcomes.append(batches(supply, sample, turn, first + PER_FINAL_EPOCH, True))
+    resumed = [batches(one, sample, turn, first + PER_FINAL_EPOCH, True) for one in supplies(name, has_final=True)[0]]
+    for outcome in (outcomes[1], *resumed):
+        assert_equal_batches(outcomes[0], outcome)
+    visited = np.concatenate([outcomes[0][step].index for step in range(first, first + PER_FINAL_EPOCH)])
+    assert len(set(visited.tolist())) == PER_FINAL_EPOCH * B == len(ALL) - len(ALL) % B
+    assert set(visited.tolist()) <= set(ALL.tolist())
+    for step, batch in outcomes[0].items():
+        np.testing.assert_array_equal(batch.index, ALL[batch_rows(order, jnp.int32(step), batch_size=B)])
+        view = step // PER_FINAL_EPOCH % (V if AUGMENTATIONS[name] else 1)
+        np.testing.assert_array_equal(batch.inputs, of_all.pixels(view, batch.index))
+        np.testing.assert_array_equal(batch.teacher["logits"], teacher(batch.inputs))
+        mixed = batch.targets == -1
+        np.testing.assert_array_equal(batch.targets[~mixed], dataset.labels[batch.index][~mixed])
+        assert not mixed.any() or AUGMENTATIONS[name].mix
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_no_example_is_mixed_with_held_out_rows_before_the_final_phase(which):
+    dataset = make_dataset()
+    dataset.inputs[:] = 255  # would show through
+    dataset.inputs[INDEX] = 0
+    views, of_all = (views_of(dataset, AUGMENTATIONS["mixup"], index) for index in (INDEX, ALL))
+    facts = {"count": V, "batch_size": B, "seed": SEED, "final": Source(of_all, RecordingTeacher())}
+    supply = (
+        ResidentPipeline(views, RecordingTeacher(), **facts),
+        WindowPipeline(views, RecordingTeacher(), **facts, steps=5),
+    )[which]
+    sample = jax.jit(sampler(batch_size=B, views=V, augmentation=AUGMENTATIONS["mixup"]))
+    for batch in batches(supply, sample, 0, V * PER_EPOCH).values():
+        assert batch.inputs.max() == 0
+    later = batches(supply, sample, V * PER_EPOCH, (V + 1) * PER_EPOCH, True).values()
+    assert any((batch.inputs.max((1, 2, 3)) > 0)[np.isin(batch.index, INDEX)].any() for batch in later)
+
+
+def test_teacher_runs_on_held_out_rows_only_in_the_final_phase_and_shapes_stay():
+    (resident, _), (teacher_of, _), _ = supplies("crop", has_final=True)
+    (before, _, _), *_ = resident(0, PER_EPOCH)
+    assert len(teacher_of.asked) == N and not set(teacher_of.asked) & {(0, row) for row in ALL[N:]}
+    (later, _, _), *_ = resident(PER_FINAL_EPOCH, PER_FINAL_EPOCH + 1, True)
+    assert {view for view, _ in teacher_of.asked[N:]} == {1}
+    assert [position for _, position in teacher_of.asked[N:]] == ALL.tolist()
+    assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, later)
+    assert (bool(before.final), bool(later.final)) == (False, True)
 
 
 def test_views_are_learnt_when_the_run_reaches_them():
