@@ -36,6 +36,11 @@ config = ev3.EV3(batch_size=8, eval_batch_size=16, length=2, max_length=4)
 pools = pools_of()
 
 
+def streams(first, last, final):
+    explore = pools.explore._replace(final=np.bool_(final))
+    return iter([(explore, first, last)])
+
+
 def run(devices, name="conv4:width=2", streamed=False, population=False):
     network = devices.network(students.from_name(name, (16, 16, 1), 3))
     arms = (
@@ -47,8 +52,8 @@ def run(devices, name="conv4:width=2", streamed=False, population=False):
         adam, evolving = optax.adam(0.05), EvolutionConfig(pairs=8, sigma=0.1)
         es = evolution_arm("es", network.apply, objectives.accuracy, adam, evolving, mesh=devices.step_mesh)
         arms = (arms[1], es)
-    trainer = Distillation(network, arms, config=config, devices=devices)
-    pipeline = (lambda first, last: iter([(pools.explore, first, last)])) if streamed else None
+    trainer = Distillation(network, arms, config=config, devices=devices, has_final=True)
+    pipeline = streams if streamed else None
     state = trainer.begin(pools, 0)
     rows = []
     for packed, decisions in trainer.loop(pools, state, budget=36, pipeline=pipeline, at_once=2):
@@ -57,6 +62,7 @@ def run(devices, name="conv4:width=2", streamed=False, population=False):
     which, delivered = trainer.evaluator.select(pools, state)
     accuracy = float(trainer.evaluator.evaluate(delivered, pools.assess).promise.mean())
     flat = jax.flatten_util.ravel_pytree((state.current.variables, state.champion.variables, state.arms.states))[0]
+    assert bool(state.final) and which in ("final", "current", "champion")
     text = "" if streamed else trainer.programs.text("several")
     return dict(state=np.asarray(flat, np.float64).tolist(), decisions=rows, accuracy=accuracy, text=text)
 
@@ -75,8 +81,7 @@ def pools_of():
     """Images whose class is the position of a bright row, with noisy logits of the correct class."""
     import jax.numpy as jnp
 
-    from ev3_distill.data.batches import Resident
-    from ev3_distill.data.shuffle import make_order
+    from ev3_distill.data.batches import resident
     from ev3_distill.types import Batch, Pools
 
     def split(seed, n):
@@ -93,9 +98,13 @@ def pools_of():
             jnp.ones(n),
         )
 
-    explore = split(0, 48)
-    views = explore._replace(teacher={"logits": explore.teacher["logits"][None]})
-    return Pools(Resident(views, make_order(48, 0)), split(1, 37), split(2, 37))
+    explore, assess, decide = split(0, 48), split(1, 37), split(2, 37)
+    inputs, targets, logits = (
+        np.concatenate(leaves)
+        for leaves in zip(*((x.inputs, x.targets, x.teacher["logits"]) for x in (explore, assess, decide)), strict=True)
+    )
+    examples = resident(inputs, targets, np.arange(len(inputs)), {"logits": logits[None]}, seed=0, explored=48)
+    return Pools(examples, assess, decide)
 
 
 @pytest.fixture(scope="module")

@@ -175,6 +175,28 @@ def test_wall_time_run_does_not_test_again_at_a_level_that_it_spent(monkeypatch,
     assert json.loads(spent.read_text())["tests"] > 1
 
 
+def test_run_killed_in_its_final_phase_ends_with_the_same_results(monkeypatch, cli, finished, here):
+    from ev3_distill.training import iterate, run_loop
+
+    append, turn, killed_at = run_loop.Ledger.append, 1200, 1300  # the phase is the last fifth of 1500 steps
+
+    def append_or_die(self, rows):
+        if rows[-1]["cost"] > killed_at:
+            raise Killed
+        append(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_loop.Ledger, "append", append_or_die)
+        patch.setattr(iterate, "DISPATCH_S", 0)  # one iteration in each call, so that there is a checkpoint of each
+        with pytest.raises(Killed):
+            cli("compress", *SMALL, "--out", "run")
+    *_, last = read_rows(here / "run/ledger.jsonl")
+    assert turn < last["cost"] <= killed_at and newest(here / "run") == last["iteration"]
+    assert cli("compress", "--resume", "run").code == 0
+    assert json.loads((here / "run/report.json").read_text())["student"]["delivered"] == "final"
+    assert_same_run(finished, here / "run")
+
+
 def newest(run):
     return max(int(path.name) for path in (run / "checkpoints").iterdir())
 
