@@ -28,9 +28,7 @@ class Batch(NamedTuple):
 
     inputs: jax.Array  # [B, ...] float32, or uint8, which networks read as x / 255
     targets: PyTree  # leaves [B, ...], such as labels [B] int32; -1 (integer) or nan (float) where missing
-    teacher: Mapping[
-        str, jax.Array
-    ]  # the teacher's outputs by name, [B, ...] float32, such as logits; features as well
+    teacher: Mapping[str, jax.Array]  # the teacher's outputs by name, [B, ...] float32, such as logits or features
     index: jax.Array  # type: ignore[assignment]  # [B] int32, position in the data set
     weight: jax.Array  # [B] float32, weight of the example in a loss
     group: jax.Array | tuple[()] = ()  # [B] int32, the example's group from 0, in held-out splits of grouped data
@@ -49,13 +47,10 @@ class Batch(NamedTuple):
 class Pools(NamedTuple):
     """The three splits that a run may see. The fourth split, test, is sealed and not part of this."""
 
-    explore: PyTree  # trains students: `Sample` makes batches of it. If it has a field `final`, that says whether a batch may
-    # have examples of assess and decide, too
+    explore: PyTree  # trains students: `Sample` makes batches of it; if its field `final` is true, of all three splits
     assess: Batch  # selects among proposals
     decide: Batch  # proves promotions
-    seen: Batch | None = (
-        None  # a part of explore without augmentation; shows whether training still helps, see core/plateau
-    )
+    seen: Batch | None = None  # a part of explore without augmentation, see core/plateau
 
     def explore_in(self, *, final: jax.Array) -> PyTree:
         """What the arms train on: `explore`, and in the final phase of a run (`final`, a scalar bool) all three splits."""
@@ -95,9 +90,7 @@ class Features(Protocol):
         """Returns (logits [B, K], features [B, ...] by name) and the variables as `Apply` does."""
 
 
-Fit = Callable[
-    [Variables, jax.Array], Variables
-]  # (variables, inputs [B, ...]) -> variables with statistics of the inputs
+Fit = Callable[[Variables, jax.Array], Variables]  # (variables, inputs [B, ...]) -> variables with statistics
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,12 +135,11 @@ class Goal:
     threshold: float
     score: Objective  # its mean over a split is the metric
     smooth: Objective  # detects the small steps of one trajectory towards the goal
-    focus: Callable[[Any, Batch], jax.Array]  # (outputs, split) -> int32: the class or group that the metric is about
-    # at present; 0 if it is about all examples
-    comparison: Callable[
-        [Any, Batch, jax.Array], jax.Array
-    ]  # (outputs, split, focus) -> [N] in [0, 1]: the score whose
-    # mean a promotion for this goal proves to be higher
+    focus: Callable[
+        [Any, Batch], jax.Array
+    ]  # (outputs, split) -> int32: the class or group it is about now, or 0 for all
+    comparison: Callable[[Any, Batch, jax.Array], jax.Array]  # (outputs, split, focus) -> [N] in [0, 1]: the score
+    # whose mean a promotion for this goal proves to be higher
     binary: bool  # whether the scores of `comparison` are 0 or 1
     p_value: Callable[[Any, Batch], jax.Array]  # (outputs, split) -> p-value of "the metric is below the threshold"
     hypothesis: str = ""  # what the test of a promotion for this goal proves; {focus} stands for the class or group
@@ -305,9 +297,7 @@ class ArmsState(NamedTuple):
 
     states: tuple[PyTree, ...]  # [A] each arm's own state: arms train students of their own
     value: jax.Array  # [A] paired difference from the best arm beside it, in standard errors; 0 is level
-    lag: (
-        jax.Array
-    )  # [A] paired difference of its newest proposal from the current student, in standard errors, smoothed
+    lag: jax.Array  # [A] difference of its newest proposal from the current student, in standard errors, smoothed
     cost: jax.Array  # [A] int32, steps spent
     wins: jax.Array  # [A] int32, proposals that became current
     promotions: jax.Array  # [A] int32, proposals that became champion
@@ -377,9 +367,7 @@ class PromotionTest(NamedTuple):
     alpha: jax.Array  # float32, the level of the test
     p_value: jax.Array  # float32, 1 if not tested
     promoted: jax.Array  # bool
-    breaks: (
-        jax.Array
-    )  # bool, whether a proven candidate was not promoted because it breaks a goal that the champion meets
+    breaks: jax.Array  # bool, whether a proven candidate was blocked because it breaks a goal that the champion meets
     lowers: jax.Array  # bool, or because it lowers the metric of the goal itself on decide
 
 
@@ -391,9 +379,7 @@ class Decision(NamedTuple):
     position: jax.Array  # int32
     steps: jax.Array  # [A] int32, each arm's in this iteration
     scores: jax.Array  # [P] mean select score on assess, nan if inactive
-    behind: (
-        jax.Array
-    )  # [A] mean paired difference of each arm's score from the best arm beside it, at most 0; nan if none
+    behind: jax.Array  # [A] mean paired difference from the best arm beside it, at most 0; nan without a proposal
     behind_se: jax.Array  # [A] its standard error
     racing: jax.Array  # [A] bool, still in the race after this iteration
     asked: jax.Array  # int32, the arm that trained beside the leader because nothing had moved; -1 if none
