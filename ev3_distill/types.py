@@ -379,6 +379,7 @@ class Decision(NamedTuple):
     position: jax.Array  # int32
     steps: jax.Array  # [A] int32, each arm's in this iteration
     scores: jax.Array  # [P] mean select score on assess, nan if inactive
+    promise_scores: jax.Array  # [P] mean promise score on assess, nan if inactive
     behind: jax.Array  # [A] mean paired difference from the best arm beside it, at most 0; nan without a proposal
     behind_se: jax.Array  # [A] its standard error
     racing: jax.Array  # [A] bool, still in the race after this iteration

@@ -1,7 +1,7 @@
 """Arms: the ways to train that compete within a run."""
 
 from ev3_distill.arms.gradient import gradient_arm
-from ev3_distill.arms.registry import arms_named, default_arms, teacher_features_of
+from ev3_distill.arms.registry import arms_named, default_arms, learns_from, teacher_features_of
 from ev3_distill.arms.zoo import (
     ARMS,
     DEFAULT,
@@ -24,6 +24,7 @@ __all__ = [
     "default_arms",
     "gradient_arm",
     "label_arm_name",
+    "learns_from",
     "peer_arm_names",
     "teacher_features_of",
 ]

@@ -35,6 +35,7 @@ from ev3_distill.types import Apply, Arm, Loss, Network
 
 Shapes = Mapping[str, Sequence[int]]  # of features by name, without the batch axis
 Losses = Mapping[str, Callable[..., Loss]]  # loss factories by name
+LABELS, TEACHER, BOTH = "labels", "teacher", "both"  # what an arm learns from
 STRAIGHT = "-straight"  # ending of an arm's name: train with rounded weights from the start
 
 
@@ -102,6 +103,22 @@ def teacher_features_of(names: Sequence[str]) -> tuple[str, ...]:
     """
     features = (_parse(name).teacher if ":" in name else PEER for name in names if ":" in name or name in PEER_ARMS)
     return tuple(dict.fromkeys(features))
+
+
+def learns_from(name: str) -> str:
+    """What an arm learns from: LABELS alone, the TEACHER, or BOTH, where labels decide how far it trusts the teacher.
+
+    A loss on teacher outputs with a small part of labels counts as the teacher's.
+    """
+    name = name.removesuffix(STRAIGHT).partition("@")[0]
+    if ":" in name or name.startswith("tuned-"):
+        return TEACHER
+    if name in EVOLVING or (name in ARMS and not ARMS[name].uses_teacher):
+        return LABELS
+    if name.startswith("trust"):
+        return BOTH
+    losses = {term.rpartition("*")[2] for term in name.split("+")}
+    return LABELS if losses == {"ce"} else BOTH if "trusted_kd" in losses else TEACHER
 
 
 def _recipe(name: str, task_losses: Losses | None) -> Recipe:

@@ -281,6 +281,7 @@ def _decision(algorithm: Algorithm, state: State, steps: jax.Array, outcome: _Ou
         position=state.clock.position,
         steps=steps,
         scores=outcome.evidence.select.mean(axis=1),
+        promise_scores=outcome.evidence.promise.mean(axis=1),
         behind=behind,
         behind_se=behind_se,
         racing=state.arms.racing,

@@ -13,6 +13,7 @@ from ev3_distill.core.adapt import SHARE
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.glossary import explain
 from ev3_distill.runtime.ledger import PROMISE, Tail, open_tails, promise_scores
+from ev3_distill.runtime.race import race_news, who_trains
 from ev3_distill.training.run_dir import is_locked
 
 READ_EVERY_S = 0.5
@@ -34,7 +35,11 @@ class Part:
         self._steps, self._seconds = parsed.steps, parsed.seconds
 
     def add(self, row: dict[str, Any]) -> str | None:
-        """Add a ledger row; returns a line to show for a promotion or a rollback. Rows repeated after a resume are ignored."""
+        """Add a ledger row. Rows repeated after a resume are ignored.
+
+        Returns:
+          A line to show for a promotion, a rollback, or an arm that left the race.
+        """
         if self.last and row["iteration"] <= self.last["iteration"]:
             return None
         # An iteration without training closes a run and spends the rest of its error budget, except in a search.
@@ -45,15 +50,16 @@ class Part:
             self.left = 0.0
         elif row["test"]:
             self.left = row["test"]["alpha"] / SHARE * (SHARE if row["verdict"] == "promote" else 1 - SHARE)
+        news = race_news(row)
         if row["verdict"] not in ("promote", "roll back"):
-            return None
+            return f"{row['cost']:,} steps: {news}" if news else None
         line = f"{row['cost']:,} steps: {row['verdict']} {row['arm'] or ''}".rstrip()
         if row["objective"] != PROMISE:
             line += f", for {row['objective']}"
         line += f", {_percent(promise_scores(row)[0])} on decide"
         if row["verdict"] == "promote":
             self.promotions[row["iteration"]] = line
-        return line
+        return f"{line}; {news}" if news else line
 
     def fraction_done(self) -> float | None:
         """Fraction of the budget that is spent; None for a budget in epochs, whose steps are in no file."""
@@ -70,7 +76,7 @@ class Part:
         return [
             f"{self.name}: {percentage}{row['cost']:,} steps, iteration {row['iteration']}",
             f"champion {_percent(champion)} on decide, current {_percent(current)} on assess",
-            f"arms: {arms}",
+            f"arms: {arms}{f'; {now}' if (now := who_trains(row)) else ''}",
             f"error budget left: {self.left:.3g} of {self._delta:g}; {len(self.promotions)} promotions",
         ]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ev3_distill.errors import InputError, summary, warn
 from ev3_distill.runtime.ledger import Tail, open_tails
+from ev3_distill.runtime.race import proposed_scores
 
 EVERY_S = 2.0  # between two reads of the ledgers
 FIELDS = ("length", "gain", "wall_s")
@@ -21,6 +22,8 @@ def scalars_of(row: dict[str, Any]) -> dict[str, float]:
     """Scalars of a ledger row by name, without unknown ones."""
     values = {name: x for name, x in row.items() if name in FIELDS or name.startswith(("champion_", "current_"))}
     values |= {f"score/{arm}": score for arm, score in row["scores"].items()}
+    values |= {f"proposed/{arm}": score for arm, score in proposed_scores(row).items()}
+    values |= {f"behind/{arm}": gap for arm, gap in row.get("behind", {}).items()}
     values |= {f"steps/{arm}": count for arm, count in row["steps"].items()}
     values |= {f"risk/{goal}": risk for goal, risk in row["risks"].items()}
     values["promoted"] = float(row["verdict"] == "promote")

@@ -20,6 +20,7 @@ from ev3_distill.types import VERDICTS, Decision, Goal, Promise
 PROMISE = "promise"  # name of the objective when no goal steers
 BREAKS = "would break a guard"  # why a proven candidate was not promoted
 LOWERS = "the guard's own metric fell on decide"
+MOVES = ("adopt", "promote", "final phase")  # verdicts of iterations whose selected proposal may be the current student
 
 
 def row_of(
@@ -29,22 +30,22 @@ def row_of(
 
     Args:
       decision: of one iteration.
-      arms: names of the A arms; proposal A is their average.
+      arms: names of the A arms.
       promise: of the run.
       goals: of the run.
       wall_s: seconds since the start of the run, without compilation. The only field that differs between two runs of a seed.
     """
     d: Any = jax.tree.map(np.asarray, decision)
-    names = [*arms, "average"]
     verdict = VERDICTS[int(d.verdict)]
-    selected = names[int(d.selected)] if d.selected >= 0 else None
-    promoted_by = names[int(d.promoted_arm)] if d.promoted_arm >= 0 else None
+    selected = arms[int(d.selected)] if d.selected >= 0 else None
+    promoted_by = arms[int(d.promoted_arm)] if d.promoted_arm >= 0 else None
     return {
         "iteration": int(d.iteration),
         "cost": int(d.cost),
         "position": int(d.position),
         "steps": {name: int(n) for name, n in zip(arms, d.steps, strict=True)},
-        "scores": {name: _number(x) for name, x in zip(names[: len(d.scores)], d.scores, strict=True)},
+        "scores": {name: _number(x) for name, x in zip(arms, d.scores, strict=True)},
+        **_race(d, arms, promise),
         "selected": selected,
         "discarded": int(d.discarded),
         "objective": goals[int(d.ruling)].name if d.ruling >= 0 else PROMISE,
@@ -60,7 +61,26 @@ def row_of(
         **({"tuned": tuned} if (tuned := _tuned(d.tuned, arms)) else {}),
         "stuck": bool(d.stuck),
         "met": bool(d.met),
+        "final": bool(d.final),
         "wall_s": round(wall_s, 3),
+    }
+
+
+def _race(d: Any, arms: Sequence[str], promise: Promise) -> dict[str, Any]:
+    """How the arms that trained compare with the best of them, and which are in the race, left it or were asked.
+
+    In the race all arms in it train. After it the leader trains alone, or beside an arm that was asked.
+    """
+    trained = [i for i, steps in enumerate(d.steps) if steps > 0]
+    raced = trained if d.asked < 0 and len(trained) > 1 else []
+    racing = [name for name, races in zip(arms, d.racing, strict=True) if races]
+    return {
+        f"proposed_{promise.name}": {arms[i]: _number(d.promise_scores[i]) for i in trained},
+        "behind": {arms[i]: _number(d.behind[i]) for i in trained},
+        "behind_se": {arms[i]: _number(d.behind_se[i]) for i in trained},
+        "racing": racing if len(racing) > 1 else [],
+        "left": [arms[i] for i in raced if not d.racing[i]],
+        "asked": arms[int(d.asked)] if int(d.asked) in trained else None,
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from ev3_distill.runtime.glossary import explain
 from ev3_distill.runtime.ledger import promise_scores
+from ev3_distill.runtime.race import race_news, who_trains
 
 PLAIN_EVERY_S = 5.0  # between two plain lines
 SHOWN_AFTER_S = 1.0  # a count that takes less time is not shown
@@ -109,11 +110,15 @@ class RunProgress:
         pace = (row["cost"] - self._first) / max(now - self._start, 1e-9)
         rate = f"{pace:,.0f} steps/s" if pace else "no rate yet"
         champion, current = ("unknown" if score is None else f"{score:.1%}" for score in promise_scores(row))
-        note = f"champion {champion}, current {current}"
+        note, news = f"champion {champion}, current {current}", race_news(row)
+        if where := who_trains(row):
+            note += f", {where}"
         done = row["wall_s"] if self._timed else row["cost"]
         if self._bar is not None:
             self._bar.update(done, rate=rate, note=note)
-        elif now - self._last_line >= PLAIN_EVERY_S or row["verdict"] in ("promote", "roll back"):
+            if news:
+                self._bar.line(news)
+        elif news or now - self._last_line >= PLAIN_EVERY_S or row["verdict"] in ("promote", "roll back"):
             self._last_line = now
             left: float | None = self._total - done
             if left is not None and not self._timed:
@@ -122,7 +127,8 @@ class RunProgress:
                 self._title,
                 f"{min(done / self._total, 1):.0%}, {row['cost']} steps, {rate}"
                 f"{'' if left is None else f', {max(left, 0):.0f} s left'}; {note}; "
-                f"{row['verdict']} {row['arm'] or ''}".rstrip(),
+                f"{row['verdict']} {row['arm'] or ''}".rstrip()
+                + (f"; {news}" if news else ""),
             )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ev3_distill import students
 from ev3_distill.config import Compress
-from ev3_distill.runtime.ledger import read_rows
+from ev3_distill.runtime.ledger import MOVES, read_rows
 from ev3_distill.runtime.progress import RunProgress
 from ev3_distill.search import archive
 from ev3_distill.search.archive import Entry
@@ -127,7 +127,7 @@ def _arms_in(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     arms = []
     for name in dict.fromkeys(name for row in history for name in row["steps"]):
         steps = sum(row["steps"].get(name, 0) for row in history)
-        wins = [row for row in history if row["selected"] == name and row["verdict"] in ("adopt", "promote")]
+        wins = [row for row in history if row["selected"] == name and row["verdict"] in MOVES]
         promotions = [row for row in history if row["verdict"] == "promote" and row["arm"] == name]
         arms.append(
             {

@@ -77,6 +77,8 @@ class Task:
       tables: makes the certificate's tables, such as the accuracy by class.
       usefulness: (targets, teacher outputs by name or None, scores= or outputs= of the student) -> the student beside a
         constant answer and its teacher; None for a task without such an answer.
+      disagreement: (targets, teacher outputs by name) -> where the two disagree, such as the classes that are confused; None
+        for a task that does not say.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Task:
     card_task: Callable[[tuple[int, ...]], str]
     tables: Tables = no_tables
     usefulness: Callable[..., Usefulness | None] | None = None
+    disagreement: Callable[[Any, Mapping[str, Any]], Any] | None = None
 
     def objectives(self, goals: Sequence[Goal] = ()) -> Objectives:
         """The scores that select and promote students, with these requirements."""

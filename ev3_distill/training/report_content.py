@@ -13,6 +13,7 @@ import numpy as np
 from ev3_distill.config import EV3, Compress, RunConfig, Teach
 from ev3_distill.data import SPLITS
 from ev3_distill.runtime.ledger import read_rows
+from ev3_distill.runtime.race import race_of
 from ev3_distill.students import count_params
 from ev3_distill.training.certify_run import Certification
 from ev3_distill.training.evaluate_students import final_steps
@@ -60,6 +61,7 @@ def report_content(
     *,
     teacher: Mapping[str, Any] | None,
     control: Mapping[str, float] | None,
+    diagnosis: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Collects report.json.
 
@@ -71,6 +73,7 @@ def report_content(
       certification: of that student.
       teacher: facts about the teacher; None if the run trained on the data's own targets alone.
       control: the gain over a student that was trained on labels alone.
+      diagnosis: what the race shows about the teacher and the labels.
     """
     dataset = setup.dataset
     unknown = {"source": "labels", "params": None, "accuracy": None}
@@ -81,6 +84,7 @@ def report_content(
         "student": _student_facts(config, setup, final, certification),
         "certificate": certification.certificate.as_dict(),
         "control": control,
+        "diagnosis": diagnosis,
         "guards": certification.guards,
         "usefulness": usefulness_content(directory, config, setup, certification),
         "devices": str(setup.devices),
@@ -166,6 +170,7 @@ def _run_facts(directory: Path, final: FinalStudent, config: EV3) -> dict[str, A
         "rollbacks": sum(row["verdict"] == "roll back" for row in history),
         "objectives": collections.Counter(row["objective"] for row in history),
         "met": bool(state.met),
+        "race": race_of(history),
         "arms": [
             {
                 "name": name,

@@ -21,6 +21,7 @@ from ev3_distill.training.certify_run import CertificateRequest, certify_run, me
 from ev3_distill.training.evaluate_students import final_steps
 from ev3_distill.training.iterate import UNLIMITED, Limits
 from ev3_distill.training.memory import eval_batch_size
+from ev3_distill.training.race_diagnosis import diagnose_race
 from ev3_distill.training.report_content import FinalStudent, final_phase_content, report_content
 from ev3_distill.training.run_dir import write_json
 from ev3_distill.training.seen_rows import write_seen_rows
@@ -151,7 +152,10 @@ def conclude(
         final = finals[certification.which]
         students.save(directory / "student", final.network, final.variables)
     control = gain(sealed_batches(setup, targets)) if gain else None
-    content = report_content(directory, config, setup, final, certification, teacher=teacher, control=control)
+    diagnosis = diagnose_race(directory, setup, targets) if teacher else None
+    content = report_content(
+        directory, config, setup, final, certification, teacher=teacher, control=control, diagnosis=diagnosis
+    )
     write_seen_rows(directory, dataset, setup.rows, by_groups=setup.units is not None)
     if content["usefulness"] and content["usefulness"]["alarm"] and not warned:
         warn(alarm_line(content["usefulness"]))

@@ -9,6 +9,7 @@ import numpy as np
 
 from ev3_distill.tasks.base import Task
 from ev3_distill.tasks.classification import example_scores, losses
+from ev3_distill.tasks.classification.disagreement import find_disagreement
 from ev3_distill.tasks.classification.example_metrics import predicted_class
 from ev3_distill.tasks.classification.tables import accuracy_tables
 from ev3_distill.tasks.classification.usefulness import classifier_usefulness
@@ -42,6 +43,7 @@ def classification(num_classes: int = 0) -> Task:
         card_task=_card_task,
         tables=accuracy_tables,
         usefulness=classifier_usefulness,
+        disagreement=find_disagreement,
     )
 
 
