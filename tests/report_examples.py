@@ -15,7 +15,7 @@ VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
 def make_rows(iterations=60, arms=ARMS):
-    """A plausible ledger: a race, then a leader with occasional challengers, rare tests, one rollback."""
+    """A plausible ledger of an older version: a race, a leader with occasional challengers, rare tests, one rollback."""
     draw = random.Random(0)
     rows, cost, champion, tested_cost, tests = [], 0, 0.1, 0, 0
     for i in range(1, iterations + 1):
@@ -49,6 +49,31 @@ def make_rows(iterations=60, arms=ARMS):
             "arm": names[0], "test": test, "champion_accuracy": champion, "current_accuracy": current,
             "length": length, "wall_s": 1.5 * i,
         })  # fmt: skip
+    return rows
+
+
+def race_rows(arms=ARMS):
+    """A ledger with a race: the last two arms leave early, the second at the end; it is asked later, and then a final phase."""
+    rows = [{**row, "final": False, "asked": None, "racing": [], "left": []} for row in make_rows(12, arms)]
+    leader, second, *others = arms
+    for i, row in enumerate(rows):
+        racing = arms if i < 2 else (leader, second) if i < 4 else (leader,)
+        if i == 8:
+            row["asked"], racing = second, (leader, second)
+        gaps = {name: -0.01 * (i + 1) * arms.index(name) for name in racing}
+        row["steps"] = {name: 50 * (name in racing) for name in arms}
+        row["cost"] = sum(sum(one["steps"].values()) for one in rows[: i + 1])
+        row["behind"], row["behind_se"] = gaps, {name: 0.004 * (gap < 0) for name, gap in gaps.items()}
+        row["proposed_accuracy"] = {name: 0.7 + 0.02 * i + gap for name, gap in gaps.items()}
+        row["scores"] = {name: -0.31 if name in racing else None for name in arms}
+        row["objective"], row["arm"] = "promise", leader
+    rows[0]["racing"] = list(arms)
+    rows[1] |= {"racing": [leader, second], "left": others}
+    rows[2]["racing"] = [leader, second]
+    rows[3]["left"] = [second]
+    rows[8] |= {"verdict": "adopt", "arm": second}
+    for row in rows[10:]:
+        row |= {"final": True, "verdict": "final phase", "test": None}
     return rows
 
 

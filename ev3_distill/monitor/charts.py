@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ev3_distill.runtime.ledger import promise_scores
+from ev3_distill.runtime.race import proposed_scores, race_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +26,7 @@ def history(report: dict[str, Any], rows: list[dict[str, Any]], size: tuple[floa
         if report["teacher"]["accuracy"] is not None:
             axes.axhline(report["teacher"]["accuracy"], color="#777", lw=1.1, ls=(0, (4, 3)), label="teacher, on test")
         dot = "o" if len(rows) == 1 else ""  # a line through one point is invisible
+        _mark_final_phase(axes, rows)
         axes.plot(cost, current, marker=dot, color="#8fb4d6", lw=1.2, label="current, on assess")
         axes.plot(cost, champion, marker=dot, color="#1d3f66", lw=1.8, ds="steps-post", label="champion, on decide")
         for verdict, label, values, style in (
@@ -44,6 +46,43 @@ def history(report: dict[str, Any], rows: list[dict[str, Any]], size: tuple[floa
 
     metric = "agreement" if report["student"]["accuracy"] is None else "accuracy"
     return _svg(f"{metric.capitalize()} over cost", size, draw) if rows else ""
+
+
+def _mark_final_phase(axes: "Axes", rows: list[dict[str, Any]]) -> None:
+    """Shades the part of a run that trains on assess, too."""
+    first = next((i for i, row in enumerate(rows) if row.get("final")), None)
+    if first is not None:
+        axes.axvspan(rows[max(first - 1, 0)]["cost"], rows[-1]["cost"], color="#f0ece2", lw=0, label="final phase")
+
+
+def race(arms: list[dict[str, Any]], rows: list[dict[str, Any]], size: tuple[float, float]) -> str:
+    """Score on assess of each arm in the race over its own steps, and where arms left; empty if there was no race."""
+    raced = race_rows(rows)
+
+    def draw(axes: "Axes") -> None:
+        ends = []
+        for arm in arms:
+            points = _points_of(arm["name"], raced)
+            if points:
+                axes.plot(*zip(*points, strict=True), color=arm["color"], lw=1.6, marker="o", ms=2.6, mew=0)
+                ends += [points[-1]] if any(arm["name"] in row["left"] for row in raced) else []
+        if ends:
+            cross: Any = {"ls": "none", "marker": "x", "ms": 6, "mew": 1.8, "color": "#444"}
+            axes.plot(*zip(*ends, strict=True), label="left the race", **cross)
+            axes.figure.legend(loc="outside upper left", frameon=False, handlelength=1.2)
+        axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.4g} %")
+
+    return _svg("The race: score on assess", size, draw, xlabel="steps of each arm") if raced else ""
+
+
+def _points_of(name: str, raced: list[Any]) -> list[tuple[int, float]]:
+    """(steps of an arm so far, score of its proposal) in each iteration of the race in which it trained."""
+    steps, points = 0, []
+    for row in raced:
+        steps += row["steps"].get(name, 0)
+        score = proposed_scores(row).get(name)
+        points += [] if score is None else [(steps, score)]
+    return points
 
 
 def spending(arms: list[dict[str, Any]], rows: list[dict[str, Any]], size: tuple[float, float]) -> str:

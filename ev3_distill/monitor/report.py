@@ -13,12 +13,16 @@ from ev3_distill.monitor import charts, html, number_format
 from ev3_distill.monitor.number_format import count, duration, percent, ratio
 from ev3_distill.monitor.sentences import (
     alarm_of,
+    asked_sentence,
     certificate_sentence,
     control_sentence,
     correction_sentence,
+    diagnosis_sentences,
+    final_sentence,
     guard_line,
     is_exact,
     point_phrase,
+    race_outcome,
     tuned_values,
     units_sentence,
 )
@@ -85,10 +89,23 @@ def render(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         hypotheses=_hypotheses(rows),
         history={"wide": charts.history(report, rows, (9.6, 3.7)), "narrow": charts.history(report, rows, (3.9, 3.3))},
         spending=charts.spending(arms, rows, (4.4, 3.0)),
+        diagnosis=diagnosis_sentences(report),
+        final=final_sentence(report),
+        race=_race(report, arms),
+        race_chart=charts.race(arms, rows, (4.4, 3.0)) if report.get("race") else "",
         search=report.get("search"),
         sizes=charts.sizes(report, (6.4, 3.4)) if report.get("search") else "",
         terms=TERMS,
     )
+
+
+def _race(report: dict[str, Any], arms: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The race as the page shows it: a color and an outcome for each arm; None without one, as in reports of older versions."""
+    race, colors = report.get("race"), {arm["name"]: arm["color"] for arm in arms}
+    if not race:
+        return None
+    shown = [{**arm, "color": colors[arm["name"]], "outcome": race_outcome(arm, race)} for arm in race["arms"]]
+    return {"leader": race["leader"], "arms": shown, "asked": asked_sentence(race)}
 
 
 def _hypotheses(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -123,8 +140,9 @@ def terminal_summary(report: dict[str, Any]) -> "RenderableType":
     control = [Text(control_sentence(report["control"]))] if report.get("control") else []
     promise = Text(f"{certificate_sentence(report)}.", style="bold")
     alarm = [Text(f"{alarm['message']}.", style="bold red")] if (alarm := alarm_of(report)) else []
+    diagnosis = [Text(" ".join(sentences))] if (sentences := diagnosis_sentences(report)) else []
     units = [Text(f"{sentence}.") for sentence in [units_sentence(report["certificate"])] if sentence]
-    return Group(table, Text(), promise, *alarm, *units, *guards, *control, Text(f"Cost: {spent}."))
+    return Group(table, Text(), promise, *alarm, *units, *guards, *control, *diagnosis, Text(f"Cost: {spent}."))
 
 
 def compression(report: dict[str, Any]) -> float | None:

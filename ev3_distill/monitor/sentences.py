@@ -13,6 +13,8 @@ from ev3_distill.monitor.number_format import (
     points,
     significant,
 )
+from ev3_distill.runtime.ledger import PROMISE
+from ev3_distill.runtime.race import gap_in_words
 from ev3_distill.tasks.metrics import find_metric
 
 
@@ -101,6 +103,53 @@ def control_sentence(control: dict[str, float]) -> str:
         f"Distillation changed accuracy by {points(control['gain'])} points against labels alone at the same cost "
         f"({exact_percent(control['confidence'])} interval {points(control['low'])} to {points(control['high'])})."
     )
+
+
+def diagnosis_sentences(report: dict[str, Any]) -> list[str]:
+    """What the race shows about the teacher and the labels; none where it shows nothing, or in reports of older versions."""
+    return list((report.get("diagnosis") or {}).get("sentences", []))
+
+
+def race_outcome(arm: dict[str, Any], race: dict[str, Any]) -> str:
+    """How the race ended for an arm, of the entry `race` of a report."""
+    left = arm["left"]
+    if left is None:
+        return "led after the race" if arm["name"] == race["leader"] else "still in the race at the end of the run"
+    if left["behind"] is None:
+        return "left: its student was not finite"
+    if left["best"] == arm["name"]:
+        return "left at the end, level with the best"
+    about = "" if left["objective"] == PROMISE else f", in {left['objective']}"
+    return f"left {gap_in_words(left['behind'], left['behind_se'])} behind {left['best']}{about}"
+
+
+def asked_sentence(race: dict[str, Any]) -> str:
+    """Which arms were asked after the race, how often, and how often that helped; empty if none was."""
+    parts = []
+    for arm in race["asked"]:
+        helped = f"helped {_times(arm['helped'])}" if arm["helped"] else "did not help"
+        parts.append(f"{arm['name']} {_times(arm['times'])} ({count(arm['steps'])} steps, {helped})")
+    return f"Asked later, when nothing had moved: {'; '.join(parts)}" if parts else ""
+
+
+def final_sentence(report: dict[str, Any]) -> str:
+    """What a final phase did, and what decide no longer proves; empty if the run had none."""
+    final = report.get("final")
+    if not final:
+        return ""
+    score = next((value for name, value in final.items() if name.startswith("before_")), None)
+    before = f"the {final['before']} student before it"
+    text = (
+        f"In the final phase, the last {count(final['steps'])} steps, the leader also trained on the {count(final['rows'])} "
+        "examples of assess and decide, and nothing was decided"
+    )
+    if final["delivered"]:
+        return f"{text}. So decide proves nothing about the delivered student; {before} had {percent(score)} on it"
+    return f"{text}. Its student was worse on these examples than {before}, which is delivered"
+
+
+def _times(number: int) -> str:
+    return {1: "once", 2: "twice"}.get(number, f"{number} times")
 
 
 def tuned_values(arm: str, rows: list[dict[str, Any]]) -> str:

@@ -74,6 +74,20 @@ def test_part_reports_promotions_rollbacks_and_error_budget():
     assert live.Part("student", budget="10e", delta=0.05).fraction_done() is None
 
 
+def test_part_reports_the_race():
+    part = live.Part("student", budget="100", delta=0.05)
+    racing = {"racing": ["ce", "kd4"], "left": [], "asked": None, "final": False}
+    assert part.add(row(1, **racing)) is None
+    assert part.lines()[2] == "arms: kd4 60%, ce 40%; racing: ce, kd4"
+    left = {"racing": [], "left": ["ce"], "behind": {"ce": -0.02, "kd4": 0.0}, "behind_se": {"ce": 0.01, "kd4": 0.0}}
+    line = part.add(row(2, **(racing | left)))
+    assert line == "20 steps: ce left the race, 2.0 points (2.0 standard errors) behind kd4; kd4 leads"
+    promoted = part.add(row(3, verdict="promote", arm="kd4", **(racing | left)))
+    assert promoted.startswith("30 steps: promote kd4, 50.0% on decide; ce left the race, ")
+    part.add(row(4, **(racing | {"racing": [], "final": True})))
+    assert part.lines()[2] == "arms: kd4 60%, ce 40%; final phase"
+
+
 def test_error_budget_equals_that_of_the_report(finished):
     part = live.Part("student", budget="1500", delta=0.05)
     for ledger_row in lines_of(finished):

@@ -7,10 +7,11 @@ import re
 
 import jinja2
 import pytest
-from report_examples import HOSTILE, Page, changed, make_report, make_rows, page_text
+from report_examples import ARMS, HOSTILE, Page, changed, make_report, make_rows, page_text, race_rows
 
 from ev3_distill.errors import InputError
 from ev3_distill.monitor import report as report_page
+from ev3_distill.runtime.race import race_of
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,55 @@ def test_chart_marks_each_kind_of_verdict(report, rows):
     assert not {"adopted", "promoted", "rolled back"} & set(legend(quiet))
 
 
+def raced_report(rows):
+    diagnosis = {
+        "sentences": ["Labels alone (ce) ended 9.7 points ahead.", f"Your teacher confuses '3' and '{HOSTILE}'."]
+    }
+    final = {"steps": 100, "rows": 540, "delivered": True, "before": "current", "before_accuracy": 0.9412}
+    return make_report(rows) | {"race": race_of(rows), "diagnosis": diagnosis, "final": final}
+
+
+def test_page_shows_the_race_and_what_it_says():
+    rows = race_rows()
+    report = changed(raced_report(rows), "student.delivered", "final")
+    html = report_page.render(report, rows)
+    page = Page(html)
+    assert "script" not in page.tags and page.tags.count("svg") == 4
+    for shown in (
+        "The race Labels alone (ce) ended 9.7 points ahead. Your teacher confuses '3' and '<script>alert(1)</script>'.",
+        f"Arms clearly behind on assess left the race, and {ARMS[0]} led after it.",
+        f"{ARMS[0]} led after the race 200 76.0 %",
+        f"{ARMS[1]} left 4.0 points (10.0 standard errors) behind {ARMS[0]} 200 72.0 %",
+        f"{ARMS[3]} left 6.0 points (15.0 standard errors) behind {ARMS[0]} 100 66.0 %",
+        f"Asked later, when nothing had moved: {ARMS[1]} once (50 steps, helped once).",
+        "Delivered: the student at the end of the final phase.",
+        "In the final phase the student trains on assess, so the curve there says nothing about new examples.",
+        "In the final phase, the last 100 steps, the leader also trained on the 540 examples of assess and decide, and nothing "
+        "was decided. So decide proves nothing about the delivered student; the current student before it had 94.1 % on it.",
+    ):
+        assert shown in page.text
+    chart = re.search(r'<svg role="img" aria-label="The race.*?</svg>', html, re.S)[0]
+    assert all(color in chart for color in report_page.PALETTE[:4]) and report_page.PALETTE[4] not in chart
+    assert "left the race" in chart and "steps of each arm" in chart
+    assert ">final phase<" in re.search(r'<div class="wide">(.*?)</div>', html, re.S)[1]
+    assert (
+        ">final phase<"
+        not in re.search(r'<div class="wide">(.*?)</div>', report_page.render(report, rows[:10]), re.S)[1]
+    )
+
+
+def test_page_of_a_run_without_a_race():
+    rows = race_rows()
+    assert "The race" not in page_text(make_report(rows), rows)
+    for empty in ({"race": None, "diagnosis": None, "final": None}, {}):
+        text = page_text(make_report(rows) | empty, rows)
+        assert "The race" not in text and "In the final phase, the last" not in text
+    later = changed(raced_report(rows), "race.arms", [])  # one arm led from the start
+    assert "Asked later" in page_text(later, rows) and "left the race, and" not in page_text(later, rows)
+    restored = page_text(changed(raced_report(rows), "final.delivered", False), rows)
+    assert "Its student was worse on these examples than the current student before it, which is delivered." in restored
+
+
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_page_renders_with_zero_to_two_iterations(report, number):
     page = Page(report_page.render(report, make_rows(number)))
@@ -209,5 +259,5 @@ def test_write_html_is_atomic(tmp_path, report, rows, html, monkeypatch):
 
 def test_template_is_package_data():
     source = importlib.resources.files("ev3_distill.monitor").joinpath("report.html.j2").read_text(encoding="utf-8")
-    assert source.count("|safe") + source.count("| safe") == 6  # four plots and two constants
+    assert source.count("|safe") + source.count("| safe") == 7  # five plots and two constants
     assert {"report.html.j2", "page.css"} <= {*jinja2.PackageLoader("ev3_distill.monitor", ".").list_templates()}

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from ev3_distill.monitor import certificate_sentence, claim_line, guard_line, number_format, terminal_summary
 from ev3_distill.monitor import report as report_page
-from ev3_distill.monitor.sentences import tuned_values
+from ev3_distill.monitor.sentences import asked_sentence, race_outcome, tuned_values
 from ev3_distill.runtime.glossary import TERMS
 
 
@@ -31,6 +31,42 @@ def test_summary_fits_a_terminal(report):
     assert "5 min 12 s" in flat
     assert "[bold]x" in shown(changed(report, "teacher.source", "[bold]x"))
     assert "\u2013" in shown(changed(report, "teacher.params", None))
+
+
+def test_summary_prints_the_diagnosis(report):
+    sentences = ["Labels alone (ce) ended 9.7 points ahead.", "Your teacher confuses '3' and '5'."]
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        console.print(terminal_summary({**report, "diagnosis": {"sentences": sentences}}))
+        assert " ".join(sentences) in console.export_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({}, "left 5.8 points (9.1 standard errors) behind kd4"),
+        ({"objective": "ece"}, "left 5.8 points (9.1 standard errors) behind kd4, in ece"),
+        ({"behind": None, "behind_se": None}, "left: its student was not finite"),
+        ({"best": "ce"}, "left at the end, level with the best"),
+    ],
+)
+def test_outcome_of_a_race_is_said_in_numbers(changes, shown):
+    left = {"behind": -0.058, "behind_se": 0.00637, "best": "kd4", "objective": "promise"}
+    race = {"leader": "kd4"}
+    assert race_outcome({"name": "ce", "left": left | changes}, race) == shown
+    assert race_outcome({"name": "kd4", "left": None}, race) == "led after the race"
+    assert race_outcome({"name": "ce", "left": None}, {"leader": None}) == "still in the race at the end of the run"
+
+
+def test_sentence_about_asked_arms():
+    asked = [
+        {"name": "ce", "times": 1, "steps": 1250, "helped": 0},
+        {"name": "dist", "times": 3, "steps": 60, "helped": 2},
+    ]
+    assert asked_sentence({"asked": asked}) == (
+        "Asked later, when nothing had moved: ce once (1,250 steps, did not help); dist 3 times (60 steps, helped twice)"
+    )
+    assert asked_sentence({"asked": []}) == ""
 
 
 def test_each_claim_is_shown_in_its_unit(report):
@@ -153,3 +189,4 @@ def test_page_explains_each_term_once(report):
     text = page_text(report)
     assert all(text.count(f"{term}{meaning}") + text.count(f"{term} {meaning}") == 1 for term, meaning in TERMS.items())
     assert {"adopt", "keep", "promote", "roll back", "assess", "decide", "arm", "error budget"} <= set(TERMS)
+    assert {"race", "leader", "asked", "final phase"} <= set(TERMS)

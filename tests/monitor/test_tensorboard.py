@@ -9,6 +9,7 @@ from ev3_distill.monitor.tensorboard import Scalars, scalars_of
 
 ROW = {"cost": 30, "champion_accuracy": 0.5, "current_accuracy": None, "length": 8.0, "gain": None, "wall_s": 2.0,
        "scores": {"ce": 0.25, "average": None}, "steps": {"ce": 30}, "risks": {"ece": 0.125}, "verdict": "promote",
+       "proposed_accuracy": {"ce": 0.75}, "behind": {"ce": -0.125, "kd4": None},
        "tuned": {"ce": {"rate": 0.5, "weights": [1.0, 2.0]}}}  # fmt: skip
 
 
@@ -18,6 +19,8 @@ def test_scalars_are_the_numbers_of_a_ledger_row():
         "length": 8.0,
         "wall_s": 2.0,
         "score/ce": 0.25,
+        "proposed/ce": 0.75,
+        "behind/ce": -0.125,
         "steps/ce": 30.0,
         "risk/ece": 0.125,
         "promoted": 1.0,

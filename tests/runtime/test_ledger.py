@@ -11,7 +11,7 @@ from ev3_distill.errors import InputError
 from ev3_distill.runtime.ledger import Ledger, read_rows, row_of
 from ev3_distill.tasks.classification.steering import goal
 from ev3_distill.tasks.classification.task import ACCURACY
-from ev3_distill.types import ADOPT, KEEP, PROMOTE, ROLL_BACK, Decision, PromotionTest
+from ev3_distill.types import ADOPT, FINAL, KEEP, PROMOTE, ROLL_BACK, Decision, PromotionTest
 
 ARMS = ("ce", "kd")
 
@@ -23,7 +23,12 @@ def decision(*, tuned=({}, {}), test_changes=None, **changes):
         "cost": 150,
         "position": 90,
         "steps": jnp.array([0, 50]),
-        "scores": jnp.array([jnp.nan, 0.75, jnp.nan]),
+        "scores": jnp.array([jnp.nan, 0.75]),
+        "promise_scores": jnp.array([jnp.nan, 0.875]),
+        "behind": jnp.array([jnp.nan, 0.0]),
+        "behind_se": jnp.array([jnp.nan, 0.0]),
+        "racing": jnp.array([False, True]),
+        "asked": -1,
         "selected": 1,
         "discarded": 0,
         "gain": 0.25,
@@ -69,7 +74,13 @@ def test_row_equals_one_written_by_hand():
         "cost": 150,
         "position": 90,
         "steps": {"ce": 0, "kd": 50},
-        "scores": {"ce": None, "kd": 0.75, "average": None},
+        "scores": {"ce": None, "kd": 0.75},
+        "proposed_accuracy": {"kd": 0.875},
+        "behind": {"kd": 0.0},
+        "behind_se": {"kd": 0.0},
+        "racing": [],
+        "left": [],
+        "asked": None,
         "selected": "kd",
         "discarded": 0,
         "objective": "promise",
@@ -83,6 +94,7 @@ def test_row_equals_one_written_by_hand():
         "length": 50.0,
         "stuck": False,
         "met": False,
+        "final": False,
         "wall_s": 1.235,
     }
     theta = binomtest(12, 15, alternative="greater").proportion_ci(1 - 0.0625, method="exact").low
@@ -120,18 +132,50 @@ def test_row_of_a_test_without_pairs():
 
 
 def test_row_names_the_verdict_and_its_arm():
-    average = row_of(decision(selected=2, promoted_arm=2, verdict=PROMOTE), ARMS, ACCURACY, wall_s=0)
-    assert (average["selected"], average["arm"]) == ("average", "average")
     # A promotion names the arm that made the champion, even if another arm's proposal was selected in this iteration.
     late = row_of(decision(selected=0, promoted_arm=1), ARMS, ACCURACY, wall_s=0)
     assert (late["selected"], late["arm"]) == ("ce", "kd")
-    for verdict, name in ((KEEP, "keep"), (ADOPT, "adopt"), (ROLL_BACK, "roll back")):
+    for verdict, name in ((KEEP, "keep"), (ADOPT, "adopt"), (ROLL_BACK, "roll back"), (FINAL, "final phase")):
         row = row_of(
             decision(verdict=verdict, promoted_arm=-1, test_changes={"tested": False}), ARMS, ACCURACY, wall_s=0
         )
         assert (row["verdict"], row["arm"], row["test"]) == (name, "kd", None)
     none = row_of(decision(selected=-1, verdict=KEEP, promoted_arm=-1, discarded=2), ARMS, ACCURACY, wall_s=0)
     assert (none["selected"], none["arm"], none["gain"], none["discarded"]) == (None, None, None, 2)
+
+
+def race_fields(**changes):
+    """The fields about the race, of arms a, b and c."""
+    three = {"steps": jnp.array([10, 10, 10]), "scores": jnp.zeros(3), "promise_scores": jnp.array([0.5, 0.75, 0.25])}
+    three |= {"behind": jnp.array([-0.25, 0.0, -0.5]), "behind_se": jnp.array([0.125, 0.0, 0.0625])}
+    three |= {"racing": jnp.array([True, True, False]), "tuned": ({}, {}, {})}
+    row = row_of(decision(**(three | changes)), ("a", "b", "c"), ACCURACY, wall_s=0)
+    return {name: row[name] for name in ("behind", "behind_se", "racing", "left", "asked", "final")}
+
+
+def test_row_names_the_arms_that_race_and_those_that_left():
+    assert race_fields() == {
+        "behind": {"a": -0.25, "b": 0.0, "c": -0.5},
+        "behind_se": {"a": 0.125, "b": 0.0, "c": 0.0625},
+        "racing": ["a", "b"],
+        "left": ["c"],
+        "asked": None,
+        "final": False,
+    }
+    broken = race_fields(behind=jnp.array([-0.25, 0.0, jnp.nan]), behind_se=jnp.array([0.125, 0.0, jnp.nan]))
+    assert (broken["behind"]["c"], broken["behind_se"]["c"], broken["left"]) == (None, None, ["c"])
+    last = race_fields(steps=jnp.array([10, 10, 0]), racing=jnp.array([False, True, False]))
+    assert (last["racing"], last["left"]) == ([], ["a"])  # the race is over: c had left before
+    assert set(last["behind"]) == {"a", "b"}  # c did not train
+
+
+def test_row_names_the_arm_that_was_asked():
+    after = {"steps": jnp.array([0, 10, 10]), "racing": jnp.array([False, True, False])}
+    asked = race_fields(asked=2, **after)
+    assert (asked["asked"], asked["racing"], asked["left"]) == ("c", [], [])
+    idle = race_fields(asked=2, **(after | {"steps": jnp.array([0, 0, 0])}))
+    assert idle["asked"] is None  # the budget was spent before it trained
+    assert race_fields(final=True)["final"]
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(0, 0), (0, 5), (1, 0), (5, 5), (11, 3), (12, 3), (30, 0)])

@@ -105,6 +105,35 @@ def test_run_prints_promotions_at_once_and_other_rows_every_five_seconds(clock, 
     ]
 
 
+RACING = {
+    "steps": {"ce": 50, "kd4": 50, "dist": 50},
+    "behind": {"ce": -0.0581, "kd4": 0.0, "dist": -0.004},
+    "behind_se": {"ce": 0.0063846, "kd4": 0.0, "dist": 0.005},
+    "racing": ["kd4", "dist"],
+    "left": ["ce"],
+    "asked": None,
+    "final": False,
+}
+
+
+def test_run_prints_at_once_who_left_the_race_and_who_trains(clock, capsys):
+    with RunProgress("student", steps=400, seconds=None) as shown:
+        for now, changes in (
+            (0, {"racing": ["ce", "kd4", "dist"], "left": []}),
+            (1, {"cost": 150}),
+            (7, {"cost": 200, "racing": [], "left": [], "asked": "ce"}),
+            (14, {"cost": 400, "racing": [], "left": [], "final": True, "verdict": "final phase", "arm": "kd4"}),
+        ):
+            clock.append(now)
+            shown.row(ROW | RACING | changes)
+    ends = [line.split("current 75.0%")[1] for line in capsys.readouterr().err.splitlines()[2:]]
+    assert ends == [
+        ", racing: kd4, dist; keep; ce left the race, 5.8 points (9.1 standard errors) behind kd4",
+        ", asked: ce; keep",
+        ", final phase; final phase kd4",
+    ]
+
+
 def test_run_shows_a_bar_on_a_terminal(monkeypatch):
     terminal = open_terminal(monkeypatch)
     with RunProgress("student", steps=100, seconds=None) as shown:
@@ -114,6 +143,13 @@ def test_run_shows_a_bar_on_a_terminal(monkeypatch):
         shown.row(ROW | {"cost": 100})
     assert "100%" in terminal.getvalue()
     assert "champion 50.0%, current 75.0%" in terminal.getvalue()
+
+
+def test_run_shows_above_its_bar_who_left_the_race(monkeypatch):
+    terminal = open_terminal(monkeypatch)
+    with RunProgress("student", steps=100, seconds=None) as shown:
+        shown.row(ROW | RACING)
+    assert "ce left the race, 5.8 points (9.1 standard errors) behind kd4" in " ".join(terminal.getvalue().split())
 
 
 def test_bar_without_a_total_shows_its_note(monkeypatch):

@@ -85,9 +85,15 @@ def _confused(counts: np.ndarray, of_class: np.ndarray, floor: float) -> list[tu
 
 
 def _moved(counts: np.ndarray, found: list[tuple[float, int, int]]) -> int:
-    """The number of classes that have another class's outputs, if those are most classes: as in another class order."""
-    moved = {c: d for _, c, d in found if d == counts[c].argmax()}
-    return len(moved) if 2 * len(moved) > len(counts) and len(set(moved.values())) == len(moved) else 0
+    """The number of classes whose usual answer is clearly another class, if those are most classes, as in another class order.
+
+    In an order, no two classes have the same usual answer.
+    """
+    usual = counts.argmax(axis=1)
+    moved = {c: d for _, c, d in found if d == usual[c]}
+    unmoved = [c for c in range(len(counts)) if usual[c] == c and counts[c, c] > 0]
+    answers = [*moved.values(), *unmoved]
+    return len(moved) if 2 * len(moved) > len(counts) and len(set(answers)) == len(answers) else 0
 
 
 def _as_pairs(
