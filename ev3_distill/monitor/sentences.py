@@ -115,10 +115,12 @@ def race_outcome(arm: dict[str, Any], race: dict[str, Any]) -> str:
     left = arm["left"]
     if left is None:
         return "led after the race" if arm["name"] == race["leader"] else "still in the race at the end of the run"
+    if left["best"] is None:
+        return "left at the end of the race"
     if left["behind"] is None:
         return "left: its student was not finite"
     if left["best"] == arm["name"]:
-        return "left at the end, level with the best"
+        return "left at the end of the race, level with the best"
     about = "" if left["objective"] == PROMISE else f", in {left['objective']}"
     return f"left {gap_in_words(left['behind'], left['behind_se'])} behind {left['best']}{about}"
 

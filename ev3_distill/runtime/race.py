@@ -20,11 +20,10 @@ def race_rows(rows: Sequence[Row]) -> list[Row]:
     if not rows or "racing" not in rows[0]:
         return []
     first_size = [row for row in rows if row.get("size") == rows[0].get("size")]
-    raced = []
+    raced: list[Row] = []
     for row in first_size:
-        if not row["left"] and not row["racing"]:
-            break
-        raced.append(row)
+        begun = raced or row["racing"] or row["left"]
+        raced += [row] if begun else []
         if not row["racing"]:
             break
     return raced
@@ -67,14 +66,17 @@ def _record_of_arm(name: str, raced: Sequence[Row]) -> dict[str, Any]:
 
     `left` is None for an arm that did not leave. Else it has the `iteration`, the `cost` of the run by then, the name of the
     best arm of that iteration, `best`, and by how much the arm was `behind` it with `behind_se`, in the score named
-    `objective`; None if its proposal was not finite.
+    `objective`; None if its proposal was not finite. `best` is None, too, if only the leader trained as the race ended.
     """
     scores = [score for row in raced if (score := proposed_scores(row).get(name)) is not None]
-    row = next((row for row in raced if name in row["left"]), None)
+    last = raced[-1]
+    ended = [last] if name != leader_after(last) is not None else []
+    row = next((row for row in [*(row for row in raced if name in row["left"]), *ended]), None)
     left = None
     if row is not None:
         left = {key: row[key] for key in ("iteration", "cost", "objective")}
-        left |= {"best": best_of(row), "behind": row["behind"][name], "behind_se": row["behind_se"][name]}
+        left |= {"best": best_of(row) if name in row["behind"] else None}
+        left |= {key: row[key].get(name) for key in ("behind", "behind_se")}
     return {
         "name": name,
         "steps": sum(row["steps"].get(name, 0) for row in raced),

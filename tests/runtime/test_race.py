@@ -76,6 +76,16 @@ def test_race_that_goes_on_has_no_leader():
     assert [arm["left"] is None for arm in record["arms"]] == [True, False, True]
 
 
+def test_race_ends_where_only_the_leader_trained():
+    """A wall time shrinks the budget: the race is over before its next iteration."""
+    record = race_of([*make_race()[:2], row(3, {"kd4": (0.0, 0.0)}), *make_race()[3:]])
+    assert (record["over"], record["leader"]) == (True, "kd4")
+    left = record["arms"][2]["left"]
+    assert (left["iteration"], left["best"], left["behind"]) == (3, None, None)
+    assert record["arms"][1]["left"]["iteration"] == 2
+    assert record["arms"][0]["left"] is None
+
+
 def test_only_iterations_of_the_race_are_its_rows():
     rows = make_race()
     assert race_rows(rows) == rows[:3]
