@@ -21,6 +21,7 @@ SETTINGS = {
     "dist": [{"beta": 1.0, "gamma": 1.0, "temperature": 1.0}, {"beta": 0.5, "gamma": 2.0, "temperature": 3.0}],
     "nkd": [{"gamma": 1.5, "temperature": 1.0}, {"gamma": 0.7, "temperature": 2.0}],
     "standardized_kd": [{"base": 2.0}, {"base": 0.7}],
+    "trusted_kd": [{"temperature": 4.0, "label_smoothing": 0.0}, {"temperature": 1.5, "label_smoothing": 0.2}],
     "reverse_kl": [{"temperature": 1.0}, {"temperature": 2.5}],
     "jsd": [{"beta": 0.5, "temperature": 1.0}, {"beta": 0.2, "temperature": 2.0}],
 }
@@ -158,6 +159,18 @@ def ref_standardized_kd(s, t, y, w, *, base):
     return weighted_mean((w[i], base**2 * kl(softmax(z(t[i]), base), softmax(z(s[i]), base))) for i in range(len(s)))
 
 
+def ref_trusted_kd(s, t, y, w, *, temperature, label_smoothing):
+    pairs = []
+    for i in range(len(s)):
+        trust, by_label = 1.0, 0.0
+        if y[i] >= 0:
+            trust = softmax(t[i])[y[i]]
+            by_label = ref_ce(s[i : i + 1], None, y[i : i + 1], [1.0], label_smoothing=label_smoothing)
+        by_teacher = temperature**2 * kl(softmax(t[i], temperature), softmax(s[i], temperature))
+        pairs.append((w[i], trust * by_teacher + (1 - trust) * by_label))
+    return weighted_mean(pairs)
+
+
 def ref_reverse_kl(s, t, y, w, *, temperature):
     return weighted_mean((w[i], kl(softmax(s[i], temperature), softmax(t[i], temperature))) for i in range(len(s)))
 
@@ -179,6 +192,7 @@ REFERENCES = {
     "dist": ref_dist,
     "nkd": ref_nkd,
     "standardized_kd": ref_standardized_kd,
+    "trusted_kd": ref_trusted_kd,
     "reverse_kl": ref_reverse_kl,
     "jsd": ref_jsd,
 }

@@ -137,9 +137,10 @@ def _proposal(state: GradientState) -> Variables:
 def _grown_opt_state(opt_state: PyTree, params: PyTree, growth: Growth) -> PyTree:
     """An optax state for the larger student.
 
-    Moments, found by name, grow as trees or as `optax.flatten` vectors. The rest stays.
+    Moments, found by name, grow as trees or as `optax.flatten` vectors: `mu` of Adam and Muon, `nu` of Adam, `trace` of SGD
+    with momentum. The rest stays.
     """
-    grow = {"mu": growth.like_gradient, "nu": growth.like_second_moment}
+    grow = {"mu": growth.like_gradient, "trace": growth.like_gradient, "nu": growth.like_second_moment}
     unravel = ravel_pytree(params)[1]
 
     def moment(name: str, tree: PyTree) -> PyTree:

@@ -1,5 +1,6 @@
 """The zoo of named arms: its contract, portfolios, learning rates and names."""
 
+import dataclasses
 import functools
 import math
 
@@ -10,12 +11,14 @@ import optax
 import pytest
 from arm_trajectories import (
     DRAW,
+    EXPLORE,
     MLP,
     START,
     assert_same,
     linear_apply,
     linear_start,
     propose,
+    rows,
     squared,
     stretch,
     trajectory,
@@ -31,7 +34,7 @@ from ev3_distill.arms import (
     label_arm_name,
 )
 from ev3_distill.arms.gradient import gradient_arm
-from ev3_distill.arms.optimizers import adamw
+from ev3_distill.arms.optimizers import adamw, muon, sgd
 from ev3_distill.arms.zoo import CONVOLUTIONAL, round_late, up_and_down
 from ev3_distill.errors import InputError
 from ev3_distill.tasks.classification import losses
@@ -58,25 +61,156 @@ def test_default_names_follow_the_family_and_the_labels():
     of_mlp, of_resnet = ({"family": family} for family in ("mlp", "resnet"))
     assert default_arm_names(of_mlp) == DEFAULT
     assert default_arm_names({"factory": "mine:make"}) == DEFAULT
-    assert default_arm_names(of_mlp, labels=False) == tuple(name for name in DEFAULT if name != "ce-challenger")
+    assert default_arm_names(of_mlp, labels=False) == tuple(name for name in DEFAULT if name != "ce-sgd")
     assert default_arm_names(of_resnet) == CONVOLUTIONAL
     assert default_arm_names(of_resnet, labels=False) == CONVOLUTIONAL[:1]
     assert set(CONVOLUTIONAL) | {label_arm_name(of_resnet), label_arm_name(of_mlp)} <= set(ARMS)
     assert (label_arm_name(of_mlp), label_arm_name(of_resnet)) == ("ce", "ce-muon")
 
 
-@pytest.mark.parametrize("family", ["mlp", "resnet"])
-def test_default_portfolio_contains_a_label_only_arm_that_skips_the_race(family):
-    """Label-only arms are in the default portfolio but skip the first race, which they would win because it is short."""
-    arms = arms_named(linear_apply, default_arm_names({"family": family}))
-    assert [arm.name for arm in arms if arm.name.startswith("ce")]
-    assert [arm.name for arm in arms if arm.races] == ["kd4" if family == "mlp" else "kd4-muon"]
+FAMILIES = ("mlp", "transformer", "resnet", "mobilenet", "conv4", "convnet1d")
+ON_RARE_CLASSES = ("worst_class_accuracy", "balanced_accuracy", "macro_f1", "recall(3)")
 
 
-def test_goal_on_the_worst_class_adds_balanced_arms_and_races_all():
-    arms = arms_named(linear_apply, default_arm_names({"family": "mlp"}, goals=["accuracy", "worst_class_accuracy"]))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labels_alone_race_in_every_default_portfolio(family):
+    arms = arms_named(MLP.apply, default_arm_names({"family": family}))
+    assert len(arms) > 1
     assert all(arm.races for arm in arms)
-    assert {"ce-balanced", "ce-half-balanced"} <= {arm.name for arm in arms}
+    assert [arm.name for arm in arms if not ARMS[arm.name].uses_teacher]
+    assert [arm.name for arm in arms if ARMS[arm.name].uses_teacher]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_labels_every_default_arm_learns_from_the_teacher(family):
+    names = default_arm_names({"family": family}, labels=False)
+    assert names
+    assert all(ARMS[name].uses_teacher for name in names)
+
+
+def test_default_arms_of_networks_without_convolutions_differ_in_optimizer_and_loss():
+    assert {ARMS[name].optimizer for name in DEFAULT} == {"muon", "sgd", "adamw"}
+    assert all(ARMS[name].optimizer == "muon" for name in CONVOLUTIONAL)
+
+
+@pytest.mark.parametrize("metric", ON_RARE_CLASSES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_goal_that_balances_classes_adds_balanced_arms(family, metric):
+    spec = {"family": family}
+    plain, names = default_arm_names(spec), default_arm_names(spec, goals=["accuracy", metric])
+    assert names[: len(plain)] == plain
+    added = names[len(plain) :]
+    assert added
+    assert all(name.endswith("-balanced") for name in added)
+    assert all(arm.races for arm in arms_named(MLP.apply, names))
+    assert default_arm_names(spec, goals=["accuracy", "brier"]) == plain
+
+
+# Optimizers.
+
+
+def moved(optimizer, gradients):
+    """Updates of a parameter tree by gradients, one after the other, from zero."""
+    params = jax.tree.map(jnp.zeros_like, gradients[0])
+    state, outcome = optimizer.init(params), []
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        outcome.append(updates)
+    return outcome
+
+
+def gradients_like(shapes, count=4):
+    rng = np.random.default_rng(0)
+
+    def drawn(shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    return [jax.tree.map(drawn, shapes, is_leaf=lambda node: isinstance(node, tuple)) for _ in range(count)]
+
+
+assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+DENSE = {"layers": [{"kernel": (6, 5), "bias": (5,)}, {"kernel": (5, 3), "bias": (3,)}], "positions": (4, 6)}
+CONVOLVING = {"first": {"kernel": (3, 3, 2, 8), "scale": (8,)}, "head": {"kernel": (8, 3), "bias": (3,)}}
+
+
+def test_sgd_has_nesterov_momentum_and_weight_decay():
+    """m = 0.9 m + (g + 5e-4 w); w = w - 0.1 (g + 5e-4 w + 0.9 m), in NumPy and float64."""
+    arm = gradient_arm("a", linear_apply, squared, sgd(0.1), average=None)
+    state, _ = propose(arm, arm.init(linear_start()), 0, 25)
+    w = np.asarray(linear_start().params["w"], np.float64)
+    momentum = np.zeros_like(w)
+    for i in range(25):
+        x, target = (
+            np.asarray(leaf, np.float64)[np.asarray(rows(i))] for leaf in (EXPLORE.inputs, EXPLORE.teacher["logits"])
+        )
+        gradient = x.T @ (x @ w - target) / len(x) + 5e-4 * w
+        momentum = 0.9 * momentum + gradient
+        w = w - 0.1 * (gradient + 0.9 * momentum)
+    np.testing.assert_allclose(state.iterate.params["w"], w, rtol=1e-4, atol=1e-5)
+
+
+def test_sgd_of_the_zoo_has_rate_a_tenth():
+    """The first step is 1.9 times the rate times the gradient, decay included."""
+    for name in ("ce-sgd", "kd2-sgd", "trust-sgd"):
+        (arm,) = arms_named(MLP.apply, [name])
+        plain = gradient_arm("p", MLP.apply, ARMS[name].loss(), optax.sgd(1.0), average=None)
+        ours, gradient = (
+            jax.tree.map(
+                lambda a, b: a - b, one.propose(one.init(START), DRAW, stretch(0, 1))[0].iterate.params, START.params
+            )
+            for one in (arm, plain)
+        )
+        jax.tree.map(
+            lambda step, g, w: np.testing.assert_allclose(step, 0.19 * (g - 5e-4 * w), rtol=1e-3, atol=1e-7),
+            ours,
+            gradient,
+            START.params,
+        )
+
+
+def test_muon_without_convolutions_takes_kernels_of_two_axes():
+    """Kernels train as with optax's Muon; vectors, and matrices that are no kernels, as with Adam with Nesterov momentum."""
+    gradients = gradients_like(DENSE)
+    ours = moved(muon(0.05), gradients)
+    of_muon, of_adam = moved(optax.contrib.muon(0.05), gradients), moved(optax.nadam(0.05 / 4), gradients)
+    for mine, by_muon, by_adam in zip(ours, of_muon, of_adam, strict=True):
+        for layer in (0, 1):
+            assert_close(mine["layers"][layer]["kernel"], by_muon["layers"][layer]["kernel"])
+            assert_close(mine["layers"][layer]["bias"], by_adam["layers"][layer]["bias"])
+        assert_close(mine["positions"], by_adam["positions"])
+        values = np.linalg.svd(mine["layers"][0]["kernel"] / 0.05, compute_uv=False)
+        assert ((values > 0.6) & (values < 1.3)).all()  # five Newton-Schulz steps bring them near 1
+
+
+def test_muon_with_convolutions_leaves_the_head_to_adam():
+    gradients = gradients_like(CONVOLVING)
+    ours, by_adam = moved(muon(0.05), gradients), moved(optax.nadam(0.05 / 4), gradients)
+    flat = [{"kernel": g["first"]["kernel"].reshape(18, 8)} for g in gradients]
+    by_muon = moved(optax.contrib.muon(0.05), flat)
+    for mine, adam, matrix in zip(ours, by_adam, by_muon, strict=True):
+        assert_close(mine["first"]["kernel"].reshape(18, 8), matrix["kernel"])
+        jax.tree.map(assert_close, mine["head"], adam["head"])
+
+
+@pytest.mark.parametrize("name", ["kd4-muon", "trust-sgd", "ce-sgd", "kd4"])
+def test_default_arms_round_weights_of_a_student_for_int8_late(name):
+    """Until three quarters of the budget are spent, an arm trains as for float32; then the forward pass rounds."""
+    seen = []
+
+    def straight(variables, inputs, *, train, key=None, share=1.0):
+        jax.debug.callback(lambda share: seen.append(float(share)), share)
+        return MLP.apply(variables, inputs, train=train, key=key)
+
+    (arm,) = arms_named(MLP.apply, [name], network=dataclasses.replace(MLP, straight=straight))
+    jax.block_until_ready(arm.propose(arm.init(START), DRAW, stretch(0, 4, spent=0.5, each=0.1)))
+    jax.effects_barrier()
+    assert sorted(seen) == [0, 0, 0, 1]
+    (plain,) = arms_named(MLP.apply, [name])
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        *(one.propose(one.init(START), DRAW, stretch(0, 4))[1] for one in (arm, plain)),
+    )
 
 
 def test_tuned_arm_reports_its_hyperparameters():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from student_zoo import (
     CLASSES,
@@ -32,7 +33,7 @@ from student_zoo import (
 from ev3_distill import students
 from ev3_distill.arms import arms_named
 from ev3_distill.arms.gradient import gradient_arm
-from ev3_distill.arms.optimizers import adamw, muon
+from ev3_distill.arms.optimizers import adamw, muon, sgd
 from ev3_distill.errors import InputError
 from ev3_distill.students.growth import Space, grow, growth_map, moves
 from ev3_distill.types import Batch, Stretch
@@ -156,7 +157,7 @@ def test_growth_is_determined_by_its_key(name, move):
 # Optimizer states and arms.
 
 
-@pytest.mark.parametrize("optimizer", [adamw(1e-2), muon(1e-2)], ids=["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", [adamw(1e-2), muon(1e-2), sgd(1e-2)], ids=["adamw", "muon", "sgd"])
 @every_case
 def test_a_grown_optimizer_state_fits_the_larger_network(name, move, optimizer):
     one = case(name, move)
@@ -166,6 +167,24 @@ def test_a_grown_optimizer_state_fits_the_larger_network(name, move, optimizer):
         lambda leaf: jnp.ones(leaf.shape, leaf.dtype), jax.eval_shape(arms[0].init, one.member.variables)
     )
     assert shapes(arms[0].grow(state, one.growth)) == shapes(jax.eval_shape(arms[1].init, one.variables))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "factor"), [(sgd(1e-2), 0.9**2), (optax.sgd(1e-2, momentum=0.9), 0.9)], ids=["one vector", "tree"]
+)
+@pytest.mark.parametrize(("name", "move"), [("mlp", '"wider"'), ("mlp", '"deeper"')])
+def test_the_momentum_of_sgd_grows_as_gradients_do(name, move, optimizer, factor):
+    """After a step from rest, a step without gradient moves by what is left of the momentum; Nesterov's by one factor more."""
+    one = case(name, move)
+    arm = gradient_arm("a", one.member.network.apply, None, optimizer)
+    old = quick(functools.partial(trained, one.member.network))(one.member.variables, one.member.inputs)[2]
+    state = arm.init(one.member.variables)
+    zero, grown_zero = (jax.tree.map(jnp.zeros_like, tree) for tree in (old, one.variables.params))
+    _, opt_state = optimizer.update(old, state.opt_state, zero)
+    grown = arm.grow(state._replace(opt_state=opt_state), one.growth)
+    rest, _ = optimizer.update(grown_zero, grown.opt_state, grown_zero)
+    expected = jax.tree.map(lambda g: -1e-2 * factor * np.asarray(g), one.growth.like_gradient(old))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), rest, expected)
 
 
 def batch(inputs):

@@ -59,6 +59,10 @@ HAND = [  # one example of any weight, two classes, label 0: name, hyperparamete
     ("nkd", {"gamma": 1.5, "temperature": 1.0}, [0, 0], [LN3, 0], 0.75 * math.log(2)),
     ("standardized_kd", {"base": 1.0}, [5, -1], [1, 2], 2 * math.tanh(1)),
     ("standardized_kd", {"base": 1.0}, [5, -1], [7, -90], 0.0),
+    ("trusted_kd", {"temperature": 1.0, "label_smoothing": 0.0}, [0, 0], [LN3, 0],
+     0.75 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5)) + 0.25 * math.log(2)),
+    ("trusted_kd", {"temperature": 2.0, "label_smoothing": 0.0}, [0, 0], [-2 * LN3, 0],  # p_y is 1/10, and 1/4 at T = 2
+     0.1 * 4 * (0.25 * math.log(0.5) + 0.75 * math.log(1.5)) + 0.9 * math.log(2)),
     ("reverse_kl", {"temperature": 1.0}, [0, 0], [LN3, 0], 0.5 * math.log(4 / 3)),
     ("jsd", {"beta": 0.5, "temperature": 1.0}, [0, 0], [LN3, 0],
      0.5 * (0.75 * math.log(1.2) + 0.25 * math.log(2 / 3)) + 0.5 * (0.5 * math.log(0.8) + 0.5 * math.log(4 / 3))),
