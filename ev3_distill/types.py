@@ -135,9 +135,7 @@ class Goal:
     threshold: float
     score: Objective  # its mean over a split is the metric
     smooth: Objective  # detects the small steps of one trajectory towards the goal
-    focus: Callable[
-        [Any, Batch], jax.Array
-    ]  # (outputs, split) -> int32: the class or group it is about now, or 0 for all
+    focus: Callable[[Any, Batch], jax.Array]  # (outputs, split) -> int32: the class or group it is about, or 0 for all
     comparison: Callable[[Any, Batch, jax.Array], jax.Array]  # (outputs, split, focus) -> [N] in [0, 1]: the score
     # whose mean a promotion for this goal proves to be higher
     binary: bool  # whether the scores of `comparison` are 0 or 1
@@ -227,9 +225,8 @@ class Objectives(NamedTuple):
 
     def evidence(self, outputs: Any, split: Batch) -> Evidence:
         """The scores of one student with these outputs, leaves [N]; those for goals [G, N]."""
-        return Evidence(
-            self.select(outputs, split), self.promise.score(outputs, split), self._goal_evidence(outputs, split)
-        )
+        smooth, promise = self.select(outputs, split), self.promise.score(outputs, split)
+        return Evidence(smooth, promise, self._goal_evidence(outputs, split))
 
     def _goal_evidence(self, outputs: Any, split: Batch) -> GoalEvidence | tuple[()]:
         if not self.goals:
