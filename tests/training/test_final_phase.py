@@ -11,6 +11,7 @@ import pytest
 from test_trainer import ARMS, CONFIG, POOLS, RUN, STUDENT, N, assert_same, make_split
 
 from ev3_distill import goal
+from ev3_distill.config import EV3, Compress, Teach
 from ev3_distill.core.explore import draw_from
 from ev3_distill.data.batches import resident, sampler
 from ev3_distill.runtime.ledger import read_rows
@@ -196,6 +197,13 @@ def test_only_runs_that_decide_nothing_at_their_end_have_a_final_phase(
     student = ("--student", "mlp:hidden=8", "--budget", "400", "--teacher", f"logits:{random_logits}")
     assert cli("compress", *student, *options, "--out", "run").code == 130
     assert found == [wanted]
+
+
+def test_decide_still_holds_out_for_students_that_are_compared_there():
+    """A teacher trained along the way and a control have no final phase; a teacher of `teach` has one."""
+    config = Compress(ev3=EV3(final=0.3))
+    assert config.teacher_config().ev3.final == config.control_config().ev3.final == 0
+    assert Teach().ev3.final == EV3().final > 0
 
 
 def test_report_says_what_the_final_phase_added_and_what_decide_proved(finished):

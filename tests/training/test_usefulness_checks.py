@@ -72,7 +72,11 @@ def test_causes_name_the_teacher_the_scale_of_inputs_and_the_budget(tmp_path):
     assert teacher.startswith("the teacher is no better, with ")
     assert scale == "columns of the inputs have very different scales, or large ones: omit --no-standardize"
     assert budget.startswith("the budget of 20000 is too small, the student was still improving")
-    content = content_of(tmp_path, shuffled, LABELS, setup)
+    level = [{"cost": 100 * i, "current_accuracy": 0.5, "final": False} for i in range(1, 10)]
+    learned = [{"cost": 900 + 100 * i, "current_accuracy": 1.0, "final": True} for i in range(1, 4)]
+    content = content_of(
+        tmp_path, shuffled, LABELS, setup, rows=[*level, *learned]
+    )  # a score on learned rows is no rise
     assert content["causes"] == [
         "the inputs may say little about the classes, or the student is too small: compare a teacher's accuracy, try a larger "
         "--student or --budget"
