@@ -60,15 +60,15 @@ def race(arms: list[dict[str, Any]], rows: list[dict[str, Any]], size: tuple[flo
     raced = race_rows(rows)
 
     def draw(axes: "Axes") -> None:
-        ends = []
+        cross: Any = {"ls": "none", "marker": "x", "ms": 6, "mew": 1.8}
+        left = {name for row in raced for name in row["left"]}
         for arm in arms:
             points = _points_of(arm["name"], raced)
             if points:
                 axes.plot(*zip(*points, strict=True), color=arm["color"], lw=1.6, marker="o", ms=2.6, mew=0)
-                ends += [points[-1]] if any(arm["name"] in row["left"] for row in raced) else []
-        if ends:
-            cross: Any = {"ls": "none", "marker": "x", "ms": 6, "mew": 1.8, "color": "#444"}
-            axes.plot(*zip(*ends, strict=True), label="left the race", **cross)
+                axes.plot(*points[-1], color=arm["color"], **(cross if arm["name"] in left else {}))
+        if left:
+            axes.plot([], [], color="#444", label="left the race", **cross)
             axes.figure.legend(loc="outside upper left", frameon=False, handlelength=1.2)
         axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.4g} %")
 

@@ -100,11 +100,15 @@ def render(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 
 def _race(report: dict[str, Any], arms: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The race as the page shows it: a color and an outcome for each arm; None without one, as in reports of older versions."""
+    """The race as the page shows it: color, outcome and part of the longest one's steps for each arm; None without a race."""
     race, colors = report.get("race"), {arm["name"]: arm["color"] for arm in arms}
     if not race:
         return None
-    shown = [{**arm, "color": colors[arm["name"]], "outcome": race_outcome(arm, race)} for arm in race["arms"]]
+    most = max((arm["steps"] for arm in race["arms"]), default=0)
+    shown = [
+        {**arm, "color": colors[arm["name"]], "part": arm["steps"] / max(most, 1), "outcome": race_outcome(arm, race)}
+        for arm in race["arms"]
+    ]
     return {"leader": race["leader"], "arms": shown, "asked": asked_sentence(race)}
 
 

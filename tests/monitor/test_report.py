@@ -150,7 +150,7 @@ def test_page_shows_the_race_and_what_it_says():
     assert "script" not in page.tags and page.tags.count("svg") == 4
     for shown in (
         "The race Labels alone (ce) ended 9.7 points ahead. Your teacher confuses '3' and '<script>alert(1)</script>'.",
-        f"Arms clearly behind on assess left the race, and {ARMS[0]} led after it.",
+        f"Arms clearly behind on assess left the race before its end; {ARMS[0]} led after it.",
         f"{ARMS[0]} led after the race 200 76.0 %",
         f"{ARMS[1]} left 4.0 points (10.0 standard errors) behind {ARMS[0]} 200 72.0 %",
         f"{ARMS[3]} left 6.0 points (15.0 standard errors) behind {ARMS[0]} 100 66.0 %",
@@ -178,7 +178,7 @@ def test_page_of_a_run_without_a_race():
         text = page_text(make_report(rows) | empty, rows)
         assert "The race" not in text and "In the final phase, the last" not in text
     later = changed(raced_report(rows), "race.arms", [])  # one arm led from the start
-    assert "Asked later" in page_text(later, rows) and "left the race, and" not in page_text(later, rows)
+    assert "Asked later" in page_text(later, rows) and "led after it" not in page_text(later, rows)
     restored = page_text(changed(raced_report(rows), "final.delivered", False), rows)
     assert "Its student was worse on these examples than the current student before it, which is delivered." in restored
 
