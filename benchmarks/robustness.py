@@ -67,7 +67,7 @@ INTERVALS = (
     "Intervals are Student's t, 95 %, over seeds, paired by seed; they take the best recipe in hindsight as given. That "
     "of a mean over scenarios is over the seeds that all scenarios share."
 )
-FIRST_SEED = 7000  # no default was chosen on these seeds
+FIRST_SEED = 8000  # no default was chosen on these seeds
 SIZES = {"full": SCENARIOS, "smoke": SMOKE}
 MARKS = (0.01, 0.02, 0.03, *(i / 20 for i in range(1, 21)), 0.08)  # fractions of the steps, in any order
 STOPPED = robustness_table.STOPPED
