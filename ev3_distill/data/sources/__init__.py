@@ -9,7 +9,8 @@
     subtracted in float64 first.
   - `sequences` and `labels`: numbers [N, L, C], whose last two axes are kept as they are.
   - Each with the prefixes `train_` and `test_` (`train_inputs`, `test_inputs`, ...): the source has its own test examples.
-  - Labels are optional: all label arrays are missing, or every label is -1.
+  - Labels are optional: all label arrays are missing, or -1 (in labels of text the empty text) stands for each label that
+    an example does not have.
   - `class_names`, optional: text [K], the name of each class in the order of the labels. Text labels are class names
     themselves, sorted.
   - `groups`, optional (or `train_groups` and `test_groups`): integers or text [N], the subgroup of each example, for
@@ -22,9 +23,10 @@
   `,size=32x48` (height x width; bilinear, the aspect ratio is not kept). They are gray if no image has color;
   `,channels=1` or `,channels=3` overrides that. Transparent pixels are composited on white; `,background=black`, another
   color or `ignore` overrides that. The values of 16-bit files are divided by 257, or by what `,bits=12` names. Photos are
-  turned upright by their EXIF data unless `,orientation=ignore`.
+  turned upright by their EXIF data unless `,orientation=ignore`. Images in the folder that `,unlabeled=NAME` names, at the
+  top or in `train/`, have no label.
 - `tfds:NAME[/CONFIG][:VERSION]`: a data set that TensorFlow Datasets has prepared; its splits `train` and `test` (or
-  `validation`). Takes the same options as `folder`.
+  `validation`). Takes the options of `folder` except `unlabeled`.
 """
 
 from collections.abc import Callable, Sequence
