@@ -174,6 +174,17 @@ def test_race_ends_for_good_if_the_budget_shrinks(limits):
     assert over
 
 
+def test_arm_too_short_for_a_step_rests_and_does_not_leave():
+    """A quarter of a trajectory of two steps is no step: nothing shows that this arm is behind."""
+    arms = WALKERS[0], WALKERS[1]._replace(length=0.25)
+    step = make_step(algorithm := Algorithm(apply_threshold, arms, sample, OBJECTIVES, CONFIG))
+    state = initial_state(jax.random.key_data(RUN_KEY), threshold(8, (1, 1)), POOLS, algorithm)
+    for i in range(8):
+        state, decision = step(POOLS, state, np.int32(200))
+        assert (decision.steps.tolist(), int(state.arms.raced)) == ([2, 0], 2 * (i + 1))
+        assert state.arms.racing.tolist() == [True, i < 7]  # 8 % of 200 steps
+
+
 # Broken arms in a race.
 
 
