@@ -2,10 +2,19 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from ev3_distill.config import EV3
 from ev3_distill.core.explore import on_one_device
 from ev3_distill.types import Apply, Arm, Distribute, Objectives, Sample
+
+
+class Ending(NamedTuple):
+    """How a run ends; see `Algorithm`."""
+
+    stop_level: float | None = None
+    continues: bool = False
+    has_final: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ import numpy as np
 from ev3_distill import students
 from ev3_distill.arms import arms_named
 from ev3_distill.config import Budget, Compress, RunConfig
+from ev3_distill.core import Ending
 from ev3_distill.data import augment, input_statistics, splits_of, units_of
 from ev3_distill.data.batches import held_out, rows_of_final, sampler
 from ev3_distill.data.pipeline import ResidentPipeline, Source, Views, WindowPipeline
@@ -178,9 +179,9 @@ def make_run(
         config=dataclasses.replace(config.ev3, eval_batch_size=batch_size),
         sample=sample,
         objectives=setup.task.objectives(goals),
-        stop_level=stop_share * (1 - config.confidence) / len(goals) if stop_share and goals else None,
-        continues=continues,
-        has_final=has_final,
+        ending=Ending(
+            stop_share * (1 - config.confidence) / len(goals) if stop_share and goals else None, continues, has_final
+        ),
         devices=setup.devices,
     )
     return TrainingRun(distillation, setup.devices.place(pools), tuple(arm_names), stream)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ev3_distill.config import EV3
-from ev3_distill.core import Algorithm, Objectives, initial_state, make_parts, make_step
+from ev3_distill.core import Algorithm, Ending, Objectives, initial_state, make_parts, make_step
 from ev3_distill.core.explore import fitting
 from ev3_distill.core.plateau import start_plateau
 from ev3_distill.core.promote import seen_scores
@@ -23,6 +23,7 @@ from ev3_distill.training.evaluate_students import StudentEvaluator
 from ev3_distill.training.iterate import UNLIMITED, IterationLoop, Pipeline
 from ev3_distill.types import Arm, Decision, Growth, Network, Plateau, Pools, Sample, State, Variables
 
+AT_BUDGET = Ending()  # decisions are made until the budget is spent
 DRAWS = 8  # largest number of draws of initial parameters that compete
 DRAWING_SHARE = 20  # they may cost this part of the budget: budget // DRAWING_SHARE
 
@@ -45,9 +46,7 @@ class Distillation:
         config: EV3 | None = None,
         sample: Sample | None = None,
         objectives: Objectives | None = None,
-        stop_level: float | None = None,
-        continues: bool = False,
-        has_final: bool = False,
+        ending: Ending = AT_BUDGET,
         devices: Devices = ONE,
     ):
         """Builds the run.
@@ -58,9 +57,7 @@ class Distillation:
           config: hyperparameters of the core.
           sample: makes batches of the explore pool; by default one view of each example without augmentation.
           objectives: that score students; by default those of classification.
-          stop_level: if given, the run ends once decide proves every goal, each at this level.
-          continues: whether further runs use what this one leaves of its error budget.
-          has_final: whether the run ends with a phase that trains on all three splits; the explore pool must hold them.
+          ending: how the run ends; for a final phase the explore pool must hold all three splits.
           devices: of the run.
         """
         config = config or EV3()
@@ -71,10 +68,8 @@ class Distillation:
             sample or sampler(batch_size=config.batch_size),
             objectives or classification().objectives(),
             config,
-            stop_level=stop_level,
-            continues=continues,
-            has_final=has_final,
             distribute=devices.distribute,
+            **ending._asdict(),
         )
         self.devices, self._algorithm = devices, algorithm
         self.programs = Programs(devices)
@@ -286,5 +281,5 @@ def distill(
     can = isinstance(explore, Resident) and isinstance(explore.final_order, Order)
     decides = config.patience > 0 or bool(objectives and objectives.goals)
     has_final = can and config.final > 0 and not decides
-    run = Distillation(student, arms, config=config, objectives=objectives, has_final=has_final)
+    run = Distillation(student, arms, config=config, objectives=objectives, ending=Ending(has_final=has_final))
     yield from run.run(pools, run.begin_best(pools, seed, budget=budget) if state is None else state, budget=budget)

@@ -25,7 +25,7 @@ from ev3_distill.tasks.classification import example_scores as objectives
 from ev3_distill.arms.evolution_arm import evolution_arm
 from ev3_distill.evolution import EvolutionConfig
 from ev3_distill.arms.gradient import gradient_arm
-from ev3_distill.core import initial_state
+from ev3_distill.core import Ending
 from ev3_distill.training.devices import ONE, devices_of
 from ev3_distill.training.trainer import Distillation
 from ev3_distill import students
@@ -52,7 +52,7 @@ def run(devices, name="conv4:width=2", streamed=False, population=False):
         adam, evolving = optax.adam(0.05), EvolutionConfig(pairs=8, sigma=0.1)
         es = evolution_arm("es", network.apply, objectives.accuracy, adam, evolving, mesh=devices.step_mesh)
         arms = (arms[1], es)
-    trainer = Distillation(network, arms, config=config, devices=devices, has_final=True)
+    trainer = Distillation(network, arms, config=config, devices=devices, ending=Ending(has_final=True))
     pipeline = streams if streamed else None
     state = trainer.begin(pools, 0)
     rows = []

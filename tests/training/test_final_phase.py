@@ -12,6 +12,7 @@ from test_trainer import ARMS, CONFIG, POOLS, RUN, STUDENT, N, assert_same, make
 
 from ev3_distill import goal
 from ev3_distill.config import EV3, Compress, Teach
+from ev3_distill.core import Ending
 from ev3_distill.core.explore import draw_from
 from ev3_distill.data.batches import resident, sampler
 from ev3_distill.runtime.ledger import read_rows
@@ -36,7 +37,7 @@ def pools_with_rows(seeds=(0, 1, 2)):
     return POOLS._replace(explore=explore)
 
 
-PHASED = Distillation(STUDENT, ARMS, config=CONFIG, has_final=True)
+PHASED = Distillation(STUDENT, ARMS, config=CONFIG, ending=Ending(has_final=True))
 WITH_ROWS = pools_with_rows()
 
 
@@ -190,7 +191,7 @@ def test_only_runs_that_decide_nothing_at_their_end_have_a_final_phase(
     found = []
 
     def stop(*args, **options):
-        found.append(options["has_final"])
+        found.append(options["ending"].has_final)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_setup, "Distillation", stop)
