@@ -187,6 +187,32 @@ def test_the_momentum_of_sgd_grows_as_gradients_do(name, move, optimizer, factor
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), rest, expected)
 
 
+@pytest.mark.parametrize(("name", "move"), [("mlp", '"wider"'), ("mlp", '"deeper"')])
+def test_the_moments_of_muon_grow_as_gradients_and_their_squares_do(name, move):
+    """Of kernels the mean of gradients, of the rest Adam's two moments."""
+    one = case(name, move)
+    arm = gradient_arm("a", one.member.network.apply, None, muon(1e-2))
+    old = quick(functools.partial(trained, one.member.network))(one.member.variables, one.member.inputs)[2]
+    state = arm.init(one.member.variables)
+    _, opt_state = muon(1e-2).update(old, state.opt_state, one.member.variables.params)
+    grown = arm.grow(state._replace(opt_state=opt_state), one.growth).opt_state.inner_states
+    of_muon, of_adam = (grown[kind].inner_state[0] for kind in ("muon", "adam"))
+    mean = leaves_by_path(one.growth.like_gradient(old))
+    square = leaves_by_path(one.growth.like_second_moment(jax.tree.map(jnp.square, old)))
+    kernels, rest, squares = map(leaves_by_path, (of_muon.mu, of_adam.mu, of_adam.nu))
+    assert kernels.keys() == {path for path in mean if "kernel" in path}
+    assert rest.keys() == squares.keys() == mean.keys() - kernels.keys()
+    for path in kernels:
+        np.testing.assert_allclose(kernels[path], 0.05 * mean[path], rtol=1e-5, atol=1e-9)
+    for path in rest:
+        np.testing.assert_allclose(rest[path], 0.1 * mean[path], rtol=1e-5, atol=1e-9)
+        np.testing.assert_allclose(squares[path], 1e-3 * square[path], rtol=1e-4, atol=1e-9)
+
+
+def leaves_by_path(tree):
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def batch(inputs):
     n = len(inputs)
     teacher = 4 * jax.nn.one_hot(jnp.arange(n) % CLASSES, CLASSES)
