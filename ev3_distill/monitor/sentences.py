@@ -119,7 +119,7 @@ def race_outcome(arm: dict[str, Any], race: dict[str, Any]) -> str:
         return "left at the end of the race"
     if left["behind"] is None:
         return "left: its student was not finite"
-    if left["best"] == arm["name"]:
+    if left["behind"] == 0:
         return "left at the end of the race, level with the best"
     about = "" if left["objective"] == PROMISE else f", in {left['objective']}"
     return f"left {gap_in_words(left['behind'], left['behind_se'])} behind {left['best']}{about}"

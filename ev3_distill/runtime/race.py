@@ -130,7 +130,7 @@ def distance(row: Row, name: str) -> str:
     gap, best = row["behind"][name], best_of(row)
     if gap is None or best is None:
         return "as its student was not finite"
-    if best == name:
+    if gap == 0:
         return "level with the best"
     return f"{gap_in_words(gap, row['behind_se'][name])} behind {best}"
 

@@ -48,7 +48,7 @@ def test_summary_prints_the_diagnosis(report):
         ({"objective": "ece"}, "left 5.8 points (9.1 standard errors) behind kd4, in ece"),
         ({"behind": None, "behind_se": None}, "left: its student was not finite"),
         ({"best": None, "behind": None, "behind_se": None}, "left at the end of the race"),
-        ({"best": "ce"}, "left at the end of the race, level with the best"),
+        ({"best": "ce", "behind": 0.0, "behind_se": 0.0}, "left at the end of the race, level with the best"),
     ],
 )
 def test_outcome_of_a_race_is_said_in_numbers(changes, shown):
