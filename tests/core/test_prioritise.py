@@ -56,7 +56,7 @@ def trainer(name, gains):
 
 ARMS = (trainer("common", (0.05, -0.04)), trainer("rare", (-0.005, 0.08)))
 POOLS = Pools(jnp.zeros(1), split_of(1), split_of(2), split_of(3))
-CONFIG = EV3(batch_size=1, length=1, max_length=1, exploration=1.0, takeover=0.0)
+CONFIG = EV3(batch_size=1, length=1, max_length=1)
 
 
 @functools.cache
@@ -73,13 +73,14 @@ def compiled(goals, stop_level=None, config=CONFIG, arms=ARMS):
 
 
 WORST = (goal("worst_class_accuracy", 0.7),)
+BUDGET = 100  # steps; a race of eight iterations
 
 
 def run(goals, skill=(0.6, 0.6), iterations=40, stop_level=None):
     begin, step = compiled(goals, stop_level)
     state, decisions = begin(jnp.array(skill, jnp.float32)), []
     for i in range(iterations):
-        state, decision = step(POOLS, state, np.int32(2**30 if i < iterations - 1 else int(state.clock.cost)))
+        state, decision = step(POOLS, state, np.int32(BUDGET if i < iterations - 1 else int(state.clock.cost)))
         decisions.append(jax.device_get(decision))
         if state.closed:
             break
@@ -98,7 +99,7 @@ def test_without_goals_training_trades_the_rare_class_for_the_promise():
 
 
 def test_goal_at_risk_rules_until_it_is_safe():
-    state, decisions = run(WORST)
+    state, decisions = run(WORST, skill=(0.75, 0.3))
     rulings = [int(d.ruling) for d in decisions]
     assert rulings[0] == 0  # the goal is not met at the start
     assert -1 in rulings  # the goal is safe later, and the promise rules
@@ -151,18 +152,20 @@ def test_closing_run_tests_its_goals_on_decide(goal_, met):
     assert int(state.clock.met_cost) == 0
 
 
-@pytest.mark.parametrize(("skill", "joins"), [(0.6, True), (0.79, True), (0.9, False)])
+@pytest.mark.parametrize(("skill", "pressing"), [(0.6, True), (0.79, True), (0.9, False)])
 @pytest.mark.parametrize("patience", [0.0, 6.0])
-def test_goal_in_doubt_forces_a_challenger_if_patience_is_set(skill, joins, patience):
-    """The goal is 0.8. A goal that is clearly met forces no challenger."""
-    config = EV3(batch_size=1, length=1, max_length=1, exploration=0.0, patience=patience)
-    arms = (ARMS[0], ARMS[1]._replace(races=False))
-    begin, step = compiled((goal("accuracy", 0.8),), config=config, arms=arms)
-    state = begin(jnp.full(2, skill, jnp.float32))
-    cost = jnp.int32(30)  # of 100: late enough that all arms may challenge
-    state = state._replace(clock=state.clock._replace(cost=cost))
-    _, decision = step(POOLS, state, np.int32(100))
-    np.testing.assert_array_equal(decision.steps, [1, int(joins and patience > 0)])
+def test_goal_in_doubt_asks_another_arm_as_soon_as_nothing_moves(skill, pressing, patience):
+    """The goal is 0.8. With a goal that is clearly met, three iterations must pass without a move."""
+    config = EV3(batch_size=1, length=1, max_length=1, patience=patience)
+    resting = trainer("resting", (0.0, 0.0))
+    begin, step = compiled((goal("accuracy", 0.8),), config=config, arms=(resting, ARMS[1]._replace(races=False)))
+    state, steps = begin(jnp.full(2, skill, jnp.float32)), []
+    for _ in range(4):
+        state, decision = step(POOLS, state, np.int32(1000))
+        steps.append(decision.steps.tolist())
+        if int(decision.verdict):
+            break
+    assert steps == ([[1, 0], [1, 1]] if pressing else [[1, 0], [1, 0], [1, 0], [1, 1]])
 
 
 def evidence(goals_by_student, n=100):
