@@ -3,6 +3,7 @@
 `table.md`, `report.html` and, for a suite that draws one, `plot.svg` depend on the rows alone.
 """
 
+import collections
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
@@ -111,19 +112,26 @@ def row_errors(*directories: Path) -> Iterator[None]:
 
 def table_text(results: Results) -> str:
     """The suite's table as Markdown, and one line of provenance."""
-    return _with_provenance(results.suite.table(results.rows), results.header)
+    return _with_provenance(results.suite.table(results.rows), results)
 
 
 def write(directory: Path, results: Results) -> str:
     """Writes `table.md`, `report.html` and, if the suite draws one, `plot.svg`; returns the text of the first."""
-    suite, header, rows = results
+    suite, rows = results.suite, results.rows
     table = suite.table(rows)
-    (directory / "table.md").write_text(_with_provenance(table, header))
+    (directory / "table.md").write_text(_with_provenance(table, results))
     if hasattr(suite, "plot"):
         _draw(suite.plot(rows), directory / "plot.svg")
     with atomic_write(directory / "report.html") as file:
         file.write(html(results, table).encode())
-    return _with_provenance(table, header)
+    return _with_provenance(table, results)
+
+
+def other_code_text(results: Results) -> str:
+    """How many rows other code than the header's measured, in words; empty if none."""
+    codes = collections.Counter(row["code"] for row in results.rows if "code" in row)
+    counts = ", ".join(f"{count} by code {code}" for code, count in codes.items())
+    return f"of {len(results.rows)} rows, earlier code measured {counts}" if counts else ""
 
 
 def html(results: Results, table: str) -> str:
@@ -134,9 +142,10 @@ def html(results: Results, table: str) -> str:
     return html_page.of_results(suite.__doc__ or "", table, figure, header, len(rows))
 
 
-def _with_provenance(table: str, header: dict[str, Any]) -> str:
-    facts = f"{seeds_text(header)}; {machine_text(header)}; {versions_text(header)}"
-    return f"{table}\n\n`{header['command']}`, {facts}.\n"
+def _with_provenance(table: str, results: Results) -> str:
+    header = results.header
+    facts = [seeds_text(header), machine_text(header), versions_text(header), other_code_text(results)]
+    return f"{table}\n\n`{header['command']}`, {'; '.join(filter(None, facts))}.\n"
 
 
 def _draw(figure: Any, path: Path) -> None:

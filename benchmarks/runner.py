@@ -23,7 +23,9 @@ from ev3_distill.runtime.progress import Bar
 _IDENTITY = ("suite", "size", "machine", "versions", "code")  # must agree among the rows of one table
 
 
-def run_suite(suite: str, *, seeds: int, size: str, out: Path | None = None, only: Sequence[str] = ()) -> None:
+def run_suite(
+    suite: str, *, seeds: int, size: str, out: Path | None = None, only: Sequence[str] = (), keep_rows: bool = False
+) -> None:
     """Collects a suite's rows and prints their table.
 
     Args:
@@ -33,6 +35,7 @@ def run_suite(suite: str, *, seeds: int, size: str, out: Path | None = None, onl
       out: directory for `rows.jsonl` (a header with the provenance, then one row a line), `table.md`, `report.html` and, for
         a suite that draws one, `plot.svg`. Rows that are already there are kept and not measured again.
       only: names of parts of a suite that can be measured in parts.
+      keep_rows: whether rows in `out` that other code measured stay. They are marked, and the table says so.
 
     Raises:
       InputError: unknown suite, size or part, no seed, or rows in `out` of another provenance.
@@ -46,7 +49,7 @@ def run_suite(suite: str, *, seeds: int, size: str, out: Path | None = None, onl
     if only and "only" not in inspect.signature(SUITES[suite].collect).parameters:
         raise InputError(f"--only is for suites with parts, such as robustness; got it for {suite}: omit it")
     header = provenance(suite, seeds=seeds, size=size)
-    old = _existing_rows(out, header)
+    old = _existing_rows(out, header, keep=keep_rows)
     rows, writes = [*old], distributed.is_first_process()
     missing = _missing_rows(SUITES[suite], old, seeds=seeds, size=size, only=only)
     for row in _with_progress(suite, missing, len(old)):
@@ -59,30 +62,37 @@ def run_suite(suite: str, *, seeds: int, size: str, out: Path | None = None, onl
     print(results_folder.table_text(results) if out is None else results_folder.write(out, results), end="")
 
 
-def _existing_rows(out: Path | None, header: dict[str, Any]) -> list[dict[str, Any]]:
+def _existing_rows(out: Path | None, header: dict[str, Any], *, keep: bool) -> list[dict[str, Any]]:
     """The rows that `out` holds on process 0, sent to all processes: they must skip the same rows, or stop together."""
     if out is None:
         return []
     rows: list[dict[str, Any]] = json.loads(
-        distributed.read_on_first(lambda: json.dumps(_reopen(out, header)).encode())
+        distributed.read_on_first(lambda: json.dumps(_reopen(out, header, keep=keep)).encode())
     )
     return rows
 
 
-def _reopen(out: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """Writes the new header into the file of rows, drops a torn last row, and returns the rows."""
+def _reopen(out: Path, header: dict[str, Any], *, keep: bool) -> list[dict[str, Any]]:
+    """Writes the new header into the file of rows, drops a torn last row, and returns the rows.
+
+    With `keep`, rows that other code measured get its hash as a field `code`.
+    """
     path = out / "rows.jsonl"
     lines = [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")] if path.exists() else []
     rows = []
     if lines:
         old = json.loads(lines[0])
-        differs = [name for name in _IDENTITY if old.get(name) != header[name]]
+        differs = [name for name in _IDENTITY if old.get(name) != header[name] and not (keep and name == "code")]
         if differs or old["seeds"] > header["seeds"]:
             raise InputError(
                 f"rows of one table must share {', '.join(_IDENTITY)} and not have fewer seeds; {path} has other "
                 f"{', '.join(differs or ['seeds'])}: choose another --out, or delete that file to measure again"
+                + (", or --keep-rows to mark these rows and continue" if differs == ["code"] else "")
             )
         rows = [json.loads(line) for line in lines[1:]]
+        if old["code"] != header["code"]:
+            rows = [{"code": old["code"], **row} for row in rows]
+            lines[1:] = [json.dumps(row).encode() + b"\n" for row in rows]
     out.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(b"".join([json.dumps(header).encode() + b"\n", *lines[1:]]))

@@ -200,7 +200,14 @@ def _bench(command: BenchCommand) -> None:
     from ev3_distill.runtime import distributed
 
     with distributed.watch_peers():
-        benchmarks.run_suite(command.suite, seeds=command.seeds, size=command.size, out=command.out, only=command.only)
+        benchmarks.run_suite(
+            command.suite,
+            seeds=command.seeds,
+            size=command.size,
+            out=command.out,
+            only=command.only,
+            keep_rows=command.keep_rows,
+        )
 
 
 def _compare_or_render(command: BenchCommand) -> None:

@@ -155,6 +155,8 @@ class BenchCommand(DistributedOptions):
     """full; or smoke: a quick run that checks the code and proves nothing."""
     only: tuple[str, ...] = ()
     """Parts to measure, by name, of a suite that has parts: robustness."""
+    keep_rows: bool = False
+    """Keep rows in --out that other code measured, mark them, and say so below the table."""
     out: Path | None = None
     """Directory for rows, table and page. Default: print only. With --compare: an HTML file."""
     compare: tuple[Path, Path] | None = None

@@ -44,6 +44,9 @@ SHARE = 0.8  # c: the fraction of the remaining budget that a test may spend; fr
 MET_SHARE = (
     0.2  # of the budget of a search that continues after decide has proved all goals; a failed test leaves as much
 )
+TOLERANCE = (
+    1.0  # standard errors within which scores of the leader count as level; with 0 a lucky score on a small split stays
+)
 SPACING = 1.5  # factor by which the run's cost must grow between two promotion tests
 
 
@@ -109,9 +112,9 @@ def choose(evidence: Evidence, current: Evidence, active: jax.Array, leader: jax
     """Selects a proposal, and decides whether the current student moves to it.
 
     The proposal with the highest promise score is selected. The student moves if that is strictly higher than the current
-    student's. On a small split equal scores are common, so the leader also moves it if the promise score is equal and the
-    smooth select score is strictly higher. (Between different losses the smooth score would prefer the loss that resembles
-    it.) Ties go to the incumbent.
+    student's. On a small split that score is coarse, and the best of many is lucky; so the leader also moves it if the promise
+    score is level, to TOLERANCE standard errors, and the smooth select score is strictly higher. (Between different losses
+    the smooth score would prefer the loss that resembles it.) Ties go to the incumbent.
 
     Args:
       evidence: of the proposals, leaves [P, N], nan if inactive.
@@ -125,7 +128,7 @@ def choose(evidence: Evidence, current: Evidence, active: jax.Array, leader: jax
     scores = jnp.stack([evidence.promise[row], evidence.select[row]])
     (gain, smooth), (gain_se, smooth_se) = paired(scores, jnp.stack([current.promise, current.select]))
     better = gain > 0
-    level_but_smoother = (row == leader) & (smooth > 0) & (gain == 0)
+    level_but_smoother = (row == leader) & (smooth > 0) & (gain >= -TOLERANCE * gain_se)
     any_active = active[row]
     return Choice(
         row,

@@ -105,8 +105,28 @@ def test_rows_of_another_size_or_code_are_refused(monkeypatch, tmp_path):
         _run(monkeypatch, Toy(), tmp_path, size="smoke")
     header = runner.provenance
     monkeypatch.setattr(runner, "provenance", lambda *given, **options: header(*given, **options) | {"code": "edited"})
-    with pytest.raises(InputError, match="has other code"):
+    with pytest.raises(InputError, match=r"has other code.*--keep-rows"):
         _run(monkeypatch, Toy(), tmp_path)
+
+
+def test_rows_of_other_code_are_kept_on_request_and_marked(monkeypatch, tmp_path):
+    _run(monkeypatch, Toy(), tmp_path, seeds=2)
+    first = json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])["code"]
+    header = runner.provenance
+    monkeypatch.setattr(runner, "provenance", lambda *given, **options: header(*given, **options) | {"code": "edited"})
+    monkeypatch.setitem(benchmarks.SUITES, "toy", again := Toy())
+    benchmarks.run_suite("toy", seeds=3, size="full", out=tmp_path, keep_rows=True)
+    assert again.measured == [2]
+    head, *rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert (head["code"], [row.get("code") for row in rows]) == ("edited", [first, first, None])
+    table = (tmp_path / "table.md").read_text()
+    assert table.startswith("sum 30") and f"of 3 rows, earlier code measured 2 by code {first}" in table
+    benchmarks.run_suite("toy", seeds=3, size="full", out=tmp_path)  # the marks stay, and nothing is refused
+    assert [json.loads(line).get("code") for line in (tmp_path / "rows.jsonl").read_text().splitlines()[1:]] == [
+        first,
+        first,
+        None,
+    ]
 
 
 def test_suite_without_done_writes_no_row_twice(monkeypatch, tmp_path):
