@@ -155,7 +155,9 @@ def make_run(
     assess, decide = (_split(setup, setup.rows[name], targets, name) for name in ("assess", "decide"))
     seen = None
     if config.ev3.patience:
-        among = np.random.default_rng(config.seed).permutation(setup.rows["explore"])
+        rows = setup.rows["explore"]
+        rows = rows[has_target(setup.dataset.labels[rows])] if setup.labeled else rows
+        among = np.random.default_rng(config.seed).permutation(rows)
         seen = _split(setup, np.sort(among[: len(setup.rows["assess"])]), targets, "explore")
     sample, pipeline = _make_pipeline(config, setup, targets, in_step, has_final=has_final)
     explore: Any = ()

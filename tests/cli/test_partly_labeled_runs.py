@@ -6,8 +6,11 @@ import re
 import numpy as np
 import pytest
 
+from ev3_distill.config import EV3, Compress
 from ev3_distill.data.sources import load_data
+from ev3_distill.teachers.targets import RecordedTargets
 from ev3_distill.training.label_checks import describe_labels
+from ev3_distill.training.setup import classification_setup, make_run
 
 CLASSES, EVERY = 10, 4
 SMALL = (*("compress", "--student", "mlp:hidden=8", "--arms", "ce", "kd4", "--budget", "200"), *("--out", "run"))
@@ -76,3 +79,16 @@ def test_data_with_all_labels_or_none_are_not_described(capsys, saved):
     np.savez("none.npz", inputs=load_data("digits").inputs)
     describe_labels(load_data("npz:none.npz"))
     assert capsys.readouterr().out == ""
+
+
+def test_a_patience_looks_at_labeled_examples_of_explore(saved, labels):
+    """An example without a label scores 0 whatever the student, so it would hide that training still helps."""
+    config = Compress(data="npz:data.npz", student="mlp:hidden=8", budget="200", ev3=EV3(patience=2.0))
+    setup = classification_setup(config, config.student, load_data("npz:data.npz"), CLASSES)
+    targets = RecordedTargets({"logits": np.zeros((len(labels), CLASSES), np.float32)})
+    run = make_run(config, setup, ["kd4"], targets)
+    assert len(run.pools.seen.targets) == len(setup.rows["assess"])
+    assert (np.asarray(run.pools.seen.targets) >= 0).all()
+    assert np.isin(np.asarray(run.pools.seen.index), setup.rows["explore"]).all()
+    for split in (run.pools.assess, run.pools.decide):
+        assert (np.asarray(split.targets) >= 0).all()
