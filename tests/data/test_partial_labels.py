@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_files import contents, encoded, load, picture, seeds_of, tree
+from image_files import both, contents, encoded, load, picture, seeds_of, tree
 
 from ev3_distill.config import Compress, Fractions
 from ev3_distill.data import Dataset, splits_of
@@ -105,17 +105,17 @@ LABELED = ["train/ant/a.png", "train/bee/b.png", "test/ant/c.png", "test/bee/d.p
     ],
 )
 def test_a_named_folder_holds_images_without_labels(tmp_path, labeled, without, place):
-    source = tree(tmp_path / "tree", contents(labeled + without))
-    dataset, warnings = load(f"{source},unlabeled={place}")
-    assert dataset.class_names == ("ant", "bee")
-    assert dataset.labels.tolist() == [-1, -1, 0, 1, *([0, 1] if len(labeled) > 2 else [])]
-    assert sorted(seeds_of(dataset)[:2]) == [len(labeled), len(labeled) + 1]
-    assert (dataset.test_rows is None) == (len(labeled) == 2)
-    assert warnings == []
-    if len(labeled) == 2:  # without the option it is a class
-        other, _ = load(source)
-        assert other.class_names == ("ant", "bee", "pool")
-        assert other.fingerprint != dataset.fingerprint
+    for source in both(tmp_path, contents(labeled + without)):
+        dataset, warnings = load(f"{source},unlabeled={place}")
+        assert dataset.class_names == ("ant", "bee")
+        assert dataset.labels.tolist() == [-1, -1, 0, 1, *([0, 1] if len(labeled) > 2 else [])]
+        assert sorted(seeds_of(dataset)[:2]) == [len(labeled), len(labeled) + 1]
+        assert (dataset.test_rows is None) == (len(labeled) == 2)
+        assert warnings == []
+        if len(labeled) == 2:  # without the option it is a class
+            other, _ = load(source)
+            assert other.class_names == ("ant", "bee", "pool")
+            assert other.fingerprint != dataset.fingerprint
 
 
 @pytest.mark.parametrize(
