@@ -358,6 +358,9 @@ class Teach(RunConfig):
     """Maximum cost: training steps (2000), epochs of the explore split (10e), or wall time (2m)."""
     network: str = "mlp:hidden=256-256"
     """Network to train, as --student of compress."""
+    ev3: EV3 = EV3(final=0.0)
+    """Hyperparameters of the EV3 core. By default without a final phase: students that learn from this teacher are compared on
+    assess and decide."""
 
 
 def parse_bytes(text: str) -> int:
