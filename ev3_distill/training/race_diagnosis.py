@@ -33,17 +33,18 @@ class Comparison(NamedTuple):
     at_most: bool  # whether `se` is an upper bound, because a third arm was the best
 
 
-def compare_in_race(rows: Sequence[Mapping[str, Any]]) -> Comparison | None:
+def compare_in_race(rows: Sequence[Mapping[str, Any]], promise: str) -> Comparison | None:
     """The comparison in the last iteration of the race in which both kinds of arms trained; None if there is none.
 
     Args:
-      rows: of the ledger. Those in which a guard ruled do not count.
+      rows: of the ledger. Those in which a guard on another score than the promise ruled do not count.
+      promise: name of the promised score.
     """
     raced = race_rows(rows)
     for last in range(len(raced) - 1, -1, -1):
         row = raced[last]
         labels, teacher = _best(row, LABELS), _best(row, TEACHER)
-        if row["objective"] != PROMISE or labels is None or teacher is None:
+        if row["objective"] not in (PROMISE, promise) or labels is None or teacher is None:
             continue
         arms, behind = {LABELS: labels, TEACHER: teacher}, row["behind"]
         steps = {kind: sum(one["steps"].get(name, 0) for one in raced[: last + 1]) for kind, name in arms.items()}
@@ -71,8 +72,10 @@ def diagnose_race(directory: Path, setup: TrainingSetup, targets: TeacherTargets
       setup: what is trained on what.
       targets: of the teacher.
     """
-    compared = compare_in_race(list(read_rows(directory / "ledger.jsonl"))) if setup.labeled else None
-    if compared is None or setup.task.disagreement is None:
+    if not setup.labeled or setup.task.disagreement is None:
+        return None
+    compared = compare_in_race(list(read_rows(directory / "ledger.jsonl")), setup.task.promise.name)
+    if compared is None:
         return None
     if abs(compared.gain) < CLEAR * compared.se or compared.gain == 0:
         return None

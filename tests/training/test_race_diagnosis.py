@@ -142,19 +142,21 @@ def test_the_last_iteration_with_both_kinds_is_compared():
         row({"ce": (0.0, 0.0), "kd4": (-0.1, 0.01), "dist": (-0.2, 0.01)}, racing=("ce", "dist"), left=("kd4",)),
         row({"ce": (0.0, 0.0), "ce-slow": (-0.2, 0.01)}, left=("ce-slow",)),
     ]
-    compared = compare_in_race(rows)
+    compared = compare_in_race(rows, "accuracy")
     assert (compared.arms, compared.gain, compared.se) == ({"labels": "ce", "teacher": "kd4"}, 0.1, 0.01)
     assert compared.steps == {"labels": 600, "teacher": 600}
     assert not compared.at_most
     broken = race(("ce", (0.0, 0.0)), ("kd4", (None, None)))
-    assert compare_in_race(broken).gain == 0  # of the iteration before
+    assert compare_in_race(broken, "accuracy").gain == 0  # of the iteration before
     guarded = race(("ce", (0.0, 0.0)), ("kd4", (-0.5, 0.01)), objective="worst_class_accuracy")
-    assert compare_in_race(guarded).gain == 0
+    assert compare_in_race(guarded, "accuracy").gain == 0
+    accurate = race(("ce", (0.0, 0.0)), ("kd4", (-0.5, 0.01)), objective="accuracy")  # a guard on the promised score
+    assert compare_in_race(accurate, "accuracy").gain == 0.5
 
 
 def test_the_error_is_bounded_where_a_third_arm_is_the_best():
     rows = race(("trust-sgd", (0.0, 0.0)), ("ce", (-0.01, 0.004)), ("kd4", (-0.11, 0.007)))
-    compared = compare_in_race(rows)
+    compared = compare_in_race(rows, "accuracy")
     assert (compared.gain, compared.se, compared.at_most) == (pytest.approx(0.1), pytest.approx(0.011), True)
 
 
