@@ -121,7 +121,7 @@ def test_growth_retains_scores_and_counters_and_the_run_continues():
     """A grown student has the same scores, error budget and costs, and then improves beyond the small one."""
     pools, runs = digits_runs()
     (small, small_run), (large, distillation) = runs[3], runs[6]
-    state = small_run.complete(pools, 3, budget=100_000)
+    state = small_run.complete(pools, 4, budget=100_000)
     growth = growth_map(jax.random.key(0), small.spec, large.spec)
     grown = distillation.grow(pools, state, growth)
     template = distillation.shapes(pools)
