@@ -80,8 +80,8 @@ def _balanced(loss: Callable[[], Loss], power: float = 1.0) -> Callable[[], Loss
     return lambda: losses.balanced(loss(), power=power)
 
 
-# A peer is another student of a search; its logits are teacher outputs of this name. Arms that learn from a peer challenge
-# late: a peer no better than the student will be gives it a fast start, and holds it back for long.
+# A peer is another student of a search; its logits are teacher outputs of this name. Arms that learn from a peer wait
+# to be asked: a peer no better than the student will be gives it a fast start, and holds it back for long.
 PEER = "peer"
 ARMS: dict[str, Recipe] = {
     "ce": Recipe(losses.cross_entropy, uses_teacher=False),

@@ -19,7 +19,11 @@ from ev3_distill.types import ArmsState, Clock, Evidence
 
 TRAJECTORIES = 50  # of a run, each at most this part of the budget: enough points among which assess selects the best
 MOST_RACING = 0.5  # of the budget, for the race of all arms
-LEAST = 0.02  # of the budget that each arm trains for before it may leave the race
+LEAST, LEAST_LENGTHS = (
+    0.02,
+    2,
+)  # of the budget, and times config.length: an arm trains for the longer of both before it may
+# leave the race, since the first steps only show who starts fast
 GROWS = (
     0.2  # a trajectory may take this fraction of the steps so far, however large the budget: a wall time begins unknown
 )
@@ -146,20 +150,24 @@ def next_lag(arms: ArmsState, trained: jax.Array, scores: jax.Array, current: Ev
     return jnp.where(trained, (arms.lag + newest) / 2, arms.lag)
 
 
-def race_on(arms: ArmsState, behind: jax.Array, steps: jax.Array, *, budget: jax.Array, config: EV3) -> ArmsState:
+def race_on(
+    arms: ArmsState, behind: jax.Array, broken: jax.Array, steps: jax.Array, *, budget: jax.Array, config: EV3
+) -> ArmsState:
     """The arms after an iteration of the race: some leave it, and at its end all but the leader.
 
-    The best arm lies 0 standard errors behind. If none does, no arm has a finite proposal, and none leaves.
+    An arm whose proposal is not finite leaves at once, unless that is true of all arms.
 
     Args:
       arms: with the leader of now, and `raced` with this iteration.
-      behind: [A] standard errors behind the best arm in this iteration, 0 for an arm that rested.
+      behind: [A] standard errors behind the best arm in this iteration.
+      broken: [A] bool, trained in this iteration without a finite proposal.
       steps: of each arm in the whole race.
       budget: of the student.
       config: of the run.
     """
     leads = jnp.arange(arms.value.shape[0]) == arms.leader
-    stays = (behind >= -config.drop) | (behind.max() < 0) | (arms.raced < LEAST * budget)
+    early = arms.raced < jnp.maximum(LEAST * budget, LEAST_LENGTHS * config.length)
+    stays = jnp.where(broken, ~(arms.racing & ~broken).any(), early | (behind >= -config.drop))
     racing = leads | (arms.racing & stays & is_racing(arms, steps))
     return arms._replace(racing=jnp.where(arms.racing.sum() > 1, racing, arms.racing))
 

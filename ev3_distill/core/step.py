@@ -358,7 +358,8 @@ def _move(
         raced=arms.raced + jnp.where(plan.racing, plan.steps.max(), 0),
     )
     in_race = allocate.race_steps(algorithm.racers, plan.budget, algorithm.config)
-    arms = allocate.race_on(arms, behind, in_race, budget=plan.budget, config=algorithm.config)
+    broken = trained & ~proposals.active
+    arms = allocate.race_on(arms, behind, broken, in_race, budget=plan.budget, config=algorithm.config)
     clock = clock._replace(stale=jnp.where(choice.moves | rolled_back, 0, clock.stale + 1))
     return state._replace(clock=clock, current=current, arms=arms), choice, rolled_back
 

@@ -18,6 +18,7 @@ from ev3_distill.tasks.base import has_target
 from ev3_distill.teachers.targets import TeacherTargets
 from ev3_distill.training.setup import TrainingSetup
 
+LEAST_STEPS = 100  # of each arm: a lead after fewer shows who starts fast
 CLEAR = 2.0  # standard errors between the best arm of labels and the best arm of the teacher
 NOTABLE = 0.05  # fraction of labels that disagree with the teacher, proven at LEVEL, from which it is said
 LEVEL = 0.05
@@ -36,6 +37,8 @@ class Comparison(NamedTuple):
 def compare_in_race(rows: Sequence[Mapping[str, Any]], promise: str) -> Comparison | None:
     """The comparison in the last iteration of the race in which both kinds of arms trained; None if there is none.
 
+    It counts only if both have trained for LEAST_STEPS.
+
     Args:
       rows: of the ledger. Those in which a guard on another score than the promise ruled do not count.
       promise: name of the promised score.
@@ -48,6 +51,8 @@ def compare_in_race(rows: Sequence[Mapping[str, Any]], promise: str) -> Comparis
             continue
         arms, behind = {LABELS: labels, TEACHER: teacher}, row["behind"]
         steps = {kind: sum(one["steps"].get(name, 0) for one in raced[: last + 1]) for kind, name in arms.items()}
+        if min(steps.values()) < LEAST_STEPS:
+            return None
         # Both errors are of differences from the best arm, 0 for that arm. The error of the difference is at most their sum.
         errors = [row["behind_se"][name] or 0.0 for name in (labels, teacher)]
         return Comparison(arms, steps, behind[labels] - behind[teacher], sum(errors), min(errors) > 0)

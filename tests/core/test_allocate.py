@@ -116,7 +116,11 @@ def race_with(length, max_length, race, lengths):
         active = allocate.active_arms(arms, racing)
         trained = allocate.steps_of(active, arms.leader, jnp.float32(lengths), wanted, budget - cost)
         arms = arms._replace(raced=arms.raced + jnp.where(racing, trained.max(), 0))
-        return allocate.race_on(arms, behind, steps, budget=budget, config=config), trained, racing
+        return (
+            allocate.race_on(arms, behind, jnp.zeros(len(racers), bool), steps, budget=budget, config=config),
+            trained,
+            racing,
+        )
 
     return iteration
 
@@ -132,7 +136,7 @@ RACES = st.tuples(
 @settings(deadline=None, max_examples=150)
 @given(RACES, st.integers(1, 50) | st.integers(1, 10**4) | st.integers(1, 2**30), st.integers(0, 2**31))
 def test_race_of_any_arms_and_budget_keeps_its_bounds(drawn, budget, seed):
-    """No arm takes more than its part, all together at most half, and none leaves before a fiftieth or if it leads."""
+    """No arm takes more than its part, all together at most half, and none leaves early or if it leads."""
     length, longer, race, count = drawn
     rng, part = np.random.default_rng(seed), min(race, 0.5 / count)
     iteration = race_with(length, max(length, longer), race, (1.0,) * count)
@@ -155,7 +159,7 @@ def test_race_of_any_arms_and_budget_keeps_its_bounds(drawn, budget, seed):
         assert cost.sum() <= budget / 2 * (1 + 1e-6)
         ends = int(arms.raced) >= math.floor(part * budget * (1 - 1e-6))
         left = before & ~racing
-        assert ends or not left.any() or cost[left].min() >= 0.02 * budget * (1 - 1e-6)
+        assert ends or not left.any() or cost[left].min() >= max(0.02 * budget * (1 - 1e-6), 2 * length)
         assert ends or (before & (behind == 0) <= racing).all()
     else:
         assert length <= 2 or longer <= 100  # only many short trajectories take that many iterations
@@ -167,11 +171,11 @@ def test_race_of_any_arms_and_budget_keeps_its_bounds(drawn, budget, seed):
         assert cost.min() >= min(math.floor(part * budget * (1 - 1e-6)), 0.02 * budget * (1 - 1e-6))
 
 
-def race_on(behind, *, leader=0, racing=None, raced=50, steps=100, budget=1000, drop=5.0):
+def race_on(behind, *, leader=0, racing=None, raced=50, steps=100, budget=1000, drop=5.0, broken=(), length=5):
     arms = arms_of(value=[0.0] * len(behind), leader=leader, racing=racing or [True] * len(behind), raced=raced)
-    config = EV3(drop=drop)
+    config, broken = EV3(drop=drop, length=length), jnp.array([i in broken for i in range(len(behind))])
     behind, steps, budget = jnp.float32(behind), jnp.float32(steps), jnp.int32(budget)
-    return allocate.race_on(arms, behind, steps, budget=budget, config=config).racing.tolist()
+    return allocate.race_on(arms, behind, broken, steps, budget=budget, config=config).racing.tolist()
 
 
 def test_who_stays_in_the_race_agrees_with_hand_computation():
@@ -181,7 +185,13 @@ def test_who_stays_in_the_race_agrees_with_hand_computation():
     assert race_on([0, -9, 0], racing=[True, True, False]) == [True, False, False]  # nor does one that left return
     assert race_on([0, -9, -9], raced=19) == [True] * 3  # too early
     assert race_on([0, -9, -9], raced=20) == [True, False, False]
-    assert race_on([-10, -10, -10]) == [True] * 3  # none has a finite proposal: nobody is behind
+    assert (
+        race_on([0, -9, -9], raced=23, length=12) == [True] * 3
+    )  # too early as well: not twice the shortest trajectory
+    assert race_on([0, -9, -9], raced=24, length=12) == [True, False, False]
+    assert race_on([0, -10, -9], raced=1, broken=[1]) == [True, False, True]  # a broken arm leaves at once
+    assert race_on([-10, -10, -10], broken=range(3)) == [True] * 3  # unless no arm has a finite proposal
+    assert race_on([-10, 0, -10], racing=[True, False, True], broken=[0, 2]) == [True, False, True]
     assert race_on([0, 0, 0], raced=100) == [True, False, False]  # the race is over
     assert race_on([0, 0, 0], raced=100, leader=2) == [False, False, True]
     assert race_on([0, 0, 0], raced=50, steps=40, leader=2) == [False, False, True]  # the budget has shrunk

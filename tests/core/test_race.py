@@ -110,15 +110,15 @@ def test_leader_of_the_race_continues_without_a_gap():
 
 
 def test_arm_clearly_behind_leaves_the_race():
-    """After n iterations of one step, arm 1 has 12 n more right than arm 3: 5 standard errors from 20 of 64 on."""
-    states, decisions = steps_from(begin((12, 13, 12, 0), t=0), [50, 46, 42, 38])
+    """After n iterations of two steps, arm 1 has 13 n more right than arm 3: 5 standard errors from 20 of 64 on."""
+    states, decisions = steps_from(begin((6, 6.5, 6, 0), t=0), [100, 92, 84, 76])
     assert [d.racing.tolist() for d in decisions[:2]] == [[True] * 4, [True, True, True, False]]
     gap = -2 * 13 / N
     assert decisions[1].behind.tolist() == pytest.approx([-2 / N, 0, -2 / N, gap])
     se = (26 / N * (1 - 26 / N)) ** 0.5 / (N - 1) ** 0.5
     assert decisions[1].behind_se[3] == pytest.approx(se, rel=1e-5)
     assert -gap / se > CONFIG.drop > (13 / N) / (((13 / N) * (1 - 13 / N)) ** 0.5 / (N - 1) ** 0.5)
-    assert decisions[2].steps.tolist() == [1, 1, 1, 0]
+    assert decisions[2].steps.tolist() == [2, 2, 2, 0]
     assert np.isnan(decisions[2].behind[3])
     assert int(states[-1].arms.leader) == 1
 

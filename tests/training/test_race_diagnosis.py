@@ -190,7 +190,7 @@ def test_a_run_whose_teacher_swaps_two_classes_names_them(cli, here):
         "ce",
         "kd4",
     )
-    result = cli("compress", *options, "--student", "mlp:hidden=16", "--budget", "1000", "--out", here / "run")
+    result = cli("compress", *options, "--student", "mlp:hidden=16", "--budget", "1500", "--out", here / "run")
     assert result.code == 0
     report = json.loads((here / "run/report.json").read_text())
     assert [{pair["label"], pair["answer"]} for pair in report["diagnosis"]["pairs"]] == [{"3", "5"}]
