@@ -3,8 +3,7 @@
 Every few training steps, an outer step follows the hypergradient of the held-out loss, exact for the training step just taken
 (`hypergrad.one_step.jvp`). The held-out loss is that of the proposal, the averaged iterate. With the iterate's own loss, tuning
 favored whatever calms the last steps, such as a high temperature, and moved away from the best settings. The temperature moves
-in log space; with softplus it hardly left 20. The hyperparameters are part of the arm's state, so a rejected proposal discards
-its tuning, too.
+in log space; with softplus it hardly left 20. The hyperparameters are part of the arm's state.
 
 If examples are weighted, the held-out loss is the Brier score. Cross-entropy punishes confidence on the few held-out examples
 that the student gets wrong, and wrong labels make a student less confident: in one of five runs their weights, near 0 for

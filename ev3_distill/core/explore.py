@@ -60,7 +60,7 @@ def roll(
 
     Args:
       arms: A of them.
-      arm_states: to continue from; those of the run do not change, so a rejected proposal leaves no trace.
+      arm_states: to continue from; those of the run do not change here.
       draw: batches by global step.
       stretches: of each arm, with 0 steps for an arm that rests.
       held: batches of assess by global step, for the arms that need them.
