@@ -1,23 +1,26 @@
-"""Is the default as good as the result of a grid search, and cheaper?
+"""At equal steps, is the default as good as plain distillation on all rows, and as the result of a grid search?
 
-For each data set and seed, one student learns from one teacher in each of these ways:
+For each data set and seed, one student learns from one teacher in each of these ways, each with the same number of steps:
 
-- `labels alone`, and each other loss in `losses.LOSSES` by itself, as a bare trajectory: a fixed number of steps, and the
-  average of the iterates;
-- `grid`: the bare trajectory of alpha * KD at a temperature T + (1 - alpha) * cross entropy, at nine points. Held-out examples
-  select the best point, and the cost is that of all nine;
-- `KD, T = 4`: the usual point of the grid, with alpha = 0.9;
-- `EV3`: the default portfolio, with 1.5 times the steps of one trajectory, all arms counted;
-- `EV3, tuning`: the same, with an additional arm whose temperature and mix follow the loss on assess;
-- `EV3, synergy`: EV3 twice, at twice the cost. The second student learns from the mean of the teacher and the first student,
-  and decide selects which of the two is delivered.
+- `labels alone`, and each other loss in `losses.LOSSES` by itself, as a bare trajectory: the average of its iterates is the
+  result;
+- `KD, T = 4`: the same with 0.9 KD at temperature 4 + 0.1 cross-entropy;
+- `KD, all rows`: the same on explore, assess and decide, all rows that are not sealed;
+- `EV3`: the default portfolio, with its final phase; the steps of all arms count;
+- `EV3, tuning`: the same, with an additional arm whose temperature and mix follow the loss on assess.
 
-All of them train on the same explore split, with the portfolio's optimizer, from the same initial parameters. Accuracy is on
-test examples that were used for no choice. The bound is that of a certificate of accuracy alone, at 95 %.
+One contender has more:
+
+- `best of the grid`: the bare trajectory of alpha * KD at a temperature T + (1 - alpha) * cross-entropy, at nine points.
+  Held-out examples select the best point, and the cost is that of all nine.
+
+A bare trajectory trains on explore, `KD, all rows` apart, and has the optimizer of the usual recipe: AdamW, or Muon for a
+convolutional student. The default also has arms of other optimizers; `bench robustness` compares it with recipes of all of
+them. Splits, initial parameters and the order of batches are those of a user's run. Accuracy is on test examples that were
+used for no choice. The bound is that of a certificate of accuracy alone, at 95 %.
 """
 
 import functools
-import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,30 +32,29 @@ from ev3_distill import students
 from ev3_distill.arms import arms_named, default_arm_names
 from ev3_distill.benchmarks import problems, statistics, trajectories
 from ev3_distill.certify.bounds import clopper_pearson_lower
+from ev3_distill.core import Ending
 from ev3_distill.data import batches
 from ev3_distill.data.sources import Dataset
 from ev3_distill.runtime.compile import jit
 from ev3_distill.tasks.classification import losses
-from ev3_distill.teachers.kinds.flax import forward
 from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Batch, Pools, Variables
 
 KEY = ("data", "seed", "contender")  # identifies a row
 INTERVALS = "Intervals are Student's t, 95 %, over seeds; comparisons are paired by seed."
-FIRST_SEED = 5000  # no default was chosen on these seeds
+FIRST_SEED = 9000  # no default was chosen on these seeds
 TEMPERATURES, ALPHAS = (1.0, 4.0, 16.0), (0.1, 0.5, 0.9)
 COMMON = (4.0, 0.9)  # the usual point of the grid
 ALONE = ("ce", *(name for name in losses.LOSSES if name not in ("kd", "ce")))
-MORE = 1.5  # steps of EV3, in trajectories
-GRID, PLAIN, OURS = "best of the grid", "KD, T = 4", "EV3"
-THIRD = 1 / 3  # largest allowed cost of EV3, relative to the grid
+GRID, PLAIN, ALL_ROWS, OURS, TUNING = "best of the grid", "KD, T = 4", "KD, all rows", "EV3", "EV3, tuning"
+TARGETS = {ALL_ROWS: -0.1, GRID: 0.0}  # least points of EV3 minus these
 
 
 class Subject(NamedTuple):
     """A student, its training, and its teacher."""
 
     student: str
-    steps: int  # of one trajectory
+    steps: int  # of each contender, and of each point of the grid
     teacher_cost: int  # training steps of a teacher that learns from labels alone; 0: the pretrained one
     most: int = 1000  # limit on the number of seeds
 
@@ -97,7 +99,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
 
 def _contenders() -> list[str]:
     points = [_point(temperature, alpha) for temperature in TEMPERATURES for alpha in ALPHAS]
-    return [*ALONE, *points, OURS, f"{OURS}, tuning", f"{OURS}, synergy"]
+    return [*ALONE, *points, ALL_ROWS, OURS, TUNING]
 
 
 def _point(temperature: float, alpha: float) -> str:
@@ -110,11 +112,10 @@ class _Bench:
     def __init__(self, subject: Subject, dataset: Dataset):
         self.steps = subject.steps
         student = students.from_name(subject.student, dataset.inputs.shape[1:], dataset.num_classes)
-        names = default_arm_names(student.spec)
-        self.student, self.ours = student, Distillation(student, arms_named(student.apply, names))
-        self.tuned = Distillation(
-            student, arms_named(student.apply, (*names, "tuned-temperature-mix"), network=student)
-        )
+        names, ending = default_arm_names(student.spec), Ending(has_final=True)
+        self.ours = Distillation(student, arms_named(student.apply, names), ending=ending)
+        tuned = arms_named(student.apply, (*names, "tuned-temperature-mix"), network=student)
+        self.tuned = Distillation(student, tuned, ending=ending)
         self.alone = {
             name: trajectories.bare_trajectory(student, trajectories.arm_of(student, losses.LOSSES[name]()))
             for name in ALONE
@@ -129,48 +130,50 @@ class _Bench:
 
     def rows(self, dataset: Dataset, logits: np.ndarray, seed: int, contenders: set[str]) -> Iterator[dict[str, Any]]:
         """The rows of one seed."""
-        pools, test = batches.split(dataset, logits, seed=seed, fractions=problems.FRACTIONS)
-        row = functools.partial(self._row, pools=pools, test=test)
+        pools, test = batches.split(dataset, logits, seed=seed)
+        row = functools.partial(self._row, steps=self.steps, test=test)
+        held_out = functools.partial(self._held_out, pools=pools)
         for name, train in self.alone.items():
             if name in contenders:
-                yield row(name, train(pools, seed, self.steps), self.steps)
+                yield row(name, train(pools, seed, self.steps))
         for temperature in TEMPERATURES:
             for alpha in ALPHAS:
                 if (name := _point(temperature, alpha)) in contenders:
-                    point = jnp.float32(temperature), jnp.float32(alpha)
-                    yield row(name, self.on_grid(pools, seed, self.steps, *point), self.steps)
-        budget = round(MORE * self.steps)
-        synergy = f"{OURS}, synergy"
-        if contenders & {OURS, synergy}:
-            first = self._delivered(self.ours, pools, seed, budget)
-            yield row(OURS, first, budget)
-            peer = forward(self.student, first)(np.asarray(dataset.inputs))
-            both, _ = batches.split(dataset, (logits + peer) / 2, seed=seed, fractions=problems.FRACTIONS)
-            second = self._delivered(self.ours, both, seed + 1, budget)
-            better = second if self.ours.evaluator.outranks(pools, second, first) else first
-            yield row(synergy, better, 2 * budget)
-        if (name := f"{OURS}, tuning") in contenders:
-            yield row(name, self._delivered(self.tuned, pools, seed, budget), budget)
+                    variables = self.on_grid(pools, seed, self.steps, jnp.float32(temperature), jnp.float32(alpha))
+                    yield {**row(name, variables), "held_out": held_out(variables)}
+        if ALL_ROWS in contenders:
+            yield row(ALL_ROWS, self.on_grid(with_all_rows(pools), seed, self.steps, *map(jnp.float32, COMMON)))
+        for name, distillation in ((OURS, self.ours), (TUNING, self.tuned)):
+            if name in contenders:
+                state = distillation.complete(pools, seed, budget=self.steps)
+                origin, variables = distillation.evaluator.select(pools, state)
+                yield {**row(name, variables, steps=int(state.clock.cost)), "delivered": origin}
 
-    def _delivered(self, distillation: Distillation, pools: Pools, seed: int, budget: int) -> Variables:
-        return distillation.evaluator.select(pools, distillation.complete(pools, seed, budget=budget))[1]
+    def _held_out(self, variables: Variables, *, pools: Pools) -> float:
+        """Accuracy on assess and decide, for a student that has not learned from them."""
+        return float(np.concatenate([self._hits(variables, split) for split in (pools.assess, pools.decide)]).mean())
 
-    def _row(self, contender: str, variables: Variables, cost: int, *, pools: Pools, test: Batch) -> dict[str, Any]:
-        held = [
-            np.asarray(self.ours.evaluator.evaluate(variables, split).promise) for split in (pools.assess, pools.decide)
-        ]
-        right = np.asarray(self.ours.evaluator.evaluate(variables, test).promise) > 0
+    def _hits(self, variables: Variables, split: Batch) -> np.ndarray:
+        return np.asarray(self.ours.evaluator.evaluate(variables, split).promise) > 0
+
+    def _row(self, contender: str, variables: Variables, *, steps: int, test: Batch) -> dict[str, Any]:
+        right = self._hits(variables, test)
         return {
             "contender": contender,
-            "cost": cost,
-            "held_out": float(np.concatenate(held).mean()),
+            "cost": steps,
             "accuracy": float(right.mean()),
             "bound": clopper_pearson_lower(int(right.sum()), len(right), confidence=statistics.CONFIDENCE),
         }
 
 
+def with_all_rows(pools: Pools) -> Pools:
+    """The pools with the rows of all three splits to train on; those of assess and decide are then not held out."""
+    explore = pools.explore
+    return pools._replace(explore=explore._replace(order=explore.final_order, final_order=()))
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Per data set: accuracy, bound and cost of each contender, and EV3 against the grid and against KD."""
+    """Per data set: accuracy, bound and cost of each contender, and EV3 against KD at equal steps and against the grid."""
     names = dict.fromkeys(row["data"] for row in rows)
     return "\n\n".join(_table_of(name, [row for row in rows if row["data"] == name]) for name in names)
 
@@ -185,8 +188,8 @@ def _compared_rows(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, dict[s
     for seed in set.intersection(*(set(found[name]) for name in points)) if points else ():
         best = max((found[name][seed] for name in points), key=lambda row: float(row["held_out"]))
         grid[seed] = {**best, "cost": sum(found[name][seed]["cost"] for name in points)}
-    plain = found.get(_point(*COMMON), {})
-    return {**{name: of for name, of in found.items() if name not in points}, PLAIN: plain, GRID: grid}
+    named = {**found, PLAIN: found.get(_point(*COMMON), {}), GRID: grid}
+    return {name: named.get(name, {}) for name in (*ALONE, PLAIN, ALL_ROWS, OURS, TUNING, GRID)}
 
 
 def _table_of(name: str, rows: Sequence[dict[str, Any]]) -> str:
@@ -197,8 +200,7 @@ def _table_of(name: str, rows: Sequence[dict[str, Any]]) -> str:
          statistics.number(_mean(of, "bound").center, 2), statistics.number(_mean(of, "cost", 1).center, 0)]
         for contender, of in compared.items()
     ]  # fmt: skip
-    lines = [_against(compared, GRID, most=THIRD, strictly=False), _against(compared, PLAIN, most=MORE, strictly=True)]
-    lines += [_difference(compared, f"{OURS}, {more}") for more in ("tuning", "synergy")]
+    lines = [_against(compared, other) for other in (ALL_ROWS, PLAIN, GRID)] + [_against(compared, OURS, one=TUNING)]
     head = statistics.markdown(["contender", "test accuracy, %", "at least, %", "steps"], body)
     return f"**{name}**, {len(compared.get(OURS, {}))} seeds, 95 % t intervals\n\n{head}\n\n" + " ".join(
         filter(None, lines)
@@ -216,25 +218,13 @@ def _paired(compared: dict[str, dict[int, dict[str, Any]]], one: str, other: str
     return statistics.paired(*[[100 * compared[name][seed]["accuracy"] for seed in seeds] for name in (one, other)])
 
 
-def _against(compared: dict[str, dict[int, dict[str, Any]]], other: str, *, most: float, strictly: bool) -> str:
-    """EV3 minus another contender, the ratio of their costs, and whether the target holds."""
-    margin = _paired(compared, OURS, other)
+def _against(compared: dict[str, dict[int, dict[str, Any]]], other: str, *, one: str = OURS) -> str:
+    """A contender minus another one, paired by seed, with the ratio of their costs and the verdict on a target."""
+    margin = _paired(compared, one, other)
     if margin is None:
         return ""
-    cost = _mean(compared[OURS], "cost").center / _mean(compared[other], "cost").center
-    if cost > most + 1e-9:
-        verdict = "missed, by its cost"
-    elif strictly or math.isnan(margin.low):
-        verdict = statistics.verdict(margin, 0.0)
-    else:
-        verdict = "held" if margin.high >= 0 or margin.center >= 0 else "missed"
-    target = "> 0" if strictly else "an interval that includes or exceeds 0"
-    return (
-        f"{OURS} minus {other}, paired: {statistics.spread(margin, 2)} points at {cost:.2f} times the cost; target {target} "
-        f"at no more than {most:.2g}: {verdict}."
-    )
-
-
-def _difference(compared: dict[str, dict[int, dict[str, Any]]], one: str) -> str:
-    margin = _paired(compared, one, OURS)
-    return "" if margin is None else f"{one} minus {OURS}: {statistics.spread(margin, 2)} points."
+    cost = _mean(compared[one], "cost", 1).center / _mean(compared[other], "cost", 1).center
+    text = f"{one} minus {other}, paired, at {cost:.2f} times its steps: {statistics.spread(margin, 2)} points"
+    if other not in TARGETS:
+        return f"{text}."
+    return f"{text}; target ≥ {TARGETS[other]:g}: {statistics.verdict(margin, TARGETS[other])}."

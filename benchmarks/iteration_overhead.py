@@ -7,6 +7,9 @@ the other splits: only speed matters here.
 
 - `ev3` and `ev3 with ledger` are complete iterations through the host loop, including the closing one, with the AdamW of the
   default arms. The second one also writes its ledger rows to a file.
+- `race of four` is fifteen iterations of a race: four arms, AdamW and SGD with cross entropy and with KD, train for 100 steps
+  each, and assess compares them.
+- `four bare loops` are the same steps of the same four recipes with optax, in calls of 100 steps, one recipe after another.
 - `bare, one call` and `bare, calls of 100` are a scan of training steps in one jit with optax's AdamW, called once or as
   often as EV3 iterates.
 - `reference way` does what the public EV3 code (google-research/ev3) does, rewritten from the description of how it spends
@@ -19,6 +22,7 @@ All contenders take turns in one process, in varying order. A ratio is taken wit
 second, without compilation.
 """
 
+import dataclasses
 import functools
 import tempfile
 import time
@@ -33,9 +37,10 @@ import optax
 
 from ev3_distill import students
 from ev3_distill.arms.gradient import gradient_arm
-from ev3_distill.arms.optimizers import adamw
+from ev3_distill.arms.optimizers import adamw, sgd
 from ev3_distill.benchmarks import statistics
 from ev3_distill.config import EV3
+from ev3_distill.core import allocate
 from ev3_distill.data.batches import Resident, sampler
 from ev3_distill.data.shuffle import batch_rows, make_order
 from ev3_distill.data.sources import load_data
@@ -44,7 +49,7 @@ from ev3_distill.runtime.ledger import Ledger, row_of
 from ev3_distill.tasks.classification import losses
 from ev3_distill.tasks.classification.task import ACCURACY
 from ev3_distill.training.trainer import Distillation
-from ev3_distill.types import Apply, Batch, Network, Pools, PyTree, Variables
+from ev3_distill.types import Apply, Batch, Loss, Network, Pools, PyTree, Variables
 
 KEY = ("seed",)  # identifies a row
 TIMED = ("steps_per_s",)  # depend on the machine
@@ -54,13 +59,22 @@ INTERVALS = (
     "within a turn."
 )
 STEPS = {"full": (6000, 500), "smoke": (200, 100)}  # per turn; the second is that of the reference way, which is slow
-TARGETS = {"ev3 / bare": 0.9, "ev3 / reference way": 20.0}
+RACE_STEPS = {"full": 1500, "smoke": 100}  # of each of the four arms, per turn
+TARGETS = {"ev3 / bare": 0.9, "ev3 / reference way": 20.0, "race of four / four bare loops": 0.9}
 LEAST_TURNS = 7
 EXPLORE, ASSESS, DECIDE = 1024, 512, 1024
 CONFIG = EV3(batch_size=128, length=100, max_length=100)
-RATE = 1e-3
+RATE, SGD_RATE = 1e-3, 0.1
 OPTIMIZER = optax.adamw(RATE)  # the usual optimizer; arms/optimizers.py computes the same faster
 LOSS = losses.cross_entropy()
+RACERS = {  # loss, optimizer of the arm, and the usual one
+    f"{name}, {rule}": (loss, *optimizers)
+    for name, loss in (("ce", LOSS), ("kd", losses.kd(temperature=4.0)))
+    for rule, optimizers in (
+        ("adamw", (adamw(RATE), OPTIMIZER)),
+        ("sgd", (sgd(SGD_RATE), optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(SGD_RATE, 0.9, nesterov=True)))),
+    )
+}
 SAMPLE = sampler(batch_size=CONFIG.batch_size)
 
 Work = Callable[[], PyTree]  # the timed function; returns trained parameters
@@ -81,7 +95,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
         )
     steps, reference_steps = STEPS[size]
     with tempfile.TemporaryDirectory() as directory:
-        timed = contenders(steps, reference_steps, ledger=Path(directory) / "ledger.jsonl")
+        timed = contenders(steps, reference_steps, ledger=Path(directory) / "ledger.jsonl", race_steps=RACE_STEPS[size])
         for contender, _ in timed.values():
             jax.block_until_ready(contender(problem(0), 0)())  # compiles
         for seed in range(seeds):
@@ -103,10 +117,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     ratios = {"ev3 / bare": _ratio(speeds, "ev3", bare)}
     ratios["ev3 with ledger / bare"] = _ratio(speeds, "ev3 with ledger", bare)
     ratios["ev3 / reference way"] = _ratio(speeds, "ev3", "reference way")
+    ratios["race of four / four bare loops"] = _ratio(speeds, "race of four", "four bare loops")
     lines = [[name, statistics.spread(estimate, 0)] for name, estimate in medians.items()]
     compared = [
         [
-            name.replace("bare", f"`{bare}`"),
+            name.replace("/ bare", f"/ `{bare}`"),
             statistics.spread(estimate, 2),
             f"≥ {TARGETS[name]:g}: {statistics.verdict(estimate, TARGETS[name])}" if name in TARGETS else "",
         ]
@@ -139,8 +154,15 @@ def problem(seed: int) -> Pools:
     return Pools(Resident(views, make_order(EXPLORE, seed)), split(assess), split(decide))
 
 
-def contenders(steps: int, reference_steps: int, *, ledger: Path) -> dict[str, tuple[Contender, int]]:
-    """Contenders by name, each with the number of steps of its work."""
+def contenders(steps: int, reference_steps: int, *, ledger: Path, race_steps: int) -> dict[str, tuple[Contender, int]]:
+    """Contenders by name, each with the number of steps of its work.
+
+    Args:
+      steps: of most contenders.
+      reference_steps: of the reference way.
+      ledger: file to which one contender writes.
+      race_steps: of each of the four arms of the race, a multiple of the length of a trajectory.
+    """
     network = students.from_name("mlp:hidden=32-32", (8, 8, 1), 10)
     distillation = Distillation(
         network, [gradient_arm("ce", network.apply, LOSS, adamw(RATE), average=None)], config=CONFIG
@@ -154,6 +176,8 @@ def contenders(steps: int, reference_steps: int, *, ledger: Path) -> dict[str, t
         "ev3 with ledger": (_ev3(distillation, steps, Ledger(ledger)), steps),
         "bare, one call": (_bare(network, start, steps, steps), steps),
         "bare, calls of 100": (_bare(network, start, steps, CONFIG.length), steps),
+        "race of four": (_race(network, race_steps), len(RACERS) * race_steps),
+        "four bare loops": (_four_bare(network, start, race_steps), len(RACERS) * race_steps),
         "reference way": (_reference(network, start, reference_steps), reference_steps),
     }
 
@@ -175,7 +199,53 @@ def _ev3(distillation: Distillation, steps: int, ledger: Ledger | None = None) -
     return contender
 
 
-def _bare(network: Network, start: Callable[[Pools, int], Variables], steps: int, per_call: int) -> Contender:
+def _race(network: Network, steps: int) -> Contender:
+    """Iterations of a race, from which no arm drops out; the arms' parameters after `steps` each."""
+    config = dataclasses.replace(CONFIG, race=0.5, drop=1e6)
+    arms = [
+        gradient_arm(name, network.apply, loss, optimizer, average=None)
+        for name, (loss, optimizer, _) in RACERS.items()
+    ]
+    distillation = Distillation(network, arms, config=config)
+    budget = (
+        allocate.TRAJECTORIES * steps
+    )  # large enough for trajectories of full length, and a race that outlasts `steps`
+
+    def contender(pools: Pools, seed: int) -> Work:
+        begin = distillation.begin(pools, seed)
+
+        def work() -> PyTree:
+            *_, (packed, _) = distillation.loop(pools, begin, budget=budget, pause=steps)
+            return tuple(state.iterate.params for state in distillation.loop.unflatten(packed).arms.states)
+
+        return work
+
+    return contender
+
+
+def _four_bare(network: Network, start: Callable[[Pools, int], Variables], steps: int) -> Contender:
+    """The steps of the race without EV3."""
+    loops = [
+        _bare(network, start, steps, CONFIG.length, loss=loss, optimizer=optimizer)
+        for loss, _, optimizer in RACERS.values()
+    ]
+
+    def contender(pools: Pools, seed: int) -> Work:
+        works = [loop(pools, seed) for loop in loops]
+        return lambda: tuple(work() for work in works)
+
+    return contender
+
+
+def _bare(
+    network: Network,
+    start: Callable[[Pools, int], Variables],
+    steps: int,
+    per_call: int,
+    *,
+    loss: Loss = LOSS,
+    optimizer: optax.GradientTransformation = OPTIMIZER,
+) -> Contender:
     """Training steps alone, `per_call` of them in one jitted scan."""
 
     @jax.jit
@@ -185,15 +255,15 @@ def _bare(network: Network, start: Callable[[Pools, int], Variables], steps: int
         def advance(carry: tuple[PyTree, PyTree], step: jax.Array) -> tuple[tuple[PyTree, PyTree], None]:
             params, opt_state = carry
             batch = SAMPLE(pools.explore, step)
-            gradient = jax.grad(_objective)(params, stats, batch, network.apply)
-            updates, opt_state = OPTIMIZER.update(gradient, opt_state, params)
+            gradient = jax.grad(_objective)(params, stats, batch, network.apply, loss)
+            updates, opt_state = optimizer.update(gradient, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), None
 
         return jax.lax.scan(advance, (params, opt_state), first + jnp.arange(per_call))[0]
 
     def contender(pools: Pools, seed: int) -> Work:
         variables = start(pools, seed)
-        opt_state = jax.block_until_ready(OPTIMIZER.init(variables.params))
+        opt_state = jax.block_until_ready(optimizer.init(variables.params))
 
         def work() -> PyTree:
             carry = (variables.params, opt_state)
@@ -250,8 +320,8 @@ def _reference(network: Network, start: Callable[[Pools, int], Variables], steps
     return contender
 
 
-def _objective(params: PyTree, stats: PyTree, batch: Batch, apply: Apply) -> jax.Array:
-    return LOSS(apply(Variables(params, stats), batch.inputs, train=True)[0], batch)
+def _objective(params: PyTree, stats: PyTree, batch: Batch, apply: Apply, loss: Loss = LOSS) -> jax.Array:
+    return loss(apply(Variables(params, stats), batch.inputs, train=True)[0], batch)
 
 
 def _batches(split: Batch) -> list[Batch]:
