@@ -155,16 +155,10 @@ class Stretch(NamedTuple):
 
 
 class Growth(Protocol):
-    """Maps a student's arrays to those of a larger student that computes the same; trees as `Variables.params` are."""
+    """Maps a student to a larger one that computes the same."""
 
     def variables(self, variables: Variables) -> Variables:
-        """Maps values of the student's arrays, such as an iterate or an average of iterates."""
-
-    def like_gradient(self, tree: PyTree) -> PyTree:
-        """Maps a mean of gradients."""
-
-    def like_second_moment(self, tree: PyTree) -> PyTree:
-        """Maps a mean of squared gradients."""
+        """The larger student's variables."""
 
 
 class Arm(NamedTuple):
@@ -179,7 +173,6 @@ class Arm(NamedTuple):
     propose: Callable[..., tuple[PyTree, Variables]]
     # (state, draw, stretch) -> (state, proposed student); if `uses_held_out`, a draw of assess is its fourth argument
     length: float = 1.0  # of this arm's trajectories, relative to the run's
-    grow: Callable[[PyTree, Growth], PyTree] | None = None  # state -> state for the larger student; None: a fresh start
     uses_held_out: bool = False  # whether it needs held-out batches, to tune its loss by them
     hyperparameters: Callable[[PyTree], dict[str, jax.Array]] | None = None  # state -> tuned values, for the ledger
     races: bool = True  # whether it takes part in the race at the start of a run; otherwise it waits to be asked

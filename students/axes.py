@@ -45,7 +45,6 @@ class Layer(NamedTuple):
         None  # how the layer starts when it is inserted: drawn parameters, zeros, or a dense identity [C, C] with
     )
     # axes (reads, writes). None: the layer is never inserted. Layers inserted together must keep the function
-    like: str | None = None  # an earlier layer, whose mean second moment the inserted layer starts with
 
 
 class GrowthSpec(NamedTuple):

@@ -122,10 +122,9 @@ def growth_spec(spec: Mapping[str, Any], *, factory: Callable[..., Any] | None =
             "fix `grow`"
         )
     spaces = {axis.space for layer in result.layers.values() for axis in layer.axes if axis is not None}
-    references = {layer.like for layer in result.layers.values() if layer.like is not None}
-    if unknown := sorted((spaces - result.spaces.keys()) | (references - result.layers.keys())):
+    if unknown := sorted(spaces - result.spaces.keys()):
         raise InputError(
-            f"a GrowthSpec contains every space and layer that its layers name; got no {', '.join(unknown)} from `grow` of "
+            f"a GrowthSpec contains every space that its layers name; got no {', '.join(unknown)} from `grow` of "
             f"{spec['factory']}: add what is missing"
         )
     return result

@@ -14,7 +14,7 @@ from flax import nnx
 
 from ev3_distill import students
 from ev3_distill.students.growth import GrowthMap, GrowthSpec, Layer, Space, growth_map, next_size, reads, writes
-from ev3_distill.types import Network, PyTree, Variables
+from ev3_distill.types import Network, Variables
 
 CLASSES, STEPS = 3, 10
 
@@ -118,7 +118,7 @@ def both(network, variables, inputs):
 
 
 def trained(network, variables, inputs):
-    """Takes some steps of Adam, which moves whatever has a gradient; returns the first step's logits and gradient too."""
+    """Takes some steps of Adam, which moves whatever has a gradient; returns the first step's logits too."""
     optimizer, labels = optax.flatten(optax.adam(1e-2)), jnp.arange(len(inputs)) % CLASSES
 
     def step(carry, _):
@@ -130,10 +130,10 @@ def trained(network, variables, inputs):
 
         gradient, (logits, stats) = jax.grad(loss, has_aux=True)(variables.params)
         updates, memory = optimizer.update(gradient, memory)
-        return (Variables(optax.apply_updates(variables.params, updates), stats), memory), (logits, gradient)
+        return (Variables(optax.apply_updates(variables.params, updates), stats), memory), logits
 
-    (variables, _), of_steps = jax.lax.scan(step, (variables, optimizer.init(variables.params)), length=STEPS)
-    return variables, *jax.tree.map(lambda leaf: leaf[0], of_steps)
+    (variables, _), logits = jax.lax.scan(step, (variables, optimizer.init(variables.params)), length=STEPS)
+    return variables, logits[0]
 
 
 class Case(NamedTuple):
@@ -143,7 +143,6 @@ class Case(NamedTuple):
     eval_logits: jax.Array
     trained: Variables
     train_logits: jax.Array
-    gradient: PyTree
 
 
 @functools.cache

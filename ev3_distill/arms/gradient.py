@@ -13,11 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
 
-from ev3_distill.types import Arm, Draw, Growth, PyTree, Stretch, Variables
+from ev3_distill.types import Arm, Draw, PyTree, Stretch, Variables
 
 Schedule = Callable[[jax.Array], jax.Array]  # fraction of the budget spent since the student started or grew -> factor
 
@@ -28,7 +26,7 @@ class GradientState(NamedTuple):
     iterate: Variables  # where gradients are computed
     opt_state: PyTree
     average: Variables | None  # what is proposed; None to propose the iterate
-    age: jax.Array  # int32, steps since the arm last started or the student grew
+    age: jax.Array  # int32, steps since the arm last started
     extra: PyTree = ()  # parameters of the loss, trained with the student's
 
 
@@ -66,9 +64,7 @@ def gradient_arm(
       length: of the trajectory, relative to the run's.
 
     Returns:
-      The arm. If the student grows, the arm continues from its last proposal with the optimizer's moments, and restarts the
-      average, because the old window would hide what the larger student learns. An arm with a `LossWithParams` starts again, as
-      the loss's parameters fit only the old student.
+      The arm.
     """
     trains_loss = isinstance(loss, LossWithParams)
     loss_params: PyTree = loss.params if isinstance(loss, LossWithParams) else ()
@@ -84,12 +80,7 @@ def gradient_arm(
         state = jax.lax.fori_loop(0, stretch.steps, lambda i, state: step(state, draw, stretch, i), state)
         return state, _proposal(state)
 
-    def grow(state: GradientState, growth: Growth) -> GradientState:
-        grown = growth.variables(_proposal(state))
-        opt_state = _grown_opt_state(state.opt_state, _proposal(state).params, growth)
-        return GradientState(grown, opt_state, None if state.average is None else grown, jnp.int32(0), ())
-
-    return Arm(name, init, propose, length, None if trains_loss else grow)
+    return Arm(name, init, propose, length)
 
 
 def _step(
@@ -132,31 +123,6 @@ def _step(
 
 def _proposal(state: GradientState) -> Variables:
     return state.iterate if state.average is None else state.average
-
-
-def _grown_opt_state(opt_state: PyTree, params: PyTree, growth: Growth) -> PyTree:
-    """An optax state for the larger student.
-
-    Moments, found by name, grow as trees or as `optax.flatten` vectors: `mu` of Adam and Muon, `nu` of Adam, `trace` of SGD
-    with momentum. The rest stays.
-    """
-    grow = {"mu": growth.like_gradient, "trace": growth.like_gradient, "nu": growth.like_second_moment}
-    unravel = ravel_pytree(params)[1]
-
-    def moment(name: str, tree: PyTree) -> PyTree:
-        if isinstance(tree, jax.Array | np.ndarray):
-            return ravel_pytree(grow[name](unravel(jnp.asarray(tree))))[0]
-        return grow[name](tree)
-
-    def visit(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {name: visit(part) for name, part in node.items()}
-        if isinstance(node, tuple) and hasattr(node, "_fields"):
-            parts = zip(node._fields, node, strict=True)
-            return type(node)(*(moment(name, part) if name in grow else visit(part) for name, part in parts))
-        return tuple(map(visit, node)) if isinstance(node, tuple) else node
-
-    return visit(opt_state)
 
 
 def update_average(

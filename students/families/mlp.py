@@ -47,12 +47,7 @@ def mlp_growth(input_shape: Sequence[int], num_classes: int, *, hidden: Sequence
     names = [f"hidden{i}" for i in range(1, len(hidden) + 1)]
     ends = [reads(name) for name in names]
     layers = {
-        name: Layer(
-            ("layers", i),
-            (ends[i - 1] if i else None, writes(name)),
-            start="identity" if i else None,
-            like=names[i - 1] if i else None,
-        )
+        name: Layer(("layers", i), (ends[i - 1] if i else None, writes(name)), start="identity" if i else None)
         for i, name in enumerate(names)
     }
     layers["head"] = Layer(("layers", len(hidden)), (ends[-1] if ends else None, None))

@@ -213,5 +213,5 @@ def _layers(i: int, j: int, before: str, inner: str, after: str) -> dict[str, La
     for part, axes in parts.items():
         start: Start = None if j == 0 else "zero" if part == "norm3" else "drawn"
         path: Path = ("stages", i, j, part)
-        layers[f"stage{i + 1}.{j}.{part}"] = Layer(path, axes, start, f"stage{i + 1}.{j - 1}.{part}" if j else None)
+        layers[f"stage{i + 1}.{j}.{part}"] = Layer(path, axes, start)
     return layers

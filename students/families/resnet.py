@@ -119,7 +119,7 @@ def resnet_growth(input_shape: Sequence[int], num_classes: int, *, depth: int = 
             }
             for part, axes in parts.items():
                 start: Start = None if j == 0 else "zero" if part == "norm2" else "drawn"
-                layers[f"{name}.{part}"] = Layer((*path, part), axes, start, f"{stage}.{j - 1}.{part}" if j else None)
+                layers[f"{name}.{part}"] = Layer((*path, part), axes, start)
             before = stage
     layers["head"] = Layer(("head",), (reads("stage3"), None))
     moves = {"wider": {"width": next_size(width)}}

@@ -166,7 +166,7 @@ def encoder_growth(*, width: int, depth: int, heads: int, head_size: int | None)
             start: Start = None if i == 0 else "zero" if path in _LAST else "drawn"
             part = ".".join(path)
             location: Path = ("encoder", "blocks", i, *path)
-            layers[f"{name}.{part}"] = Layer(location, axes, start, f"block{i}.{part}" if i else None)
+            layers[f"{name}.{part}"] = Layer(location, axes, start)
     moves = {"wider": {"width": 2 * width}, "deeper": {"depth": next_size(depth)}}
     return GrowthSpec(spaces, layers, {**moves, "heads": {"heads": next_size(heads), "head_size": size}})
 

@@ -1,9 +1,9 @@
-"""Function-preserving growth: a network, and everything shaped like its parameters, becomes a larger one.
+"""Function-preserving growth: a network becomes a larger one that computes the same.
 
     network, variables = grow(jax.random.key(0), spec, variables, "wider")
 
 `moves(spec)` lists what a network can become next, as specs. Any other spec of the family that is smaller nowhere works too.
-`growth_map` returns the map itself, for averages, iterates and optimizer states.
+`growth_map` returns the map itself, for several students of the same network.
 
 Wider: features are copied, and the weights that read them are divided among the copies in unequal shares; in addition, one copy
 gets a small amount that the others lose. So the gradients of copies differ in direction. If they differed only in length, Adam,
@@ -68,62 +68,39 @@ Factory = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GrowthMap:
-    """The map from one network's arrays to a larger one's. It runs on the host, in NumPy, and compiles nothing.
-
-    Trees have the structure of the parameters. An empty node in the place of an array, as optax uses for masks, is kept, and
-    also takes the place of new arrays that are like it.
-    """
+    """The map from one network's arrays to a larger one's. It runs on the host, in NumPy, and compiles nothing."""
 
     network: Network  # the larger one
     params: Mapping[Path, ArrayGrowth]
     stats: Mapping[Path, ArrayGrowth]
 
     def variables(self, variables: Variables) -> Variables:
-        """Grows variables so that the function is kept; applies to iterates and to averages of them.
+        """Grows variables so that the function is kept.
 
         Raises:
           InputError: the variables are not those of the network that grows.
         """
-        stats = self._map(self.stats, variables.stats, ArrayGrowth.of_parameter)
-        return Variables(self.like_params(variables.params), stats)
+        return Variables(self._map(self.params, variables.params), self._map(self.stats, variables.stats))
 
-    def like_params(self, tree: PyTree) -> PyTree:
-        """Grows a tree as parameters: copied where features are written, divided where they are read, new in new layers."""
-        return self._map(self.params, tree, ArrayGrowth.of_parameter)
-
-    def like_gradient(self, tree: PyTree) -> PyTree:
-        """Grows a tree as gradients, for first moments and momenta: divided where features are written, copied where read.
-
-        <like_gradient(g), like_params(p + d) - like_params(p)> = <g, d>: a direction keeps its directional derivative. For the
-        gradients of copies this is the mean. New arrays have had no gradient: zero.
-        """
-        return self._map(self.params, tree, ArrayGrowth.of_gradient)
-
-    def like_second_moment(self, tree: PyTree) -> PyTree:
-        """Grows a tree as means of squared gradients: a step m / sqrt(v) becomes the previous step, grown as parameters.
-
-        So no step jumps, and new gradients take over as the moments decay. A new array starts with the mean of the earlier
-        layer it is like, because with a moment of zero its first steps would be several times too long.
-        """
-        return self._map(self.params, tree, ArrayGrowth.of_second_moment)
-
-    def _map(
-        self,
-        arrays: Mapping[Path, ArrayGrowth],
-        tree: PyTree,
-        rule: Callable[[ArrayGrowth, np.ndarray], np.ndarray],
-    ) -> PyTree:
+    def _map(self, arrays: Mapping[Path, ArrayGrowth], tree: PyTree) -> PyTree:
         tree = jax.device_get(tree)
         grown: dict[str | int, Any] = {}
         for path, growth in arrays.items():
-            old, parent = self._at(tree, growth.source), grown
+            parent = grown
             for name in path[:-1]:
                 parent = parent.setdefault(name, {})
-            if isinstance(old, np.ndarray):
-                self._check_shape(growth, old)
-                old = jnp.asarray(rule(growth, old))
-            parent[path[-1]] = old
+            parent[path[-1]] = jnp.asarray(self._array(growth, tree) if growth.new is None else growth.new)
         return grown
+
+    def _array(self, growth: ArrayGrowth, tree: PyTree) -> np.ndarray:
+        old = self._at(tree, growth.source)
+        if old.shape != growth.shape:
+            raise InputError(
+                f"growth needs the arrays of the network that grows; got {_dotted(growth.source)} of shape {list(old.shape)} "
+                f"for {list(growth.shape)}, growing into {describe_spec(self.network.spec)}: pass the variables that belong to "
+                "the spec"
+            )
+        return growth.grown(old)
 
     def _at(self, tree: PyTree, path: Path) -> Any:
         for i, name in enumerate(path):
@@ -134,14 +111,6 @@ class GrowthMap:
                 )
             tree = tree[name]
         return tree
-
-    def _check_shape(self, growth: ArrayGrowth, old: np.ndarray) -> None:
-        if growth.new is None and old.shape != growth.shape:
-            raise InputError(
-                f"growth needs the arrays of the network that grows; got {_dotted(growth.source)} of shape {list(old.shape)} "
-                f"for {list(growth.shape)}, growing into {describe_spec(self.network.spec)}: pass the variables that belong to "
-                "the spec"
-            )
 
 
 def grow(
@@ -258,7 +227,7 @@ def check_growth(
     if removed := [name for name in old.layers if name not in new.layers]:
         raise refusal("growth removes no layer", f"none of {', '.join(removed)}", "name at least as many layers")
     for name, layer in new.layers.items():
-        if name not in old.layers and None in (layer.start, layer.like):
+        if name not in old.layers and layer.start is None:
             raise refusal(
                 "growth inserts layers that start as the identity", f"{name}, which cannot", "choose another move"
             )

@@ -25,7 +25,7 @@ class Copies(NamedTuple):
 
     size: int  # of the old space
     indices: np.ndarray  # int [new size]
-    drawn: bool = False  # whether repeated features are drawn rather than copied; their moments are still copied
+    drawn: bool = False  # whether repeated features are drawn rather than copied
 
     @property
     def added(self) -> np.ndarray:
@@ -38,38 +38,19 @@ class Copies(NamedTuple):
 class ArrayGrowth(NamedTuple):
     """How one array of the larger network is computed."""
 
-    source: Path  # of the old array it grows from or, if it is new, that it is like
-    shape: tuple[int, ...]  # of the old array, if it grows from one
+    source: Path  # of the old array it grows from; () if it is new
+    shape: tuple[int, ...]  # of the old array
     copies: tuple[tuple[int, np.ndarray], ...] = ()  # dimensions that grow, with the old index of each new one
     value: np.ndarray | None = None  # factor of a value, of the grown shape; None: 1
     offset: np.ndarray | None = None  # added to the value afterwards; cancels in sums over copies
-    gradient: np.ndarray | None = None  # factor of a gradient, of a shape that broadcasts
     new: np.ndarray | None = None  # initial value, for an array that grows from none
 
-    def of_parameter(self, old: np.ndarray) -> np.ndarray:
-        """The grown array; for a new array, `old` only determines the dtype."""
-        if self.new is not None:
-            return self.new.astype(old.dtype)
-        grown = self._grown(old, self.value)
-        return grown if self.offset is None else (grown + self.offset).astype(old.dtype)
-
-    def of_gradient(self, old: np.ndarray) -> np.ndarray:
-        """The grown array, for a mean of gradients."""
-        return self._grown(old, self.gradient) if self.new is None else np.zeros(self.new.shape, old.dtype)
-
-    def of_second_moment(self, old: np.ndarray) -> np.ndarray:
-        """The grown array, for a mean of squared gradients."""
-        if self.new is not None:
-            return np.full(self.new.shape, old.mean(), old.dtype)
-        if self.value is None or self.gradient is None:
-            return self._grown(old, None)
-        ones = np.ones(np.broadcast_shapes(self.gradient.shape, self.value.shape), np.float32)
-        return self._grown(old, np.divide(self.gradient, self.value, out=ones, where=self.value != 0) ** 2)
-
-    def _grown(self, old: np.ndarray, factor: np.ndarray | None) -> np.ndarray:
+    def grown(self, old: np.ndarray) -> np.ndarray:
+        """The grown array."""
         for dimension, source in self.copies:
             old = old.take(source, dimension)
-        return old if factor is None else (old * factor).astype(old.dtype)
+        grown = old if self.value is None else (old * self.value).astype(old.dtype)
+        return grown if self.offset is None else (grown + self.offset).astype(old.dtype)
 
 
 def match_spaces(old: GrowthSpec, new: GrowthSpec) -> dict[str, str]:
@@ -142,20 +123,18 @@ def array_growths(
             raise InputError(
                 f"a GrowthSpec has a layer for every array; got none for {list(path)}: fix the network's `grow`"
             )
-        layer, like = new.layers[owner], owner
-        while like not in old.layers:
-            like = new.layers[like].like or ""
-        source = (*old.layers[like].path, *path[len(layer.path) :])
+        layer = new.layers[owner]
         if owner in old.layers:
+            source = (*old.layers[owner].path, *path[len(layer.path) :])
             arrays[path] = _grown_array(rng, source, array, growing_axes(layer, path, array.shape, new), copies)
         elif trained and layer.start == "zero":
-            arrays[path] = _new_array(source, np.zeros(array.shape, array.dtype))
+            arrays[path] = _new_array(np.zeros(array.shape, array.dtype))
         elif trained and layer.start == "identity":
-            grown = _grown_array(rng, source, array, growing_axes(layer, path, array.shape, new), copies)
-            identity = np.eye(*grown.shape) if len(grown.shape) == 2 else np.zeros(grown.shape)
-            arrays[path] = _new_array(source, grown.of_parameter(identity.astype(array.dtype)))
+            growth = _grown_array(rng, (), array, growing_axes(layer, path, array.shape, new), copies)
+            identity = np.eye(*growth.shape) if len(growth.shape) == 2 else np.zeros(growth.shape)
+            arrays[path] = _new_array(growth.grown(identity.astype(array.dtype)))
         else:
-            arrays[path] = _new_array(source, np.asarray(array))
+            arrays[path] = _new_array(np.asarray(array))
     return arrays
 
 
@@ -164,8 +143,8 @@ def key_path(keys: Sequence[Any]) -> Path:
     return tuple(key.key for key in keys)
 
 
-def _new_array(source: Path, new: np.ndarray) -> ArrayGrowth:
-    return ArrayGrowth(source, (), new=new)
+def _new_array(new: np.ndarray) -> ArrayGrowth:
+    return ArrayGrowth((), (), new=new)
 
 
 def growing_axes(layer: Layer, path: Path, shape: Sequence[int], spec: GrowthSpec) -> dict[int, Axis]:
@@ -210,25 +189,16 @@ def _grown_array(
             written, read = (written, read | added) if axis.reads else (written | added, read)
     if not indices:
         return ArrayGrowth(source, tuple(before))
-    value, offset, gradient = np.ones(before), np.zeros(before), np.ones([1] * len(shape))
+    value, offset = np.ones(before), np.zeros(before)
     noise = NOISE / np.sqrt(math.prod(before[:-1]))
     for dimension, index in sorted(indices.items(), key=lambda item: axes[item[0]].reads):
         value, offset = value.take(index, dimension), offset.take(index, dimension)
-        if copies[axes[dimension].space].drawn:
-            continue
-        if axes[dimension].reads:
+        if axes[dimension].reads and not copies[axes[dimension].space].drawn:
             gain = (shape[dimension] / before[dimension]) ** axes[dimension].power
             shares, cancelling = _random_shares(rng, value.shape, dimension, index)
-            value, offset, gradient = (
-                value * shares * gain,
-                (offset * shares + noise * cancelling) * gain,
-                gradient / gain,
-            )
-        else:
-            part = 1 / np.bincount(index)[index]
-            gradient = gradient * np.expand_dims(part, _other_axes(shape, dimension))
+            value, offset = value * shares * gain, (offset * shares + noise * cancelling) * gain
     if (new := written | read).any():
-        value, offset, gradient = np.where(new, 0, value), np.where(new, 0, offset), np.where(new, 0, gradient)
+        value, offset = np.where(new, 0, value), np.where(new, 0, offset)
         if written.any():
             drawn = np.asarray(initial)
             if any(
@@ -236,7 +206,7 @@ def _grown_array(
             ):  # inputs come from a ReLU: avoid units that are dead for all of them
                 drawn = drawn * np.where(drawn.sum(tuple(range(drawn.ndim - 1))) < 0, -1, 1)
             offset = np.where(written, drawn, offset)
-    factors = (factor.astype(np.float32) for factor in (value, offset, gradient))
+    factors = (factor.astype(np.float32) for factor in (value, offset))
     return ArrayGrowth(source, tuple(before), tuple(indices.items()), *factors)
 
 

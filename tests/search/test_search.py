@@ -169,7 +169,7 @@ def test_a_size_continues_from_its_ancestor_if_that_is_better(cli, here, monkeyp
     monkeypatch.setattr("ev3_distill.search.stage.STAGE_SHARE", 6)
     monkeypatch.setattr("ev3_distill.search.policy.ATTEMPTS", 1)
     write_data()
-    assert cli("compress", *SEARCH, "--guard", "accuracy >= 0.92", "--seed", "4", "--out", "run")[0] == 0
+    assert cli("compress", *SEARCH, "--guard", "accuracy >= 0.92", "--seed", "2", "--out", "run")[0] == 0
     _, ancestor, larger, draw, again, *_ = report_of(here / "run")["search"]["sizes"]
     assert ancestor["params"] == draw["params"] == again["params"] < larger["params"]
     assert not ancestor["met"] and larger["met"] and not draw["met"] and again["met"]
