@@ -3,7 +3,6 @@
 import dataclasses
 import tomllib
 import typing
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,49 +16,73 @@ OLDER = {
     "joint_strata": True,
     "stored_pixels": True,
 }  # what a run did whose config.toml lacks the key
+OLDER_EV3 = ("exploration", "max_share", "takeover")  # keys of [ev3] in runs whose arms competed by other rules
 
 _TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", tuple: "a list"}
 
 
-def read_config(kind: type[ConfigT], path: Path, *, missing: Mapping[str, Any] | None = None) -> ConfigT:
-    """Reads a TOML configuration.
+def read_config(kind: type[ConfigT], path: Path) -> ConfigT:
+    """Reads a TOML configuration; missing keys keep their defaults.
 
     Args:
       kind: Compress or Teach.
       path: of the file.
-      missing: values of missing keys; all others keep their defaults.
 
     Raises:
       InputError: no such file, not TOML, an unknown key or a value of the wrong type.
     """
+    return _from_dict(kind, _content(path), str(path))
+
+
+def read_finished_config(kind: type[ConfigT], directory: Path) -> ConfigT:
+    """Reads the configuration of a finished run, which may be of an older version.
+
+    Raises:
+      InputError: as `read_config`.
+    """
+    path = directory / "config.toml"
+    content = _content(path)
+    if isinstance(ev3 := content.get("ev3"), dict):
+        content["ev3"] = {name: value for name, value in ev3.items() if name not in OLDER_EV3}
+    return _from_dict(kind, {**OLDER, **content}, str(path))
+
+
+def _content(path: Path) -> dict[str, Any]:
     try:
-        content = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except OSError as error:
         raise InputError(
             f"a configuration must be a readable TOML file; got {path} ({error.strerror}): name another"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"a configuration must be a TOML file; {path} is not ({error}): fix it") from None
-    return _from_dict(kind, {**(missing or {}), **content}, str(path))
 
 
 def read_run_config(kind: type[ConfigT], directory: Path) -> ConfigT:
-    """Reads the configuration of a run directory.
+    """Reads the configuration of a run that is resumed.
 
     Raises:
-      InputError: no run directory, or a run of the other command.
+      InputError: no run directory, a run of the other command, or of a version whose arms competed by other rules.
     """
     path = directory / "config.toml"
     if not path.is_file():
         raise InputError(
             f"--resume needs a run directory; {directory} has no config.toml: name another, or start a new run with --out"
         )
+    content = _content(path)
+    ev3 = content.get("ev3")
+    if older := [name for name in OLDER_EV3 if isinstance(ev3, dict) and name in ev3]:
+        raise InputError(
+            f"a run is resumed by the rules with which it started; got {directory} of an older version, whose [ev3] has "
+            f"{', '.join(older)}: finish it with that version, or start a new run with --out"
+        )
+    content = {**OLDER, **content}
     try:
-        return read_config(kind, path, missing=OLDER)
+        return _from_dict(kind, content, str(path))
     except InputError as error:
         name, other, other_kind = ("teach", "compress", Compress) if kind is Teach else ("compress", "teach", Teach)
         try:
-            read_config(other_kind, path, missing=OLDER)
+            _from_dict(other_kind, content, str(path))
         except InputError:
             raise error from None
     raise InputError(f"{name} --resume needs a run of {name}; {directory} is a run of {other}: use {other} --resume")

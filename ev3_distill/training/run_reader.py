@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ev3_distill import config as configs
-from ev3_distill.config_file import OLDER, read_config
+from ev3_distill.config_file import read_finished_config
 from ev3_distill.data.group_file import with_groups
 from ev3_distill.data.sources import Dataset, load_data
 from ev3_distill.errors import InputError, warn
@@ -45,7 +45,7 @@ def config_of(directory: Path, report: dict[str, Any]) -> configs.Compress | con
     """The configuration of the run with this report."""
     is_teacher = report["teacher"]["source"] == "labels"
     kind: type[configs.Compress | configs.Teach] = configs.Teach if is_teacher else configs.Compress
-    return read_config(kind, directory / "config.toml", missing=OLDER)
+    return read_finished_config(kind, directory)
 
 
 def data_of(config: configs.RunConfig, source: str = "", *, offset: Sequence[float] | None = None) -> Dataset:

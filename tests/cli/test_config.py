@@ -8,7 +8,7 @@ import pytest
 import tomli_w
 
 from ev3_distill.config import EV3, Budget, Compress, Fractions, Teach
-from ev3_distill.config_file import read_config, read_run_config
+from ev3_distill.config_file import OLDER_EV3, read_config, read_finished_config, read_run_config
 from ev3_distill.errors import InputError
 
 
@@ -122,3 +122,16 @@ def test_runs_of_older_versions_take_raw_inputs(tmp_path):
     assert read_config(Compress, tmp_path / "config.toml").standardize
     (tmp_path / "config.toml").write_text("standardize = true\n")
     assert read_run_config(Compress, tmp_path).standardize
+
+
+def test_runs_whose_arms_competed_by_other_rules_are_read_but_not_resumed(tmp_path):
+    (tmp_path / "config.toml").write_text("[ev3]\nlength = 7\nmax_share = 0.2\nexploration = 0.2\ntakeover = 1.0\n")
+    assert read_finished_config(Compress, tmp_path).ev3 == EV3(length=7)
+    with pytest.raises(
+        InputError,
+        match=r"of an older version, whose \[ev3\] has exploration, max_share, takeover: finish it with that",
+    ):
+        read_run_config(Compress, tmp_path)
+    with pytest.raises(InputError, match="got 'max_share' in"):  # a configuration of the user's own has a key too many
+        read_config(Compress, tmp_path / "config.toml")
+    assert not {*OLDER_EV3} & {field.name for field in dataclasses.fields(EV3)}

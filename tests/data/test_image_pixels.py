@@ -12,7 +12,7 @@ from image_files import contents, encoded, load, picture, tree
 from PIL import Image
 
 from ev3_distill.config import Compress
-from ev3_distill.config_file import OLDER, read_config
+from ev3_distill.config_file import read_finished_config
 from ev3_distill.data.sources import load_data
 from ev3_distill.data.sources.image_decode import decode_image
 from ev3_distill.data.sources.image_options import ImageOptions, parse_place
@@ -320,5 +320,5 @@ def test_older_runs_read_the_stored_pixels(tmp_path):
 
 def test_runs_without_the_key_are_older(tmp_path):
     (tmp_path / "config.toml").write_text('data = "digits"\n')
-    assert read_config(Compress, tmp_path / "config.toml", missing=OLDER).stored_pixels
+    assert read_finished_config(Compress, tmp_path).stored_pixels
     assert not Compress().stored_pixels
