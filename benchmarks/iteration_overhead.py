@@ -7,7 +7,7 @@ the other splits: only speed matters here.
 
 - `ev3` and `ev3 with ledger` are complete iterations through the host loop, including the closing one, with the AdamW of the
   default arms. The second one also writes its ledger rows to a file.
-- `race of four` is ten iterations of a race: four arms, AdamW and SGD with cross entropy and with KD, train for 100 steps
+- `race of four` is five iterations of a race: four arms, AdamW and SGD with cross entropy and with KD, train for 100 steps
   each, and assess compares them.
 - `four bare loops` are the same steps of the same four recipes with optax, in calls of 100 steps, one recipe after another.
 - `bare, one call` and `bare, calls of 100` are a scan of training steps in one jit with optax's AdamW, called once or as
@@ -18,7 +18,7 @@ the other splits: only speed matters here.
   batch. It is not the original, which was not timed beside it, and a busy machine slows its thousands of small calls more
   than it slows the other contenders.
 
-All contenders take turns in one process, in varying order. A turn has five rounds of all of them, and the fastest round of each
+All contenders take turns in one process, in varying order. A turn has twelve short rounds, and the fastest round of each
 counts, because other load on the machine only slows. A ratio is taken within a turn. Speeds are in training steps per second,
 without compilation.
 """
@@ -59,9 +59,9 @@ INTERVALS = (
     "Medians over turns, with distribution-free 95 % intervals between order statistics; ratios are taken "
     "within a turn."
 )
-STEPS = {"full": (4000, 100), "smoke": (200, 100)}  # per round; the second is that of the reference way, which is slow
-RACE_STEPS = {"full": 1000, "smoke": 100}  # of each of the four arms, per round
-ROUNDS = {"full": 5, "smoke": 1}  # per turn
+STEPS = {"full": (2000, 50), "smoke": (200, 100)}  # per round; the second is that of the reference way, which is slow
+RACE_STEPS = {"full": 500, "smoke": 100}  # of each of the four arms, per round
+ROUNDS = {"full": 12, "smoke": 1}  # per turn
 TARGETS = {"ev3 / bare": 0.9, "ev3 / reference way": 20.0, "race of four / four bare loops": 0.9}
 LEAST_TURNS = 7
 EXPLORE, ASSESS, DECIDE = 1024, 512, 1024
