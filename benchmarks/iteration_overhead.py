@@ -18,7 +18,7 @@ the other splits: only speed matters here.
   batch. It is not the original, which was not timed beside it, and a busy machine slows its thousands of small calls more
   than it slows the other contenders.
 
-All contenders take turns in one process, in varying order. A turn has twelve short rounds, and the fastest round of each
+All contenders take turns in one process, in varying order. A turn has thirty short rounds, and the fastest round of each
 counts, because other load on the machine only slows. A ratio is taken within a turn. Speeds are in training steps per second,
 without compilation.
 """
@@ -61,7 +61,7 @@ INTERVALS = (
 )
 STEPS = {"full": (2000, 50), "smoke": (200, 100)}  # per round; the second is that of the reference way, which is slow
 RACE_STEPS = {"full": 500, "smoke": 100}  # of each of the four arms, per round
-ROUNDS = {"full": 12, "smoke": 1}  # per turn
+ROUNDS = {"full": 30, "smoke": 1}  # per turn
 TARGETS = {"ev3 / bare": 0.9, "ev3 / reference way": 20.0, "race of four / four bare loops": 0.9}
 LEAST_TURNS = 7
 EXPLORE, ASSESS, DECIDE = 1024, 512, 1024
