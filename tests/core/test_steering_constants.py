@@ -83,10 +83,16 @@ def test_another_arm_is_asked_after_every_third_iteration_without_a_move(stale, 
     assert int(allocate.to_ask(arms, clock_of(stale=stale), jnp.bool_(False))) == (1 if asks else -1)
 
 
-@pytest.mark.parametrize(("raced", "racing"), [(19, True), (20, False)])
-def test_arm_leaves_the_race_after_a_fiftieth_of_the_budget(raced, racing):
+@pytest.mark.parametrize(
+    ("raced", "budget", "racing"),
+    [(199, 10_000, True), (200, 10_000, False), (99, 1000, True), (100, 1000, False)],
+    ids=["a step too early", "a fiftieth of the budget", "a step too early if short", "two initial trajectories"],
+)
+def test_arm_leaves_the_race_after_a_fiftieth_of_the_budget(raced, budget, racing):
     arms = arms_of(value=(0.0, 0.0, 0.0), racing=(True,) * 3, raced=raced)
-    after = allocate.race_on(arms, jnp.array([0.0, 0.0, -9.0]), jnp.float32(100), budget=jnp.int32(1000), config=EV3())
+    behind, broken = jnp.array([0.0, 0.0, -9.0]), jnp.zeros(3, bool)
+    config = EV3(length=50)
+    after = allocate.race_on(arms, behind, broken, jnp.float32(1000), budget=jnp.int32(budget), config=config)
     assert after.racing.tolist() == [True, True, racing]
 
 
