@@ -28,7 +28,7 @@ Scenarios:
 - `weak-teacher`: it was trained on 50 images, and about 60 % of its answers are right;
 - `over-confident`: logits times 8;
 - `500-rows`: 500 training images, with the teacher of 20,000;
-- `few-labels`: labels for 5 % of the training images, and teacher outputs for all;
+- `few-labels`: labels for 5 % of the training images, and teacher outputs for all. Assess and decide have labeled images alone;
 - `imbalanced`: class sizes fall to 1 in 50, with a guard on the worst class;
 - `300-steps`, `50000-steps`: clean MNIST, shorter and longer. All others have 6,000 steps, and CIFAR-10 2,112;
 - `shuffled`: the teacher's classes are in another order, let through by `--teacher-as-is`;

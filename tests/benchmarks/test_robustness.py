@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ev3_distill.benchmarks import robustness, robustness_scenarios, robustness_table
-from ev3_distill.benchmarks.fixed_recipes import RECIPES, trusted_kd
+from ev3_distill.benchmarks.fixed_recipes import RECIPES
 from ev3_distill.benchmarks.regret import best_overall, regret, summary
 from ev3_distill.config import Compress
 from ev3_distill.data.sources import load_data
@@ -97,9 +97,9 @@ def test_figures_leave_out_examples_without_a_label():
 
 
 def test_ablations_change_fields_of_the_configuration():
-    config = robustness.configured(Compress(budget="7"), {"ev3.exploration": 0.0, "deliver": "champion"})
-    assert (config.ev3.exploration, config.deliver, config.budget) == (0.0, "champion", "7")
-    assert Compress().ev3.exploration > 0
+    config = robustness.configured(Compress(budget="7"), {"ev3.race": 0.0, "deliver": "champion"})
+    assert (config.ev3.race, config.deliver, config.budget) == (0.0, "champion", "7")
+    assert Compress().ev3.race > 0
     for changes in robustness.ABLATIONS.values():
         assert robustness.configured(Compress(), changes) != Compress()
 
@@ -120,7 +120,7 @@ def test_trusted_distillation_follows_the_label_where_the_teacher_denies_it():
         batch = Batch(jnp.zeros((1, 1)), jnp.array([label]), {"logits": teacher[name]}, jnp.zeros(1), jnp.ones(1))
         return float(loss(logits, batch))
 
-    trusted, kd, ce = trusted_kd(temperature=4.0), losses.kd(temperature=4.0), losses.cross_entropy()
+    trusted, kd, ce = losses.trusted_kd(temperature=4.0), losses.kd(temperature=4.0), losses.cross_entropy()
     assert of(trusted, "sure", 0) == pytest.approx(of(kd, "sure", 0), rel=1e-5)
     assert (
         of(trusted, "wrong", 0)
