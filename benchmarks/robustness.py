@@ -13,7 +13,7 @@ In each scenario one student learns in each of these ways, with the same number 
 
 The student has 16 hidden units. MNIST has 20,000 training images, drawn by the seed, and the teacher is an MLP of two layers of
 256 units, trained on the labels of explore. Splits, initial parameters and the order of batches are those of an EV3 run with
-the same seed. Images are not augmented. No default was chosen on these seeds.
+the same seed. Images are not augmented. The default was chosen on other seeds.
 
 The figure is the accuracy on test examples with correct labels, which choose nothing for any contender. With the imbalance it
 is the mean over classes, on assess, too. Regret is the mean figure, over seeds, of the best recipe of the grid in hindsight,
@@ -67,7 +67,7 @@ INTERVALS = (
     "Intervals are Student's t, 95 %, over seeds, paired by seed; they take the best recipe in hindsight as given. That "
     "of a mean over scenarios is over the seeds that all scenarios share."
 )
-FIRST_SEED = 8000  # no default was chosen on these seeds
+FIRST_SEED = 7000  # the default was chosen on other seeds
 SIZES = {"full": SCENARIOS, "smoke": SMOKE}
 MARKS = (0.01, 0.02, 0.03, *(i / 20 for i in range(1, 21)), 0.08)  # fractions of the steps, in any order
 STOPPED = robustness_table.STOPPED

@@ -61,6 +61,16 @@ class Answer(NamedTuple):
     err: str
 
 
+@pytest.fixture(autouse=True)
+def fewer_arms(request, monkeypatch):
+    """Runs in this process have two default arms, since compiling takes most of a tiny run; not in tests marked `portfolio`.
+
+    Runs in processes of their own, the fixture `finished` and the examples of the documentation have all of them.
+    """
+    if not request.node.get_closest_marker("portfolio"):
+        monkeypatch.setattr("ev3_distill.arms.zoo.DEFAULT", ("kd4", "ce"))
+
+
 @pytest.fixture
 def cli(capsys):
     """Runs a command line in this process; returns its exit code and output."""

@@ -39,6 +39,8 @@ from ev3_distill.arms.zoo import CONVOLUTIONAL, round_late, up_and_down
 from ev3_distill.errors import InputError
 from ev3_distill.tasks.classification import losses
 
+pytestmark = pytest.mark.portfolio
+
 
 @pytest.mark.parametrize("name", (*ARMS, *EVOLVING))
 def test_every_arm_of_the_zoo_meets_the_contract(name):

@@ -50,10 +50,9 @@ sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests" / "runtime")!r}]
 import test_distributed_processes as ours
 ours.train(sys.argv[1])
 """
-# A run on one core with slow checkpoints.
+# A run with slow checkpoints.
 RUN = """
-import os, sys, time
-os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+import sys, time
 from ev3_distill.runtime import checkpoint, distributed as sharding
 from ev3_distill.cli import main as cli
 sharding.PEER_TIMEOUT_S, save = 4, checkpoint.Checkpoints.save
