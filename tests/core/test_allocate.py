@@ -93,7 +93,7 @@ def test_steps_agree_with_hand_computation():
         (3, 1049, 0.1, 104),
         (2, 9, 0.1, 0),
         (2, 10, 0.1, 1),
-        (1, 1000, 0.1, 0),  # one arm has nobody to race against
+        (1, 1000, 0.1, 0),  # one arm has no other to race against
         (4, 1000, 0.0, 0),
     ],
 )

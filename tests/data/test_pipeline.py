@@ -153,7 +153,7 @@ def test_batches_before_a_final_phase_are_those_of_a_run_without_one(name):
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_final_phase_has_all_rows_of_three_splits_in_both_pipelines(name):
-    """Teacher outputs are those of the very pixels, at the turn, after a resume, and with partners of all three splits."""
+    """Teacher outputs are those of the same pixels, at the turn, after a resume, and with partners of all three splits."""
     turn = 2 * PER_EPOCH + 3
     first = turn // PER_FINAL_EPOCH * PER_FINAL_EPOCH + PER_FINAL_EPOCH  # of the first whole epoch of the phase
     dataset, of_all = make_dataset(), views_of(make_dataset(), AUGMENTATIONS[name], ALL)
