@@ -22,7 +22,7 @@ themselves, so even a perfect choice has some regret.
 
 Scenarios:
 
-- `digits`, `mnist`, `cifar10`: clean. The last distills a pretrained ResNet-56 (ONNX) into a ResNet-8 of width 8, in 6 epochs;
+- `digits`, `mnist`, `cifar10`: clean. The last distills a pretrained ResNet-56 (ONNX) into a ResNet-8 of width 8, in 3 epochs;
 - `wrong-labels`: 30 % of the labels are those of another class, also for the teacher;
 - `two-classes`: the teacher says 5 where it sees a 3;
 - `weak-teacher`: it was trained on 50 images, and about 60 % of its answers are right;
@@ -67,7 +67,7 @@ INTERVALS = (
     "Intervals are Student's t, 95 %, over seeds, paired by seed; they take the best recipe in hindsight as given. That "
     "of a mean over scenarios is over the seeds that all scenarios share."
 )
-FIRST_SEED = 7000  # the default was chosen on other seeds
+FIRST_SEED = 8000  # the default was chosen on other seeds
 SIZES = {"full": SCENARIOS, "smoke": SMOKE}
 MARKS = (0.01, 0.02, 0.03, *(i / 20 for i in range(1, 21)), 0.08)  # fractions of the steps, in any order
 STOPPED = robustness_table.STOPPED

@@ -56,7 +56,7 @@ SCENARIOS: dict[str, Scenario] = {
     "digits": Scenario("clean digits", "digits", clean=True),
     "mnist": Scenario("clean MNIST", clean=True),
     "cifar10": Scenario(
-        "clean CIFAR-10, ResNet-56 to ResNet-8", "cifar10", 2112, student="resnet8:width=8", clean=True, most=3
+        "clean CIFAR-10, ResNet-56 to ResNet-8", "cifar10", 1056, student="resnet8:width=8", clean=True, most=3
     ),
     "wrong-labels": Scenario("30 % wrong labels, on which the teacher was trained, too", fault="wrong labels"),
     "two-classes": Scenario("the teacher confuses two classes", fault="two classes"),
