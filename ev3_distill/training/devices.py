@@ -1,11 +1,12 @@
 """Runs on several devices: every batch is sharded, or the arms of an iteration train side by side.
 
 Every device holds the complete state and data. If batches are sharded, each device computes the forward pass of a part
-of the examples, and XLA adds up what gradients and statistics need from the others (data parallelism). An evolution arm
-shards its population the same way. The results are those of one device up to the order of floating-point additions. If
-arms are distributed, each device rolls out and scores proposals of its own and sends the results to the others. Nothing
-is sent within a trajectory, so each trajectory equals that of one device; but devices idle when there are fewer active
-arms than devices, as when the leader trains alone.
+of the examples, and XLA adds up what gradients and statistics need from the others (data parallelism). `Devices.whole`
+says that all else stays complete; a step then needs one sum of the gradients and those of the loss and of statistics. An
+evolution arm shards its population the same way. The results are those of one device up to the order of floating-point
+additions. If arms are distributed, each device rolls out and scores proposals of its own and sends the results to the
+others. Nothing is sent within a trajectory, so each trajectory equals that of one device; but devices idle when there are
+fewer active arms than devices, as when the leader trains alone.
 
 The two cannot be combined: XLA deadlocks if a batch is sharded within a branch that only some devices take.
 """
@@ -20,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ev3_distill.core.explore import on_one_device
+from ev3_distill.core.step import Step
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.compile import jit
 from ev3_distill.types import Network, PyTree, Variables
@@ -58,6 +60,7 @@ class Devices:
                 variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None
             ) -> tuple[Any, Variables]:
                 if BATCH not in jax.sharding.get_abstract_mesh().manual_axes:  # otherwise each device has its own work
+                    variables = self.whole(variables)  # and with them their gradients
                     inputs = jax.lax.with_sharding_constraint(inputs, parts)
                 result: tuple[Any, Variables] = forward(variables, inputs, train=train, key=key)
                 return result
@@ -68,12 +71,25 @@ class Devices:
         parallel_passes: dict[str, Any] = {name: parallel(one) for name, one in passes.items() if one is not None}
         return dataclasses.replace(network, **parallel_passes)
 
+    def whole(self, tree: PyTree) -> PyTree:
+        """Within a jitted function: the same arrays, which every device holds completely.
+
+        Without this XLA spreads even small arrays of a run's state over the devices and collects them again in every step.
+        """
+        if self.step_mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.step_mesh, REPLICATED))
+
+    def whole_step(self, step: Step) -> Step:
+        """The same step of the core, with states that every device holds completely."""
+        return lambda pools, state, limit: self.whole(step(pools, self.whole(state), limit))
+
     def distribute(
         self, work: Callable[[jax.Array, PyTree], tuple[PyTree, ...]], active: jax.Array, inputs: PyTree
     ) -> tuple[PyTree, ...]:
         """Computes each row on one device, see `types.Distribute`: active rows in turn, the others on the first device."""
         if self.mesh is None or self.mesh.axis_names != (ARMS,):
-            return on_one_device(work, active, inputs)
+            return self.whole(on_one_device(work, active, self.whole(inputs)))
         owner = jnp.where(active, (jnp.cumsum(active) - 1) % self.mesh.size, 0)
 
         def on_each(owner: jax.Array, inputs: PyTree) -> tuple[PyTree, ...]:

@@ -73,7 +73,9 @@ class Distillation:
         )
         self.devices, self._algorithm = devices, algorithm
         self.programs = Programs(devices)
-        self.loop = IterationLoop(make_step(algorithm), make_parts(algorithm), self.programs, devices)
+        self.loop = IterationLoop(
+            devices.whole_step(make_step(algorithm)), make_parts(algorithm), self.programs, devices
+        )
         self.evaluator = StudentEvaluator(
             student, algorithm.objectives, batch_size=config.eval_batch_size, devices=devices
         )

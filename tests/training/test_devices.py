@@ -156,6 +156,15 @@ def test_each_device_computes_a_part_of_the_batch(runs):
 
 
 @pytest.mark.slow
+def test_sharded_batches_leave_parameters_whole(runs):
+    """Within a training step devices add up gradients, losses and statistics; no parameter is collected or sent around."""
+    sends = re.findall(r"(all-gather|collective-permute|all-to-all)\(.*op_name=\"([^\"]*)", runs["parts"]["text"])
+    in_loops = [name for _, name in sends if name.count("while/body") > 1]
+    assert all("closed_call/cond" in name for name in in_loops), in_loops  # these assess students, batch by batch
+    assert len(sends) < 30
+
+
+@pytest.mark.slow
 def test_arms_send_only_their_results(runs):
     """No gradient is sent: the loop of a trajectory has no collective."""
     sends = [line for line in runs["arms"]["text"].splitlines() if re.search(r"= .*(all-reduce|all-gather)\(", line)]
