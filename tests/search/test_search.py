@@ -94,6 +94,7 @@ def test_it_grows_then_shrinks_then_repeats(searched):
     assert how[before].startswith("longer, from ")  # the selected student gets the remaining budget
 
 
+@pytest.mark.slow
 def test_a_size_gets_three_attempts_and_the_best_of_them_continues(cli, here, monkeypatch):
     """Two start from a part of the larger student. Decide is not sure of the best, but the sealed split proves it."""
     parts_used, begin = [], Distillation.begin
@@ -131,6 +132,7 @@ def test_a_size_gets_three_attempts_and_the_best_of_them_continues(cli, here, mo
     assert f"opened for no. {preferred['number']} and no. {surer['number']}; the second is delivered if" in page
 
 
+@pytest.mark.slow
 def test_the_surer_candidate_is_delivered_if_the_preferred_one_fails(cli, here, monkeypatch):
     """The sealed split is opened for both. Each has half of the error probability, also when evaluated again."""
     monkeypatch.setattr(
@@ -164,6 +166,7 @@ def test_the_surer_candidate_is_delivered_if_the_preferred_one_fails(cli, here, 
     assert len(json.loads((here / "run" / "opened.json").read_text())["openings"]) == 1
 
 
+@pytest.mark.slow
 def test_a_size_continues_from_its_ancestor_if_that_is_better(cli, here, monkeypatch):
     """The student from growing had spent its part of the budget without being stuck; the one attempt turned out worse."""
     monkeypatch.setattr("ev3_distill.search.stage.STAGE_SHARE", 6)
@@ -190,6 +193,7 @@ def state_of(run):
     return content, report, (run / "archive.json").read_text(), variables_of(run)
 
 
+@pytest.mark.slow
 def test_kills_change_nothing(searched, tmp_path):
     """Wherever they occur: before, during and after growing, shrinking and passes."""
     rng = random.Random(0)

@@ -136,6 +136,7 @@ def test_a_resumed_run_needs_its_teacher(images, cli, here, monkeypatch):
     assert "a resumed run needs the teacher that it started with, digest" in answer.err
 
 
+@pytest.mark.slow
 def test_features_and_a_teacher_inside_the_step(images, cli, here):
     network = ("--network", "resnet:depth=8,width=2", "--budget", "20")
     assert cli("teach", "--data", "npz:images.npz", *network, "--augment", "flip", "--out", "teacher").code == 0

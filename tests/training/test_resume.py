@@ -66,7 +66,7 @@ def random_moment(rng, run):
     return f"{kind} {name}", (run / name).exists
 
 
-@pytest.mark.parametrize("piece", range(PIECES))
+@pytest.mark.parametrize("piece", [0, *(pytest.param(piece, marks=pytest.mark.slow) for piece in range(1, PIECES))])
 def test_run_killed_at_random_moments_ends_with_the_same_results(piece, finished, tmp_path):
     rng = random.Random(piece)
     kills, torn, number = [], 0, 0
