@@ -273,7 +273,8 @@ class Compress(RunConfig):
     stop_when_met: bool = False
     """Stop as soon as the decide split proves every guard that training can affect."""
     deliver: str = "best"
-    """best: the current student if it scores above the champion on decide, else the champion.
+    """best: the current student if it scores above the champion on decide, else the champion. With guards: the current student,
+    unless decide shows the champion, or the student that was safest on assess, to be clearly better by the guards.
     champion: always the champion, the last student that passed a promotion test."""
     teacher_network: str = "mlp:hidden=256-256"
     """Network (as --student) of the teacher that is trained when --teacher is omitted."""

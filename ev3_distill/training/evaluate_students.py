@@ -5,8 +5,11 @@ import numpy as np
 
 from ev3_distill.core import Objectives, prioritise
 from ev3_distill.core.assess import outputs_of, score
+from ev3_distill.core.paired_tests import paired
 from ev3_distill.training.devices import Devices
 from ev3_distill.types import Batch, BeforeFinal, Evidence, Network, Pools, State, Variables
+
+CLEARLY = 2.0  # standard errors on decide by which another student must be better than the current one to be delivered
 
 
 def final_steps(state: State) -> int:
@@ -55,9 +58,13 @@ class StudentEvaluator:
         """Selects the student to deliver: 'champion', 'current', 'safest' or 'final', and its variables.
 
         The champion is proven. The current student has usually improved since, by gains too small to prove on decide.
-        Policy `best` takes whichever decide ranks strictly higher, among these two and, in a run with goals, the
-        student that was safest on assess. Policy `champion` always takes the champion. A run that ended because decide
-        proved all goals delivers the student that it proved.
+        Policy `best` takes the current student if decide ranks it strictly higher. Policy `champion` always takes the champion.
+        A run that ended because decide proved all goals delivers the student that it proved.
+
+        In a run with goals, policy `best` takes the current student unless decide shows the champion, or the student that was
+        safest on assess, to be clearly better by the goal at the greatest risk, CLEARLY standard errors paired by example. The
+        worst class has few examples on decide, so that students are often level by it, or one example apart: an early champion
+        would be as good as the last student.
 
         A run with a final phase delivers the student at its end, 'final', which has learned from assess and decide, too. If it
         scores lower on these rows than the student before the phase, or is not finite, the phase went wrong: that student
@@ -85,17 +92,36 @@ class StudentEvaluator:
         return bool(finite and ours >= theirs)
 
     def _select(self, pools: Pools, state: State, policy: str) -> tuple[str, Variables]:
-        champion, current, safest = state.champion.variables, state.current.variables, state.safest.variables
+        champion, current = state.champion.variables, state.current.variables
         if policy != "best":
             return "champion", champion
         if bool(state.met):
             return "current", current
-        evidence = self.evaluate(champion, pools.decide)._replace(promise=state.champion.decide)
-        best, variables, highest = "champion", champion, self.rank(evidence)
-        for name, student in (("current", current), ("safest", safest)):
-            if isinstance(student, Variables) and (rank := self.rank(self.evaluate(student, pools.decide))) > highest:
-                best, variables, highest = name, student, rank
+        if self.objectives.goals:
+            return self._select_by_goals(pools, state)
+        higher = float(self.evaluate(current, pools.decide).promise.mean()) > float(state.champion.decide.mean())
+        return ("current", current) if higher else ("champion", champion)
+
+    def _select_by_goals(self, pools: Pools, state: State) -> tuple[str, Variables]:
+        """The current student, unless decide shows another one to be clearly better, or level with it in every example."""
+        best, variables = "current", state.current.variables
+        ours = self.evaluate(variables, pools.decide)
+        for name, student in (("champion", state.champion.variables), ("safest", state.safest.variables)):
+            if isinstance(student, Variables):
+                theirs = self.evaluate(student, pools.decide)
+                equal = name == "champion" and jax.tree.all(jax.tree.map(np.array_equal, theirs, ours))
+                if equal or self._clearly_better(theirs, ours):
+                    best, variables, ours = name, student, theirs
         return best, variables
+
+    def _clearly_better(self, theirs: Evidence, ours: Evidence) -> bool:
+        """Whether one student is clearly better by the objective that rules for the other, and breaks no goal of it."""
+        thresholds = self.objectives.thresholds
+        ruling = prioritise.ruling_of(prioritise.risks_of(ours, thresholds))
+        gain, se = paired(*(prioritise.ruled(x, ruling).promise for x in (theirs, ours)))
+        breaks = prioritise.breaks(jax.tree.map(lambda leaf: leaf[None], theirs), ours, thresholds)
+        least = 1 / ours.promise.shape[0]  # of the error: scores that differ by rounding alone are level
+        return bool(gain > CLEARLY * np.maximum(se, least)) and not bool(breaks[0])
 
     def outranks(self, pools: Pools, one: Variables, other: Variables) -> bool:
         """Whether decide ranks one student strictly higher than another."""
