@@ -1,8 +1,9 @@
 """Allocate: which arms train in an iteration, and for how long, so that a portfolio costs little more than its best member.
 
 A run starts with a race. Each arm trains a student of its own, from common initial parameters and with its own optimizer,
-for up to a fraction `config.race` of the budget. After each iteration, an arm that assess shows to be clearly behind the best
-one leaves the race. When it is over, the arm that proposed the current student leads: it continues its own trajectory alone.
+for up to a fraction `config.race` of the budget. If that is too short to compare them all, only the first two race. After each
+iteration, an arm that assess shows to be clearly behind the best one leaves the race. When it is over, the arm that proposed
+the current student leads: it continues its own trajectory alone.
 If nothing has moved for PATIENCE iterations, another arm is asked: it starts from the current student and trains beside the
 leader for an iteration. If its proposal becomes current, it leads.
 """
@@ -19,14 +20,11 @@ from ev3_distill.types import ArmsState, Clock, Evidence
 
 TRAJECTORIES = 50  # of a run, each at most this part of the budget: enough points among which assess selects the best
 MOST_RACING = 0.5  # of the budget, for the race of all arms
-LEAST, LEAST_LENGTHS = (
-    0.02,
-    2,
-)  # of the budget, and times config.length: an arm trains for the longer of both before it may
-# leave the race, since the first steps only show who starts fast
-GROWS = (
-    0.2  # a trajectory may take this fraction of the steps so far, however large the budget: a wall time begins unknown
-)
+# Of the budget, and times config.length: an arm trains for the longer of both before it may leave the race, since the first
+# steps only show which arm starts fast. A race too short for the latter is between the first FEWEST arms.
+LEAST, LEAST_LENGTHS = 0.02, 2
+FEWEST = 2
+GROWS = 0.2  # a trajectory may take this fraction of the steps so far at any budget: a wall time begins unknown
 PATIENCE = 3  # iterations without a move after which another arm is asked
 REST = (
     0.85  # factor on the distance of a resting arm from level, per iteration: early results say little about late ones
@@ -35,16 +33,37 @@ ASKED = 1.0  # standard errors by which an arm's value falls when it is asked
 FARTHEST = 10.0  # standard errors; differences count as at most that
 
 
-def race_steps(racers: Sequence[bool], budget: jax.Array, config: EV3) -> jax.Array:
-    """Steps of each arm that stays in the race to its end, a whole number as a float; 0 if there is no race.
+def entrants(racers: Sequence[bool], budget: jax.Array, config: EV3) -> jax.Array:
+    """Which arms enter the race, [A] bool: the first ones, as many as the race gives LEAST_LENGTHS * config.length steps each.
+
+    At least FEWEST of them enter: what a short race costs counts, and it shows large differences alone.
 
     Args:
-      racers: [A], which arms race.
+      racers: [A], which arms may race, in the order of the portfolio.
       budget: of the student.
       config: of the run.
     """
-    count = sum(racers)
-    return jnp.floor(budget * (min(config.race, MOST_RACING / count) if count > 1 else 0.0))
+    least = LEAST_LENGTHS * config.length
+    count = jnp.where(config.race * budget < least, FEWEST, jnp.maximum(MOST_RACING * budget / least, FEWEST))
+    return jnp.array(racers) & (jnp.cumsum(jnp.array(racers)) <= count)
+
+
+def race_steps(entered: jax.Array, budget: jax.Array, config: EV3) -> jax.Array:
+    """Steps of each arm that stays in the race to its end, a whole number as a float; 0 if there is no race.
+
+    Args:
+      entered: [A] bool, which arms enter the race.
+      budget: of the student.
+      config: of the run.
+    """
+    count = entered.sum()
+    return jnp.floor(budget * jnp.where(count > 1, jnp.minimum(config.race, MOST_RACING / count), 0.0))
+
+
+def enter(arms: ArmsState, entered: jax.Array) -> ArmsState:
+    """The arms with those out of the race that do not enter it, except the leader. They wait to be asked."""
+    leads = jnp.arange(arms.value.shape[0]) == arms.leader
+    return arms._replace(racing=jnp.where(arms.racing.sum() > 1, arms.racing & (entered | leads), arms.racing))
 
 
 def is_racing(arms: ArmsState, steps: jax.Array) -> jax.Array:

@@ -97,12 +97,13 @@ def make_step(algorithm: Algorithm) -> Step:
 
 def _plan(algorithm: Algorithm, state: State, limit: Any) -> Plan:
     """Decides which arms train, and for how long."""
-    clock, arms, config = state.clock, state.arms, algorithm.config
+    clock, config = state.clock, algorithm.config
     end, turns = _end_of_phase(algorithm, state, limit)
     remaining = jnp.where(state.met | stuck(state), 0, jnp.maximum(end - clock.cost, 0))
     until = jnp.minimum(limit, state.plateau.until) if isinstance(state.plateau, Plateau) else jnp.asarray(limit)
     budget, cost = jnp.maximum(until - clock.start_cost, 1), clock.cost - clock.start_cost
-    in_race = allocate.race_steps(algorithm.racers, budget, config)
+    entered = allocate.entrants(algorithm.racers, budget, config)
+    arms, in_race = allocate.enter(state.arms, entered), allocate.race_steps(entered, budget, config)
     racing = allocate.is_racing(arms, in_race)
     length = allocate.next_length(racing, in_race - arms.raced, budget, cost, config=config)
     lengths = jnp.array([arm.length for arm in algorithm.arms], jnp.float32)
@@ -357,8 +358,10 @@ def _move(
         length=plan.length,
         raced=arms.raced + jnp.where(plan.racing, plan.steps.max(), 0),
     )
-    in_race = allocate.race_steps(algorithm.racers, plan.budget, algorithm.config)
+    entered = allocate.entrants(algorithm.racers, plan.budget, algorithm.config)
+    in_race = allocate.race_steps(entered, plan.budget, algorithm.config)
     broken = trained & ~proposals.active
+    arms = allocate.enter(arms, entered)
     arms = allocate.race_on(arms, behind, broken, in_race, budget=plan.budget, config=algorithm.config)
     clock = clock._replace(stale=jnp.where(choice.moves | rolled_back, 0, clock.stale + 1))
     return state._replace(clock=clock, current=current, arms=arms), choice, rolled_back

@@ -95,6 +95,12 @@ def test_default_arms_of_networks_without_convolutions_differ_in_optimizer_and_l
     assert all(ARMS[name].optimizer == "muon" for name in CONVOLUTIONAL)
 
 
+def test_first_two_default_arms_are_one_that_needs_no_teacher_and_one_that_does():
+    """These alone race if the budget is short."""
+    for names in (DEFAULT, CONVOLUTIONAL):
+        assert {ARMS[name].uses_teacher for name in names[:2]} == {True, False}
+
+
 @pytest.mark.parametrize("metric", ON_RARE_CLASSES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_goal_that_balances_classes_adds_balanced_arms(family, metric):

@@ -99,7 +99,43 @@ def test_steps_agree_with_hand_computation():
 )
 def test_steps_of_a_race_agree_with_hand_computation(racers, budget, race, steps):
     resting = [False]  # an arm that does not race does not count
-    assert float(allocate.race_steps([True] * racers + resting, jnp.int32(budget), EV3(race=race))) == steps
+    entered = jnp.array([True] * racers + resting)
+    assert float(allocate.race_steps(entered, jnp.int32(budget), EV3(race=race))) == steps
+
+
+@pytest.mark.parametrize(
+    ("racers", "budget", "race", "length", "enter"),
+    [
+        ("1111", 1250, 0.08, 50, "1111"),  # 100 steps each: two of the shortest trajectories
+        ("1111", 1249, 0.08, 50, "1100"),
+        ("1111", 300, 0.08, 50, "1100"),
+        ("1111", 300, 0.08, 12, "1111"),  # 24 each
+        ("1111", 1, 0.08, 50, "1100"),
+        ("010111", 300, 0.08, 50, "010100"),  # the first two of those that race at all
+        ("01", 300, 0.08, 50, "01"),
+        ("11", 300, 0.08, 50, "11"),
+        ("111111", 1000, 0.5, 50, "111110"),  # half of the budget is enough for five arms of 100 steps
+        ("111111", 1199, 0.5, 50, "111110"),
+        ("111111", 1200, 0.5, 50, "111111"),
+        ("1111", 10**6, 0.0, 50, "1100"),
+        ("1111", 2**30, 0.08, 50, "1111"),
+    ],
+)
+def test_arms_that_enter_the_race_agree_with_hand_computation(racers, budget, race, length, enter):
+    config = EV3(race=race, length=length)
+    entered = allocate.entrants([r == "1" for r in racers], jnp.int32(budget), config)
+    assert entered.tolist() == [e == "1" for e in enter]
+
+
+def test_arms_that_do_not_enter_are_out_of_the_race_but_the_leader():
+    def racing(racing, entered, leader=0):
+        arms = arms_of(value=[0.0] * len(racing), racing=racing, leader=leader)
+        return allocate.enter(arms, jnp.array(entered)).racing.tolist()
+
+    assert racing([True, True, True], [True, True, False]) == [True, True, False]
+    assert racing([True, False, True], [True, True, False]) == [True, False, False]  # none returns
+    assert racing([True, True, True], [True, True, False], leader=2) == [True, True, True]
+    assert racing([False, False, True], [True, True, False], leader=0) == [False, False, True]  # the race is over
 
 
 @functools.cache
@@ -110,7 +146,8 @@ def race_with(length, max_length, race, lengths):
 
     @jax.jit
     def iteration(arms, cost, budget, behind):
-        steps = allocate.race_steps(racers, budget, config)
+        entered = allocate.entrants(racers, budget, config)
+        arms, steps = allocate.enter(arms, entered), allocate.race_steps(entered, budget, config)
         racing = allocate.is_racing(arms, steps)
         wanted = allocate.next_length(racing, steps - arms.raced, budget, cost, config=config)
         active = allocate.active_arms(arms, racing)
@@ -136,13 +173,19 @@ RACES = st.tuples(
 @settings(deadline=None, max_examples=150)
 @given(RACES, st.integers(1, 50) | st.integers(1, 10**4) | st.integers(1, 2**30), st.integers(0, 2**31))
 def test_race_of_any_arms_and_budget_keeps_its_bounds(drawn, budget, seed):
-    """No arm takes more than its part, all together at most half, and none leaves early or if it leads."""
+    """No arm takes more than its part, all together at most half, and none leaves early or if it leads.
+
+    As many enter as can train for two of the shortest trajectories each, and at least two.
+    """
     length, longer, race, count = drawn
-    rng, part = np.random.default_rng(seed), min(race, 0.5 / count)
+    enough = [n for n in range(2, count + 1) if min(race, 0.5 / n) * budget >= 2 * length]
+    enters = max(enough, default=2)
+    rng, part = np.random.default_rng(seed), min(race, 0.5 / enters)
     iteration = race_with(length, max(length, longer), race, (1.0,) * count)
     arms, cost = arms_of(value=[0.0] * count, racing=[True] * count), np.zeros(count, np.int64)
     for _ in range(300):
-        before, leads = np.asarray(arms.racing), int(rng.choice(np.flatnonzero(arms.racing)))
+        before = np.asarray(arms.racing) & (np.arange(count) < enters)
+        leads = int(rng.choice(np.flatnonzero(before)))
         behind = np.where(rng.random(count) < 0.5, 0.0, -10.0).astype(np.float32)
         behind[rng.integers(count)] = 0
         arms = arms._replace(leader=jnp.int32(leads))
@@ -168,7 +211,7 @@ def test_race_of_any_arms_and_budget_keeps_its_bounds(drawn, budget, seed):
     if part * budget < 1:
         assert cost.sum() == 0  # too small a budget for a race
     elif part >= 0.02:
-        assert cost.min() >= min(math.floor(part * budget * (1 - 1e-6)), 0.02 * budget * (1 - 1e-6))
+        assert cost[:enters].min() >= min(math.floor(part * budget * (1 - 1e-6)), 0.02 * budget * (1 - 1e-6))
 
 
 def race_on(behind, *, leader=0, racing=None, raced=50, steps=100, budget=1000, drop=5.0, broken=(), length=5):

@@ -32,7 +32,7 @@ from ev3_distill import students
 from test_devices import pools_of
 from test_trainer import squared, cross_entropy
 
-config = ev3.EV3(batch_size=8, eval_batch_size=16, length=2, max_length=4)
+config = ev3.EV3(batch_size=8, eval_batch_size=16, length=2, max_length=4, race=0.12)
 pools = pools_of()
 
 
