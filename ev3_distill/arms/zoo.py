@@ -50,7 +50,7 @@ class Recipe(NamedTuple):
         optimizer = {"adamw": adamw, "sgd": sgd, "muon": muon}[self.optimizer](self.rate)
         anneal = up_and_down if self.optimizer == "muon" else None
         arm = gradient_arm(name, forward.apply, self.loss(), optimizer, anneal=anneal, rounding=forward.rounding)
-        return arm._replace(races=self.races)
+        return arm._replace(races=self.races, starts_fast=anneal is None)
 
 
 def with_labels(teacher: Loss) -> Loss:
@@ -122,8 +122,8 @@ EVOLVING: dict[str, Callable[[], Objective]] = {  # evolution arms, by what they
     "es-worst-class": lambda: steering.goal("worst_class_accuracy", 0).score,
 }
 # Arms that differ in loss and optimizer race, labels alone among them. With guards on rare classes, balanced losses do, too.
-# The first two alone race if the budget is short: both start fast, and one of them needs no teacher.
-DEFAULT = ("trust-sgd", "ce-sgd", "kd4-muon", "kd4")
+# The SGD arms alone race if the budget is short: both start fast, and one of them needs no teacher.
+DEFAULT = ("kd4-muon", "trust-sgd", "ce-sgd", "kd4")
 CONVOLUTIONAL = ("kd4-muon", "ce-muon")
 BALANCED = ("ce-sgd-balanced", "kd4-muon-balanced")
 CONVOLUTIONAL_BALANCED = ("kd4-muon-balanced",)

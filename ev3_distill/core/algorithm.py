@@ -50,3 +50,9 @@ class Algorithm:
         """Which arms take part in the race: all if none would, [A]."""
         races = tuple(arm.races for arm in self.arms)
         return races if any(races) else (True,) * len(races)
+
+    @property
+    def fast_racers(self) -> tuple[bool, ...]:
+        """Which arms take part in a race that is short: those that start fast, or all if fewer than two do, [A]."""
+        fast = tuple(races and arm.starts_fast for races, arm in zip(self.racers, self.arms, strict=True))
+        return fast if sum(fast) > 1 else self.racers

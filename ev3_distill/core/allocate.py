@@ -1,7 +1,7 @@
 """Allocate: which arms train in an iteration, and for how long, so that a portfolio costs little more than its best member.
 
 A run starts with a race. Each arm trains a student of its own, from common initial parameters and with its own optimizer,
-for up to a fraction `config.race` of the budget. If that is too short to compare them all, only the first two race. After each
+for up to a fraction `config.race` of the budget. If that is too short to compare them all, two that start fast race. After each
 iteration, an arm that assess shows to be clearly behind the best one leaves the race. When it is over, the arm that proposed
 the current student leads: it continues its own trajectory alone.
 If nothing has moved for PATIENCE iterations, another arm is asked: it starts from the current student and trains beside the
@@ -21,7 +21,7 @@ from ev3_distill.types import ArmsState, Clock, Evidence
 TRAJECTORIES = 50  # of a run, each at most this part of the budget: enough points among which assess selects the best
 MOST_RACING = 0.5  # of the budget, for the race of all arms
 # Of the budget, and times config.length: an arm trains for the longer of both before it may leave the race, since the first
-# steps only show which arm starts fast. A race too short for the latter is between the first FEWEST arms.
+# steps only show which arm starts fast. A race too short for the latter is between FEWEST arms, which start fast.
 LEAST, LEAST_LENGTHS = 0.02, 2
 FEWEST = 2
 GROWS = 0.2  # a trajectory may take this fraction of the steps so far at any budget: a wall time begins unknown
@@ -33,19 +33,23 @@ ASKED = 1.0  # standard errors by which an arm's value falls when it is asked
 FARTHEST = 10.0  # standard errors; differences count as at most that
 
 
-def entrants(racers: Sequence[bool], budget: jax.Array, config: EV3) -> jax.Array:
+def entrants(racers: Sequence[bool], fast: Sequence[bool], budget: jax.Array, config: EV3) -> jax.Array:
     """Which arms enter the race, [A] bool: the first ones, as many as the race gives LEAST_LENGTHS * config.length steps each.
 
-    At least FEWEST of them enter: what a short race costs counts, and it shows large differences alone.
+    If it is too short for that, the first FEWEST of those that start fast enter: what a short race costs counts, and it does
+    not show the worth of an arm that starts slowly.
 
     Args:
       racers: [A], which arms may race, in the order of the portfolio.
+      fast: [A], which of them enter a short race.
       budget: of the student.
       config: of the run.
     """
     least = LEAST_LENGTHS * config.length
-    count = jnp.where(config.race * budget < least, FEWEST, jnp.maximum(MOST_RACING * budget / least, FEWEST))
-    return jnp.array(racers) & (jnp.cumsum(jnp.array(racers)) <= count)
+    count = jnp.maximum(MOST_RACING * budget / least, FEWEST)
+    among, of_short = jnp.array(racers), jnp.array(fast)
+    in_short = of_short & (jnp.cumsum(of_short) <= FEWEST)
+    return jnp.where(config.race * budget < least, in_short, among & (jnp.cumsum(among) <= count))
 
 
 def race_steps(entered: jax.Array, budget: jax.Array, config: EV3) -> jax.Array:
@@ -61,9 +65,14 @@ def race_steps(entered: jax.Array, budget: jax.Array, config: EV3) -> jax.Array:
 
 
 def enter(arms: ArmsState, entered: jax.Array) -> ArmsState:
-    """The arms with those out of the race that do not enter it, except the leader. They wait to be asked."""
-    leads = jnp.arange(arms.value.shape[0]) == arms.leader
-    return arms._replace(racing=jnp.where(arms.racing.sum() > 1, arms.racing & (entered | leads), arms.racing))
+    """The arms with those out of the race that do not enter it; they wait to be asked.
+
+    Before the first step of the race, the first arm that enters leads. Later the leader stays in the race.
+    """
+    begins = (arms.racing.sum() > 1) & (arms.raced == 0) & ~entered[arms.leader]
+    leader = jnp.where(begins, jnp.argmax(entered), arms.leader).astype(jnp.int32)
+    stays = entered | (jnp.arange(arms.value.shape[0]) == leader)
+    return arms._replace(leader=leader, racing=jnp.where(arms.racing.sum() > 1, arms.racing & stays, arms.racing))
 
 
 def is_racing(arms: ArmsState, steps: jax.Array) -> jax.Array:

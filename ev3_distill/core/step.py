@@ -22,6 +22,7 @@ from ev3_distill.types import (
     KEEP,
     PROMOTE,
     ROLL_BACK,
+    ArmsState,
     Batch,
     BeforeFinal,
     CurrentStudent,
@@ -102,14 +103,19 @@ def _plan(algorithm: Algorithm, state: State, limit: Any) -> Plan:
     remaining = jnp.where(state.met | stuck(state), 0, jnp.maximum(end - clock.cost, 0))
     until = jnp.minimum(limit, state.plateau.until) if isinstance(state.plateau, Plateau) else jnp.asarray(limit)
     budget, cost = jnp.maximum(until - clock.start_cost, 1), clock.cost - clock.start_cost
-    entered = allocate.entrants(algorithm.racers, budget, config)
-    arms, in_race = allocate.enter(state.arms, entered), allocate.race_steps(entered, budget, config)
+    arms, in_race = _enter(algorithm, state.arms, budget)
     racing = allocate.is_racing(arms, in_race)
     length = allocate.next_length(racing, in_race - arms.raced, budget, cost, config=config)
     lengths = jnp.array([arm.length for arm in algorithm.arms], jnp.float32)
     steps = allocate.steps_of(allocate.active_arms(arms, racing), arms.leader, lengths, length, remaining)
     per_step = steps.sum() / jnp.maximum(steps, 1) / budget
     return Plan(steps, cost / budget, per_step, budget, length, racing, turns, remaining)
+
+
+def _enter(algorithm: Algorithm, arms: ArmsState, budget: jax.Array) -> tuple[ArmsState, jax.Array]:
+    """The arms with those alone in the race that this budget allows, and the steps of each in the whole race."""
+    entered = allocate.entrants(algorithm.racers, algorithm.fast_racers, budget, algorithm.config)
+    return allocate.enter(arms, entered), allocate.race_steps(entered, budget, algorithm.config)
 
 
 def _end_of_phase(algorithm: Algorithm, state: State, limit: Any) -> tuple[jax.Array, jax.Array]:
@@ -166,6 +172,7 @@ def _settle(
 ) -> tuple[State, Decision]:
     """Scores the proposals and applies what follows from the scores."""
     objectives, config, steps = algorithm.objectives, algorithm.config, plan.steps
+    state = state._replace(arms=_enter(algorithm, state.arms, plan.budget)[0])
     closing, thresholds, before = plan.remaining <= 0, objectives.thresholds, state.current.evidence
     trained = steps[state.arms.asked] > 0
     asked = jnp.where(trained, state.arms.asked, -1)
@@ -358,10 +365,8 @@ def _move(
         length=plan.length,
         raced=arms.raced + jnp.where(plan.racing, plan.steps.max(), 0),
     )
-    entered = allocate.entrants(algorithm.racers, plan.budget, algorithm.config)
-    in_race = allocate.race_steps(entered, plan.budget, algorithm.config)
+    _, in_race = _enter(algorithm, arms, plan.budget)
     broken = trained & ~proposals.active
-    arms = allocate.enter(arms, entered)
     arms = allocate.race_on(arms, behind, broken, in_race, budget=plan.budget, config=algorithm.config)
     clock = clock._replace(stale=jnp.where(choice.moves | rolled_back, 0, clock.stale + 1))
     return state._replace(clock=clock, current=current, arms=arms), choice, rolled_back

@@ -104,38 +104,50 @@ def test_steps_of_a_race_agree_with_hand_computation(racers, budget, race, steps
 
 
 @pytest.mark.parametrize(
-    ("racers", "budget", "race", "length", "enter"),
+    ("racers", "fast", "budget", "race", "length", "enter"),
     [
-        ("1111", 1250, 0.08, 50, "1111"),  # 100 steps each: two of the shortest trajectories
-        ("1111", 1249, 0.08, 50, "1100"),
-        ("1111", 300, 0.08, 50, "1100"),
-        ("1111", 300, 0.08, 12, "1111"),  # 24 each
-        ("1111", 1, 0.08, 50, "1100"),
-        ("010111", 300, 0.08, 50, "010100"),  # the first two of those that race at all
-        ("01", 300, 0.08, 50, "01"),
-        ("11", 300, 0.08, 50, "11"),
-        ("111111", 1000, 0.5, 50, "111110"),  # half of the budget is enough for five arms of 100 steps
-        ("111111", 1199, 0.5, 50, "111110"),
-        ("111111", 1200, 0.5, 50, "111111"),
-        ("1111", 10**6, 0.0, 50, "1100"),
-        ("1111", 2**30, 0.08, 50, "1111"),
+        ("1111", "0111", 1250, 0.08, 50, "1111"),  # 100 steps each: two of the shortest trajectories
+        ("1111", "0111", 1249, 0.08, 50, "0110"),
+        ("1111", "0111", 300, 0.08, 50, "0110"),
+        ("1111", "0111", 300, 0.08, 12, "1111"),  # 24 each
+        ("1111", "1111", 1, 0.08, 50, "1100"),
+        ("010111", "010011", 300, 0.08, 50, "010010"),
+        ("01", "01", 300, 0.08, 50, "01"),
+        ("111111", "000111", 1000, 0.5, 50, "111110"),  # half of the budget is enough for five arms of 100 steps
+        ("111111", "000111", 1199, 0.5, 50, "111110"),
+        ("111111", "000111", 1200, 0.5, 50, "111111"),
+        ("1111", "1111", 2**30, 0.08, 50, "1111"),
     ],
 )
-def test_arms_that_enter_the_race_agree_with_hand_computation(racers, budget, race, length, enter):
+def test_arms_that_enter_the_race_agree_with_hand_computation(racers, fast, budget, race, length, enter):
+    racers, fast, enter = ([x == "1" for x in text] for text in (racers, fast, enter))
     config = EV3(race=race, length=length)
-    entered = allocate.entrants([r == "1" for r in racers], jnp.int32(budget), config)
-    assert entered.tolist() == [e == "1" for e in enter]
+    assert allocate.entrants(racers, fast, jnp.int32(budget), config).tolist() == enter
 
 
-def test_arms_that_do_not_enter_are_out_of_the_race_but_the_leader():
-    def racing(racing, entered, leader=0):
-        arms = arms_of(value=[0.0] * len(racing), racing=racing, leader=leader)
-        return allocate.enter(arms, jnp.array(entered)).racing.tolist()
+def test_arms_of_a_short_race_start_fast_unless_fewer_than_two_do():
+    def fast(*starts_fast, races=(True, True, True)):
+        arms = [Arm(str(i), None, None, races=races[i], starts_fast=x) for i, x in enumerate(starts_fast)]
+        return Algorithm(lambda *_: None, arms, None, None, CONFIG).fast_racers
 
-    assert racing([True, True, True], [True, True, False]) == [True, True, False]
-    assert racing([True, False, True], [True, True, False]) == [True, False, False]  # none returns
-    assert racing([True, True, True], [True, True, False], leader=2) == [True, True, True]
-    assert racing([False, False, True], [True, True, False], leader=0) == [False, False, True]  # the race is over
+    assert fast(False, True, True) == (False, True, True)
+    assert fast(False, False, True) == (True, True, True)
+    assert fast(True, True, True, races=(True, False, True)) == (True, False, True)
+    assert fast(False, True, True, races=(True, True, False)) == (True, True, False)
+
+
+def test_arms_that_do_not_enter_are_out_of_the_race():
+    def after(racing, entered, leader=0, raced=0):
+        arms = allocate.enter(
+            arms_of(value=[0.0] * len(racing), racing=racing, leader=leader, raced=raced), jnp.array(entered)
+        )
+        return arms.racing.tolist(), int(arms.leader)
+
+    assert after([True, True, True], [True, True, False]) == ([True, True, False], 0)
+    assert after([True, True, True], [False, True, True]) == ([False, True, True], 1)  # the first of them leads
+    assert after([True, False, True], [True, True, False], raced=5) == ([True, False, False], 0)  # none returns
+    assert after([True, True, True], [True, True, False], 2, raced=5) == ([True, True, True], 2)  # the leader stays
+    assert after([False, False, True], [True, True, False], 0) == ([False, False, True], 0)  # the race is over
 
 
 @functools.cache
@@ -146,7 +158,7 @@ def race_with(length, max_length, race, lengths):
 
     @jax.jit
     def iteration(arms, cost, budget, behind):
-        entered = allocate.entrants(racers, budget, config)
+        entered = allocate.entrants(racers, racers, budget, config)
         arms, steps = allocate.enter(arms, entered), allocate.race_steps(entered, budget, config)
         racing = allocate.is_racing(arms, steps)
         wanted = allocate.next_length(racing, steps - arms.raced, budget, cost, config=config)
