@@ -25,7 +25,7 @@ from ev3_distill.cli.options import (
     TeachCommand,
 )
 from ev3_distill.config_file import ConfigT, check_unchanged, read_config, read_run_config
-from ev3_distill.errors import InputError, RequirementError
+from ev3_distill.errors import InputError, RequirementError, warn
 
 # Thresholds of the garbage collector. Modules and traced programs are many long-lived objects; scanning them at the default
 # thresholds takes 7% of a short run.
@@ -105,6 +105,7 @@ def _run(command: CompressCommand | TeachCommand) -> None:
         check_unchanged(execution.resume, command.run, other=other)
     directory = execution.resume or execution.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     several_processes = execution.start()
+    _store_programs(execution.compile_cache and not several_processes)
     from ev3_distill.cli import commands
 
     start = commands.compress if isinstance(command, CompressCommand) else commands.teach
@@ -128,7 +129,16 @@ def _run(command: CompressCommand | TeachCommand) -> None:
         raise SystemExit(3)
 
 
+def _store_programs(wanted: bool) -> None:
+    """Opens the store of compiled programs, before the first one is compiled."""
+    from ev3_distill.runtime import compile_cache
+
+    if wanted and (reason := compile_cache.start()):
+        warn(f"compiled programs are not stored: {reason}")
+
+
 def _evaluate(command: EvaluateCommand) -> None:
+    _store_programs(command.compile_cache)
     from ev3_distill.cli import commands
 
     if not commands.evaluate(command):
@@ -167,6 +177,7 @@ def _report(command: ReportCommand) -> None:
 
 
 def _export(command: ExportCommand) -> None:
+    _store_programs(command.compile_cache)
     from ev3_distill.export import ExportConfig, export_run
 
     export_config = ExportConfig(

@@ -47,6 +47,8 @@ class ExecutionOptions(DistributedOptions):
     """Number of devices to use. 0: one device, or all of them in a multi-process run."""
     spread: str = "batch"
     """What to distribute over devices: batch (a part of each batch per device) or arms (those of one iteration in parallel)."""
+    compile_cache: bool = True
+    """Store compiled programs for the next command on this machine. Several processes never do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,8 @@ class EvaluateCommand:
     """Run that an exported file comes from: compares its predictions with those of the student, example by example."""
     threads: int = 0
     """Threads for an exported file. 0: as many as there are processors."""
+    compile_cache: bool = True
+    """Store compiled programs, as --compile-cache of compress."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +144,8 @@ class ExportCommand:
     """MODULE:FACTORY of a student of your own, as --student of evaluate."""
     latency: bool = False
     """Measure the latency of the file, and of the teacher if it can run, on this machine, for the model card."""
+    compile_cache: bool = True
+    """Store compiled programs, as --compile-cache of compress."""
 
 
 @dataclasses.dataclass(frozen=True)

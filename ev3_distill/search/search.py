@@ -14,6 +14,7 @@ import numpy as np
 
 from ev3_distill import students
 from ev3_distill.config import Compress
+from ev3_distill.runtime import compile_cache
 from ev3_distill.runtime.ledger import MOVES, read_rows
 from ev3_distill.runtime.progress import RunProgress
 from ev3_distill.search import archive
@@ -80,6 +81,7 @@ def _write_ledger(runner: StageRunner) -> dict[str, Any]:
             "steps": steps,
             "drawing": steps - sum(sum(row["steps"].values()) for row in history),
             "examples": steps * runner.config.ev3.batch_size,
+            **compile_cache.usage(),
         },
         "arms": _arms_in(history),
         "error_budget": {

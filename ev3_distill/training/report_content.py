@@ -12,6 +12,7 @@ import numpy as np
 
 from ev3_distill.config import EV3, Compress, RunConfig, Teach
 from ev3_distill.data import SPLITS
+from ev3_distill.runtime import compile_cache
 from ev3_distill.runtime.ledger import read_rows
 from ev3_distill.runtime.race import race_of
 from ev3_distill.students import count_params
@@ -153,7 +154,8 @@ def _student_facts(
 def _run_facts(directory: Path, final: FinalStudent, config: EV3) -> dict[str, Any]:
     """What the state and the ledger of a run show.
 
-    Times (wall_s, compile_s) are the only entries in which two runs of one configuration on one machine differ.
+    Times (wall_s, compile_s) and the use of the compile cache (programs, from_cache) are the only entries in which two runs
+    of one configuration on one machine differ.
     """
     state, history = final.state, list(read_rows(directory / "ledger.jsonl"))
     cost, arms = int(state.clock.cost), state.arms
@@ -164,6 +166,7 @@ def _run_facts(directory: Path, final: FinalStudent, config: EV3) -> dict[str, A
             "steps": cost,
             "drawing": cost - int(arms.cost.sum()),
             "examples": cost * config.batch_size,
+            **compile_cache.usage(),
         },
         "iterations": int(state.clock.iteration),
         "promotions": sum(row["verdict"] == "promote" for row in history),

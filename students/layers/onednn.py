@@ -5,7 +5,8 @@ configuration has changed between versions of jaxlib, and a wrong one crashes th
 versions in `TESTED_VERSIONS`, on processors that oneDNN has fast code for; everywhere else `conv.py` uses XLA's own
 convolution. To add a version, run `pytest tests/students/test_conv_layers.py` and `ev3-distill bench speed` with it.
 
-EV3_DISTILL_ONEDNN=0 turns it off. So does a persistent compilation cache, to which programs with such a call cannot be written.
+EV3_DISTILL_ONEDNN=0 turns it off. Programs with such a call are not stored in a compilation cache: XLA would read memory at
+random to write one.
 
 Activations are [B, H, W, C]. The call has no derivatives; `conv.py` defines them.
 """
@@ -20,16 +21,19 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 
+from ev3_distill.runtime import compile_cache
+
 TESTED_VERSIONS = ("0.10.2",)
+CALL = "__onednn$convolution"
 Pair = tuple[int, int]
 
 
 @functools.cache
 def available() -> bool:
     """Whether the call exists and was tested with this jaxlib; constant on one machine."""
-    if os.environ.get("EV3_DISTILL_ONEDNN", "1") == "0" or getattr(jax.config, "jax_compilation_cache_dir", None):
+    if os.environ.get("EV3_DISTILL_ONEDNN", "1") == "0":
         return False
-    if jaxlib.__version__ not in TESTED_VERSIONS:
+    if jaxlib.__version__ not in TESTED_VERSIONS or not compile_cache.never_store(CALL):
         return False
     try:
         if " avx2 " not in pathlib.Path("/proc/cpuinfo").read_text():
@@ -92,7 +96,7 @@ def convolution(
         "feature_groups": 1,
     }
     call = jax.ffi.ffi_call(
-        "__onednn$convolution",
+        CALL,
         jax.ShapeDtypeStruct((x.shape[0], *out, kernel.shape[o]), x.dtype),
         custom_call_api_version=2,
         legacy_backend_config=json.dumps({"onednn_conv_config": config}),

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
 from ev3_distill.students.layers import onednn
 from ev3_distill.students.layers.conv import BatchNorm, Conv, convolve
@@ -37,25 +36,21 @@ CASES = {
 
 @pytest.fixture(scope="module", params=["XLA", "oneDNN"], autouse=True)
 def library(request):
-    """Runs the tests with XLA and with oneDNN, which needs the compilation cache of the suite to be off."""
-    if request.param == "XLA":
-        assert not onednn.available()
-        yield
-        return
-    folder = jax.config.jax_compilation_cache_dir
-    try:
-        fresh(None)
-        if not onednn.available():
+    """Runs the tests with XLA and with oneDNN, which the suite turns off."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EV3_DISTILL_ONEDNN", "0" if request.param == "XLA" else "1")
+        fresh()
+        if request.param == "XLA":
+            assert not onednn.available()
+        elif not onednn.available():
             pytest.skip("oneDNN's convolution was not tested with this jaxlib or this processor")
         yield
-    finally:
-        fresh(folder)
+    fresh()
 
 
-def fresh(folder):
-    jax.config.update("jax_compilation_cache_dir", folder)
-    for forget in (compilation_cache.reset_cache, onednn.available.cache_clear, jax.clear_caches):
-        forget()
+def fresh():
+    onednn.available.cache_clear()
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module", params=CASES, ids=list(CASES))
