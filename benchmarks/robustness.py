@@ -3,8 +3,8 @@
 In each scenario one student learns in each of these ways, with the same number of training steps:
 
 - each recipe of a grid of losses, optimizers and rates (`fixed_recipes.RECIPES`), on the explore split, without EV3. The
-  average of the iterates is delivered, once at the end and once as early stopping has it: of 24 marks, that with the highest
-  accuracy on assess. Early stopping sees the labels of assess as they are given, wrong ones too;
+  average of the iterates is delivered, once at the end and once as early stopping has it: of 24 marks (10 for CIFAR-10), that
+  with the highest accuracy on assess. Early stopping sees the labels of assess as they are given, wrong ones too;
 - `KD, all rows`: the usual recipe, KD with T = 4 and a tenth of cross entropy (`kd4`), on explore, assess and decide;
 - `KD, all rows, stopped`: the same on explore and decide, with early stopping on assess;
 - `EV3`: the default, from the data and the teacher's outputs to the delivered student as `compress` does it. The steps of all
@@ -50,6 +50,7 @@ import numpy as np
 
 from ev3_distill import students
 from ev3_distill.arms import ARMS
+from ev3_distill.arms.zoo import is_convolutional
 from ev3_distill.benchmarks import fixed_recipes, robustness_table
 from ev3_distill.benchmarks.robustness_scenarios import SCENARIOS, SMOKE, Problem, Scenario, problem_of
 from ev3_distill.config import Compress
@@ -70,6 +71,7 @@ INTERVALS = (
 FIRST_SEED = 8000  # the default was chosen on other seeds
 SIZES = {"full": SCENARIOS, "smoke": SMOKE}
 MARKS = (0.01, 0.02, 0.03, *(i / 20 for i in range(1, 21)), 0.08)  # fractions of the steps, in any order
+MARKS_OF_CONVOLUTIONAL = tuple(i / 10 for i in range(1, 11))  # whose evaluation takes as long as a tenth of an epoch
 STOPPED = robustness_table.STOPPED
 ALL_ROWS = robustness_table.ALL_ROWS
 OURS = robustness_table.OURS
@@ -146,9 +148,11 @@ def _rows(scenario: Scenario, seed: int, missing: Collection[str]) -> Iterator[d
     }
     common = {"steps": scenario.steps, "teacher": _figure(subject, subject.problem.logits[rows["test"]].argmax(1))}
     if any(name in missing for name in contenders("recipes")):
-        for name, stopped, row in _trained(subject, fixed_recipes.RECIPES, train_on["explore"]):
-            if (contender := f"{name}{STOPPED if stopped else ''}") in missing:
-                yield {"contender": contender, "fixed": True, **row, **common}
+        for group in _together(subject):
+            if any(f"{name}{ending}" in missing for name in group for ending in ("", STOPPED)):
+                for name, stopped, row in _trained(subject, group, train_on["explore"]):
+                    if (contender := f"{name}{STOPPED if stopped else ''}") in missing:
+                        yield {"contender": contender, "fixed": True, **row, **common}
     for contender in contenders("plain"):
         if contender in missing:
             plain = {fixed_recipes.PLAIN: fixed_recipes.RECIPES[fixed_recipes.PLAIN]}
@@ -177,6 +181,13 @@ def _subject(scenario: Scenario, seed: int) -> Subject:
     return Subject(scenario, problem, config, setup)
 
 
+def _together(subject: Subject) -> list[Mapping[str, fixed_recipes.Recipe]]:
+    """The recipes that train together: those of a convolutional student each alone, so that a stop loses one of them."""
+    recipes = fixed_recipes.RECIPES
+    alone = is_convolutional(subject.setup.network.spec)
+    return [{name: one} for name, one in recipes.items()] if alone else [recipes]
+
+
 def _trained(
     subject: Subject, recipes: Mapping[str, fixed_recipes.Recipe], parts: Sequence[np.ndarray]
 ) -> Iterator[tuple[str, bool, dict[str, Any]]]:
@@ -184,7 +195,8 @@ def _trained(
     dataset, rows, seed = subject.problem.dataset, np.concatenate(parts), subject.seed
     inputs, held = np.asarray(dataset.inputs), subject.setup.rows["assess"]
     pool = resident(inputs[rows], dataset.labels[rows], rows, {"logits": subject.problem.logits[rows][None]}, seed=seed)
-    marks = sorted({max(1, round(subject.scenario.steps * fraction)) for fraction in MARKS})
+    fractions = MARKS_OF_CONVOLUTIONAL if is_convolutional(subject.setup.network.spec) else MARKS
+    marks = sorted({max(1, round(subject.scenario.steps * fraction)) for fraction in fractions})
     steps = fixed_recipes.stages(subject.scenario.student, dataset.num_classes, recipes, pool, seed=seed, marks=marks)
     on = [jnp.asarray(inputs[part]) for part in (held, subject.setup.rows["test"])]
     for name, curve in fixed_recipes.curves_of(steps, *on).items():
