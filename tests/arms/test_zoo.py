@@ -158,6 +158,29 @@ def test_sgd_has_nesterov_momentum_and_weight_decay():
     np.testing.assert_allclose(state.iterate.params["w"], w, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("optimizer", [adamw, sgd])
+@pytest.mark.parametrize(("size", "vectors"), [(99, 1), (100, 2)])
+def test_parameters_are_one_vector_in_small_networks_alone(monkeypatch, optimizer, size, vectors):
+    monkeypatch.setattr("ev3_distill.arms.optimizers.SMALL", 100)
+    draw = np.random.default_rng(0).normal
+    params, gradients = (
+        {"bias": jnp.asarray(draw(size=9)), "kernel": jnp.asarray(draw(size=size - 9))} for _ in range(2)
+    )
+    plain = optax.adamw(0.1, weight_decay=1e-4)
+    if optimizer is sgd:
+        plain = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9, nesterov=True))
+    results = []
+    for one in (optimizer(0.1), plain):
+        state, current = one.init(params), params
+        for _ in range(3):
+            updates, state = one.update(gradients, state, current)
+            current = optax.apply_updates(current, updates)
+        results.append((current, state))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), results[0][0], results[1][0])
+    moments = [leaf for leaf in jax.tree.leaves(results[0][1]) if leaf.ndim]
+    assert len(moments) == vectors * (2 if optimizer is adamw else 1)
+
+
 def test_sgd_of_the_zoo_has_rate_a_tenth():
     """The first step is 1.9 times the rate times the gradient, decay included."""
     for name in ("ce-sgd", "kd2-sgd", "trust-sgd"):
