@@ -196,6 +196,7 @@ def assert_full_disk_is_reported(process, run):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free_kib", [40, 400])  # KiB: full during training of the teacher, of the student
 def test_run_resumes_after_a_full_disk(free_kib, finished, tmp_path):
     disk, run = tmp_path / "disk", tmp_path / "disk" / "run"

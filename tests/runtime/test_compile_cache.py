@@ -158,6 +158,7 @@ def test_a_second_process_compiles_nothing_and_damaged_files_are_replaced(tmp_pa
     assert first["values"] == second["values"] == third["values"] == fourth["values"]
 
 
+@pytest.mark.slow
 def test_a_directory_of_the_user_is_left_alone(tmp_path, root):
     own = python(PROGRAMS, tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))
     assert "programs" not in own and not root.exists()
@@ -180,6 +181,7 @@ print(json.dumps({"available": onednn.available(), "value": float(loss(kernel).s
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whose", ["ours", "of the user"])
 def test_programs_with_oneDNN_are_fast_and_not_stored(tmp_path, root, whose):
     own = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

@@ -259,6 +259,7 @@ def test_a_guard_out_of_reach_ends_with_code_3(cli, here):
     assert [one["params"] for one in sizes if one["how"][:6] != "longer"] == [21, 27]  # three units, four
 
 
+@pytest.mark.slow
 def test_listed_sizes_are_tried_in_order(cli, here):
     """Even one that growth cannot reach."""
     write_data()
@@ -271,6 +272,7 @@ def test_listed_sizes_are_tried_in_order(cli, here):
     assert [one["how"] for one in sizes] == ["begun", "the next size, from 1", "the next size, from 2"]
 
 
+@pytest.mark.slow
 def test_a_size_without_a_fitting_part_starts_from_scratch(cli, here):
     """The larger network has a smaller first layer; the report names the origin correctly."""
     write_data()

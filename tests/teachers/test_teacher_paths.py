@@ -202,7 +202,7 @@ def logits(images):
         np.testing.assert_allclose(logits[path], logits["onnx"], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mix", ["", "cutmix"])
+@pytest.mark.parametrize("mix", ["", pytest.param("cutmix", marks=pytest.mark.slow)])
 def test_cached_logits_belong_to_the_pixels_of_the_batch(tmp_path, cifar, mix):
     """For 1,000 random pairs of example and view, cached logits equal the teacher's on the pixels of the batch."""
     if not ONNX.is_file():

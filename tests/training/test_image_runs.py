@@ -57,7 +57,7 @@ def images(here):
     return {name: f"python:{name}_{tag}:logits" for name in ("right", "wrong")}
 
 
-@pytest.mark.parametrize("augment", ["none", "flip,crop=2,mixup"])
+@pytest.mark.parametrize("augment", [pytest.param("none", marks=pytest.mark.slow), "flip,crop=2,mixup"])
 def test_streamed_or_resident_is_the_same_run(images, cli, here, augment):
     options = (*QUICK, "--data", "npz:images.npz", "--teacher", images["right"], "--augment", augment, "--views", "2")
     assert cli("compress", *options, "--out", "resident").code == 0
@@ -77,6 +77,7 @@ def test_evaluation_takes_what_the_memory_limit_has_room_for():
     assert eval_batch_size(data, 2**20, 3) == 3
 
 
+@pytest.mark.slow
 def test_an_interrupted_augmented_run_goes_on_bit_by_bit(images, cli, here, monkeypatch):
     options = (*QUICK, "--data", "npz:images.npz", "--teacher", images["right"], "--augment", "flip,crop=2,cutmix")
     assert cli("compress", *options, "--out", "whole").code == 0

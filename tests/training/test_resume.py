@@ -96,7 +96,7 @@ def test_run_killed_at_random_moments_ends_with_the_same_results(piece, finished
     assert_same_run(finished, run)
 
 
-@pytest.mark.parametrize("stage", ["teacher/ledger.jsonl", "ledger.jsonl"])
+@pytest.mark.parametrize("stage", [pytest.param("teacher/ledger.jsonl", marks=pytest.mark.slow), "ledger.jsonl"])
 def test_interrupt_prints_how_to_resume(stage, finished, tmp_path):
     run = tmp_path / "run"
     process = start(run)
