@@ -28,7 +28,8 @@ class EV3:
     """Longest trajectory in steps. A trajectory takes a fiftieth of the budget, within these limits."""
     race: float = 0.08
     """Fraction of the budget that each arm may use in the race at the start, for at most half of the budget in total.
-    If that is less than twice `length`, only the first two arms that start fast race. 0: no race, the first arm leads."""
+    If that is fewer than two trajectories of `length` steps, only the first two arms that start fast race. 0: no race, the
+    first arm leads."""
     drop: float = 5.0
     """Standard errors on the assess split by which an arm must lie behind the best arm to leave the race early."""
     final: float = 0.2

@@ -176,9 +176,7 @@ class Arm(NamedTuple):
     uses_held_out: bool = False  # whether it needs held-out batches, to tune its loss by them
     hyperparameters: Callable[[PyTree], dict[str, jax.Array]] | None = None  # state -> tuned values, for the ledger
     races: bool = True  # whether it takes part in the race at the start of a run; otherwise it waits to be asked
-    starts_fast: bool = (
-        True  # whether a short race shows its worth; not that of an arm whose rate warms up over the budget
-    )
+    starts_fast: bool = True  # whether a short race shows its worth: its rate does not warm up over the budget
 
 
 class Proposals(NamedTuple):
