@@ -41,6 +41,7 @@ class Scenario(NamedTuple):
     by_class: bool = False  # whether the figure is the mean over classes, on assess and on test
     allowed: float = 1.0  # largest regret of the default, in points
     clean: bool = False
+    first_seed: int = 9500  # the default was chosen on other seeds
     most: int = 1000  # limit on the number of seeds
 
 
@@ -56,7 +57,7 @@ SCENARIOS: dict[str, Scenario] = {
     "digits": Scenario("clean digits", "digits", clean=True),
     "mnist": Scenario("clean MNIST", clean=True),
     "cifar10": Scenario(
-        "clean CIFAR-10, ResNet-56 to ResNet-8", "cifar10", 1056, student="resnet8:width=8", clean=True, most=3
+        "clean CIFAR-10, ResNet-56 to ResNet-8", "cifar10", 1056, student="resnet8:width=8", clean=True, first_seed=8000, most=3
     ),
     "wrong-labels": Scenario("30 % wrong labels, on which the teacher was trained, too", fault="wrong labels"),
     "two-classes": Scenario("the teacher confuses two classes", fault="two classes"),

@@ -39,7 +39,7 @@ from ev3_distill.types import (
     Variables,
 )
 
-HARMED = 2.0  # standard errors below the current student, at which more training by the leader seems to harm
+HARMED = 2.0  # standard errors below the current student, at which the leader's own trajectory seems to have gone wrong
 
 Step = Callable[[Pools, State, Any], tuple[State, Decision]]
 # (pools, state, limit) -> (state, decision); the limit is an int32 scalar, of NumPy if it comes from the host
@@ -119,17 +119,11 @@ def _enter(algorithm: Algorithm, arms: ArmsState, budget: jax.Array) -> tuple[Ar
 
 
 def _end_of_phase(algorithm: Algorithm, state: State, limit: Any) -> tuple[jax.Array, jax.Array]:
-    """The cost that the run may reach before its final phase, or in it, and whether that phase follows now.
-
-    It follows once the rest of the budget is the final phase's, unless the leader's newest proposals lie clearly below the
-    current student: more training harms there, for example if many labels are wrong.
-    """
+    """The cost that the run may reach before its final phase, or in it, and whether that phase follows now."""
     if not algorithm.has_final:
         return jnp.asarray(limit), jnp.bool_(False)
     before = limit - jnp.floor(limit * algorithm.config.final).astype(jnp.int32)
-    sound = state.arms.lag[state.arms.leader] >= -HARMED
-    waits = ~state.final & sound
-    return jnp.where(waits, before, limit), waits & (state.clock.cost >= before)
+    return jnp.where(state.final, limit, before), ~state.final & (state.clock.cost >= before)
 
 
 def _roll(
@@ -198,16 +192,25 @@ def _settle(
     verdict = jnp.where(choice.moves, jnp.where(state.final, FINAL, ADOPT), KEEP)
     verdict = jnp.where(rolled_back, ROLL_BACK, jnp.where(promotion.promoted, PROMOTE, verdict)).astype(jnp.int32)
     outcome = _Outcome(proposals, evidence, ruling, choice, promotion, risks, verdict, asked, state.final)
-    state = _begin_final(state, plan.turns)
+    state = _begin_final(algorithm, state, plan.turns)
     return state, _decision(algorithm, state, steps, outcome)
 
 
-def _begin_final(state: State, turns: jax.Array) -> State:
-    """The state after an iteration; if it `turns`, the leader alone trains from now on, in the final phase."""
+def _begin_final(algorithm: Algorithm, state: State, turns: jax.Array) -> State:
+    """The state after an iteration; if it `turns`, the leader alone trains from now on, in the final phase.
+
+    It continues its trajectory. If its newest proposals lie clearly below the current student, it has trained too long, for
+    example on wrong labels: then it starts anew from the current student.
+    """
     if not isinstance(state.before, BeforeFinal):
         return state
     arms, now = state.arms, BeforeFinal(state.current.variables, state.clock.cost)
-    alone = arms._replace(racing=jnp.arange(len(arms.value)) == arms.leader, asked=jnp.int32(-1))
+    leads = jnp.arange(len(arms.value)) == arms.leader
+    anew = leads & (arms.lag < -HARMED)
+    states = tuple(
+        where(anew[i], arm.init(state.current.variables), arms.states[i]) for i, arm in enumerate(algorithm.arms)
+    )
+    alone = arms._replace(states=states, racing=leads, asked=jnp.int32(-1))
     return state._replace(
         arms=where(turns, alone, arms), final=state.final | turns, before=where(turns, now, state.before)
     )

@@ -107,12 +107,14 @@ def test_trajectory_is_a_fiftieth_of_the_budget_and_at_most_a_fifth_of_the_cost(
     assert (length(10**6, 200), length(10**6, 400)) == (40, 80)
 
 
-@pytest.mark.parametrize(("lag", "turns"), [(-1.9, True), (-2.1, False)])
-def test_final_phase_waits_if_the_leader_lies_two_standard_errors_below_the_current_student(lag, turns):
+@pytest.mark.parametrize(("lag", "anew"), [(-1.9, False), (-2.1, True)])
+def test_leader_two_standard_errors_below_the_current_student_starts_the_final_phase_anew(lag, anew):
     start, step = compiled(1, has_final=True)
-    state = replace_fields(start(threshold(8), POOLS), clock={"cost": jnp.int32(80)}, arms={"lag": jnp.array([lag])})
-    after, _ = step(POOLS, state, np.int32(100))
-    assert bool(after.final) == turns
+    initial = start(threshold(8), POOLS)
+    (walk,) = initial.arms.states
+    arms = {"lag": jnp.array([lag]), "states": (walk._replace(age=jnp.int32(5)),)}
+    after, _ = step(POOLS, replace_fields(initial, clock={"cost": jnp.int32(80)}, arms=arms), np.int32(100))
+    assert bool(after.final) and int(after.arms.states[0].age) == (0 if anew else 5)
 
 
 def test_patience_lasts_at_least_five_initial_trajectories():
