@@ -15,6 +15,7 @@ import numpy as np
 from ev3_distill.arms import PEER
 from ev3_distill.data.pipeline import TeacherOf, Views
 from ev3_distill.errors import InputError
+from ev3_distill.runtime.phases import phase
 from ev3_distill.runtime.progress import CountProgress
 from ev3_distill.tasks.base import Task
 from ev3_distill.teachers import Teacher
@@ -105,10 +106,11 @@ class CachedTargets:
         """Reads outputs from the store of a view; runs the teacher on the rows that it lacks."""
         store = self._stores.get(str(view))
         if store is None:
-            store = self._stores[str(view)] = self._open(view, self._fields(inputs_of(positions[:1])))
-            spot_check(self._outputs, inputs_of, store, positions)
+            with phase("teacher"):
+                store = self._stores[str(view)] = self._open(view, self._fields(inputs_of(positions[:1])))
+                spot_check(self._outputs, inputs_of, store, positions)
         if len(store.missing(positions)):
-            with self.pause_display(), CountProgress(title, things="examples") as progress:
+            with phase("teacher"), self.pause_display(), CountProgress(title, things="examples") as progress:
                 collect(
                     self._outputs,
                     inputs_of,

@@ -19,7 +19,8 @@ from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.monitor import report
 from ev3_distill.monitor.sentences import alarm_of, claim_line, correction_sentence, guard_line, units_sentence
-from ev3_distill.runtime import distributed
+from ev3_distill.monitor.number_format import duration
+from ev3_distill.runtime import distributed, phases
 from ev3_distill.search import first_network, run_search
 from ev3_distill.students import feature_shapes
 from ev3_distill.teachers import Teacher, load_logits, load_recorded, load_teacher, save_logits
@@ -29,7 +30,7 @@ from ev3_distill.training.devices import BATCH as BATCH_SPREAD
 from ev3_distill.training.devices import ONE, Devices, devices_of
 from ev3_distill.training.label_checks import describe_labels, require_labels
 from ev3_distill.training.memory import eval_batch_size, return_freed_memory
-from ev3_distill.training.run_reader import check_joint_strata, data_of, report_in
+from ev3_distill.training.run_reader import check_joint_strata, data_of, report_in, trained_seconds
 from ev3_distill.training.setup import InStepTeacher, TrainingSetup, classification_setup
 from ev3_distill.training.student_setup import prepare_student, warn_of_duplicates
 from ev3_distill.training.train import train
@@ -106,7 +107,7 @@ def compress(
     """
     directory = Path(out)
     config = _configure(Compress, config, options, directory, resume=resume)
-    with _session(directory, devices=devices, spread=spread, tensorboard=tensorboard) as (own, placement):
+    with _session(directory, devices=devices, spread=spread, tensorboard=tensorboard, resume=resume) as (own, placement):
         return RunResult(directory, _compress(own, config, resume=resume, devices=placement))
 
 
@@ -123,7 +124,7 @@ def teach(
     """Trains a teacher on labels alone: what the command `ev3-distill teach` runs. Takes what `compress` takes."""
     directory = Path(out)
     config = _configure(Teach, config, options, directory, resume=resume)
-    with _session(directory, devices=devices, spread=spread, tensorboard=tensorboard) as (own, placement):
+    with _session(directory, devices=devices, spread=spread, tensorboard=tensorboard, resume=resume) as (own, placement):
         dataset = _load_data(own, config, resume=resume)
         require_labels(dataset, "teach")
         setup = classification_setup(config, config.network, dataset, dataset.num_classes, placement)
@@ -146,15 +147,19 @@ def _configure(
 
 @contextlib.contextmanager
 def _session(
-    directory: Path, *, devices: int | None, spread: str, tensorboard: Path | None
+    directory: Path, *, devices: int | None, spread: str, tensorboard: Path | None, resume: bool
 ) -> Iterator[tuple[Path, Devices]]:
-    """What surrounds a run: its devices, the other processes, the writer for TensorBoard, and errors of a full disk.
+    """What surrounds a run: its clock, devices and other processes, the writer for TensorBoard, and errors of a full disk.
 
     Yields:
       The directory in which this process works, and the devices.
     """
     placement = ONE if devices == 1 == jax.process_count() else devices_of(devices, spread=spread)
     with contextlib.ExitStack() as stack:
+        clock = stack.enter_context(phases.command())
+        phases.count_compiling()
+        if resume:
+            clock.add_earlier(trained_seconds(directory))
         stack.enter_context(distributed.watch_peers())
         own = stack.enter_context(distributed.process_directory(directory))
         if tensorboard is not None and distributed.is_first_process():
@@ -170,8 +175,9 @@ def _load_data(directory: Path, config: RunConfig, *, resume: bool) -> Dataset:
         run_dir.refuse_occupied(directory)
     check_joint_strata(directory, config, resume=resume)
     return_freed_memory(config.memory)
-    dataset = data_of(config)
-    describe_labels(dataset)
+    with phases.phase("reading"):
+        dataset = data_of(config)
+        describe_labels(dataset)
     return dataset
 
 
@@ -190,7 +196,8 @@ def _opened(
             run_dir.create(directory, config, inputs)
         yield report_in(directory)
         if (directory / "report.json").exists() and not (directory / "report.html").exists():
-            report.write_html(directory)
+            with phases.phase("writing"):
+                report.write_html(directory)
 
 
 def _compress(directory: Path, config: Compress, *, resume: bool, devices: Devices) -> dict[str, Any]:
@@ -202,10 +209,11 @@ def _compress(directory: Path, config: Compress, *, resume: bool, devices: Devic
         return _with_new_teacher(directory, config, dataset, inputs, resume=resume, devices=devices)
     if config.teacher.startswith("logits:"):
         return _with_recorded_teacher(directory, config, dataset, inputs, resume=resume, devices=devices)
-    teacher = _load_teacher(config.teacher, config, dataset)
-    teacher_checks.warn_if_trained_on_test(config, dataset)
-    dataset = name_classes(dataset, teacher.class_names or ())
-    outputs = teacher.outputs(dataset.inputs[:1])
+    with phases.phase("teacher"):
+        teacher = _load_teacher(config.teacher, config, dataset)
+        teacher_checks.warn_if_trained_on_test(config, dataset)
+        dataset = name_classes(dataset, teacher.class_names or ())
+        outputs = teacher.outputs(dataset.inputs[:1])
     num_classes = dataset.num_classes or teacher.num_classes or outputs["logits"].shape[1]
     shapes = {name: rows.shape[1:] for name, rows in outputs.items() if name != "logits"}
     setup, arms = _student(config, dataset, num_classes, shapes, devices=devices)
@@ -213,7 +221,8 @@ def _compress(directory: Path, config: Compress, *, resume: bool, devices: Devic
         teacher_checks.check_unchanged(teacher, inputs["teacher"]["digest"], directory)
     else:
         inputs["teacher"] = {"digest": teacher.digest, "params": teacher.params}
-        teacher_checks.check_quality(teacher, setup, as_is=config.teacher_as_is)
+        with phases.phase("teacher"):
+            teacher_checks.check_quality(teacher, setup, as_is=config.teacher_as_is)
     with _opened(directory, config, inputs, resume=resume) as finished:
         return finished or _with_running_teacher(directory, config, setup, arms, teacher, source=config.teacher)
 
@@ -230,10 +239,11 @@ def _with_new_teacher(
         if finished:
             return finished
         own = directory / "teacher"
-        _teach(own, teacher_config, teacher_setup, resume=(own / "config.toml").exists())
-        features = "#" + ",".join(setup.teacher_features) if setup.teacher_features else ""
-        load = functools.partial(students.load, factory=students.import_factory(config.teacher_network))
-        teacher = _load_teacher(f"flax:{own}{features}", config, dataset, load_network=load)
+        with phases.phase("teacher"):
+            _teach(own, teacher_config, teacher_setup, resume=(own / "config.toml").exists())
+            features = "#" + ",".join(setup.teacher_features) if setup.teacher_features else ""
+            load = functools.partial(students.load, factory=students.import_factory(config.teacher_network))
+            teacher = _load_teacher(f"flax:{own}{features}", config, dataset, load_network=load)
         source = f"trained here: {config.teacher_network}"
         return _with_running_teacher(directory, config, setup, arms, teacher, source=source)
 
@@ -243,12 +253,13 @@ def _with_recorded_teacher(
 ) -> dict[str, Any]:
     """Trains the student on recorded logits, of which the run keeps a copy."""
     copy = directory / LOGITS
-    recorded = load_logits(
-        copy if copy.exists() else config.teacher.partition(":")[2],
-        rows=len(dataset.labels),
-        test_rows=dataset.test_rows,
-        fingerprint=dataset.fingerprint,
-    )
+    with phases.phase("teacher"):
+        recorded = load_logits(
+            copy if copy.exists() else config.teacher.partition(":")[2],
+            rows=len(dataset.labels),
+            test_rows=dataset.test_rows,
+            fingerprint=dataset.fingerprint,
+        )
     options = Preprocessing() if copy.exists() else config.teacher_input  # the copy holds the final logits
     teacher = load_recorded(
         recorded,
@@ -362,7 +373,9 @@ def print_result(result: RunResult) -> None:
     import rich
 
     rich.print(report.terminal_summary(result.report))
-    print(f"Student: {result.student}\nReport:  {result.page}")
+    times = phases.clock().times()
+    spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in times["phases"].items() if seconds >= phases.SHOWN_S)
+    print(f"Student: {result.student}\nReport:  {result.page}\nTime:    {duration(times['wall_s'])}: {spent}")
 
 
 def evaluate(options: EvaluateCommand) -> bool:

@@ -26,6 +26,7 @@ from ev3_distill.cli.options import (
 )
 from ev3_distill.config_file import ConfigT, check_unchanged, read_config, read_run_config
 from ev3_distill.errors import InputError, RequirementError, warn
+from ev3_distill.runtime import console, phases
 
 # Thresholds of the garbage collector. Modules and traced programs are many long-lived objects; scanning them at the default
 # thresholds takes 7% of a short run.
@@ -38,11 +39,13 @@ def main(argv: list[str] | None = None) -> None:
     Exit code 2 for bad input, with one message on standard error; 3 for a guard that is not certified or another requirement
     that is not met; 130 after Ctrl-C.
     """
+    start = phases.process_start() if argv is None else None
     argv = sys.argv[1:] if argv is None else argv
     gc.set_threshold(*GC_THRESHOLDS)
     try:
-        command = _parse(argv)
-        _COMMANDS[type(command)](command)
+        with phases.command(start, phase="importing"):
+            command = _parse(argv)
+            _COMMANDS[type(command)](command)
     except InputError as error:
         print(f"ev3-distill: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -104,20 +107,22 @@ def _run(command: CompressCommand | TeachCommand) -> None:
         other = "--config" if execution.config else "--out" if execution.out else ""
         check_unchanged(execution.resume, command.run, other=other)
     directory = execution.resume or execution.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    several_processes = execution.start()
-    _store_programs(execution.compile_cache and not several_processes)
-    from ev3_distill.cli import commands
-
-    start = commands.compress if isinstance(command, CompressCommand) else commands.teach
     try:
-        result = start(
-            command.run,  # type: ignore[arg-type]
-            out=directory,
-            resume=execution.resume is not None,
-            devices=execution.devices or (None if several_processes else 1),
-            spread=execution.spread,
-            tensorboard=execution.tensorboard,
-        )
+        with console.news(phases.clock()):
+            several_processes = execution.start()
+            _store_programs(execution.compile_cache and not several_processes)
+            from ev3_distill.cli import commands
+
+            phases.clock().turn_to("other")
+            start = commands.compress if isinstance(command, CompressCommand) else commands.teach
+            result = start(
+                command.run,  # type: ignore[arg-type]
+                out=directory,
+                resume=execution.resume is not None,
+                devices=execution.devices or (None if several_processes else 1),
+                spread=execution.spread,
+                tensorboard=execution.tensorboard,
+            )
     except KeyboardInterrupt:
         resume = f"resume with: ev3-distill {name} --resume {shlex.quote(str(directory))}"
         has_begun = (directory / "config.toml").exists()

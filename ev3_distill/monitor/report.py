@@ -29,6 +29,7 @@ from ev3_distill.monitor.sentences import (
 from ev3_distill.runtime.files import atomic_write
 from ev3_distill.runtime.glossary import TERMS
 from ev3_distill.runtime.ledger import PROMISE
+from ev3_distill.runtime.phases import SHOWN_S
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -96,6 +97,7 @@ def render(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         search=report.get("search"),
         sizes=charts.sizes(report, (6.4, 3.4)) if report.get("search") else "",
         terms=TERMS,
+        shown_s=SHOWN_S,
     )
 
 

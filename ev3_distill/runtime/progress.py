@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
+from ev3_distill.runtime import console
 from ev3_distill.runtime.glossary import explain
 from ev3_distill.runtime.ledger import promise_scores
 from ev3_distill.runtime.race import race_news, who_trains
@@ -39,20 +40,24 @@ class Bar:
         columns.append(progress.TextColumn("{task.fields[note]}"))
         self._progress = progress.Progress(*columns, console=Console(stderr=True))
         self._task = self._progress.add_task(title, total=total, rate="", note="")
+        self._shown = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         self._progress.start()
+        self._shown.enter_context(console.shown(self))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._shown.close()
         self._progress.stop()
 
     def update(
         self, done: float | None = None, *, total: float | None = None, rate: str | None = None, note: str | None = None
     ) -> None:
         """Show new values; None leaves a value unchanged."""
+        console.touch()
         fields = {name: text for name, text in (("rate", rate), ("note", note)) if text is not None}
         self._progress.update(self._task, completed=done, total=total, **fields)  # type: ignore[arg-type]
 
@@ -86,8 +91,8 @@ class RunProgress:
             self._bar.update(rate="compiling")
             self._bar.line(explain("champion", "current"))
         else:
-            _print(self._title, "compiling")
-            _print(self._title, explain("champion", "current"))
+            console.say(self._title, "compiling")
+            console.say(self._title, explain("champion", "current"))
         return self
 
     def __exit__(
@@ -123,7 +128,7 @@ class RunProgress:
             left: float | None = self._total - done
             if left is not None and not self._timed:
                 left = left / pace if pace else None
-            _print(
+            console.say(
                 self._title,
                 f"{min(done / self._total, 1):.0%}, {row['cost']} steps, {rate}"
                 f"{'' if left is None else f', {max(left, 0):.0f} s left'}; {note}; "
@@ -171,22 +176,16 @@ class CountProgress:
         elif now - self._last_line >= PLAIN_EVERY_S or done == total:
             self._last_line = now
             left = f", {(total - done) / pace:,.0f} s left" if pace and done < total else ""
-            _print(self._title, f"{done / max(total, 1):.0%}, {done:,} of {total:,} {self._things}, {rate}{left}")
+            console.say(self._title, f"{done / max(total, 1):.0%}, {done:,} of {total:,} {self._things}, {rate}{left}")
 
     def line(self, text: str) -> None:
         """Print a line of text."""
-        if self._bar is not None:
-            self._bar.line(f"{self._title}: {text}")
-        else:
-            _print(self._title, text)
+        console.say(self._title, text)
 
     def _show(self, done: int, total: int) -> None:
         if sys.stderr.isatty():
             self._bar = Bar(self._title, total=total, counts=True).__enter__()
             self._bar.update(done)
         else:
-            _print(self._title, f"{total - (self._first or 0):,} of {total:,} {self._things} to do")
+            console.say(self._title, f"{total - (self._first or 0):,} of {total:,} {self._things} to do")
 
-
-def _print(title: str, text: str) -> None:
-    print(f"{title}: {text}", file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ev3_distill import students
 from ev3_distill.config import Compress
-from ev3_distill.runtime import compile_cache
+from ev3_distill.runtime import compile_cache, phases
 from ev3_distill.runtime.ledger import MOVES, read_rows
 from ev3_distill.runtime.progress import RunProgress
 from ev3_distill.search import archive
@@ -51,7 +51,7 @@ def run_search(
     """
     if not config.ev3.patience:
         config = dataclasses.replace(config, ev3=dataclasses.replace(config.ev3, patience=PATIENCE))
-    with RunProgress("search", steps=setup.steps, seconds=None) as progress:
+    with phases.phase("training"), RunProgress("search", steps=setup.steps, seconds=None) as progress:
         runner = StageRunner(directory, config, setup, arm_names, targets, progress=progress)
         policy = SearchPolicy(runner)
         policy.grow()
@@ -72,12 +72,10 @@ def _write_ledger(runner: StageRunner) -> dict[str, Any]:
     history = [row for ledger in ledgers for row in ledger]
     added = {entry.number for entry in runner.archive.entries}
     write_lines(runner.directory / "ledger.jsonl", [row for row in history if row["size"] in added])
-    wall_s, compile_s = sum(ledger[-1]["wall_s"] for ledger in ledgers if ledger), _compile_s(runner)
     steps = runner.spent() + runner.lost
     return {
         "cost": {
-            "wall_s": round(wall_s + compile_s, 3),
-            "compile_s": round(compile_s, 3),
+            **phases.clock().times(),
             "steps": steps,
             "drawing": steps - sum(sum(row["steps"].values()) for row in history),
             "examples": steps * runner.config.ev3.batch_size,
@@ -90,11 +88,6 @@ def _write_ledger(runner: StageRunner) -> dict[str, Any]:
             "tests": int(runner.budget.tests),
         },
     }
-
-
-def _compile_s(runner: StageRunner) -> float:
-    runs = {id(stage.run): stage.run for stage in runner.stages}.values()
-    return sum(run.distillation.compile_s for run in runs)
 
 
 def _final(
@@ -116,7 +109,6 @@ def _final(
         f"sizes/{entry.number:02d}",
         stage.latest(),
         stage.run.arms,
-        _compile_s(runner),
         name=entry.network,
         facts={**facts, "search": outcome},
         on_decide=np.asarray(stage.run.distillation.evaluator.evaluate(variables, stage.run.pools.decide).promise),

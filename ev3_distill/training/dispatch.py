@@ -14,6 +14,7 @@ import numpy as np
 
 from ev3_distill.core import Step
 from ev3_distill.core.flatten_state import Flat, Flattening
+from ev3_distill.runtime.phases import phase
 from ev3_distill.training.devices import Devices
 from ev3_distill.types import Decision, Pools, State
 
@@ -35,7 +36,8 @@ class Programs:
     def timed(self, work: Callable[[], Any]) -> Any:
         """Calls `work`, and counts its time as compile time."""
         start = time.perf_counter()
-        result = work()
+        with phase("compiling"):
+            result = work()
         self.compile_s += time.perf_counter() - start
         return result
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ev3_distill.config import EV3, Compress, RunConfig, Teach
 from ev3_distill.data import SPLITS
-from ev3_distill.runtime import compile_cache
+from ev3_distill.runtime import compile_cache, phases
 from ev3_distill.runtime.ledger import read_rows
 from ev3_distill.runtime.race import race_of
 from ev3_distill.students import count_params
@@ -35,7 +35,6 @@ class FinalStudent:
       origin: which of the run's students it is: champion, current, ...
       state: the last state of the run.
       arms: names of the run's arms.
-      compile_s: seconds spent compiling.
       name: of the network, if it is not the configured one.
       facts: entries of the report that replace or extend the usual ones.
       on_decide: [N] promise scores on decide; after a final phase, those of the student before it, which has not learned from
@@ -47,7 +46,6 @@ class FinalStudent:
     origin: str
     state: State
     arms: Sequence[str]
-    compile_s: float
     name: str = ""
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     on_decide: np.ndarray | None = None
@@ -154,15 +152,14 @@ def _student_facts(
 def _run_facts(directory: Path, final: FinalStudent, config: EV3) -> dict[str, Any]:
     """What the state and the ledger of a run show.
 
-    Times (wall_s, compile_s) and the use of the compile cache (programs, from_cache) are the only entries in which two runs
-    of one configuration on one machine differ.
+    Times and the use of the compile cache (programs, from_cache) are the only entries in which two runs of one configuration
+    on one machine differ.
     """
     state, history = final.state, list(read_rows(directory / "ledger.jsonl"))
     cost, arms = int(state.clock.cost), state.arms
     return {
         "cost": {
-            "wall_s": round(history[-1]["wall_s"] + final.compile_s, 3),
-            "compile_s": round(final.compile_s, 3),
+            **phases.clock().times(),
             "steps": cost,
             "drawing": cost - int(arms.cost.sum()),
             "examples": cost * config.batch_size,

@@ -1,5 +1,6 @@
 """Reads runs: their report, their configuration and their data."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from ev3_distill.config_file import read_finished_config
 from ev3_distill.data.group_file import with_groups
 from ev3_distill.data.sources import Dataset, load_data
 from ev3_distill.errors import InputError, warn
+from ev3_distill.runtime.ledger import read_rows
 from ev3_distill.runtime.progress import CountProgress
 from ev3_distill.training.memory import dataset_limit, memory_limit
 from ev3_distill.training.run_dir import read_json
@@ -19,6 +21,22 @@ def report_in(directory: Path) -> dict[str, Any] | None:
     """The report of a run, or None if the run is unfinished."""
     path = directory / "report.json"
     return read_json(path) if path.exists() else None
+
+
+def trained_seconds(directory: Path) -> float:
+    """Seconds of training in a run so far: of its student or of all stages of its search, its teacher and its control."""
+    stages = sorted(directory.glob("sizes/*/ledger.jsonl")) or [directory / "ledger.jsonl"]
+    ledgers = [*stages, directory / "teacher" / "ledger.jsonl", directory / "control" / "ledger.jsonl"]
+    return sum(_last_time(ledger) for ledger in ledgers)
+
+
+def _last_time(ledger: Path) -> float:
+    """The time in the last row of a ledger, which may end in a row that was not written to its end."""
+    latest = 0.0
+    with contextlib.suppress(ValueError):
+        for row in read_rows(ledger):
+            latest = max(latest, row["wall_s"])
+    return latest
 
 
 def certificate_in(directory: Path, report: Mapping[str, Any]) -> dict[str, Any]:

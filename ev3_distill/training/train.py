@@ -13,6 +13,7 @@ from ev3_distill import students
 from ev3_distill.certify.bounds import clopper_pearson_lower, clopper_pearson_upper, mean_lower, mean_upper
 from ev3_distill.config import Budget, Compress, RunConfig
 from ev3_distill.errors import warn
+from ev3_distill.runtime.phases import phase
 from ev3_distill.runtime.progress import RunProgress
 from ev3_distill.tasks.outputs import Outputs
 from ev3_distill.teachers.targets import TeacherTargets
@@ -60,7 +61,7 @@ def train(
     run = make_run(config, setup, arm_names, targets, in_step=in_step, stop_share=stop_share)
     seconds, evaluator = Budget.parse(config.budget).seconds, run.distillation.evaluator
     title = "teacher" if teacher is None else "student"
-    with RunProgress(title, steps=setup.steps, seconds=seconds) as progress:
+    with phase("training"), RunProgress(title, steps=setup.steps, seconds=seconds) as progress:
         limits = Limits(setup.steps or UNLIMITED, seconds)
         state = iterate_run(directory, config, run, targets, progress, limits=limits)
     origin, variables = evaluator.select(run.pools, state, policy)
@@ -69,10 +70,7 @@ def train(
     def scores(student: Variables) -> np.ndarray:
         return np.asarray(evaluator.evaluate(student, run.pools.decide).promise)
 
-    compile_s = run.distillation.compile_s
-    final = FinalStudent(
-        setup.network, variables, origin, state, run.arms, compile_s=compile_s, on_decide=scores(before[1])
-    )
+    final = FinalStudent(setup.network, variables, origin, state, run.arms, on_decide=scores(before[1]))
     if final_steps(state):
         final = dataclasses.replace(final, facts={"final": final_phase_content(setup, final, before[0])})
     if setup.control is None or not isinstance(config, Compress):
@@ -131,27 +129,30 @@ def conclude(
     warned = warn_if_useless_on_decide(
         directory, config, setup, final.on_decide, targets.unchanged(setup.rows["decide"]) if teacher else None
     )
-    students.save(directory / "student", final.network, final.variables)
+    with phase("writing"):
+        students.save(directory / "student", final.network, final.variables)
     metrics = metrics_to_claim(
         setup.guards, labeled=setup.labeled, teacher=teacher is not None, metrics=setup.task.metrics
     )
     request = CertificateRequest(
         setup.task, metrics, config.confidence, setup.class_names, dataset.group_names, setup.costs
     )
-    certification = certify_run(
-        directory,
-        [(one.network, one.variables) for one in finals],
-        dataset,
-        test=functools.partial(sealed_batches, setup, targets),
-        request=request,
-        guards=setup.guards,
-        teacher=teacher is not None,
-        batch_size=eval_batch_size(dataset, setup.memory, config.ev3.eval_batch_size),
-    )
+    with phase("certifying"):
+        certification = certify_run(
+            directory,
+            [(one.network, one.variables) for one in finals],
+            dataset,
+            test=functools.partial(sealed_batches, setup, targets),
+            request=request,
+            guards=setup.guards,
+            teacher=teacher is not None,
+            batch_size=eval_batch_size(dataset, setup.memory, config.ev3.eval_batch_size),
+        )
     if certification.which:
         final = finals[certification.which]
         students.save(directory / "student", final.network, final.variables)
-    control = gain(sealed_batches(setup, targets)) if gain else None
+    with phase("certifying"):
+        control = gain(sealed_batches(setup, targets)) if gain else None
     diagnosis = diagnose_race(directory, setup, targets) if teacher else None
     content = report_content(
         directory, config, setup, final, certification, teacher=teacher, control=control, diagnosis=diagnosis

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import once, rows_without_times, variables_of
+from conftest import TIMES, once, rows_without_times, variables_of
 from scipy import stats
 
 from ev3_distill import students
@@ -188,8 +188,8 @@ def state_of(run):
             content[folder.name] = variables_of(folder)
         content[f"{folder.name} rows"] = rows_without_times(folder / "ledger.jsonl")
     report = report_of(run)
-    for name in ("wall_s", "compile_s"):
-        report["cost"].pop(name)
+    for name in TIMES:
+        report["cost"].pop(name, None)
     return content, report, (run / "archive.json").read_text(), variables_of(run)
 
 
