@@ -88,7 +88,8 @@ def make_report(rows, arms=ARMS):
         "certificate": {"confidence": 0.95, "claims": [
             {"metric": "accuracy", "point": 0.94449, "lower_bound": 0.94098, "n": 10000},
             {"metric": "agreement", "point": 0.96751, "lower_bound": 0.964, "n": 10000}]},
-        "cost": {"wall_s": 312.4, "compile_s": 11.23, "phases": {"compiling": 11.23, "training": 301.17}, "steps": total, "examples": 128 * total},
+        "cost": {"wall_s": 312.4, "compile_s": 11.23, "phases": {"compiling": 11.23, "training": 301.17},
+                 "steps": total, "examples": 128 * total},
         "iterations": len(rows),
         "promotions": sum(row["verdict"] == "promote" for row in rows),
         "rollbacks": sum(row["verdict"] == "roll back" for row in rows),

@@ -18,8 +18,8 @@ from ev3_distill.data.class_names import name_classes
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.monitor import report
-from ev3_distill.monitor.sentences import alarm_of, claim_line, correction_sentence, guard_line, units_sentence
 from ev3_distill.monitor.number_format import duration
+from ev3_distill.monitor.sentences import alarm_of, claim_line, correction_sentence, guard_line, units_sentence
 from ev3_distill.runtime import distributed, phases
 from ev3_distill.search import first_network, run_search
 from ev3_distill.students import feature_shapes
@@ -107,7 +107,10 @@ def compress(
     """
     directory = Path(out)
     config = _configure(Compress, config, options, directory, resume=resume)
-    with _session(directory, devices=devices, spread=spread, tensorboard=tensorboard, resume=resume) as (own, placement):
+    with _session(directory, devices=devices, spread=spread, tensorboard=tensorboard, resume=resume) as (
+        own,
+        placement,
+    ):
         return RunResult(directory, _compress(own, config, resume=resume, devices=placement))
 
 
@@ -124,7 +127,10 @@ def teach(
     """Trains a teacher on labels alone: what the command `ev3-distill teach` runs. Takes what `compress` takes."""
     directory = Path(out)
     config = _configure(Teach, config, options, directory, resume=resume)
-    with _session(directory, devices=devices, spread=spread, tensorboard=tensorboard, resume=resume) as (own, placement):
+    with _session(directory, devices=devices, spread=spread, tensorboard=tensorboard, resume=resume) as (
+        own,
+        placement,
+    ):
         dataset = _load_data(own, config, resume=resume)
         require_labels(dataset, "teach")
         setup = classification_setup(config, config.network, dataset, dataset.num_classes, placement)
@@ -374,7 +380,9 @@ def print_result(result: RunResult) -> None:
 
     rich.print(report.terminal_summary(result.report))
     times = phases.clock().times()
-    spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in times["phases"].items() if seconds >= phases.SHOWN_S)
+    spent = ", ".join(
+        f"{name} {duration(seconds)}" for name, seconds in times["phases"].items() if seconds >= phases.SHOWN_S
+    )
     print(f"Student: {result.student}\nReport:  {result.page}\nTime:    {duration(times['wall_s'])}: {spent}")
 
 

@@ -9,7 +9,9 @@ from typing import Protocol
 
 from ev3_distill.runtime.phases import Clock
 
-FIRST_NEWS_S = 5.0  # after this long without a line, a phase says that it still runs; then each time after twice as long
+FIRST_NEWS_S = (
+    5.0  # after this long without a line, a phase says that it still runs; then each time after twice as long
+)
 LOOK_S = 0.5  # between two looks at the clock
 
 

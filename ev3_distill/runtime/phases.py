@@ -123,9 +123,9 @@ def count_compiling() -> None:
     _LISTENS.append(True)
     import jax
 
-    def listen(event: str, seconds: float, **facts: Any) -> None:
+    def listen(event: str, duration_secs: float, **facts: str | int) -> None:
         if event == COMPILED:
-            clock().compiled(seconds)
+            clock().compiled(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
 

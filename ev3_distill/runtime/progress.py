@@ -188,4 +188,3 @@ class CountProgress:
             self._bar.update(done)
         else:
             console.say(self._title, f"{total - (self._first or 0):,} of {total:,} {self._things} to do")
-

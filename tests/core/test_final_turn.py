@@ -20,7 +20,6 @@ from random_walks import (
     make_split,
     replace_fields,
     sample,
-    steps_from,
     t_of,
     threshold,
     whole_run,
