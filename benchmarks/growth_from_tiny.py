@@ -203,8 +203,8 @@ class _Bench:
 def _to_the_end(distillation: Distillation, pools: Pools, state: State, limit: int, *, again: bool) -> State:
     """Trains until stuck or until the limit; the final size continues when it is stuck."""
     while True:
-        for packed, _ in distillation.loop(pools, state, budget=limit):
-            state = distillation.loop.unflatten(packed)
+        for after, _ in distillation.loop(pools, state, budget=limit):
+            state = after
         if not again or int(state.clock.cost) >= limit:
             return state
         state = distillation.extend(pools, state)

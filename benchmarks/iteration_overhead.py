@@ -191,11 +191,11 @@ def _ev3(distillation: Distillation, steps: int, ledger: Ledger | None = None) -
 
         def work() -> PyTree:
             began = time.perf_counter()
-            for packed, decisions in distillation.loop(pools, begin, budget=steps):  # noqa: B007
+            for state, decisions in distillation.loop(pools, begin, budget=steps):  # noqa: B007
                 if ledger is not None:
                     wall_s = time.perf_counter() - began
                     ledger.append([row_of(decision, ["ce"], ACCURACY, wall_s=wall_s) for decision in decisions])
-            return distillation.loop.unflatten(packed).current.variables.params
+            return state.current.variables.params
 
         return work
 
@@ -218,8 +218,8 @@ def _race(network: Network, steps: int) -> Contender:
         begin = distillation.begin(pools, seed)
 
         def work() -> PyTree:
-            *_, (packed, _) = distillation.loop(pools, begin, budget=budget, pause=steps)
-            return tuple(state.iterate.params for state in distillation.loop.unflatten(packed).arms.states)
+            *_, (state, _) = distillation.loop(pools, begin, budget=budget, pause=steps)
+            return tuple(arm.iterate.params for arm in state.arms.states)
 
         return work
 

@@ -111,7 +111,7 @@ def _run(command: CompressCommand | TeachCommand) -> None:
         with console.news(phases.clock()):
             several_processes = execution.start()
             _store_programs(execution.compile_cache and not several_processes)
-            from ev3_distill.cli import commands
+            from ev3_distill.cli import commands, printing
 
             phases.clock().turn_to("other")
             start = commands.compress if isinstance(command, CompressCommand) else commands.teach
@@ -128,7 +128,7 @@ def _run(command: CompressCommand | TeachCommand) -> None:
         has_begun = (directory / "config.toml").exists()
         print(f"ev3-distill: interrupted; {resume if has_begun else 'nothing was written'}", file=sys.stderr)
         raise
-    commands.print_result(result)
+    printing.print_result(result)
     _exit_by(result.guards)
     if result.guards and not result.useful:
         raise SystemExit(3)
@@ -144,9 +144,9 @@ def _store_programs(wanted: bool) -> None:
 
 def _evaluate(command: EvaluateCommand) -> None:
     _store_programs(command.compile_cache)
-    from ev3_distill.cli import commands
+    from ev3_distill.cli import printing
 
-    if not commands.evaluate(command):
+    if not printing.evaluate(command):
         raise SystemExit(3)
 
 

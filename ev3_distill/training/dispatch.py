@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ev3_distill.core import Step
-from ev3_distill.core.flatten_state import Flat, Flattening
 from ev3_distill.runtime.phases import phase
 from ev3_distill.training.devices import Devices
+from ev3_distill.training.flatten import Flat, Flattening
 from ev3_distill.types import Decision, Pools, State
 
 AT_ONCE = 64  # largest number of iterations in one call
@@ -55,7 +55,7 @@ class Programs:
 class Block(NamedTuple):
     """The results of one call of `RepeatedStep`, on the device."""
 
-    state: Flat  # after the last iteration
+    state: State  # after the last iteration
     decisions: Flat  # [AT_ONCE, ...] of the iterations
     made: jax.Array  # int32, number of iterations
 
@@ -66,14 +66,14 @@ class _Carry(NamedTuple):
 
 
 class RepeatedStep:
-    """A step, repeated on a flattened state."""
+    """A step, repeated."""
 
     def __init__(self, step: Step, programs: Programs, pools: Pools, state: State):
         self._step, self._programs = step, programs
         self._decision = jax.eval_shape(step, pools, state, np.int32(0))[1]
-        self._states, self._decisions = Flattening(state), Flattening(self._decision)
+        self._decisions = Flattening(self._decision)
 
-    def __call__(self, pools: Pools, state: Flat, limit: np.int32, most: int, pause: int) -> Block:
+    def __call__(self, pools: Pools, state: State, limit: np.int32, most: int, pause: int) -> Block:
         """Makes at most `most` and AT_ONCE iterations; stops after the closing one or the one that reaches step `pause`.
 
         Does not wait for the device.
@@ -87,23 +87,22 @@ class RepeatedStep:
         rows = jax.device_get(block.decisions)
         return [self._decisions.unflatten(tuple(vector[i] for vector in rows)) for i in range(int(block.made))]
 
-    def _iterate(self, pools: Pools, flat: Flat, limit: jax.Array, most: jax.Array, pause: jax.Array) -> Block:
-        before = self._states.unflatten(flat)
+    def _iterate(self, pools: Pools, state: State, limit: jax.Array, most: jax.Array, pause: jax.Array) -> Block:
         blank = self._decisions.flatten(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._decision))
         rows = tuple(jnp.zeros((AT_ONCE, *vector.shape), vector.dtype) for vector in blank)
         carry = jax.lax.while_loop(
             lambda carry: (carry.block.made < jnp.minimum(most, AT_ONCE)) & ~carry.ends,
             functools.partial(self._advance, pools, limit, pause),
-            _Carry(Block(flat, rows, jnp.int32(0)), _ends(before, pause)),
+            _Carry(Block(state, rows, jnp.int32(0)), _ends(state, pause)),
         )
         return carry.block
 
     def _advance(self, pools: Pools, limit: jax.Array, pause: jax.Array, carry: _Carry) -> _Carry:
         block = carry.block
-        state, decision = self._step(pools, self._states.unflatten(block.state), limit)
+        state, decision = self._step(pools, block.state, limit)
         pairs = zip(block.decisions, self._decisions.flatten(decision), strict=True)
         decisions = tuple(rows.at[block.made].set(row) for rows, row in pairs)
-        return _Carry(Block(self._states.flatten(state), decisions, block.made + 1), _ends(state, pause))
+        return _Carry(Block(state, decisions, block.made + 1), _ends(state, pause))
 
 
 def _ends(state: State, pause: jax.Array) -> jax.Array:

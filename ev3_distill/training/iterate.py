@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from ev3_distill.core import Parts, Step
-from ev3_distill.core.flatten_state import Flat, Flattening
 from ev3_distill.runtime.distributed import broadcast_number
 from ev3_distill.training.devices import Devices
 from ev3_distill.training.dispatch import AT_ONCE, Programs, RepeatedStep
@@ -20,7 +19,7 @@ Pipeline = Callable[[int, int, bool], Iterator[tuple[PyTree, int, int]]]
 UNLIMITED = 2**30  # steps, if the budget is a wall time
 DISPATCH_S = 0.1  # target duration of one dispatch; bounds the latency of checkpoints, ledger rows and Ctrl-C
 
-Results = Iterator[tuple[Flat, list[Decision]]]
+Results = Iterator[tuple[State, list[Decision]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +38,6 @@ class IterationLoop:
         """Takes the iteration, the same iteration in parts, the compiler of both, and the devices of the run."""
         self._step, self._parts, self._programs, self._devices = step, parts, programs, devices
         self._repeated: RepeatedStep | None = None
-        self._flatten: Callable[[State], Flat]
-        self._unflatten: Callable[[Flat], State]
 
     def __call__(
         self,
@@ -73,7 +70,6 @@ class IterationLoop:
         if bool(state.closed) or int(state.clock.position) >= pause:
             return
         pools, state = self._devices.place((pools, state))
-        self._prepare(state)
         limits = Limits(budget, seconds, pause)
         if pipeline is not None:
             yield from self._with_pipeline(pools._replace(explore=()), state, pipeline, limits)
@@ -88,7 +84,7 @@ class IterationLoop:
         """Several iterations a call, under a budget in steps."""
         limit, most, start = np.int32(limits.budget), 1, time.perf_counter()
         looks_ahead = jax.process_count() == 1
-        ahead = repeated(pools, self._flatten(state), limit, most, limits.pause)
+        ahead = repeated(pools, state, limit, most, limits.pause)
         while True:
             block = ahead
             if looks_ahead:
@@ -104,19 +100,18 @@ class IterationLoop:
 
     def _timed(self, repeated: RepeatedStep, pools: Pools, state: State, limits: Limits) -> Results:
         """One iteration a call, under a wall time."""
-        flat, cost, closed = self._flatten(state), int(state.clock.cost), False
+        cost, closed = int(state.clock.cost), False
         limit_at = _limit_by_cost(limits, cost)
         while not closed:
-            block = repeated(pools, flat, limit_at(cost), 1, limits.pause)
-            flat, decisions = block.state, repeated.decisions_of(block)
-            yield flat, decisions
+            block = repeated(pools, state, limit_at(cost), 1, limits.pause)
+            state, decisions = block.state, repeated.decisions_of(block)
+            yield state, decisions
             cost = int(decisions[-1].cost)
             closed = _ends(decisions[-1], limits.pause)
 
     def _with_pipeline(self, pools: Pools, state: State, pipeline: Pipeline, limits: Limits) -> Results:
         """Iterations in parts, each with the examples that the pipeline brings for it."""
         limit_at, closed = _limit_by_cost(limits, int(state.clock.cost)), False
-        state = self.unflatten(self._flatten(state))
         while not closed:
             plan = self._programs.call("plan", self._parts.plan, state, limit_at(int(state.clock.cost)))
             first, final = int(state.clock.position), bool(state.final)
@@ -133,18 +128,7 @@ class IterationLoop:
             state, decision = self._programs.call("settle", self._parts.settle, pools, state, rollout, plan)
             decision = jax.device_get(decision)
             closed = _ends(decision, limits.pause)
-            yield self._flatten(state), [decision]
-
-    def _prepare(self, state: State) -> None:
-        """Builds the functions that flatten states."""
-        if hasattr(self, "_flatten"):
-            return
-        states = Flattening(state)
-        self._flatten, self._unflatten = self._devices.jit(states.flatten), self._devices.jit(states.unflatten)
-
-    def unflatten(self, flat: Flat) -> State:
-        """The state that came with decisions."""
-        return self._unflatten(flat)
+            yield state, [decision]
 
 
 def _ends(decision: Decision, pause: int) -> bool:

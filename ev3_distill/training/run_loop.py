@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ev3_distill.config import RunConfig
-from ev3_distill.core.flatten_state import Flat
 from ev3_distill.errors import warn
 from ev3_distill.runtime.checkpoint import Checkpoints
 from ev3_distill.runtime.ledger import Ledger, read_rows, row_of
@@ -63,8 +62,7 @@ class _Loop:
         self._started, self._compiled = time.perf_counter(), run.distillation.compile_s
         self._past = 0.0  # seconds of earlier processes
         self._repeatable = True  # whether a resumed run repeats the iterations that its checkpoint lacks
-        self._state: State
-        self._reached: Flat | None = None  # the state of the ledger's last row, once this process wrote one
+        self._state: State  # of the ledger's last row
 
     def run(self, config: RunConfig, limits: Limits, on_row: OnRow, start: Start | None) -> State:
         """Iterates to the limits; returns the final state."""
@@ -80,9 +78,9 @@ class _Loop:
             run.pools, self._state, budget=limits.budget, seconds=left, pipeline=run.pipeline, pause=limits.pause
         )
         try:
-            for flat, decisions in iterations:
+            for state, decisions in iterations:
                 with uninterrupted():
-                    self._record(flat, decisions, on_row)
+                    self._record(state, decisions, on_row)
                     if time.perf_counter() - saved >= config.checkpoint_s:
                         self._save()
                         saved = time.perf_counter()
@@ -91,7 +89,7 @@ class _Loop:
                 self._save()
             raise
         self._save()
-        return self._last()
+        return self._state
 
     def _begin(self, seed: int, limits: Limits) -> State:
         run = self._run
@@ -113,7 +111,7 @@ class _Loop:
         """Seconds since the start, without compile time."""
         return time.perf_counter() - self._started - (self._run.distillation.compile_s - self._compiled)
 
-    def _record(self, flat: Flat, decisions: list[Decision], on_row: OnRow) -> None:
+    def _record(self, state: State, decisions: list[Decision], on_row: OnRow) -> None:
         """Appends the ledger rows of decisions."""
         objectives, wall_s = self._run.distillation.evaluator.objectives, self._past + self._elapsed()
         written = [
@@ -123,20 +121,16 @@ class _Loop:
             }
             for decision in decisions
         ]
-        self._reached = flat
+        self._state = state
         if not self._repeatable and any(bool(decision.promotion.tested) for decision in decisions):
-            spent_budget.record(self._directory, self._last().budget)
+            spent_budget.record(self._directory, state.budget)
         self._ledger.append(written)
         for row in written:
             on_row(row)
 
-    def _last(self) -> State:
-        """The state of the ledger's last row."""
-        return self._state if self._reached is None else self._run.distillation.loop.unflatten(self._reached)
-
     def _save(self) -> None:
         self._ledger.sync()
-        self._checkpoints.save(int(self._last().clock.iteration), self._last())
+        self._checkpoints.save(int(self._state.clock.iteration), self._state)
 
 
 @contextlib.contextmanager

@@ -152,8 +152,8 @@ class Distillation:
         compiled, cost, highest = self.compile_s, 0, (-np.inf, -np.inf)
         for draw in range(DRAWS):
             initial = self._alone(self.begin(pools, seed, draw=draw))
-            *_, (flat, decisions) = self.loop(pools, initial, budget=budget, pipeline=pipeline, pause=1, at_once=1)
-            evidence = self.loop.unflatten(flat).current.evidence
+            *_, (after, decisions) = self.loop(pools, initial, budget=budget, pipeline=pipeline, pause=1, at_once=1)
+            evidence = after.current.evidence
             score = float(evidence.promise.mean()), float(evidence.select.mean())
             if score > highest:
                 best, highest = initial, score
@@ -235,13 +235,13 @@ class Distillation:
           seconds: wall time from now; the run is then not reproducible bit by bit.
           pipeline: streams the explore pool in parts, instead of `pools.explore`.
         """
-        for flat, (decision,) in self.loop(pools, state, budget=budget, seconds=seconds, pipeline=pipeline, at_once=1):
-            yield self.loop.unflatten(flat), decision
+        for after, (decision,) in self.loop(pools, state, budget=budget, seconds=seconds, pipeline=pipeline, at_once=1):
+            yield after, decision
 
     def complete(self, pools: Pools, seed: int, *, budget: int) -> State:
         """The final state of a whole run from a fresh start."""
-        *_, (flat, _) = self.loop(pools, self.begin_best(pools, seed, budget=budget), budget=budget)
-        return self.loop.unflatten(flat)
+        *_, (state, _) = self.loop(pools, self.begin_best(pools, seed, budget=budget), budget=budget)
+        return state
 
 
 def distill(

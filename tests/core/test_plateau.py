@@ -139,8 +139,7 @@ def test_growth_retains_scores_and_counters_and_the_run_continues():
     jax.tree.map(np.testing.assert_array_equal, retained(grown), retained(state))
     assert not bool(grown.closed)
     assert not bool(grown.plateau.stuck)
-    *_, (packed, _) = distillation.loop(pools, grown, budget=int(grown.clock.cost) + 4000)
-    final = distillation.loop.unflatten(packed)
+    *_, (final, _) = distillation.loop(pools, grown, budget=int(grown.clock.cost) + 4000)
     assert float(final.champion.decide.mean()) > float(state.champion.decide.mean()) + 0.05
 
 
@@ -150,11 +149,11 @@ def test_pauses_do_not_change_the_result():
     *_, (whole, _) = distillation.loop(pools, distillation.begin(pools, 1), budget=800)
     state = distillation.begin(pools, 1)
     for pause in (100, 101, 350, 2**30):
-        for packed, decisions in distillation.loop(pools, state, budget=800, pause=pause):
-            state = distillation.loop.unflatten(packed)
+        for after, decisions in distillation.loop(pools, state, budget=800, pause=pause):
+            state = after
             assert all(int(one.position) < pause for one in decisions[:-1])
         assert int(state.clock.position) >= pause or bool(state.closed)
-    jax.tree.map(np.testing.assert_array_equal, state, distillation.loop.unflatten(whole))
+    jax.tree.map(np.testing.assert_array_equal, state, whole)
 
 
 def test_patience_requires_seen_examples():

@@ -56,9 +56,9 @@ def run(devices, name="conv4:width=2", streamed=False, population=False):
     pipeline = streams if streamed else None
     state = trainer.begin(pools, 0)
     rows = []
-    for packed, decisions in trainer.loop(pools, state, budget=36, pipeline=pipeline, at_once=2):
+    for last, decisions in trainer.loop(pools, state, budget=36, pipeline=pipeline, at_once=2):
         rows += [[int(d.cost), int(d.selected), d.steps.tolist()] for d in decisions]
-    state = trainer.loop.unflatten(packed)
+    state = last
     which, delivered = trainer.evaluator.select(pools, state)
     accuracy = float(trainer.evaluator.evaluate(delivered, pools.assess).promise.mean())
     flat = jax.flatten_util.ravel_pytree((state.current.variables, state.champion.variables, state.arms.states))[0]

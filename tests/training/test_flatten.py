@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ev3_distill.core.flatten_state import Flattening
+from ev3_distill.training.flatten import Flattening
 
 DTYPES = (np.float32, np.int32, np.uint32, np.bool_, np.float16)
 leaves = st.sampled_from(DTYPES).flatmap(
