@@ -16,7 +16,7 @@ from ev3_distill.config_file import ConfigT, check_unchanged, read_run_config
 from ev3_distill.data.class_names import name_classes
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
-from ev3_distill.monitor import report
+from ev3_distill.monitor import background
 from ev3_distill.monitor.sentences import alarm_of
 from ev3_distill.runtime import distributed, phases
 from ev3_distill.search import first_network, run_search
@@ -171,7 +171,10 @@ def _session(
 
             stack.enter_context(write_tensorboard(directory, tensorboard))
         stack.enter_context(run_dir.explain_full_disk(own))
-        yield own, placement
+        with background.pages():
+            yield own, placement
+            clock.turn_to("writing")
+        clock.turn_to("other")
 
 
 def _load_data(directory: Path, config: RunConfig, *, resume: bool) -> Dataset:
@@ -200,8 +203,7 @@ def _opened(
             run_dir.create(directory, config, inputs)
         yield report_in(directory)
         if (directory / "report.json").exists() and not (directory / "report.html").exists():
-            with phases.phase("writing"):
-                report.write_html(directory)
+            background.write_page(directory)
 
 
 def _compress(directory: Path, config: Compress, *, resume: bool, devices: Devices) -> dict[str, Any]:
