@@ -187,5 +187,5 @@ def _output_shapes(network: Network, input_shape: Sequence[int]) -> list[jax.Sha
         variables = network.init(key)
         return [network.apply(variables, inputs, train=train, key=key)[0] for train in (False, True)]
 
-    outputs: list[jax.ShapeDtypeStruct] = jax.eval_shape(forward, jnp.zeros((2, *input_shape)))
+    outputs: list[jax.ShapeDtypeStruct] = jax.eval_shape(forward, jax.ShapeDtypeStruct((2, *input_shape), jnp.float32))
     return outputs

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -76,7 +75,7 @@ def _save_variables(directory: Path, variables: Variables) -> None:
 
 def _load_variables(directory: Path, network: Network) -> Variables:
     """Reads variables of the network's structure; in a multi-process run, process 0 reads and broadcasts them."""
-    template = jax.eval_shape(network.init, jax.random.key(0))
+    template = jax.eval_shape(lambda: network.init(jax.random.key(0)))
     blank = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in _leaves_by_path(template).items()}
 
     def read() -> bytes:
@@ -87,7 +86,7 @@ def _load_variables(directory: Path, network: Network) -> Variables:
 
     content, offset, leaves = read_on_first(read), 0, []
     for leaf in blank.values():
-        leaves.append(jnp.asarray(np.frombuffer(content, leaf.dtype, leaf.size, offset).reshape(leaf.shape)))
+        leaves.append(jax.device_put(np.frombuffer(content, leaf.dtype, leaf.size, offset).reshape(leaf.shape)))
         offset += leaf.nbytes
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 

@@ -19,7 +19,6 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from scipy import special
 
 from ev3_distill.errors import InputError
 
@@ -64,6 +63,8 @@ def binomial_lower(successes: int, n: int, alpha: float) -> float:
 
     It is the alpha quantile of Beta(successes, n - successes + 1).
     """
+    from scipy import special
+
     if not 0 <= successes <= n:
         raise ValueError(f"0 <= successes <= n must hold; got {successes} of {n}: count each example once")
     if successes == 0:
@@ -81,6 +82,8 @@ def mcnemar_p_value(wins: int, losses: int) -> float:
     Returns:
       P[Binomial(wins + losses, 1/2) >= wins]; 1 without wins.
     """
+    from scipy import special
+
     return float(special.betainc(wins, losses + 1, 0.5)) if wins else 1.0
 
 
@@ -308,6 +311,8 @@ def median_upper(x: np.ndarray, *, confidence: float) -> float:
     Raises:
       InputError: there is no example, or confidence is out of range.
     """
+    from scipy import special
+
     _check(len(x), confidence)
     k = np.arange(1, len(x) + 1)
     tails = special.betainc(k, len(x) - k + 1, 0.5)  # P[Binomial(n, p) >= k] = I_p(k, n - k + 1)

@@ -165,24 +165,29 @@ def held_out(
 ) -> Batch:
     """Places a held-out split, or a part of one, on the default device; every array is [N, ...]."""
     first = None if units is None else np.unique(units, return_index=True)[1]
-    group, unit, lone = (() if rows is None else jnp.asarray(rows, jnp.int32) for rows in (groups, units, first))
+    group, unit, lone = (() if rows is None else _placed(rows, np.int32) for rows in (groups, units, first))
     return make_batch(inputs, targets, index, teacher)._replace(group=group, unit=unit, lone=lone)
 
 
 def make_batch(inputs: Any, targets: PyTree, index: np.ndarray, teacher: Mapping[str, np.ndarray]) -> Batch:
     """Host arrays as a batch on the default device, each example with weight 1."""
     return Batch(
-        inputs=jnp.asarray(inputs),
+        inputs=jax.device_put(inputs),
         targets=jax.tree.map(_as_target, targets),
-        teacher={name: jnp.asarray(leaf, jnp.float32) for name, leaf in teacher.items()},
-        index=jnp.asarray(index, jnp.int32),
-        weight=jnp.ones(len(index), jnp.float32),
+        teacher={name: _placed(leaf, np.float32) for name, leaf in teacher.items()},
+        index=_placed(index, np.int32),
+        weight=_placed(np.ones(len(index)), np.float32),
     )
 
 
 def _as_target(leaf: Any) -> jax.Array:
     floating = jnp.issubdtype(np.asarray(leaf).dtype, jnp.floating)
-    return jnp.asarray(leaf, jnp.float32 if floating else jnp.int32)
+    return _placed(leaf, np.float32 if floating else np.int32)
+
+
+def _placed(leaf: Any, dtype: Any) -> jax.Array:
+    """An array on the default device, converted on the host: there it needs no program."""
+    return jax.device_put(np.asarray(leaf, dtype))
 
 
 def rows_of_final(rows: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -36,9 +36,9 @@ def make_order(n: int, seed: int) -> Order:
         )
     rng = generator(seed, ORDER_STREAM)
     return Order(
-        base=jnp.asarray(rng.permutation(n), jnp.int32),
-        multipliers=jnp.asarray(_multipliers(n, rng), jnp.uint32),
-        salt=jnp.asarray(rng.integers(2**32, dtype=np.uint32)),
+        base=jax.device_put(rng.permutation(n).astype(np.int32)),
+        multipliers=jax.device_put(np.asarray(_multipliers(n, rng), np.uint32)),
+        salt=jax.device_put(rng.integers(2**32, dtype=np.uint32)),
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 FUSION = "xla_cpu_experimental_ynn_fusion_type"
 ALL_BUT_CONVOLUTIONS = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
@@ -24,7 +24,7 @@ def compiler_options() -> dict[str, str]:
         return {}
     options = {FUSION: ALL_BUT_CONVOLUTIONS}
     try:
-        jax.jit(lambda x: x, compiler_options=options).lower(jnp.float32(0)).compile()
+        jax.jit(lambda x: x, compiler_options=options).lower(np.float32(0)).compile()
     except jax.errors.JaxRuntimeError:  # another version of jaxlib
         return {}
     return options

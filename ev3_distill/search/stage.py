@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from scipy import special
 
 from ev3_distill.core import plateau, prioritise
 from ev3_distill.core.paired_tests import paired
@@ -95,6 +94,8 @@ def required_level(level: float, ratio: float, probability: float) -> float:
       ratio: examples of the first split per example of the second.
       probability: of the proof on the second split.
     """
+    from scipy import special
+
     margin = -special.ndtri(level) * ratio**0.5 + special.ndtri(probability) * (1 + ratio) ** 0.5
     return float(special.ndtr(-margin))
 

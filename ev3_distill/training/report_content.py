@@ -155,7 +155,7 @@ def _run_facts(directory: Path, final: FinalStudent, config: EV3) -> dict[str, A
     Times and the use of the compile cache (programs, from_cache) are the only entries in which two runs of one configuration
     on one machine differ.
     """
-    state, history = final.state, list(read_rows(directory / "ledger.jsonl"))
+    state, history = jax.device_get(final.state), list(read_rows(directory / "ledger.jsonl"))
     cost, arms = int(state.clock.cost), state.arms
     return {
         "cost": {

@@ -12,6 +12,7 @@ from ev3_distill.config import RunConfig
 from ev3_distill.errors import warn
 from ev3_distill.runtime.checkpoint import Checkpoints
 from ev3_distill.runtime.ledger import Ledger, read_rows, row_of
+from ev3_distill.runtime.preload import preload
 from ev3_distill.training import spent_budget
 from ev3_distill.training.iterate import Limits
 from ev3_distill.training.setup import TrainingRun
@@ -73,6 +74,7 @@ class _Loop:
         self._ledger.truncate(int(self._state.clock.iteration))
         self._past = max((row["wall_s"] for row in read_rows(self._path)), default=0.0)
         left = None if limits.seconds is None else limits.seconds - self._past - self._elapsed()
+        preload()
         run = self._run
         iterations = run.distillation.loop(
             run.pools, self._state, budget=limits.budget, seconds=left, pipeline=run.pipeline, pause=limits.pause

@@ -43,7 +43,7 @@ def prepare_student(
     setup = warn_of_duplicates(setup)
     _warn_of_few_groups(setup, config.confidence)
     costs = read_costs(config.costs, num_classes) if config.costs else None
-    sizes = sizes_of(jax.eval_shape(setup.network.init, jax.random.key(0)))
+    sizes = sizes_of(jax.eval_shape(lambda: setup.network.init(jax.random.key(0))))
     guards = parse_guards(
         config.guards,
         setup.dataset,

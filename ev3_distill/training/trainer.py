@@ -154,7 +154,7 @@ class Distillation:
             initial = self._alone(self.begin(pools, seed, draw=draw))
             *_, (after, decisions) = self.loop(pools, initial, budget=budget, pipeline=pipeline, pause=1, at_once=1)
             evidence = after.current.evidence
-            score = float(evidence.promise.mean()), float(evidence.select.mean())
+            score = float(np.asarray(evidence.promise).mean()), float(np.asarray(evidence.select).mean())
             if score > highest:
                 best, highest = initial, score
             one = int(decisions[-1].cost)
@@ -163,12 +163,13 @@ class Distillation:
             late = seconds is not None and broadcast_number(spent) > seconds / DRAWING_SHARE
             if cost + one > most or late:
                 break
-        best = best._replace(clock=best.clock._replace(cost=jnp.int32(cost), start_cost=jnp.int32(cost)))
+        drawn = jax.device_put(np.int32(cost))
+        best = best._replace(clock=best.clock._replace(cost=drawn, start_cost=drawn))
         return best._replace(arms=best.arms._replace(racing=first.arms.racing))
 
     def _alone(self, state: State) -> State:
         """The state with the race over: the leader trains alone."""
-        racing = jnp.arange(len(self._algorithm.arms)) == state.arms.leader
+        racing = jax.device_put(np.arange(len(self._algorithm.arms)) == int(state.arms.leader))
         return state._replace(arms=state.arms._replace(racing=racing))
 
     def shapes(self, pools: Pools) -> State:

@@ -21,11 +21,11 @@ from ev3_distill.types import Network, Variables
 
 def forward(network: Network, variables: Variables, *, batch_size: int = 1024) -> Callable[[np.ndarray], np.ndarray]:
     """Returns a function of NumPy inputs, [N, ...] -> logits [N, K] float32, that runs in batches of `batch_size`."""
-    apply = jit(lambda inputs: network.apply(variables, inputs, train=False)[0])
+    apply = jit(lambda variables, inputs: network.apply(variables, inputs, train=False)[0])
 
     def logits(inputs: np.ndarray) -> np.ndarray:
         starts = range(0, len(inputs), batch_size)
-        return np.concatenate([np.asarray(apply(inputs[i : i + batch_size])) for i in starts])
+        return np.concatenate([np.asarray(apply(variables, inputs[i : i + batch_size])) for i in starts])
 
     return logits
 
@@ -40,12 +40,14 @@ def outputs_of(
         return lambda inputs: {"logits": logits(inputs)}
 
     @jit
-    def apply(inputs: jax.Array) -> dict[str, jax.Array]:
+    def apply(variables: Variables, inputs: jax.Array) -> dict[str, jax.Array]:
         (logits, named), _ = apply_with_features(variables, inputs, train=False)
         return {"logits": logits, **{name: named[name] for name in features}}
 
     def outputs(inputs: np.ndarray) -> dict[str, np.ndarray]:
-        parts = [jax.device_get(apply(inputs[i : i + batch_size])) for i in range(0, len(inputs), batch_size)]
+        parts = [
+            jax.device_get(apply(variables, inputs[i : i + batch_size])) for i in range(0, len(inputs), batch_size)
+        ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     return outputs
