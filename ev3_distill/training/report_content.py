@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from ev3_distill.arms.zoo import is_convolutional
 from ev3_distill.config import EV3, Compress, RunConfig, Teach
 from ev3_distill.data import SPLITS
 from ev3_distill.runtime import compile_cache, phases
 from ev3_distill.runtime.ledger import read_rows
 from ev3_distill.runtime.race import race_of
 from ev3_distill.students import count_params
+from ev3_distill.students.layers.conv import computed_by
 from ev3_distill.training.certify_run import Certification
 from ev3_distill.training.evaluate_students import final_steps
 from ev3_distill.training.setup import TrainingSetup
@@ -87,6 +89,7 @@ def report_content(
         "guards": certification.guards,
         "usefulness": usefulness_content(directory, config, setup, certification),
         "devices": str(setup.devices),
+        **({"convolutions": computed_by()} if is_convolutional(setup.network.spec) else {}),
         "final": None,
         "seed": config.seed,
         "budget": config.budget,

@@ -8,10 +8,13 @@ import numpy as np
 
 from ev3_distill import students
 from ev3_distill.arms import PEER_ARMS, arms_named, default_arm_names, teacher_features_of
+from ev3_distill.arms.zoo import is_convolutional
 from ev3_distill.certify.bounds import clopper_pearson_lower
 from ev3_distill.config import Compress
 from ev3_distill.data import count_near_copies, count_shared
 from ev3_distill.errors import InputError, warn
+from ev3_distill.students.layers import onednn
+from ev3_distill.students.layers.conv import computed_by
 from ev3_distill.tasks.classification.user_metrics import read_costs
 from ev3_distill.training.certify_run import sizes_of
 from ev3_distill.training.guard_checks import parse_guards
@@ -41,6 +44,8 @@ def prepare_student(
     num_classes = setup.network.spec["num_classes"]
     setup = dataclasses.replace(setup, network=students.with_precision(setup.network, config.deploy))
     setup = warn_of_duplicates(setup)
+    if is_convolutional(setup.network.spec) and onednn.TRIED in (by := computed_by()):
+        warn(f"convolutions are computed by {by}: a training step takes about 1.3 times as long")
     _warn_of_few_groups(setup, config.confidence)
     costs = read_costs(config.costs, num_classes) if config.costs else None
     sizes = sizes_of(jax.eval_shape(lambda: setup.network.init(jax.random.key(0))))

@@ -42,6 +42,13 @@ def standard_convolutions() -> Iterator[None]:
         _STANDARD.reset(token)
 
 
+def computed_by() -> str:
+    """What computes the convolutions of this process: "oneDNN", or "XLA", with the reason on x86 CPUs."""
+    if jax.default_backend() != "cpu":
+        return "XLA"
+    return f"XLA ({onednn.reason()})" if onednn.reason() else "oneDNN"
+
+
 class Conv(nnx.Module):
     """A 2-D convolution without bias, "SAME" padding; He-normal kernel (fan out)."""
 

@@ -1,9 +1,9 @@
 """oneDNN's convolution, which x86 builds of jaxlib contain but XLA:CPU does not use by itself.
 
 A custom call makes it available in any jitted program, inside and outside of loops. This is not a public interface: its
-configuration has changed between versions of jaxlib, and a wrong one crashes the process. So it is used only with the
-versions in `TESTED_VERSIONS`, on processors that oneDNN has fast code for; everywhere else `conv.py` uses XLA's own
-convolution. To add a version, run `pytest tests/students/test_conv_layers.py` and `ev3-distill bench speed` with it.
+configuration has changed between versions of jaxlib, and a wrong one crashes the process. So a child process tries it, once
+for each jaxlib and processor (`onednn_probe.py`), and the answer is kept in the cache directory. Where the call does not
+work, `conv.py` uses XLA's own convolution, and a run says so.
 
 EV3_DISTILL_ONEDNN=0 turns it off. Programs with such a call are not stored in a compilation cache: XLA would read memory at
 random to write one.
@@ -11,39 +11,92 @@ random to write one.
 Activations are [B, H, W, C]. The call has no derivatives; `conv.py` defines them.
 """
 
+import contextlib
 import functools
 import json
 import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import jaxlib
 
 from ev3_distill.runtime import compile_cache
+from ev3_distill.runtime.files import atomic_write, cache_root
 
-TESTED_VERSIONS = ("0.10.2",)
 CALL = "__onednn$convolution"
+PROBE = ("-m", "ev3_distill.students.layers.onednn_probe")
+PROBE_S = 120.0  # time limit of the child process
+TRIED = "a test of oneDNN in"  # how the reasons begin that a test has found
+FOLDER = "convolution"  # in the cache directory
 Pair = tuple[int, int]
 
 
-@functools.cache
 def available() -> bool:
-    """Whether the call exists and was tested with this jaxlib; constant on one machine."""
+    """Whether convolutions go through oneDNN; constant on one machine."""
+    return not reason()
+
+
+@functools.cache
+def reason() -> str:
+    """Why convolutions do not go through oneDNN here, or ""."""
     if os.environ.get("EV3_DISTILL_ONEDNN", "1") == "0":
-        return False
-    if jaxlib.__version__ not in TESTED_VERSIONS or not compile_cache.never_store(CALL):
-        return False
+        return "EV3_DISTILL_ONEDNN=0"
     try:
-        if " avx2 " not in pathlib.Path("/proc/cpuinfo").read_text():
-            return False
-        with jax.ensure_compile_time_eval():  # also during tracing
-            x = jnp.arange(8.0).reshape(1, 2, 2, 2)
-            got = convolution(x, jnp.ones((1, 1, 2, 1)), [(0, 0), (0, 0)])
-            return bool((got[..., 0] == x.sum(-1)).all())
-    except (OSError, jax.errors.JaxRuntimeError):  # no such file or no such call: another operating system or build
-        return False
+        if " avx2 " not in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8"):
+            return "the processor has no AVX2"
+    except OSError:
+        return "the system does not name its processor"
+    if not compile_cache.never_store(CALL):
+        return f"jax {jax.__version__} would store programs that call it"
+    known = _known()
+    return _remember(_probe()) if known is None else known
+
+
+def _path() -> pathlib.Path:
+    return cache_root() / FOLDER / f"{compile_cache.version()}.json"
+
+
+def _known() -> str | None:
+    """The reason that an earlier probe has found, or ""; None if there was none."""
+    try:
+        found = json.loads(_path().read_text(encoding="utf-8"))["reason"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _probe() -> str:
+    """Tries the call in a child process, which a wrong configuration may crash; returns why it does not work, or ""."""
+    own = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    try:
+        done = subprocess.run(
+            [sys.executable, *PROBE],
+            env={**own, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=PROBE_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{TRIED} jaxlib {jaxlib.__version__} did not end ({type(error).__name__})"
+    if done.returncode == 0:
+        return ""
+    if done.returncode < 0:
+        return f"{TRIED} jaxlib {jaxlib.__version__} crashed"
+    lines = done.stderr.strip().splitlines()
+    return f"{TRIED} jaxlib {jaxlib.__version__} failed: {lines[-1][:200] if lines else 'without a word'}"
+
+
+def _remember(found: str) -> str:
+    """Stores the answer for later processes, if the cache directory can be written."""
+    with contextlib.suppress(OSError):
+        _path().parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(_path()) as file:
+            file.write(json.dumps({"reason": found}).encode())
+    return found
 
 
 def convolution(

@@ -189,13 +189,13 @@ def test_programs_with_oneDNN_are_fast_and_not_stored(tmp_path, root, whose):
         own["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "own")
     first, second = (python(CONVOLUTION, tmp_path, whose, **own) for _ in range(2))
     if not first["available"]:
-        pytest.skip("oneDNN's convolution was not tested with this jaxlib or this processor")
+        pytest.skip("oneDNN's convolution does not work here")
     assert second["available"] and first["value"] == second["value"]
     folder = next(root.iterdir()) if whose == "ours" else tmp_path / "own"
     names = {path.name.partition("-")[0] for path in folder.iterdir()}
     assert "jit_reshape" in names and "jit_ffi_call" not in names
     if whose == "ours":
-        assert second["programs"] - second["from_cache"] == 2  # the gradient, and the probe of the call
+        assert second["programs"] - second["from_cache"] == 1  # the gradient
 
 
 WRITER = """

@@ -43,13 +43,13 @@ def library(request):
         if request.param == "XLA":
             assert not onednn.available()
         elif not onednn.available():
-            pytest.skip("oneDNN's convolution was not tested with this jaxlib or this processor")
+            pytest.skip(f"oneDNN's convolution does not work here: {onednn.reason()}")
         yield
     fresh()
 
 
 def fresh():
-    onednn.available.cache_clear()
+    onednn.reason.cache_clear()
     jax.clear_caches()
 
 
