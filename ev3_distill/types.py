@@ -292,7 +292,7 @@ class ArmsState(NamedTuple):
     cost: jax.Array  # [A] int32, steps spent
     wins: jax.Array  # [A] int32, proposals that became current
     promotions: jax.Array  # [A] int32, proposals that became champion
-    leader: jax.Array  # int32, the arm that trains on when the race is over: the one that proposed the current student
+    leader: jax.Array  # int32, the arm that trains on when the race is over
     racing: jax.Array  # [A] bool, still in the race; the race is over when one is left
     raced: jax.Array  # int32, steps of each racing arm since the race began
     asked: jax.Array  # int32, the arm that trains beside the leader from the current student, as nothing moved; or -1

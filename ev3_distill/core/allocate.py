@@ -2,8 +2,8 @@
 
 A run starts with a race. Each arm trains a student of its own, from common initial parameters and with its own optimizer,
 for up to a fraction `config.race` of the budget. If that is too short to compare them all, two that start fast race. After each
-iteration, an arm that assess shows to be clearly behind the best one leaves the race. When it is over, the arm that proposed
-the current student leads: it continues its own trajectory alone.
+iteration, an arm that assess shows to be clearly behind the best one leaves the race. When it is over, the arm that was
+nearest to the best one, smoothed over iterations, leads: it continues its own trajectory alone.
 If nothing has moved for PATIENCE iterations, another arm is asked: it starts from the current student and trains beside the
 leader for an iteration. If its proposal becomes current, it leads.
 """
@@ -193,11 +193,23 @@ def race_on(
       budget: of the student.
       config: of the run.
     """
+    ends = (arms.racing.sum() > 1) & ~is_racing(arms, steps)
+    arms = arms._replace(leader=jnp.where(ends, _winner(arms, arms.racing & ~broken), arms.leader))
     leads = jnp.arange(arms.value.shape[0]) == arms.leader
     early = arms.raced < jnp.maximum(LEAST * budget, LEAST_LENGTHS * config.length)
     stays = jnp.where(broken, ~(arms.racing & ~broken).any(), early | (behind >= -config.drop))
     racing = leads | (arms.racing & stays & is_racing(arms, steps))
     return arms._replace(racing=jnp.where(arms.racing.sum() > 1, racing, arms.racing))
+
+
+def _winner(arms: ArmsState, among: jax.Array) -> jax.Array:
+    """The arm that leads after the race, int32: that of the highest value `among` [A] bool these, the present leader if level.
+
+    The present leader proposed the current student, which may be a single lucky proposal; values are smoothed over iterations.
+    """
+    value = jnp.where(among, arms.value, -math.inf)
+    level = (value[arms.leader] >= value.max()) | ~among.any()
+    return jnp.where(level, arms.leader, jnp.argmax(value)).astype(jnp.int32)
 
 
 def to_ask(arms: ArmsState, clock: Clock, pressing: jax.Array) -> jax.Array:

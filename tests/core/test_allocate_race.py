@@ -201,3 +201,36 @@ def test_all_arms_race_if_none_is_declared_to_race():
     arms = [Arm("a", None, None, races=False), Arm("b", None, None), Arm("c", None, None, races=False)]
     assert Algorithm(None, arms, None, None, None).racers == (False, True, False)
     assert Algorithm(None, arms[::2], None, None, None).racers == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("value", "leader", "broken", "wanted"),
+    [
+        ((-1.0, -0.2, -0.5, 0.0), 0, (), 1),  # the last one has left the race
+        ((-0.2, -0.2, -0.5, 0.0), 1, (), 1),  # level: the present leader
+        ((-0.2, -0.2, -0.5, 0.0), 2, (), 0),
+        ((-1.0, -0.2, -0.5, 0.0), 0, (1,), 2),
+        ((-1.0, -0.2, -0.5, 0.0), 0, (0, 1, 2), 0),
+    ],
+)
+def test_arm_nearest_to_the_best_leads_after_the_race(value, leader, broken, wanted):
+    arms = arms_of(value=value, leader=leader, racing=(True, True, True, False), raced=100)
+    failed = jnp.array([i in broken for i in range(4)])
+
+    def after(steps):
+        budget, config = jnp.int32(1000), EV3(length=5)
+        return allocate.race_on(arms, jnp.zeros(4), failed, jnp.float32(steps), budget=budget, config=config)
+
+    ended = after(100)
+    assert int(ended.leader) == wanted
+    assert ended.racing.tolist() == [i == wanted for i in range(4)]
+    assert int(after(101).leader) == leader  # the race goes on
+
+
+def test_leader_of_a_race_that_is_over_stays():
+    arms = arms_of(value=(-1.0, -0.2), leader=0, raced=100)
+    config = EV3(length=5)
+    after = allocate.race_on(
+        arms, jnp.zeros(2), jnp.zeros(2, bool), jnp.float32(100), budget=jnp.int32(1000), config=config
+    )
+    assert int(after.leader) == 0
