@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from ev3_distill.runtime.files import atomic_write, cache_root
 CALL = "__onednn$convolution"
 PROBE = ("-m", "ev3_distill.students.layers.onednn_probe")
 PROBE_S = 120.0  # time limit of the child process
+FAILED = 3  # exit code of the child process if the call does not work
+CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)  # what a wrong call may end in
 TRIED = "a test of oneDNN in"  # how the reasons begin that a test has found
 FOLDER = "convolution"  # in the cache directory
 Pair = tuple[int, int]
@@ -51,8 +54,12 @@ def reason() -> str:
         return "the system does not name its processor"
     if not compile_cache.never_store(CALL):
         return f"jax {jax.__version__} would store programs that call it"
-    known = _known()
-    return _remember(_probe()) if known is None else known
+    if (known := _known()) is not None:
+        return known
+    found, certain = _probe()
+    if certain:
+        _remember(found)
+    return found
 
 
 def _path() -> pathlib.Path:
@@ -68,8 +75,13 @@ def _known() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _probe() -> str:
-    """Tries the call in a child process, which a wrong configuration may crash; returns why it does not work, or ""."""
+def _probe() -> tuple[str, bool]:
+    """Tries the call in a child process, which a wrong configuration may crash.
+
+    Returns:
+      Why it does not work, or "", and whether that is certain. A child that was killed, ran out of time or could not start
+      proves nothing, so a later process tries again.
+    """
     own = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     try:
         done = subprocess.run(
@@ -81,22 +93,22 @@ def _probe() -> str:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{TRIED} jaxlib {jaxlib.__version__} did not end ({type(error).__name__})"
+        return f"{TRIED} jaxlib {jaxlib.__version__} did not end ({type(error).__name__})", False
     if done.returncode == 0:
-        return ""
+        return "", True
     if done.returncode < 0:
-        return f"{TRIED} jaxlib {jaxlib.__version__} crashed"
+        return f"{TRIED} jaxlib {jaxlib.__version__} crashed", -done.returncode in CRASHES
     lines = done.stderr.strip().splitlines()
-    return f"{TRIED} jaxlib {jaxlib.__version__} failed: {lines[-1][:200] if lines else 'without a word'}"
+    message = lines[-1][:200] if lines else "no message"
+    return f"{TRIED} jaxlib {jaxlib.__version__} failed: {message}", done.returncode == FAILED
 
 
-def _remember(found: str) -> str:
+def _remember(found: str) -> None:
     """Stores the answer for later processes, if the cache directory can be written."""
     with contextlib.suppress(OSError):
         _path().parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(_path()) as file:
             file.write(json.dumps({"reason": found}).encode())
-    return found
 
 
 def convolution(

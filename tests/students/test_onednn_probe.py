@@ -37,14 +37,12 @@ def child(monkeypatch, code):
     [
         ("pass", ""),
         ("import os; os.abort()", "crashed"),
-        ("import sys; print('a kernel differs', file=sys.stderr); sys.exit(1)", "failed: a kernel differs"),
-        ("import time; time.sleep(60)", "did not end"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "crashed"),
+        ("import sys; print('a kernel differs', file=sys.stderr); sys.exit(3)", "failed: a kernel differs"),
     ],
-    ids=["works", "crash", "wrong values", "endless"],
+    ids=["works", "abort", "segmentation fault", "wrong values"],
 )
 def test_answer_of_the_child_process_is_kept(monkeypatch, answers, code, wanted):
-    if "sleep" in code:
-        monkeypatch.setattr(onednn, "PROBE_S", 0.5)
     child(monkeypatch, code)
     found = onednn.reason()
     assert (wanted in found) if wanted else found == ""
@@ -56,6 +54,26 @@ def test_answer_of_the_child_process_is_kept(monkeypatch, answers, code, wanted)
     child(monkeypatch, "raise SystemExit('asked again')")
     onednn.reason.cache_clear()
     assert onednn.reason() == found
+
+
+@pytest.mark.parametrize(
+    ("code", "wanted"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "crashed"),
+        ("raise MemoryError", "failed: MemoryError"),
+        ("import time; time.sleep(60)", "did not end"),
+    ],
+    ids=["killed", "out of memory", "out of time"],
+)
+def test_child_that_proves_nothing_is_asked_again_by_the_next_process(monkeypatch, answers, code, wanted):
+    monkeypatch.setattr(onednn, "PROBE_S", 2)
+    child(monkeypatch, code)
+    assert wanted in onednn.reason() and not onednn.available()
+    assert not answers.exists()
+    monkeypatch.setattr(onednn, "PROBE_S", 60)
+    child(monkeypatch, "pass")
+    onednn.reason.cache_clear()  # as in a new process
+    assert onednn.available() and answers.exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"reason": 1}', '{"other": ""}'])
@@ -78,6 +96,11 @@ def test_variable_turns_it_off_without_a_child(monkeypatch, answers):
     child(monkeypatch, "raise SystemExit('asked')")
     assert onednn.reason() == "EV3_DISTILL_ONEDNN=0" and not answers.exists()
     assert onednn.TRIED not in conv.computed_by()  # whoever turns it off needs no warning
+
+
+def test_probe_notices_that_there_is_no_such_call(monkeypatch):
+    monkeypatch.setattr(onednn, "CALL", "__no_such_call")
+    assert "__no_such_call" in onednn_probe.check()
 
 
 def test_probe_notices_wrong_values(monkeypatch):
