@@ -1,6 +1,6 @@
 """The wall time of a command by phase, from its start: what a user waits for.
 
-One clock per process. Phases nest: time in an inner phase is not time of the outer one. Work for the teacher counts as
+Phases nest: time in an inner phase is not time of the outer one. Work for the teacher counts as
 `teacher`, whatever it is, except compiling. Compiling inside a call of JAX counts as `compiling`, too.
 """
 
@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,14 @@ class Clock:
         }
 
 
-_CLOCKS = [Clock(time.perf_counter(), "other")]
+_NO_COMMAND = Clock(time.perf_counter(), "other")
+_CLOCK: ContextVar[Clock] = ContextVar("clock of the command", default=_NO_COMMAND)
 _LISTENS: list[bool] = []
 
 
 def clock() -> Clock:
-    """The clock of the present command."""
-    return _CLOCKS[-1]
+    """The clock of the present command; commands in several threads have clocks of their own."""
+    return _CLOCK.get()
 
 
 def phase(name: str) -> contextlib.AbstractContextManager[None]:
@@ -106,14 +108,15 @@ def command(start: float | None = None, *, phase: str = "other") -> Iterator[Clo
       start: a time of `time.perf_counter`; by default now.
       phase: that it starts in.
     """
-    if len(_CLOCKS) > 1:
-        yield _CLOCKS[-1]
+    if clock() is not _NO_COMMAND:
+        yield clock()
         return
-    _CLOCKS.append(Clock(time.perf_counter() if start is None else start, phase))
+    own = Clock(time.perf_counter() if start is None else start, phase)
+    token = _CLOCK.set(own)
     try:
-        yield _CLOCKS[-1]
+        yield own
     finally:
-        _CLOCKS.pop()
+        _CLOCK.reset(token)
 
 
 def count_compiling() -> None:

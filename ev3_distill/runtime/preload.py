@@ -12,14 +12,14 @@ NEEDED_LATER = (
     "matplotlib.backends.backend_svg",
     "jinja2",
 )
-_BEGUN: list[threading.Thread] = []
+_THREADS: list[threading.Thread] = []  # at most one
 
 
 def preload() -> None:
-    """Begins to import NEEDED_LATER in another thread, once in a process. What fails there fails again at its use."""
-    if not _BEGUN and not all(name in sys.modules for name in NEEDED_LATER):
-        _BEGUN.append(threading.Thread(target=_import, daemon=True, name="imports"))
-        _BEGUN[0].start()
+    """Starts to import NEEDED_LATER in another thread, once in a process. What fails there fails again at its use."""
+    if not _THREADS and not all(name in sys.modules for name in NEEDED_LATER):
+        _THREADS.append(threading.Thread(target=_import, daemon=True, name="imports"))
+        _THREADS[0].start()
 
 
 def _import() -> None:

@@ -1,6 +1,5 @@
 """The clock of a command: every second belongs to one phase."""
 
-import io
 import json
 import subprocess
 import sys
@@ -135,30 +134,64 @@ def test_clock_starts_with_the_process():
     assert 0.3 <= age <= time.perf_counter() - begun + 0.02  # the system counts hundredths of seconds
 
 
-def test_long_phase_says_that_it_still_runs(monkeypatch):
-    monkeypatch.setattr(console, "FIRST_NEWS_S", 0.04)
-    monkeypatch.setattr(console, "LOOK_S", 0.01)
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    clock = Clock(time.perf_counter(), "compiling")
+class Looks:
+    """Ends after a number of looks, between which time passes."""
+
+    def __init__(self, now, count, each=None):
+        self.now, self.left, self.each = now, count, each
+
+    def wait(self, seconds):
+        self.now.now += seconds
+        self.left -= 1
+        if self.each:
+            self.each()
+        return self.left < 0
+
+
+@pytest.fixture
+def lines(capsys):
+    return lambda: capsys.readouterr().err.splitlines()
+
+
+def test_long_phase_says_that_it_still_runs_each_time_after_twice_as_long(now, lines):
+    clock = Clock(now.now, "compiling")
     clock.programs = 3
-    with console.news(clock):
-        time.sleep(0.3)
-        clock.turn_to("other")  # nothing to say
-        time.sleep(0.1)
-    lines = sys.stderr.getvalue().splitlines()
-    assert 1 <= len(lines) <= 3  # after 0.04, 0.08 and 0.16 seconds of silence
-    assert set(lines) == {"compiling: 0 s so far, 3 programs done"}
+    console.touch()
+    console._tell(clock, Looks(now, round(50 / console.LOOK_S)))
+    assert lines() == [f"compiling: {seconds} s so far, 3 programs done" for seconds in (5, 15, 35)]
 
 
-def test_phase_that_shows_something_needs_no_news(monkeypatch):
-    monkeypatch.setattr(console, "FIRST_NEWS_S", 0.2)
-    monkeypatch.setattr(console, "LOOK_S", 0.01)
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
+def test_phase_that_shows_something_needs_no_news(now, lines):
+    console._tell(Clock(now.now, "training"), Looks(now, 100, each=console.touch))
+    assert not lines()
+
+
+def test_nothing_is_told_of_what_has_no_name(now, lines):
+    console.touch()
+    console._tell(Clock(now.now, "other"), Looks(now, 100))
+    assert not lines()
+
+
+def test_news_end_with_the_work():
     with console.news(Clock(time.perf_counter(), "training")):
-        for _ in range(10):
-            time.sleep(0.03)
-            console.touch()
-    assert not sys.stderr.getvalue()
+        assert [thread for thread in threading.enumerate() if thread.name == "news of phases"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "news of phases"]
+
+
+def test_commands_in_two_threads_have_clocks_of_their_own():
+    clocks = []
+
+    def work():
+        with phases.command() as clock:
+            clocks.append(clock)
+
+    with phases.command() as clock:
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len({id(one) for one in [clock, *clocks]}) == 3
 
 
 def test_resumed_run_counts_the_training_of_earlier_commands(finished, cli, here, tmp_path):
