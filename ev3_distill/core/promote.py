@@ -195,6 +195,6 @@ def check_goals(state: State, pools: Pools, algorithm: Algorithm, risks: jax.Arr
 def where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """Selects between two trees of one structure by a scalar bool.
 
-    A conditional copies arrays, where a select needs a kernel for each of them, which takes XLA:CPU 17 ms to compile.
+    A conditional copies arrays, where a select needs a kernel for each of them, which takes XLA:CPU 15 ms to compile.
     """
     return jax.lax.cond(condition, lambda: new, lambda: old)
