@@ -150,7 +150,10 @@ class Looks:
 
 @pytest.fixture
 def lines(capsys):
-    return lambda: capsys.readouterr().err.splitlines()
+    def lines_so_far():
+        return capsys.readouterr().err.splitlines()
+
+    return lines_so_far
 
 
 def test_long_phase_says_that_it_still_runs_each_time_after_twice_as_long(now, lines):
