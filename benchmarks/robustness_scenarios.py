@@ -41,7 +41,7 @@ class Scenario(NamedTuple):
     by_class: bool = False  # whether the figure is the mean over classes, on assess and on test
     allowed: float = 1.0  # largest regret of the default, in points
     clean: bool = False
-    first_seed: int = 9500  # the default was chosen on other seeds
+    first_seed: int = 10500  # the default was chosen on other seeds
     most: int = 1000  # limit on the number of seeds
 
 

@@ -28,10 +28,11 @@ class EV3:
     """Longest trajectory in steps. A trajectory takes a fiftieth of the budget, within these limits."""
     race: float = 0.08
     """Fraction of the budget that each arm may use in the race at the start, for at most half of the budget in total.
-    If that is fewer than two trajectories of `length` steps, only the first two arms that start fast race. 0: no race, the
-    first arm leads."""
+    If that is fewer than two trajectories of `length` steps, only the first two arms that start fast race, and the first of
+    them leads unless the other is clearly ahead. 0: no race, the first arm leads."""
     drop: float = 5.0
-    """Standard errors on the assess split by which an arm must lie behind the best arm to leave the race early."""
+    """Standard errors on the assess split by which an arm must lie behind the best arm to leave the race early, and by which
+    the second arm must be ahead of the first to lead after a short race."""
     final: float = 0.2
     """Fraction of the budget, at its end, that trains on the assess and decide splits, too: nothing is decided any more.
     0: none. Runs with guards, a control or a patience, searches, and runs that deliver the champion decide to the end."""

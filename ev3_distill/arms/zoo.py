@@ -122,9 +122,10 @@ EVOLVING: dict[str, Callable[[], Objective]] = {  # evolution arms, by what they
     "es-worst-class": lambda: steering.goal("worst_class_accuracy", 0).score,
 }
 # Arms that differ in loss and optimizer race, labels alone among them. With guards on rare classes, balanced losses do, too.
-# The SGD arms alone race if the budget is short: both start fast, and one of them needs no teacher.
+# The SGD arms alone race if the budget is short: both start fast, and one of them needs no teacher. The first of them, and of
+# the convolutional arms, leads after a short race that shows little: it trusts the teacher only where the labels agree.
 DEFAULT = ("kd4-muon", "trust-sgd", "ce-sgd", "kd4")
-CONVOLUTIONAL = ("kd4-muon", "ce-muon")
+CONVOLUTIONAL = ("trust-muon", "ce-muon")
 BALANCED = ("ce-sgd-balanced", "kd4-muon-balanced")
 CONVOLUTIONAL_BALANCED = ("kd4-muon-balanced",)
 MLP_PEER_ARMS = ("kd4-peer", "kd4-ensemble")

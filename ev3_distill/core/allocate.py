@@ -3,7 +3,8 @@
 A run starts with a race. Each arm trains a student of its own, from common initial parameters and with its own optimizer,
 for up to a fraction `config.race` of the budget. If that is too short to compare them all, two that start fast race. After each
 iteration, an arm that assess shows to be clearly behind the best one leaves the race. When it is over, the arm that was
-nearest to the best one, smoothed over iterations, leads: it continues its own trajectory alone.
+nearest to the best one, smoothed over iterations, leads: it continues its own trajectory alone. After a short race that is
+the first arm, unless another is clearly ahead.
 If nothing has moved for PATIENCE iterations, another arm is asked: it starts from the current student and trains beside the
 leader for an iteration. If its proposal becomes current, it leads.
 """
@@ -49,7 +50,7 @@ def entrants(racers: Sequence[bool], fast: Sequence[bool], budget: jax.Array, co
     count = jnp.maximum(MOST_RACING * budget / least, FEWEST)
     among, of_short = jnp.array(racers), jnp.array(fast)
     in_short = of_short & (jnp.cumsum(of_short) <= FEWEST)
-    return jnp.where(config.race * budget < least, in_short, among & (jnp.cumsum(among) <= count))
+    return jnp.where(is_short(config.race * budget, config), in_short, among & (jnp.cumsum(among) <= count))
 
 
 def race_steps(entered: jax.Array, budget: jax.Array, config: EV3) -> jax.Array:
@@ -62,6 +63,11 @@ def race_steps(entered: jax.Array, budget: jax.Array, config: EV3) -> jax.Array:
     """
     count = entered.sum()
     return jnp.floor(budget * jnp.where(count > 1, jnp.minimum(config.race, MOST_RACING / count), 0.0))
+
+
+def is_short(steps: jax.Array, config: EV3) -> jax.Array:
+    """Whether a race of so many steps of each arm is too short to show which arm is the best in the long run."""
+    return steps < LEAST_LENGTHS * config.length
 
 
 def enter(arms: ArmsState, entered: jax.Array) -> ArmsState:
@@ -183,7 +189,9 @@ def race_on(
 ) -> ArmsState:
     """The arms after an iteration of the race: some leave it, and at its end all but the leader.
 
-    An arm whose proposal is not finite leaves at once, unless that is true of all arms.
+    An arm whose proposal is not finite leaves at once, unless that is true of all arms. After a short race the first arm leads,
+    unless another was clearly ahead in its second half: the first steps of two arms may differ by seven points of accuracy, of
+    which nothing is left at the end.
 
     Args:
       arms: with the leader of now, and `raced` with this iteration.
@@ -193,23 +201,28 @@ def race_on(
       budget: of the student.
       config: of the run.
     """
-    ends = (arms.racing.sum() > 1) & ~is_racing(arms, steps)
-    arms = arms._replace(leader=jnp.where(ends, _winner(arms, arms.racing & ~broken), arms.leader))
+    several, short = arms.racing.sum() > 1, is_short(steps, config)
+    ends = several & ~is_racing(arms, steps)
+    arms = arms._replace(value=jnp.where(several & short & (2 * arms.raced <= steps), 0.0, arms.value))
+    margin = jnp.where(short, config.drop, 0.0)
+    arms = arms._replace(leader=jnp.where(ends, _winner(arms, arms.racing & ~broken, margin), arms.leader))
     leads = jnp.arange(arms.value.shape[0]) == arms.leader
     early = arms.raced < jnp.maximum(LEAST * budget, LEAST_LENGTHS * config.length)
     stays = jnp.where(broken, ~(arms.racing & ~broken).any(), early | (behind >= -config.drop))
     racing = leads | (arms.racing & stays & is_racing(arms, steps))
-    return arms._replace(racing=jnp.where(arms.racing.sum() > 1, racing, arms.racing))
+    return arms._replace(racing=jnp.where(several, racing, arms.racing))
 
 
-def _winner(arms: ArmsState, among: jax.Array) -> jax.Array:
+def _winner(arms: ArmsState, among: jax.Array, margin: jax.Array) -> jax.Array:
     """The arm that leads after the race, int32: that of the highest value `among` [A] bool these, the present leader if level.
 
     The present leader proposed the current student, which may be a single lucky proposal; values are smoothed over iterations.
+    With a margin, in standard errors, the first arm leads unless the value of another is so much higher.
     """
     value = jnp.where(among, arms.value, -math.inf)
-    level = (value[arms.leader] >= value.max()) | ~among.any()
-    return jnp.where(level, arms.leader, jnp.argmax(value)).astype(jnp.int32)
+    present = jnp.where(margin > 0, jnp.argmax(among), arms.leader)
+    level = (value[present] >= value.max() - margin) | ~among.any()
+    return jnp.where(level, jnp.where(among.any(), present, arms.leader), jnp.argmax(value)).astype(jnp.int32)
 
 
 def to_ask(arms: ArmsState, clock: Clock, pressing: jax.Array) -> jax.Array:

@@ -65,12 +65,14 @@ def _best(row: Mapping[str, Any], kind: str) -> str | None:
 
 
 def diagnose_race(directory: Path, setup: TrainingSetup, targets: TeacherTargets) -> dict[str, Any] | None:
-    """The diagnosis of a run with a teacher, for report.json; None where the race shows no clear difference, or without labels.
+    """The diagnosis of a run with a teacher, for report.json.
 
-    Its entries: `ahead`, `labels` or `teacher`; the arms by these names in `arms`; `steps` of each; `gain` of the one ahead in
-    the promised score, with `gain_se`, on `n` labeled examples of assess; `differ`, of how many of them the teacher gives
-    another class; `pairs` of confused classes; `moved`, the number of classes that seem to be in another order, of
-    `num_classes`; and `sentences` for people.
+    None without labels, and where the race shows no clear difference and the teacher confuses no classes.
+
+    Its entries: `ahead`, `labels` or `teacher`, or null if the race shows no clear difference; then the next four are null,
+    too. The arms by these names in `arms`; `steps` of each; `gain` of the one ahead in the promised score, with `gain_se`.
+    On `n` labeled examples of assess: `differ`, of how many of them the teacher gives another class; `pairs` of confused
+    classes; `moved`, the number of classes that seem to be in another order, of `num_classes`. `sentences` are for people.
 
     Args:
       directory: of the run, with its ledger.
@@ -80,30 +82,56 @@ def diagnose_race(directory: Path, setup: TrainingSetup, targets: TeacherTargets
     if not setup.labeled or setup.task.disagreement is None:
         return None
     compared = compare_in_race(list(read_rows(directory / "ledger.jsonl")), setup.task.promise.name)
-    if compared is None:
-        return None
-    if abs(compared.gain) < CLEAR * compared.se or compared.gain == 0:
-        return None
+    if compared is not None and (abs(compared.gain) < CLEAR * compared.se or compared.gain == 0):
+        compared = None
     rows = setup.rows["assess"]
     found = setup.task.disagreement(setup.dataset.labels[rows], targets.unchanged(rows))
-    if found is None:
+    if found is None or (compared is None and not found.pairs):
         return None
     scale = len(rows) / found.n  # examples without a label count as wrong for every arm
     labeled = has_target(setup.dataset.labels[setup.rows["explore"]])
     content = {
-        "ahead": LABELS if compared.gain > 0 else TEACHER,
-        "arms": compared.arms,
-        "steps": compared.steps,
-        "gain": scale * abs(compared.gain),
-        "gain_se": scale * compared.se,
+        **_compared(compared, scale),
         "n": found.n,
         "differ": found.differ,
         "pairs": [_named(pair, setup.class_names) for pair in found.pairs],
         "moved": found.moved,
         "num_classes": found.num_classes,
     }
+    if compared is None:
+        return {**content, "sentences": [_doubt(content)]}
     sentences = [_headline(content, at_most=compared.at_most), *_reasons(content, int(labeled.sum()), len(labeled))]
     return {**content, "sentences": sentences}
+
+
+def _compared(compared: Comparison | None, scale: float) -> dict[str, Any]:
+    """The entries of the diagnosis that the race gives."""
+    if compared is None:
+        return dict.fromkeys(("ahead", "arms", "steps", "gain", "gain_se"))
+    return {
+        "ahead": LABELS if compared.gain > 0 else TEACHER,
+        "arms": compared.arms,
+        "steps": compared.steps,
+        "gain": scale * abs(compared.gain),
+        "gain_se": scale * compared.se,
+    }
+
+
+def _doubt(content: Mapping[str, Any]) -> str:
+    """Where teacher and labels disagree by class, and the race does not show which of them is right."""
+    if content["moved"]:
+        return _moved(content)
+    counts = "; ".join(map(_pair_in_words, content["pairs"]))
+    return f"The teacher disagrees with the labels on some classes: {counts}. The race does not show which of the two is right."
+
+
+def _moved(content: Mapping[str, Any]) -> str:
+    """That the teacher's classes seem to be in another order."""
+    counts = "; ".join(map(_pair_in_words, content["pairs"]))
+    return (
+        f"Your teacher's classes seem to be in another order: for {content['moved']} of {content['num_classes']} "
+        f"its usual answer is another class ({counts}). Name its outputs in order with --teacher-input.classes."
+    )
 
 
 def _named(pair: Any, names: Sequence[str]) -> dict[str, Any]:
@@ -141,10 +169,7 @@ def _reasons(content: Mapping[str, Any], labeled: int, training: int) -> list[st
     counts = "; ".join(map(_pair_in_words, pairs))
     if content["ahead"] == LABELS:
         if content["moved"]:
-            return [
-                f"Your teacher's classes seem to be in another order: for {content['moved']} of {content['num_classes']} "
-                f"its usual answer is another class ({counts}). Name its outputs in order with --teacher-input.classes."
-            ]
+            return [_moved(content)]
         if pairs:
             both = ", ".join(f"'{pair['label']}' and '{pair['answer']}'" for pair in pairs)
             return [f"Your teacher confuses {both}: {counts}."]

@@ -144,7 +144,7 @@ def test_race_of_any_arms_and_budget_keeps_its_bounds(drawn, budget, seed):
             np.asarray(steps) > 0, before
         )  # all that race train, for the same number of steps
         assert len(set(np.asarray(steps)[before].tolist())) == 1
-        assert racing[leads] and not (racing & ~before).any()
+        assert racing[int(arms.leader)] and not (racing & ~before).any()
         assert cost.max() == int(arms.raced) <= part * budget * (1 + 1e-6)
         assert cost.sum() <= budget / 2 * (1 + 1e-6)
         ends = int(arms.raced) >= math.floor(part * budget * (1 - 1e-6))
@@ -154,7 +154,7 @@ def test_race_of_any_arms_and_budget_keeps_its_bounds(drawn, budget, seed):
     else:
         assert length <= 2 or longer <= 100  # only many short trajectories take that many iterations
         return
-    np.testing.assert_array_equal(arms.racing, np.arange(count) == leads)  # exactly the leader is left
+    np.testing.assert_array_equal(arms.racing, np.arange(count) == int(arms.leader))  # exactly the leader is left
     if part * budget < 1:
         assert cost.sum() == 0  # too small a budget for a race
     elif part >= 0.02:
@@ -225,6 +225,40 @@ def test_arm_nearest_to_the_best_leads_after_the_race(value, leader, broken, wan
     assert int(ended.leader) == wanted
     assert ended.racing.tolist() == [i == wanted for i in range(4)]
     assert int(after(101).leader) == leader  # the race goes on
+
+
+@pytest.mark.parametrize(
+    ("value", "broken", "wanted"),
+    [
+        ((-1.0, -0.5), (), 0),
+        ((-4.9, 0.0), (), 0),
+        ((-5.1, 0.0), (), 1),
+        ((-4.9, 0.0), (0,), 1),
+        ((-4.9, 0.0), (0, 1), 1),  # none has a finite proposal: the present leader
+    ],
+)
+def test_first_arm_leads_after_a_short_race_unless_another_is_clearly_ahead(value, broken, wanted):
+    arms = arms_of(value=value, leader=1, racing=(True, True), raced=9)
+    failed, config = jnp.array([i in broken for i in range(2)]), EV3(length=5, drop=5.0)
+    after = allocate.race_on(arms, jnp.zeros(2), failed, jnp.float32(9), budget=jnp.int32(1000), config=config)
+    assert int(after.leader) == wanted
+
+
+def test_first_half_of_a_short_race_does_not_count():
+    def value(raced, steps):
+        arms = arms_of(value=(-3.0, 0.0), racing=(True, True), raced=raced)
+        after = allocate.race_on(
+            arms,
+            jnp.zeros(2),
+            jnp.zeros(2, bool),
+            jnp.float32(steps),
+            budget=jnp.int32(1000),
+            config=EV3(length=5),
+        )
+        return float(after.value[0])
+
+    assert value(4, 9) == 0 and value(5, 9) == -3  # 9 steps are fewer than twice 5
+    assert value(4, 10) == -3  # a race long enough
 
 
 def test_leader_of_a_race_that_is_over_stays():

@@ -140,17 +140,17 @@ def test_run_of_any_budget_is_spent_and_its_race_keeps_its_bounds(speeds, budget
         assert (sum(race)[:enter] >= 0.02 * budget).all()  # each arm, whichever of them learns from labels alone
         assert (sum(race)[enter:] == 0).all()
     np.testing.assert_array_equal(last.arms.racing, np.arange(count) == int(last.arms.leader))
-    if raced > 1:  # the first step does not tell arms 0 and 1 apart
-        assert np.argmax(speeds) == int(last.arms.leader)
+    # After a short race, arm 1 is not clearly ahead of arm 0.
+    assert int(last.arms.leader) == (np.argmax(speeds) if enter == 4 else 0)
 
 
 def test_short_race_is_between_the_first_two_and_the_others_are_asked_later():
     """8 % of 48 steps are 3 for each arm, fewer than two trajectories of two steps. Arms 2 and 3 would win the race."""
     states, decisions = steps_from(begin((0.25, 0.5, 4, 4)), [48, 46, 44, 42])
-    assert [d.steps.tolist() for d in decisions] == [[1, 1, 0, 0]] * 3 + [[0, 2, 0, 0]]
+    assert [d.steps.tolist() for d in decisions] == [[1, 1, 0, 0]] * 3 + [[2, 0, 0, 0]]
     assert [d.racing.tolist() for d in decisions[1:]] == [[True, True, False, False]] + [
-        [False, True, False, False]
-    ] * 2
+        [True, False, False, False]
+    ] * 2  # arm 1 is ahead, but not clearly
     states, decisions = whole_run(begin((0, 0, 4, 0)), 48)
     assert {int(d.asked) for d in decisions} >= {1, 2} and int(states[-1].arms.leader) == 2
 

@@ -128,8 +128,17 @@ def test_few_labels_are_named_and_their_scores_scaled(tmp_path):
         [],
     ],
 )
-def test_without_clear_evidence_there_is_no_diagnosis(tmp_path, rows):
-    assert diagnosis(tmp_path, rows, SWAPPED) is None
+def test_without_clear_evidence_of_the_race_no_side_is_taken(tmp_path, rows):
+    assert diagnosis(tmp_path, rows, LABELS) is None
+    content = diagnosis(tmp_path, rows, SWAPPED)
+    assert content["sentences"] == [
+        "The teacher disagrees with the labels on some classes: of 100 examples labeled 'bird' it calls 100 'dog', and of 100 "
+        "labeled 'dog' 100 'bird'. The race does not show which of the two is right."
+    ]
+    assert [content[name] for name in ("ahead", "arms", "steps", "gain", "gain_se")] == [None] * 5
+    assert (content["n"], content["differ"], len(content["pairs"])) == (400, 200, 1)
+    in_other_order = diagnosis(tmp_path, rows, (LABELS + 1) % 4)["sentences"][0]
+    assert in_other_order.startswith("Your teacher's classes seem to be in another order: for 4 of 4")
 
 
 def test_without_labels_there_is_no_diagnosis(tmp_path):
