@@ -352,10 +352,11 @@ def _student(
     devices: Devices,
 ) -> tuple[TrainingSetup, list[str]]:
     """The setup of the student, or of the first student of a search, and its arms."""
-    setup = classification_setup(config, config.student, dataset, num_classes, devices)
-    if config.searches:
-        setup = dataclasses.replace(setup, network=first_network(config, setup.network.spec))
-    return prepare_student(config, setup, feature_shapes)
+    with phases.phase("reading"):  # deals the splits and looks for copies
+        setup = classification_setup(config, config.student, dataset, num_classes, devices)
+        if config.searches:
+            setup = dataclasses.replace(setup, network=first_network(config, setup.network.spec))
+        return prepare_student(config, setup, feature_shapes)
 
 
 def _load_teacher(

@@ -40,7 +40,7 @@ def splits_of(config: RunConfig, dataset: Dataset, strata: np.ndarray | None = N
     may_train[[] if dataset.test_rows is None else dataset.test_rows] = False
     if (units := units_of(config, dataset)) is not None:
         may_train &= ~np.isin(units, units[np.concatenate([rows[name] for name in SPLITS[1:]])])
-    return rows | {"explore": np.union1d(rows["explore"], np.flatnonzero(may_train))}
+    return rows | {"explore": np.sort(np.concatenate([rows["explore"], np.flatnonzero(may_train)]))}
 
 
 def _deal_labeled(config: RunConfig, dataset: Dataset, strata: np.ndarray) -> dict[str, np.ndarray]:

@@ -27,6 +27,29 @@ def row_digests(inputs: np.ndarray | RowFile) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(0, np.uint64)
 
 
+def distinct(digests: np.ndarray) -> np.ndarray:
+    """The sorted distinct values of digests [N].
+
+    `numpy.unique` has a hash table for integers: of 3 million different ones it takes 17 times as long and 4 times the memory.
+    """
+    ordered = np.sort(digests)
+    first = np.ones(len(ordered), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    return ordered if first.all() else ordered[first]
+
+
+def are_among(digests: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which digests [n] are among others, [n] bool.
+
+    Args:
+      digests: [n].
+      known: [m], sorted, as `distinct` returns them.
+    """
+    if not len(known):
+        return np.zeros(len(digests), bool)
+    return known[np.minimum(np.searchsorted(known, digests), len(known) - 1)] == digests
+
+
 def text_digests(texts: Iterable[str]) -> np.ndarray:
     """Digests [N] uint64 of texts, such as names of groups."""
     content = b"".join(

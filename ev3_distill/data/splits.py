@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ev3_distill.config import Fractions
+from ev3_distill.data.row_digests import are_among, distinct
 from ev3_distill.data.sources import RowFile, in_chunks
 from ev3_distill.errors import InputError
 
@@ -142,13 +143,13 @@ def count_shared(inputs: np.ndarray | RowFile, rows: Mapping[str, np.ndarray]) -
       {(split, other split): number of examples of the first}, for each held-out split and each split before it in SPLITS;
       pairs without shared examples are omitted.
     """
-    hashes = digests(inputs)
-    counts = {
-        (later, earlier): int(np.isin(hashes[rows[later]], hashes[rows[earlier]]).sum())
-        for i, later in enumerate(SPLITS)
-        for earlier in SPLITS[:i]
-    }
-    return {names: count for names, count in counts.items() if count}
+    hashes, counts = digests(inputs), {}
+    for i, earlier in enumerate(SPLITS):
+        known = distinct(hashes[rows[earlier]])
+        for later in SPLITS[i + 1 :]:
+            counts[later, earlier] = int(are_among(hashes[rows[later]], known).sum())
+    pairs = [(later, earlier) for i, later in enumerate(SPLITS) for earlier in SPLITS[:i]]
+    return {names: counts[names] for names in pairs if counts[names]}
 
 
 def digests(inputs: np.ndarray | RowFile) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 from ev3_distill import config
 from ev3_distill.certify.certificate import Certificate
 from ev3_distill.data.class_names import listed
-from ev3_distill.data.row_digests import row_digests, text_digests
+from ev3_distill.data.row_digests import are_among, distinct, row_digests, text_digests
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.training.seen_rows import NAME, SeenRows, read_seen_rows, seen_rows_of_data
@@ -62,8 +62,8 @@ def find_new_rows(dataset: Dataset, seen: SeenRows | None, *, keep: bool) -> New
             "missing or have changed. If it has, the bounds promise too much"
         )
         seen = SeenRows(digests[:0], digests[:0], digests[:0])
-    used = np.isin(digests, seen.used)
-    sealed = np.isin(digests, seen.sealed) & ~used
+    used = are_among(digests, distinct(seen.used))
+    sealed = are_among(digests, distinct(seen.sealed)) & ~used
     known = used | sealed
     new, overlap = np.flatnonzero(~known), int(known.sum())
     if overlap:
@@ -79,7 +79,7 @@ def find_new_rows(dataset: Dataset, seen: SeenRows | None, *, keep: bool) -> New
             warn(f"{text}; they are left out")
     rows = np.arange(n) if keep else new
     _warn_of_groups(dataset, rows, seen)
-    if copies := len(rows) - len(np.unique(digests[rows])):
+    if copies := len(rows) - len(distinct(digests[rows])):
         warn(
             f"{copies:,} of the {len(rows):,} examples to score have the same inputs as another one; bounds take each for an "
             "independent one, and promise too much if they are copies"
@@ -91,7 +91,7 @@ def _warn_of_groups(dataset: Dataset, rows: np.ndarray, seen: SeenRows) -> None:
     """Warns of examples in groups with the names of the run's. Other groups may have these names, so they are not left out."""
     if dataset.groups is None or not len(seen.groups):
         return
-    known = np.isin(text_digests(dataset.group_names), seen.groups)
+    known = are_among(text_digests(dataset.group_names), distinct(seen.groups))
     if count := int(known[dataset.groups[rows]].sum()):
         names = [name for name, is_known in zip(dataset.group_names, known, strict=True) if is_known]
         warn(

@@ -16,7 +16,7 @@ import numpy as np
 
 from ev3_distill.config import GROUPS, RunConfig
 from ev3_distill.data import splits_of
-from ev3_distill.data.row_digests import row_digests, text_digests
+from ev3_distill.data.row_digests import distinct, row_digests, text_digests
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError
 from ev3_distill.runtime import npz
@@ -44,8 +44,8 @@ def seen_rows(dataset: Dataset, rows: Mapping[str, np.ndarray], *, by_groups: bo
     """
     digests = row_digests(dataset.inputs)
     used = np.concatenate([rows[name] for name in ("explore", "assess", "decide")])
-    groups = np.unique(text_digests(dataset.group_names if by_groups else ()))
-    return SeenRows(np.unique(digests[used]), np.unique(digests[rows["test"]]), groups)
+    groups = distinct(text_digests(dataset.group_names if by_groups else ()))
+    return SeenRows(distinct(digests[used]), distinct(digests[rows["test"]]), groups)
 
 
 def write_seen_rows(directory: Path, dataset: Dataset, rows: Mapping[str, np.ndarray], *, by_groups: bool) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from ev3_distill.config import Compress
 from ev3_distill.data import splits_of
-from ev3_distill.data.row_digests import row_digests
+from ev3_distill.data.row_digests import are_among, distinct, row_digests
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.teachers import Teacher
@@ -139,9 +139,9 @@ def _count_seen(place: Path, dataset: Dataset, test: np.ndarray) -> int:
         report = report_in(directory)
         if report is not None and report["data"]["fingerprint"] == dataset.fingerprint:
             sealed = splits_of(config_of(directory, report), dataset)["test"]
-            return len(np.setdiff1d(test, sealed))
+            return int((~np.isin(test, sealed)).sum())
         if (seen := read_seen_rows(directory)) is not None:
-            return int(np.isin(row_digests(dataset.inputs)[test], seen.used).sum())
+            return int(are_among(row_digests(dataset.inputs)[test], distinct(seen.used)).sum())
         if report is not None:
             return 0
     return 0

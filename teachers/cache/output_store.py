@@ -170,6 +170,16 @@ class OutputStore:
             missing = self._shards.missing(rows)
         return missing[np.sort(np.unique(missing, return_index=True)[1])]
 
+    def occur(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Which rows of the data set are among these, a mask [N]: for millions of rows far faster than `numpy.unique`.
+
+        Raises:
+          InputError: the data set has no such row.
+        """
+        occurs = np.zeros(self.contents.rows, bool)
+        occurs[self._ids(rows)] = True
+        return occurs
+
     def _ids(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
         ids = np.asarray(rows, np.int64).reshape(-1)
         outside = (ids < 0) | (ids >= self.contents.rows)
@@ -276,7 +286,7 @@ def collect(
       InputError: the teacher fails on a row, or its outputs are not finite numbers of the store's shapes.
       OSError: the disk is full or faulty.
     """
-    total = len(np.unique(np.asarray(rows)))
+    total = int(store.occur(rows).sum())
     on_progress = on_progress or (lambda done, total: None)
     message = f"another process runs this teacher for {store.directory}: waiting for it"
     if not len(store.missing(rows)):
@@ -364,7 +374,9 @@ def spot_check(
     Raises:
       InputError: a row differs, or the teacher fails.
     """
-    cached = np.setdiff1d(np.asarray(rows, np.int64), store.missing(rows))
+    is_cached = store.occur(rows)
+    is_cached[store.missing(rows)] = False
+    cached = np.flatnonzero(is_cached)
     if not min(n, len(cached)):
         return
     drawn = np.sort(np.random.default_rng(seed).choice(cached, min(n, len(cached)), replace=False))

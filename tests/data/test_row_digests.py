@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from image_files import contents, picture, tree
 
-from ev3_distill.data.row_digests import row_digests
+from ev3_distill.data.row_digests import are_among, distinct, row_digests
 from ev3_distill.data.sources import load_data
 
 RNG = np.random.default_rng(0)
@@ -19,6 +21,13 @@ def test_digests_are_distinct_and_keep_their_place():
     changed = IMAGES.copy()
     changed[7, 3, 5, 2] ^= 1
     assert np.flatnonzero(row_digests(changed) != digests).tolist() == [7]
+
+
+@given(st.lists(st.integers(0, 9)), st.lists(st.integers(0, 9)))
+def test_distinct_and_are_among_agree_with_numpy(values, known):
+    values, known = (np.array(x, np.uint64) * np.uint64(2**60) for x in (values, known))
+    np.testing.assert_array_equal(distinct(values), np.unique(values))
+    np.testing.assert_array_equal(are_among(values, distinct(known)), np.isin(values, known))
 
 
 @pytest.mark.parametrize(

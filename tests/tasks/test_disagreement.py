@@ -82,3 +82,14 @@ def test_examples_without_a_label_or_an_answer(labels):
 def test_only_labeled_examples_count():
     labels = np.where(np.arange(400) % 2, LABELS, -1)
     assert found(answers_with((1, 3, 100)), labels)[:3] == (200, 50, (ConfusedPair(1, 3, 50, 50, 0, 50),))
+
+
+def test_many_classes_need_no_matrix_of_them():
+    """50,000 classes squared would be 20 GB of counts."""
+    labels = np.arange(1000) % 10
+    answers = np.where(labels < 2, 1 - labels, labels)
+    logits = np.zeros((1000, 50_000), np.float32)
+    logits[np.arange(1000), answers] = 1
+    found = find_disagreement(labels, {"logits": logits})
+    assert found.pairs == (ConfusedPair(1, 0, 100, 100, 100, 100),)
+    assert (found.differ, found.moved, found.num_classes) == (200, 0, 50_000)

@@ -17,6 +17,8 @@ LEVEL = 0.05  # probability that any pair of classes is named by chance
 FLOOR = 0.05  # fraction of a class that must be confused at least
 LISTED = 5  # most pairs that are named
 
+Counts = dict[tuple[int, int], int]  # examples by (label, answer)
+
 
 class ConfusedPair(NamedTuple):
     """Two classes that labels and teacher confuse, in the direction that is clearer."""
@@ -53,56 +55,61 @@ def find_disagreement(targets: Any, teacher: Mapping[str, Any]) -> Disagreement 
     if not known.any():
         return None
     labels, answers, size = labels[known], predicted_class(logits[known]), logits.shape[1]
-    counts = np.zeros((size, size), np.int64)
-    sound = answers >= 0
-    np.add.at(counts, (labels[sound], answers[sound]), 1)
-    of_class = np.bincount(labels, minlength=size)
-    usual = float(np.median(1 - counts.diagonal()[of_class > 0] / of_class[of_class > 0]))
+    counts, of_class = _count_pairs(labels, answers, size), np.bincount(labels, minlength=size)
+    right = np.bincount(labels[answers == labels], minlength=size)
+    usual = float(np.median(1 - right[of_class > 0] / of_class[of_class > 0]))
     found = _confused(counts, of_class, FLOOR)
-    moved = _moved(counts, found)
+    moved = _moved(counts, found, size)
     if not moved:
         found = [(bound, c, d) for bound, c, d in found if bound > usual]
     differ = int((answers != labels).sum())
     return Disagreement(len(labels), differ, _as_pairs(found, counts, of_class), moved, size)
 
 
-def _confused(counts: np.ndarray, of_class: np.ndarray, floor: float) -> list[tuple[float, int, int]]:
+def _count_pairs(labels: np.ndarray, answers: np.ndarray, size: int) -> Counts:
+    """How often each (label, answer) occurs, in order; not a matrix, which 10,000 classes would make too large."""
+    sound = answers >= 0
+    pairs, times = np.unique(labels[sound].astype(np.int64) * size + answers[sound], return_counts=True)
+    return dict(zip(zip((pairs // size).tolist(), (pairs % size).tolist(), strict=True), times.tolist(), strict=True))
+
+
+def _confused(counts: Counts, of_class: np.ndarray, floor: float) -> list[tuple[float, int, int]]:
     """(lower bound of the fraction, label, answer) of each pair with a bound above `floor`, the worst first.
 
     Args:
-      counts: [K, K], by label and answer.
+      counts: by label and answer.
       of_class: [K], examples with each label.
       floor: of the bound.
     """
-    size = len(counts)
+    size = len(of_class)
     level = LEVEL / max(size * (size - 1), 1)
-    shares = counts / np.maximum(of_class, 1)[:, None]
     found = []
-    for c, d in np.argwhere(shares > floor).tolist():
-        if c != d and (bound := binomial_lower(int(counts[c, d]), int(of_class[c]), level)) > floor:
+    for (c, d), times in counts.items():
+        if c != d and times > floor * of_class[c] and (bound := binomial_lower(times, int(of_class[c]), level)) > floor:
             found.append((bound, c, d))
     return sorted(found, reverse=True)
 
 
-def _moved(counts: np.ndarray, found: list[tuple[float, int, int]]) -> int:
+def _moved(counts: Counts, found: list[tuple[float, int, int]], size: int) -> int:
     """The number of classes whose usual answer is clearly another class, if those are most classes, as in another class order.
 
     In an order, no two classes have the same usual answer.
     """
-    usual = counts.argmax(axis=1)
+    usual: dict[int, int] = {}
+    for c, d in sorted(counts, key=lambda pair: counts[pair], reverse=True):  # of equals, the first class
+        usual.setdefault(c, d)
     moved = {c: d for _, c, d in found if d == usual[c]}
-    unmoved = [c for c in range(len(counts)) if usual[c] == c and counts[c, c] > 0]
+    unmoved = [c for c, d in usual.items() if c == d]
     answers = [*moved.values(), *unmoved]
-    return len(moved) if 2 * len(moved) > len(counts) and len(set(answers)) == len(answers) else 0
+    return len(moved) if 2 * len(moved) > size and len(set(answers)) == len(answers) else 0
 
 
-def _as_pairs(
-    found: list[tuple[float, int, int]], counts: np.ndarray, of_class: np.ndarray
-) -> tuple[ConfusedPair, ...]:
+def _as_pairs(found: list[tuple[float, int, int]], counts: Counts, of_class: np.ndarray) -> tuple[ConfusedPair, ...]:
     """The worst pairs, each once, whichever way round."""
-    worst = dict.fromkeys(frozenset((c, d)) for _, c, d in found)
-    first = {pair: next((c, d) for _, c, d in found if {c, d} == pair) for pair in list(worst)[:LISTED]}
+    first: dict[frozenset[int], tuple[int, int]] = {}
+    for _, c, d in found:
+        first.setdefault(frozenset((c, d)), (c, d))
     return tuple(
-        ConfusedPair(c, d, int(counts[c, d]), int(of_class[c]), int(counts[d, c]), int(of_class[d]))
-        for c, d in first.values()
+        ConfusedPair(c, d, counts[c, d], int(of_class[c]), counts.get((d, c), 0), int(of_class[d]))
+        for c, d in list(first.values())[:LISTED]
     )
