@@ -145,7 +145,7 @@ def count_shared(inputs: np.ndarray | RowFile, rows: Mapping[str, np.ndarray]) -
     """
     hashes, counts = digests(inputs), {}
     for i, earlier in enumerate(SPLITS):
-        known = distinct(hashes[rows[earlier]])
+        known = distinct(hashes[rows[earlier]], overwrite=True)
         for later in SPLITS[i + 1 :]:
             counts[later, earlier] = int(are_among(hashes[rows[later]], known).sum())
     pairs = [(later, earlier) for i, later in enumerate(SPLITS) for earlier in SPLITS[:i]]

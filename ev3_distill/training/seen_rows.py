@@ -16,7 +16,7 @@ import numpy as np
 
 from ev3_distill.config import GROUPS, RunConfig
 from ev3_distill.data import splits_of
-from ev3_distill.data.row_digests import distinct, row_digests, text_digests
+from ev3_distill.data.row_digests import digests_where, distinct, text_digests
 from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError
 from ev3_distill.runtime import npz
@@ -42,10 +42,13 @@ def seen_rows(dataset: Dataset, rows: Mapping[str, np.ndarray], *, by_groups: bo
       rows: by split.
       by_groups: whether splits hold whole groups.
     """
-    digests = row_digests(dataset.inputs)
-    used = np.concatenate([rows[name] for name in ("explore", "assess", "decide")])
+    is_used, is_sealed = np.zeros((2, len(dataset.inputs)), bool)
+    for name in ("explore", "assess", "decide"):
+        is_used[rows[name]] = True
+    is_sealed[rows["test"]] = True
     groups = distinct(text_digests(dataset.group_names if by_groups else ()))
-    return SeenRows(distinct(digests[used]), distinct(digests[rows["test"]]), groups)
+    used, sealed = digests_where(dataset.inputs, [is_used, is_sealed])
+    return SeenRows(distinct(used, overwrite=True), distinct(sealed, overwrite=True), groups)
 
 
 def write_seen_rows(directory: Path, dataset: Dataset, rows: Mapping[str, np.ndarray], *, by_groups: bool) -> None:

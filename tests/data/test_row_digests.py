@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_files import contents, picture, tree
 
-from ev3_distill.data.row_digests import are_among, distinct, row_digests
-from ev3_distill.data.sources import load_data
+from ev3_distill.data import row_digests as module
+from ev3_distill.data.row_digests import are_among, digests_where, distinct, row_digests
+from ev3_distill.data.sources import in_chunks, load_data
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (50, 4, 6, 3)).astype(np.uint8)
@@ -23,10 +24,21 @@ def test_digests_are_distinct_and_keep_their_place():
     assert np.flatnonzero(row_digests(changed) != digests).tolist() == [7]
 
 
+def test_digests_of_parts_are_those_of_their_examples(monkeypatch):
+    masks = [RNG.random(50) < 0.5, np.arange(50) == 7, np.zeros(50, bool)]
+    for mask, part in zip(masks, digests_where(IMAGES, masks), strict=True):
+        np.testing.assert_array_equal(part, row_digests(IMAGES)[mask])
+    monkeypatch.setattr(module, "in_chunks", lambda inputs: in_chunks(inputs, 8 * IMAGES[0].nbytes))
+    np.testing.assert_array_equal(digests_where(IMAGES, masks)[0], row_digests(IMAGES)[masks[0]])
+
+
 @given(st.lists(st.integers(0, 9)), st.lists(st.integers(0, 9)))
 def test_distinct_and_are_among_agree_with_numpy(values, known):
     values, known = (np.array(x, np.uint64) * np.uint64(2**60) for x in (values, known))
+    before = values.copy()
     np.testing.assert_array_equal(distinct(values), np.unique(values))
+    np.testing.assert_array_equal(values, before)
+    np.testing.assert_array_equal(distinct(values.copy(), overwrite=True), np.unique(values))
     np.testing.assert_array_equal(are_among(values, distinct(known)), np.isin(values, known))
 
 
