@@ -8,8 +8,6 @@ them smaller.
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ev3_distill.benchmarks import statistics
+from ev3_distill.benchmarks.child_process import peak_memory
 
 KEY = ("seed",)  # identifies a row
 TIMED = ("seconds",)  # depend on the machine
@@ -66,23 +65,12 @@ def _run(directory: Path, seed: int, limit: int, total: int) -> dict[str, Any]:
         *("--augment", "flip", "--views", "1", "--teacher-as-is", "--seed", str(seed), "--out", "run"),
     ]  # fmt: skip
     began = time.perf_counter()
-    code = (
-        "import json, resource, subprocess, sys; done = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode; "
-        "print(json.dumps([done, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))"
-    )
-    environment = {**os.environ, "EV3_DISTILL_CACHE": str(directory / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *command], cwd=directory, env=environment, check=True, stdout=subprocess.PIPE
-    )
-    returned, peak = json.loads(done.stdout)
-    if returned:
-        raise RuntimeError(f"compress ended with exit code {returned}: see above")
+    peak = peak_memory(command, directory=directory, environment={"EV3_DISTILL_CACHE": str(directory / "cache")})
     report = json.loads((directory / "run" / "report.json").read_text())
-    unit = 1024 if sys.platform != "darwin" else 1  # of ru_maxrss
     return {
         "limit": limit,
         "data": count * SIDE * SIDE * 3,
-        "peak": peak * unit,
+        "peak": peak,
         "seconds": round(time.perf_counter() - began, 1),
         "steps": report["cost"]["steps"],
     }

@@ -23,6 +23,7 @@ from types import ModuleType
 from ev3_distill.benchmarks import (
     certificate_coverage,
     convolution_speed,
+    cost_growth,
     default_quality,
     evolution_cost,
     example_weights,
@@ -63,6 +64,7 @@ SUITES: dict[str, ModuleType] = {
     "robustness": robustness,
     "rotation": rotation_angle,
     "safety": false_promotions,
+    "scaling": cost_growth,
     "search": search_smallest,
     "speed": convolution_speed,
     "sweeps": protonet_sweeps,

@@ -153,14 +153,14 @@ class BenchCommand(DistributedOptions):
     """Measure the tool itself: raw rows, a table and a page with plots; or compare two such results."""
 
     suite: tyro.conf.Positional[str] = ""
-    """coverage, evolution, growth, guards, hypergrad, int8, memory, portfolio, protonet, pytorch, quality, rescue, robustness,
-    rotation, safety, search, speed, sweeps, throughput or tuning."""
+    """coverage, evolution, growth, guards, hypergrad, int8, memory, noise, portfolio, protonet, pytorch, quality, rescue,
+    robustness, rotation, safety, scaling, search, speed, sweeps, throughput or tuning."""
     seeds: int = 10
     """Number of seeds."""
     size: str = "full"
     """full; or smoke: a quick run that checks the code and proves nothing."""
     only: tuple[str, ...] = ()
-    """Parts to measure, by name, of a suite that has parts: robustness."""
+    """Parts to measure, by name, of a suite that has parts: robustness or scaling."""
     keep_rows: bool = False
     """Keep rows in --out that other code measured, mark them, and say so below the table."""
     out: Path | None = None

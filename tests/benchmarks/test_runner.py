@@ -1,6 +1,7 @@
 """Running a suite: bad input, resumption, refusal of rows of another provenance, progress."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 
 from ev3_distill import benchmarks
 from ev3_distill.benchmarks import runner
+from ev3_distill.cli.main import main
 from ev3_distill.errors import InputError
 
 
@@ -20,7 +22,7 @@ from ev3_distill.errors import InputError
             1,
             "full",
             "a suite is one of coverage, evolution, growth, guards, hypergrad, int8, memory, noise, portfolio, protonet, "
-            "pytorch, quality, rescue, robustness, rotation, safety, search, speed, sweeps, throughput, "
+            "pytorch, quality, rescue, robustness, rotation, safety, scaling, search, speed, sweeps, throughput, "
             "tuning; got 'swiftness'",
         ),
         ("throughput", 1, "huge", "a size is one of full, smoke; got 'huge'"),
@@ -144,3 +146,10 @@ def test_terminal_shows_a_progress_bar(monkeypatch, capsys):
     benchmarks.run_suite("toy", seeds=2, size="full")
     shown = capsys.readouterr().err
     assert "bench toy" in shown and "row 2, seed 1" in shown
+
+
+def test_help_names_every_suite(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    words = re.findall(r"[a-z0-9]+", capsys.readouterr().out)
+    assert set(benchmarks.SUITES) <= set(words)

@@ -10,7 +10,7 @@ from ev3_distill.cli.main import main
 
 # What no other test runs, the longest first; but pytorch and int8, whose smallest size takes pretrained files or PyTorch.
 SMOKED = ["speed", "search", "memory", "safety", "hypergrad", "protonet", "evolution", "growth", "rescue", "robustness",
-          "rotation", "guards", "tuning"]  # fmt: skip
+          "rotation", "guards", "tuning", "scaling"]  # fmt: skip
 NEEDS = {"rotation": "mnist.npz", "protonet": "omniglot_images_background.zip"}
 
 
