@@ -1,15 +1,16 @@
 """Is distilling a convolutional student here as fast as in a plain PyTorch loop on the same machine?
 
-Four questions. All contenders run in one process and take turns in varying order; a ratio is taken within a turn. Batches hold
-128 random images of 32x32x3, which are as fast as any others. Both sides use all threads of the machine.
+All contenders run in one process and take turns in varying order; a ratio is taken within a turn. Turns are short and many,
+because the speed of a shared machine drifts. Batches hold 128 random images of 32x32x3, which are as fast as any others. Both
+sides use all threads of the machine.
 
 - `step D`: training steps of ResNet-D (D = 8, 20), cross entropy, SGD with Nesterov momentum, on one batch. `ours` is a loop
   of steps in one jitted program, `torch` the same network in channels_last memory.
 - `epoch`: distilling ResNet-8 from the pretrained ResNet-56 for one epoch of crops and flips. `torch` runs the teacher in the
-  loop (`benchmarks/torch_kd.py`). `warm` is EV3 with cached teacher outputs, `cold` is EV3 that has to compute them, both with
-  assessment, decisions and ledger. Compilation is not included. Left out if the teacher's file is missing.
-- `iteration D`: complete iterations of EV3 with one arm, against that arm's bare trajectory of as many steps.
+  loop (`benchmarks/torch_kd.py`). `warm` is EV3 with cached teacher outputs, `cold` is EV3 that has to compute them, those of
+  the held-out examples included, both with assessment, decisions and ledger. Left out if the teacher's file is missing.
 
+Compilation is not included. Eight turns of the epoch take seven minutes on two cores, the turns of the steps among them.
 Without PyTorch the contenders `torch` are left out.
 """
 
@@ -32,9 +33,8 @@ from ev3_distill.arms import arms_named
 from ev3_distill.arms.gradient import gradient_arm
 from ev3_distill.benchmarks import datasets, statistics, torch_kd, torch_resnet
 from ev3_distill.config import EV3
-from ev3_distill.core.explore import draw_from
 from ev3_distill.data.augment import parse
-from ev3_distill.data.batches import held_out, resident, sampler
+from ev3_distill.data.batches import held_out, sampler
 from ev3_distill.data.pipeline import ResidentPipeline, Views
 from ev3_distill.data.sources import Dataset
 from ev3_distill.runtime.compile import jit
@@ -45,7 +45,7 @@ from ev3_distill.teachers.targets import CachedTargets
 from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Network, Pools, PyTree, Stretch
 
-KEY = ("seed",)  # identifies a row
+KEY = ("question", "seed")  # identifies a row
 TIMED = ("ms_per_step",)  # depend on the machine
 REPETITION = "turn"
 INTERVALS = (
@@ -54,80 +54,80 @@ INTERVALS = (
 )
 BATCH = 128
 DEPTHS = {"full": (8, 20), "smoke": (8,)}
-STEPS = {"full": 40, "smoke": 2}  # per turn, for `step` and `iteration`
-EPOCH = {"full": 45_000, "smoke": 512}  # images
-HELD_OUT = {"full": 2500, "smoke": 64}  # images in each of assess and decide
-LENGTH = {"full": 200, "smoke": 4}  # steps per iteration
+STEPS = {"full": 5, "smoke": 2}  # per turn of `step`
+STEP_TURNS = 4  # for each turn of `epoch`
+EPOCH = {"full": 6_400, "smoke": 512}  # images
+HELD_OUT = {"full": 350, "smoke": 64}  # images in each of assess and decide
+LENGTH = {"full": 50, "smoke": 4}  # steps per iteration of EV3
 TARGETS = {
-    "step 8: ours / torch": 0.8,
-    "step 20: ours / torch": 0.8,
-    "epoch: warm / torch": 2.0,
-    "epoch: cold / torch": 0.9,
-    "iteration 8: ev3 / bare": 0.9,
-    "iteration 20: ev3 / bare": 0.9,
+    "step 8": {"ours / torch": 1.3},
+    "step 20": {"ours / torch": 1.3},
+    "epoch": {"warm / torch": 3.0, "cold / torch": 1.3},
 }
 
 Work = Callable[[], Any]
 
 
 def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
-    """One row per turn: milliseconds per step of every contender.
+    """One row per question and turn: milliseconds per step of every contender.
 
     Args:
-      seeds: number of turns.
+      seeds: number of turns of `epoch`; the steps have STEP_TURNS times as many.
       size: full or smoke.
       done: keys of rows to skip.
     """
     with tempfile.TemporaryDirectory() as directory:
-        field = contenders(size, Path(directory))
-        for work, _ in field.values():
-            work()  # compiles
-        for seed in range(seeds):
-            if (seed,) in done:
-                continue
-            names = list(field)
-            seconds = {}
-            for name in names[seed % len(names) :] + names[: seed % len(names)]:
-                work, steps = field[name]
-                began = time.perf_counter()
-                work()
-                seconds[name] = (time.perf_counter() - began) / steps
-            yield {"seed": seed, "ms_per_step": {name: round(1000 * seconds[name], 3) for name in names}}
+        questions = contenders(size, Path(directory))
+        for works in questions.values():
+            for work, _ in works.values():
+                work()  # compiles
+        for turn in range(STEP_TURNS * seeds):
+            for question, works in questions.items():
+                if question == "epoch" and turn % STEP_TURNS:
+                    continue
+                seed = turn // STEP_TURNS if question == "epoch" else turn
+                if (question, seed) not in done:
+                    yield {"question": question, "seed": seed, "ms_per_step": _turn(works, seed)}
 
 
-def contenders(size: str, directory: Path) -> dict[str, tuple[Work, int]]:
-    """Contenders by name, each with the number of steps of its work."""
-    steps, field = STEPS[size], {}
+def _turn(works: dict[str, tuple[Work, int]], seed: int) -> dict[str, float]:
+    """Milliseconds per step of each contender, which take their turn in an order that depends on the seed."""
+    names, shift = list(works), seed % len(works)
+    times = {}
+    for name in names[shift:] + names[:shift]:
+        work, steps = works[name]
+        start = time.perf_counter()
+        work()
+        times[name] = round(1000 * (time.perf_counter() - start) / steps, 3)
+    return {name: times[name] for name in names}
+
+
+def contenders(size: str, directory: Path) -> dict[str, dict[str, tuple[Work, int]]]:
+    """Contenders by question and name, each with the number of steps of its work."""
+    steps = STEPS[size]
+    questions: dict[str, dict[str, tuple[Work, int]]] = {}
     data = images(EPOCH[size] + 2 * HELD_OUT[size])
     teacher = _torch_teacher()
     for depth in DEPTHS[size]:
         network = students.build({"family": "resnet", "depth": depth, "input_shape": [32, 32, 3], "num_classes": 10})
-        field[f"step {depth}: ours"] = _steps(network, data, steps), steps
+        works = questions.setdefault(f"step {depth}", {})
+        works["ours"] = _steps(network, data, steps), steps
         if teacher is not None:
-            theirs = torch_kd.timed_loops(
-                data.inputs[:4096],
-                data.labels[:4096],
-                teacher=teacher,
-                depth=depth,
-                steps=steps,
-                device=_torch_device(),
-            )
-            field[f"step {depth}: torch"] = theirs["student"], steps
-        length = max(LENGTH[size], steps)
-        field[f"iteration {depth}: ev3"] = _iterations(network, data, size, length), length
-        field[f"iteration {depth}: bare"] = _bare(network, data, size, length), length
+            works["torch"] = _torch_loops(data, 4096, teacher, depth, steps)["student"], steps
     if (onnx := datasets.teacher_file()) is not None:
-        whole = -(-EPOCH[size] // BATCH)
-        ours = _Epoch(data, onnx, size, directory)
+        works, whole = questions.setdefault("epoch", {}), -(-EPOCH[size] // BATCH)
         if teacher is not None:
-            some = slice(EPOCH[size])
-            theirs = torch_kd.timed_loops(
-                data.inputs[some], data.labels[some], teacher=teacher, depth=8, steps=whole, device=_torch_device()
-            )
-            field["epoch: torch"] = theirs["kd"], whole
-        field["epoch: cold"] = ours.cold, whole
-        field["epoch: warm"] = ours.warm, whole
-    return field
+            works["torch"] = _torch_loops(data, EPOCH[size], teacher, 8, whole)["kd"], whole
+        ours = _Epoch(data, onnx, size, directory)
+        works["cold"] = ours.cold, whole
+        works["warm"] = ours.warm, whole
+    return questions
+
+
+def _torch_loops(data: Dataset, count: int, teacher: Any, depth: int, steps: int) -> dict[str, Work]:
+    return torch_kd.timed_loops(
+        data.inputs[:count], data.labels[:count], teacher=teacher, depth=depth, steps=steps, device=_torch_device()
+    )
 
 
 def images(count: int) -> Dataset:
@@ -170,42 +170,6 @@ def _steps(network: Network, data: Dataset, steps: int) -> Work:
         return arm.propose(state, lambda step: (batch, jax.random.key(0)), whole)[0]
 
     return lambda: jax.block_until_ready(train(state))
-
-
-def _pools(data: Dataset, size: str) -> Pools:
-    """The splits of an iteration, without augmentation, with teacher logits of zero."""
-    n, held = EPOCH[size], HELD_OUT[size]
-    parts = np.split(np.arange(n + 2 * held), [n, n + held])
-    blank = np.zeros((n, 10), np.float32)
-    pool = resident(data.inputs[:n], data.labels[:n], parts[0], {"logits": blank[None]}, seed=0)
-    assess, decide = (
-        held_out(data.inputs[rows], data.labels[rows], rows, {"logits": np.zeros((held, 10), np.float32)})
-        for rows in parts[1:]
-    )
-    return Pools(pool, assess, decide)
-
-
-def _iterations(network: Network, data: Dataset, size: str, length: int) -> Work:
-    """One iteration of that length, and the closing one."""
-    config = EV3(length=length, max_length=length)
-    distillation = Distillation(network, arms_named(network.apply, ["ce"]), config=config)
-    pools = _pools(data, size)
-    begin = distillation.begin(pools, 0)
-    return lambda: jax.block_until_ready(list(distillation.loop(pools, begin, budget=length))[-1][0])
-
-
-def _bare(network: Network, data: Dataset, size: str, length: int) -> Work:
-    """The same arm's trajectory without EV3."""
-    (arm,) = arms_named(network.apply, ["ce"])
-    pool, sample = _pools(data, size).explore, sampler(batch_size=BATCH)
-    state = arm.init(network.init(jax.random.key(0)))
-
-    @jit
-    def train(pool: PyTree, state: PyTree) -> PyTree:
-        whole = Stretch(jnp.int32(0), jnp.int32(length), jnp.float32(0), jnp.float32(1 / length))
-        return arm.propose(state, draw_from(pool, sample, jax.random.key(0)), whole)
-
-    return lambda: jax.block_until_ready(train(pool, state))
 
 
 class _Epoch:
@@ -261,19 +225,23 @@ class _Epoch:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Times, and the ratios that have targets: medians over turns, with intervals between order statistics."""
-    times = {name: [row["ms_per_step"][name] for row in rows] for name in rows[0]["ms_per_step"]}
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    lines = [[name, statistics.spread(estimate, 1)] for name, estimate in medians.items()]
-    compared = []
-    for name, target in TARGETS.items():
-        one, other = (f"{name.partition(':')[0]}: {of}" for of in name.partition(": ")[2].split(" / "))
-        if one in times and other in times:
-            ratio = statistics.median([b / a for a, b in zip(times[one], times[other], strict=True)])
-            compared.append([name, statistics.spread(ratio, 2), f"≥ {target:g}: {statistics.verdict(ratio, target)}"])
+    lines, compared, levels = [], [], []
+    for question in dict.fromkeys(row["question"] for row in rows):
+        turns = [row["ms_per_step"] for row in rows if row["question"] == question]
+        for name in turns[0]:
+            estimate = statistics.median([turn[name] for turn in turns])
+            levels += [estimate.confidence] if len(turns) > 1 else []
+            lines.append([f"{question}: {name}", f"{len(turns)}", statistics.spread(estimate, 1)])
+        for pair, target in TARGETS[question].items():
+            one, other = pair.split(" / ")
+            if one in turns[0] and other in turns[0]:
+                ratio = statistics.median([turn[other] / turn[one] for turn in turns])
+                text = f"≥ {target:g}: {statistics.verdict(ratio, target)}"
+                compared.append([f"{question}: {pair}", statistics.spread(ratio, 2), text])
     return "\n\n".join(
         [
-            statistics.markdown(["contender", "ms per step"], lines),
+            statistics.markdown(["contender", "turns", "ms per step"], lines),
             statistics.markdown(["ratio of speeds", "median", "target"], compared),
-            f"Medians of {len(rows)} turns ({medians['step 8: ours'].confidence:.0%} interval).",
+            *([f"Intervals of at least {min(levels):.0%}."] if levels else []),
         ]
     )
