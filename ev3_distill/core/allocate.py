@@ -221,7 +221,8 @@ def _winner(arms: ArmsState, among: jax.Array, margin: jax.Array) -> jax.Array:
     """
     value = jnp.where(among, arms.value, -math.inf)
     present = jnp.where(margin > 0, jnp.argmax(among), arms.leader)
-    level = (value[present] >= value.max() - margin) | ~among.any()
+    ahead = value.max() - value[present]
+    level = (ahead == 0) | (ahead < margin) | ~among.any()
     return jnp.where(level, jnp.where(among.any(), present, arms.leader), jnp.argmax(value)).astype(jnp.int32)
 
 
