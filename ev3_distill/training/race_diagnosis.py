@@ -118,11 +118,11 @@ def _compared(compared: Comparison | None, scale: float) -> dict[str, Any]:
 
 
 def _doubt(content: Mapping[str, Any]) -> str:
-    """Where teacher and labels disagree by class, and the race does not show which of them is right."""
+    """Where teacher and labels disagree by class, in a run whose race, if any, shows no clear difference."""
     if content["moved"]:
         return _moved(content)
     counts = "; ".join(map(_pair_in_words, content["pairs"]))
-    return f"The teacher disagrees with the labels on some classes: {counts}. The race does not show which of the two is right."
+    return f"The teacher disagrees with the labels on some classes: {counts}. The run does not show which of the two is right."
 
 
 def _moved(content: Mapping[str, Any]) -> str:

@@ -133,7 +133,7 @@ def test_without_clear_evidence_of_the_race_no_side_is_taken(tmp_path, rows):
     content = diagnosis(tmp_path, rows, SWAPPED)
     assert content["sentences"] == [
         "The teacher disagrees with the labels on some classes: of 100 examples labeled 'bird' it calls 100 'dog', and of 100 "
-        "labeled 'dog' 100 'bird'. The race does not show which of the two is right."
+        "labeled 'dog' 100 'bird'. The run does not show which of the two is right."
     ]
     assert [content[name] for name in ("ahead", "arms", "steps", "gain", "gain_se")] == [None] * 5
     assert (content["n"], content["differ"], len(content["pairs"])) == (400, 200, 1)
