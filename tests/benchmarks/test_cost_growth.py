@@ -25,8 +25,12 @@ def test_table_compares_the_two_largest_settings_with_the_target():
     def text(last):
         return cost_growth.table([row(10, 0, 1.0), row(100, 0, 1.0), row(1000, 0, last)])
 
-    assert text(10.0).endswith("Steepest, between the two largest settings: 1.00; target ≤ 1: held.")
-    assert text(20.0).endswith("Steepest, between the two largest settings: 1.30; target ≤ 1: missed.")
+    assert text(10.0).endswith(
+        "Steepest, between the two largest settings: 1.00; target ≤ 1, with 0.05 for noise: held."
+    )
+    assert text(20.0).endswith(
+        "Steepest, between the two largest settings: 1.30; target ≤ 1, with 0.05 for noise: missed."
+    )
     assert "| exponent, last | 1.00 | 0.00 | 0.00 | 0.00 |" in text(10.0)
     assert "| 1,000 | 10.000 | 5.0 | 7.0 | 512 |" in text(10.0)
 
