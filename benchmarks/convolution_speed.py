@@ -6,15 +6,19 @@ sides use all threads of the machine.
 
 - `step D`: training steps of ResNet-D (D = 8, 20), cross entropy, SGD with Nesterov momentum, on one batch. `ours` is a loop
   of steps in one jitted program, `torch` the same network in channels_last memory.
+- `photos`: training steps of the student family `mobilenet` (width 50) on batches of 32 images of 224x224x3, otherwise alike.
+- `start`: the same in a fresh process with an empty cache of compiled programs, then in a second one: seconds of compiling,
+  which are those of the first step less those of the second, and the peak memory of the process.
 - `epoch`: distilling ResNet-8 from the pretrained ResNet-56 for one epoch of crops and flips. `torch` runs the teacher in the
   loop (`benchmarks/torch_kd.py`). `warm` is EV3 with cached teacher outputs, `cold` is EV3 that has to compute them, those of
   the held-out examples included, both with assessment, decisions and ledger. Left out if the teacher's file is missing.
 
-Compilation is not included. Eight turns of the epoch take seven minutes on two cores, the turns of the steps among them.
+Other questions do not count compilation. Eight turns of the epoch take eight minutes on two cores, all other turns among them.
 Without PyTorch the contenders `torch` are left out.
 """
 
 import contextlib
+import json
 import os
 import sys
 import tempfile
@@ -31,7 +35,8 @@ import optax
 from ev3_distill import students
 from ev3_distill.arms import arms_named
 from ev3_distill.arms.gradient import gradient_arm
-from ev3_distill.benchmarks import datasets, statistics, torch_kd, torch_resnet
+from ev3_distill.benchmarks import datasets, statistics, torch_kd, torch_mobilenet, torch_resnet
+from ev3_distill.benchmarks.child_process import peak_memory
 from ev3_distill.config import EV3
 from ev3_distill.data.augment import parse
 from ev3_distill.data.batches import held_out, sampler
@@ -46,7 +51,7 @@ from ev3_distill.training.trainer import Distillation
 from ev3_distill.types import Network, Pools, PyTree, Stretch
 
 KEY = ("question", "seed")  # identifies a row
-TIMED = ("ms_per_step",)  # depend on the machine
+TIMED = ("ms_per_step", "compile_s", "peak")  # depend on the machine
 REPETITION = "turn"
 INTERVALS = (
     "Medians over turns, with distribution-free intervals between order statistics; the table states their "
@@ -54,16 +59,26 @@ INTERVALS = (
 )
 BATCH = 128
 DEPTHS = {"full": (8, 20), "smoke": (8,)}
-STEPS = {"full": 5, "smoke": 2}  # per turn of `step`
-STEP_TURNS = 4  # for each turn of `epoch`
+STEPS = {"full": 10, "smoke": 2}  # per turn of `step`; the first step of a program allocates its memory
+STEP_TURNS = 4  # for each turn of the other questions
+PHOTO = {"full": 224, "smoke": 32}  # pixels along each side
+PHOTO_BATCH, PHOTO_STEPS = 32, 3
 EPOCH = {"full": 6_400, "smoke": 512}  # images
 HELD_OUT = {"full": 350, "smoke": 64}  # images in each of assess and decide
 LENGTH = {"full": 50, "smoke": 4}  # steps per iteration of EV3
 TARGETS = {
     "step 8": {"ours / torch": 1.3},
     "step 20": {"ours / torch": 1.3},
+    "photos": {"ours / torch": 0.8},
     "epoch": {"warm / torch": 3.0, "cold / torch": 1.3},
 }
+START_TARGETS: dict[str, dict[str, float]] = {
+    "compile_s": {"first": 60.0, "second": 5.0},
+    "peak": {"first": 2.0**32, "second": 2.0**32},
+}
+
+RARE = ("photos", "epoch")  # questions whose turns take longest
+STARTS = 3  # turns of `start`
 
 Work = Callable[[], Any]
 
@@ -72,7 +87,7 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
     """One row per question and turn: milliseconds per step of every contender.
 
     Args:
-      seeds: number of turns of `epoch`; the steps have STEP_TURNS times as many.
+      seeds: number of turns of `epoch` and `photos`; `step` has STEP_TURNS times as many, `start` at most STARTS.
       size: full or smoke.
       done: keys of rows to skip.
     """
@@ -83,11 +98,14 @@ def collect(*, seeds: int, size: str, done: Collection[tuple[Any, ...]] = ()) ->
                 work()  # compiles
         for turn in range(STEP_TURNS * seeds):
             for question, works in questions.items():
-                if question == "epoch" and turn % STEP_TURNS:
+                if (rare := question in RARE) and turn % STEP_TURNS:
                     continue
-                seed = turn // STEP_TURNS if question == "epoch" else turn
+                seed = turn // STEP_TURNS if rare else turn
                 if (question, seed) not in done:
                     yield {"question": question, "seed": seed, "ms_per_step": _turn(works, seed)}
+        for seed in range(min(seeds, STARTS)):
+            if ("start", seed) not in done:
+                yield {"question": "start", "seed": seed, **_starts(PHOTO[size], Path(directory, f"start{seed}"))}
 
 
 def _turn(works: dict[str, tuple[Work, int]], seed: int) -> dict[str, float]:
@@ -114,6 +132,10 @@ def contenders(size: str, directory: Path) -> dict[str, dict[str, tuple[Work, in
         works["ours"] = _steps(network, data, steps), steps
         if teacher is not None:
             works["torch"] = _torch_loops(data, 4096, teacher, depth, steps)["student"], steps
+    works = questions.setdefault("photos", {})
+    works["ours"] = photo_steps(PHOTO[size]), PHOTO_STEPS
+    if teacher is not None:
+        works["torch"] = _torch_photo_steps(PHOTO[size]), PHOTO_STEPS
     if (onnx := datasets.teacher_file()) is not None:
         works, whole = questions.setdefault("epoch", {}), -(-EPOCH[size] // BATCH)
         if teacher is not None:
@@ -130,10 +152,63 @@ def _torch_loops(data: Dataset, count: int, teacher: Any, depth: int, steps: int
     )
 
 
-def images(count: int) -> Dataset:
+def photo_steps(side: int, steps: int = PHOTO_STEPS) -> Work:
+    """Steps of a mobilenet on one batch of side x side images."""
+    network = students.build({"family": "mobilenet", "input_shape": [side, side, 3], "num_classes": 10})
+    return _steps(network, images(PHOTO_BATCH, side), steps, batch_size=PHOTO_BATCH)
+
+
+def _torch_photo_steps(side: int) -> Work:
+    import torch
+    from torch.nn import functional
+
+    model = torch_mobilenet.mobilenet((side, side, 3), 10).train().to(_torch_device())
+    data = images(PHOTO_BATCH, side)
+    inputs = torch_kd.normalized(torch.tensor(data.inputs, device=_torch_device()))
+    labels = torch.tensor(data.labels, dtype=torch.int64, device=_torch_device())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+    def work() -> None:
+        for _ in range(PHOTO_STEPS):
+            optimizer.zero_grad(set_to_none=True)
+            functional.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+
+    return work
+
+
+START = """
+import json, pathlib, sys, time
+from ev3_distill.benchmarks.convolution_speed import photo_steps
+from ev3_distill.runtime import compile_cache
+if reason := compile_cache.start():
+    raise SystemExit(reason)
+def timed(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+work = photo_steps(int(sys.argv[1]), 1)
+first, second = timed(work), timed(work)
+pathlib.Path(sys.argv[2]).write_text(json.dumps(first - second))
+"""
+
+
+def _starts(side: int, directory: Path) -> dict[str, dict[str, float]]:
+    """Seconds of compiling and peak bytes of two processes, of which the second finds the programs of the first."""
+    directory.mkdir()
+    figures: dict[str, dict[str, float]] = {"compile_s": {}, "peak": {}}
+    for name in ("first", "second"):
+        command = [sys.executable, "-c", START, str(side), str(directory / name)]
+        environment = {"EV3_DISTILL_CACHE": str(directory), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        figures["peak"][name] = peak_memory(command, directory=directory, environment=environment, quiet=True)
+        figures["compile_s"][name] = round(json.loads((directory / name).read_text()), 2)
+    return figures
+
+
+def images(count: int, side: int = 32) -> Dataset:
     """Random images with labels of 10 classes."""
     rng = np.random.default_rng(0)
-    inputs = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
+    inputs = rng.integers(0, 256, (count, side, side, 3), np.uint8)
     labels = rng.integers(0, 10, count).astype(np.int32)
     return Dataset(inputs, labels, 10, tuple("0123456789"), None, "random", f"random {count}")
 
@@ -154,12 +229,15 @@ def _torch_teacher() -> Any:
     return torch_resnet.resnet(8, 16, 10) if path is None else torch_resnet.load_teacher(path)
 
 
-def _steps(network: Network, data: Dataset, steps: int) -> Work:
+def _steps(network: Network, data: Dataset, steps: int, batch_size: int = BATCH) -> Work:
     """Steps on one batch, in one jitted loop."""
     optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9, nesterov=True))
     arm = gradient_arm("ce", network.apply, losses.cross_entropy(), optimizer, average=None)
     batch = held_out(
-        data.inputs[:BATCH], data.labels[:BATCH], np.arange(BATCH), {"logits": np.zeros((BATCH, 10), np.float32)}
+        data.inputs[:batch_size],
+        data.labels[:batch_size],
+        np.arange(batch_size),
+        {"logits": np.zeros((batch_size, 10), np.float32)},
     )
     batch = batch._replace(inputs=batch.inputs.astype(jnp.float32) / 255)
     state = arm.init(network.init(jax.random.key(0)))
@@ -226,7 +304,7 @@ class _Epoch:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Times, and the ratios that have targets: medians over turns, with intervals between order statistics."""
     lines, compared, levels = [], [], []
-    for question in dict.fromkeys(row["question"] for row in rows):
+    for question in dict.fromkeys(row["question"] for row in rows if "ms_per_step" in row):
         turns = [row["ms_per_step"] for row in rows if row["question"] == question]
         for name in turns[0]:
             estimate = statistics.median([turn[name] for turn in turns])
@@ -243,5 +321,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             statistics.markdown(["contender", "turns", "ms per step"], lines),
             statistics.markdown(["ratio of speeds", "median", "target"], compared),
             *([f"Intervals of at least {min(levels):.0%}."] if levels else []),
+            *_start_table([row for row in rows if row["question"] == "start"]),
         ]
     )
+
+
+def _start_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Medians and ranges of compiling and memory in a process's first seconds; the largest is compared with the target."""
+    lines = []
+    for figure, unit, scale in (("compile_s", "s", 1), ("peak", "MiB", 1 << 20)):
+        for name, target in START_TARGETS[figure].items() if rows else ():
+            values = sorted(row[figure][name] / scale for row in rows)
+            text = f"{np.median(values):,.1f} {unit} ({values[0]:,.1f} to {values[-1]:,.1f})"
+            verdict = "held" if values[-1] <= target / scale else "missed"
+            label = "compiling" if figure == "compile_s" else "peak memory"
+            lines.append([f"{name} process: {label}", f"{len(values)}", text, f"≤ {target / scale:,.0f}: {verdict}"])
+    return [statistics.markdown(["start", "turns", "median (range)", "target"], lines)] if lines else []

@@ -18,7 +18,7 @@ from ev3_distill.students.families.mobilenet import mobilenet, mobilenet_growth
 from ev3_distill.students.families.resnet import resnet, resnet_growth
 from ev3_distill.students.families.transformer import transformer, transformer_growth
 from ev3_distill.students.families.vit import vit, vit_growth
-from ev3_distill.students.layers.conv import standard_convolutions
+from ev3_distill.students.layers import standard_convolutions
 from ev3_distill.students.network import describe_spec, from_nnx
 from ev3_distill.students.quantization import RANGES, as_int8
 from ev3_distill.students.standardization import STANDARDIZE, standardized_like

@@ -21,7 +21,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ev3-distill-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("EV3_DISTILL_ONEDNN", "0")  # programs with such convolutions would be compiled by every test
 # Compilation dominates the time of the tests. Without optimization it takes half as long, and half of that without the MLIR
 # fusion emitters, whose programs run twice as fast. Examples in the documentation and benchmarks use both. XLA aborts on an
 # unknown flag.

@@ -4,8 +4,7 @@ JAX writes its files in place: a killed process leaves half a file, which is nei
 JAX's own one. It renames complete files, each with a digest that is verified before the program in it is loaded.
 Programs are machine code, so only the user may have access to the directory.
 
-Two functions of JAX that are not public are replaced: the one that opens a store, and the one that writes to it. Where JAX
-does not have them, nothing is stored.
+A function of JAX that is not public is replaced, the one that opens a store. Where JAX does not have it, nothing is stored.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ try:
     from jax._src import compilation_cache
     from jax._src.compilation_cache_interface import CacheInterface
 
-    OPEN, WRITE = compilation_cache.get_file_cache, compilation_cache.put_executable_and_time
+    OPEN = compilation_cache.get_file_cache
 except (ImportError, AttributeError):  # another version of JAX
     compilation_cache, CacheInterface = None, object  # type: ignore[assignment, misc]
 
@@ -112,7 +111,7 @@ def start() -> str:
     if compilation_cache is None:
         return f"jax {jax.__version__} does not allow it"
     root = cache_root() / FOLDER
-    if reason := _make_private(root):
+    if reason := make_private(root):
         return reason
     trim(root)
     directory = root / version()
@@ -132,18 +131,6 @@ def store() -> Store | None:
 def usage() -> dict[str, int]:
     """How many programs this process has needed so far, and how many of them were stored; empty without a store."""
     return {"programs": _OPENED[0].reads, "from_cache": _OPENED[0].hits} if _OPENED else {}
-
-
-def never_store(mark: str) -> bool:
-    """Keeps programs whose text contains `mark` out of every persistent cache, that of the user too.
-
-    Returns:
-      Whether this version of JAX allows it.
-    """
-    if compilation_cache is not None:
-        compilation_cache.put_executable_and_time = _write  # type: ignore[assignment]
-        _UNSTORABLE.add(mark)
-    return compilation_cache is not None
 
 
 def trim(root: Path, limit: int = LIMIT) -> None:
@@ -181,10 +168,9 @@ def version() -> str:
 
 
 _OPENED: list[Store] = []
-_UNSTORABLE: set[str] = set()
 
 
-def _make_private(root: Path) -> str:
+def make_private(root: Path) -> str:
     """Creates a directory that only its owner may use; returns why it cannot be used, or ""."""
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -209,10 +195,3 @@ def _install(opened: Store) -> None:
     if "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:  # XLA would write files of its own
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update("jax_compilation_cache_dir", str(opened._path))
-
-
-def _write(key: str, name: str, executable: Any, backend: Any, seconds: int) -> None:
-    """As `put_executable_and_time` of JAX, except for programs with a mark of `never_store`."""
-    texts = [module.to_string() for module in executable.hlo_modules()]
-    if not any(mark in text for mark in _UNSTORABLE for text in texts):
-        WRITE(key, name, executable, backend, seconds)

@@ -13,7 +13,7 @@ from ev3_distill.certify.bounds import clopper_pearson_lower
 from ev3_distill.config import Compress
 from ev3_distill.data import count_near_copies, count_shared
 from ev3_distill.errors import InputError, warn
-from ev3_distill.students.layers import onednn
+from ev3_distill.students.layers import compiled
 from ev3_distill.students.layers.conv import computed_by
 from ev3_distill.tasks.classification.user_metrics import read_costs
 from ev3_distill.training.certify_run import sizes_of
@@ -44,7 +44,7 @@ def prepare_student(
     num_classes = setup.network.spec["num_classes"]
     setup = dataclasses.replace(setup, network=students.with_precision(setup.network, config.deploy))
     setup = warn_of_duplicates(setup)
-    if is_convolutional(setup.network.spec) and onednn.TRIED in (by := computed_by()):
+    if is_convolutional(setup.network.spec) and compiled.TRIED in (by := computed_by()):
         warn(f"convolutions are computed by {by}: a training step takes about 1.3 times as long")
     _warn_of_few_groups(setup, config.confidence)
     costs = read_costs(config.costs, num_classes) if config.costs else None

@@ -29,7 +29,7 @@ _HALVES = (1, 2, 3, 5)  # stages that start with stride 2; the stem does too
 _MIN_PIXELS = 8  # along each side
 
 
-class _Sizes(NamedTuple):
+class BlockSizes(NamedTuple):
     """Sizes of an inverted residual."""
 
     c_in: int
@@ -59,19 +59,30 @@ def _halves(input_shape: Sequence[int]) -> set[int]:
     return set(((-1, *_HALVES)[::-1])[: min(min(input_shape[:2]).bit_length() - 3, 5)])
 
 
-def _stages(input_shape: Sequence[int], filters: Sequence[int], blocks: Sequence[int]) -> list[list[_Sizes]]:
+def _stages(input_shape: Sequence[int], filters: Sequence[int], blocks: Sequence[int]) -> list[list[BlockSizes]]:
     """The blocks of each stage."""
     halves = _halves(input_shape)
     return [
-        [_Sizes(c_in if j == 0 else c_out, c_out, _STAGES[i][0], 1 + (i in halves and j == 0)) for j in range(count)]
+        [
+            BlockSizes(c_in if j == 0 else c_out, c_out, _STAGES[i][0], 1 + (i in halves and j == 0))
+            for j in range(count)
+        ]
         for i, (c_in, c_out, count) in enumerate(zip(filters, filters[1:-1], blocks, strict=False))
     ]
+
+
+def mobilenet_sizes(
+    input_shape: Sequence[int], width: int, blocks: Sequence[int]
+) -> tuple[int, list[int], list[list[BlockSizes]]]:
+    """The stem's stride, the filters of the stem, each stage and the last convolution, and the sizes of each stage's blocks."""
+    filters = _filters(width, len(blocks))
+    return 1 + (-1 in _halves(input_shape)), filters, _stages(input_shape, filters, blocks)
 
 
 class InvertedResidual(nnx.Module):
     """Expansion, depthwise convolution and projection without ReLU; added to the input if shapes agree."""
 
-    def __init__(self, sizes: _Sizes, *, rngs: nnx.Rngs):
+    def __init__(self, sizes: BlockSizes, *, rngs: nnx.Rngs):
         c_in, inner, c_out = sizes.c_in, sizes.inner, sizes.c_out
         self.expand = Conv(c_in, inner, 1, rngs=rngs) if sizes.expansion > 1 else None
         self.norm1 = BatchNorm(inner, rngs=rngs) if sizes.expansion > 1 else None

@@ -1,19 +1,17 @@
-"""Fast convolution and BatchNorm for convolutional students.
+"""Fast convolution for convolutional students.
 
 Activations are [B, H, W, C], kernels [kh, kw, C / groups, O]. Sequences are images of height 1, [B, 1, L, C], with kernels
 of size (1, k), because the last axis but one is the fast one.
 
 XLA:CPU computes the gradients of a convolution 13 to 350 times slower inside a loop body (jax-ml/jax issue 12868), and
-depthwise convolutions slowly everywhere. On CPU, `convolve` is therefore a primitive whose gradients are written as
-convolutions that stay fast, computed by oneDNN where `onednn.py` can call it. The primitive is bilinear, so forward mode,
-reverse mode of any order and `vmap` all work.
+depthwise convolutions slowly everywhere. On CPU, `convolve` is therefore a primitive that the kernels of `compiled.py`
+compute, or, without them, XLA, with gradients written as convolutions that stay fast. The primitive is bilinear, so forward
+mode, reverse mode of any order and `vmap` all work.
 """
 
-import contextlib
-import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,31 +20,19 @@ from flax import nnx
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from ev3_distill.students.layers import onednn
+from ev3_distill.students.layers import compiled
 
 Pair = tuple[int, int]
-# Examples per chunk of a kernel's gradient. With XLA, chunks of 8 take 10% longer at 16 channels, chunks of 32 take 28% longer,
-# and all 128 at once take 2-3 times as long at 16 to 64 channels. With oneDNN, chunks of 8 take 10% less at 16 channels and 13%
-# more at 64; all 128 at once take 50% longer at 16.
+# Examples per chunk of a kernel's gradient by XLA. Chunks of 8 take 10% longer at 16 channels, chunks of 32 take 28% longer,
+# and all 128 at once take 2-3 times as long at 16 to 64 channels.
 CHUNK = 16
-_STANDARD = contextvars.ContextVar("_STANDARD", default=False)
-
-
-@contextlib.contextmanager
-def standard_convolutions() -> Iterator[None]:
-    """Context in which traced programs use XLA's standard convolution, which exporters and other tools know."""
-    token = _STANDARD.set(True)
-    try:
-        yield
-    finally:
-        _STANDARD.reset(token)
 
 
 def computed_by() -> str:
-    """What computes the convolutions of this process: "oneDNN", or "XLA", with the reason on x86 CPUs."""
+    """What computes the convolutions of this process: "compiled kernels", or "XLA", with the reason on CPUs."""
     if jax.default_backend() != "cpu":
         return "XLA"
-    return f"XLA ({onednn.reason()})" if onednn.reason() else "oneDNN"
+    return f"XLA ({compiled.reason()})" if compiled.reason() else "compiled kernels"
 
 
 class Conv(nnx.Module):
@@ -72,36 +58,6 @@ class Conv(nnx.Module):
         return convolve(x_BxHxWxC, self.kernel[...], self.strides, self.groups)
 
 
-class BatchNorm(nnx.Module):
-    """nnx.BatchNorm over all axes except the last, with momentum 0.9 and epsilon 1e-5, in fewer passes over memory.
-
-    y = x a + b, with a = scale / sqrt(var + epsilon) and b = bias - mean a. In this form, reverse mode needs only the sums over
-    g and g x and one pass dx = g a + x c + d. As in Flax, var = E[x^2] - E[x]^2 is biased, the running one too.
-
-    References:
-      Ioffe and Szegedy, Batch Normalization, ICML 2015; arXiv:1502.03167.
-    """
-
-    def __init__(self, features: int, *, rngs: nnx.Rngs):
-        del rngs  # nothing is random, but every Flax layer takes it
-        self.scale, self.bias = nnx.Param(jnp.ones(features)), nnx.Param(jnp.zeros(features))
-        self.mean, self.var = nnx.BatchStat(jnp.zeros(features)), nnx.BatchStat(jnp.ones(features))
-        self.use_running_average = False  # set by eval() and train()
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalizes x [..., C]; in training, updates the running statistics."""
-        if self.use_running_average:
-            mean, var = self.mean[...], self.var[...]
-        else:
-            mean = _mean(x)
-            var = jnp.maximum(0.0, _mean(x * x) - mean * mean)
-            # not `[...] =`: Flax would ask a tracer for its sharding, and the resulting error searches the whole program
-            self.mean.set_value(0.9 * self.mean[...] + 0.1 * mean)
-            self.var.set_value(0.9 * self.var[...] + 0.1 * var)
-        slope = self.scale[...] * jax.lax.rsqrt(var + 1e-5)
-        return x * slope + (self.bias[...] - mean * slope)
-
-
 def convolve(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1), groups: int = 1) -> jax.Array:
     """A convolution with "SAME" padding. The only place that decides how it is computed.
 
@@ -114,16 +70,18 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1), groups: in
     Returns:
       [B, ceil(H / strides), ceil(W / strides), O].
     """
-    if _STANDARD.get() or jax.default_backend() != "cpu":
+    if compiled.standard():
         return _xla_convolution(x, kernel, strides, groups)
     channels = x.shape[-1]
     if groups == channels > 1:
-        return _depthwise(x, kernel, strides)
+        return _each_channel(x, kernel, strides)
     if groups > 1:
         parts = zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
         return jnp.concatenate([convolve(*part, strides) for part in parts], -1)
     if kernel.shape[:2] == (1, 1):
-        return strided_slice(x, strides) @ kernel[0, 0]  # the kernel's gradient is 3x faster than with the primitive
+        x, strides = strided_slice(x, strides), (1, 1)
+        if not compiled.can_take(x, kernel):
+            return x @ kernel[0, 0]  # the kernel's gradient is 3x faster than with the primitive
     out: jax.Array = _conv.bind(x, kernel, strides=strides)
     return out
 
@@ -140,10 +98,17 @@ def strided_slice(x: jax.Array, strides: Pair, *, first: Pair = (0, 0), end: Pai
     return jax.lax.slice(x, (0, *first, 0), (batch, *end, channels), (1, *strides, 1))
 
 
-def _depthwise(x: jax.Array, kernel: jax.Array, strides: Pair) -> jax.Array:
-    """Shift and multiply: 8-13x faster than XLA:CPU's depthwise convolution (96 channels, forward)."""
+def _each_channel(x: jax.Array, kernel: jax.Array, strides: Pair) -> jax.Array:
+    """A depthwise convolution, with kernels [kh, kw, 1, O] for O / C outputs of each channel.
+
+    Without compiled kernels it is shifts and products, 8-13x faster than XLA:CPU's (96 channels, forward).
+    """
+    x = jnp.repeat(x, kernel.shape[3] // x.shape[3], -1)
+    if compiled.can_take(x, kernel):
+        out: jax.Array = _depthwise.bind(x, kernel, strides=strides)
+        return out
     pads, (height, width) = _same(x.shape[1:3], kernel.shape[:2], strides)
-    x = jnp.repeat(jnp.pad(x, ((0, 0), *pads, (0, 0))), kernel.shape[3] // x.shape[3], -1)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     down, right = strides
     return functools.reduce(
         jnp.add,
@@ -176,26 +141,26 @@ def _same(image: Sequence[int], size: Sequence[int], strides: Pair) -> tuple[lis
     return pads, (-(-image[0] // strides[0]), -(-image[1] // strides[1]))
 
 
-def _use_onednn(*arrays: jax.Array) -> bool:
-    return all(a.dtype == jnp.float32 and a.size for a in arrays) and onednn.available()
+def _numbers(strides: Pair, pads: Sequence[Pair]) -> list[int]:
+    return [*strides, *(low for low, _ in pads)]
 
 
 def _forward(x: jax.Array, kernel: jax.Array, *, strides: Pair) -> jax.Array:
-    pads = _same(x.shape[1:3], kernel.shape[:2], strides)[0]
-    if _use_onednn(x, kernel):
-        return onednn.convolution(x, kernel, pads, strides=strides)
+    if kernel.shape[:2] == (1, 1) and strides == (1, 1):
+        return x @ kernel[0, 0]
+    pads, out = _same(x.shape[1:3], kernel.shape[:2], strides)
+    if compiled.can_take(x, kernel):
+        return compiled.call("ev3_convolution", x, kernel, (x.shape[0], *out, kernel.shape[3]), _numbers(strides, pads))
     return _step_1(x, kernel, pads) if strides == (1, 1) else _xla_convolution(x, kernel, strides)
 
 
 def _step_1(x: jax.Array, kernel: jax.Array, pads: Sequence[Pair]) -> jax.Array:
-    """A convolution of stride 1.
+    """A convolution of stride 1 by XLA.
 
     XLA leaves vector registers half empty where filters are few. A kernel padded by one or three columns computes 2 or 4
     neighboring pixels at once: 16 to 16 channels take 6.5 ms instead of 9.1, 3 to 16 take 2.2 instead of 7.1, although a third
-    or more of the kernel is zeros. oneDNN takes 0.4 to 0.9 of that.
+    or more of the kernel is zeros.
     """
-    if _use_onednn(x, kernel):
-        return onednn.convolution(x, kernel, pads)
     _, kw, c_in, c_out = kernel.shape
     width = x.shape[2] + sum(pads[1]) - kw + 1
     pixels = 1 if kw < 3 or max(c_in, c_out) > 16 else 2 if min(c_in, c_out - 1) >= 8 else 4
@@ -206,11 +171,17 @@ def _step_1(x: jax.Array, kernel: jax.Array, pads: Sequence[Pair]) -> jax.Array:
 
 
 def _gradient_x(g: jax.Array, kernel: jax.Array, *, strides: Pair, image: Pair) -> jax.Array:
-    """dX: the gradient convolved with the flipped kernel; with strides s, all s x s phases are computed in one convolution.
+    """dX: the gradient convolved with the flipped kernel; by XLA, strides s have all s x s phases in one convolution.
 
     Along one axis y[m] = sum_i x[s m + i - low] w[i], so dx[s a + r - low] = sum_t g[a - t] w[s t + r], for r < s.
     """
+    if kernel.shape[:2] == (1, 1) and strides == (1, 1):
+        return g @ kernel[0, 0].T
     pads, out = _same(image, kernel.shape[:2], strides)
+    if compiled.can_take(g, kernel):
+        return compiled.call(
+            "ev3_convolution_x", g, kernel, (g.shape[0], *image, kernel.shape[2]), _numbers(strides, pads)
+        )
     (kh, kw, c_in, c_out), (down, right), (height, width) = kernel.shape, strides, image
     taps = [-(-k // s) for k, s in zip((kh, kw), strides, strict=True)]  # per phase
     firsts = [low // s for (low, _), s in zip(pads, strides, strict=True)]  # range of a
@@ -227,48 +198,44 @@ def _gradient_x(g: jax.Array, kernel: jax.Array, *, strides: Pair, image: Pair) 
 
 
 def _gradient_kernel(x: jax.Array, g: jax.Array, *, strides: Pair, size: Pair) -> jax.Array:
-    """dW: the input, with examples as channels, convolved with the gradient as a kernel, dilated by the strides.
+    """dW; by XLA, the input, with examples as channels, convolved with the gradient as a kernel, dilated by the strides.
 
     All examples at once would exceed the caches, so they are taken in chunks of CHUNK. The chunks form a loop, because XLA
     would fuse the layers before into each unrolled chunk, with a transposition, and compute them again (a ResNet-20 step then
-    takes 6% longer).
+    takes 6% longer). Each channel is an image: [C, H, W, S] convolved with [H', W', S, O] is [C, kh, kw, O].
     """
     pads, out = _same(x.shape[1:3], size, strides)
+    if compiled.can_take(x, g):
+        return compiled.call("ev3_convolution_kernel", x, g, (*size, x.shape[3], g.shape[3]), _numbers(strides, pads))
     ends = [(m - 1) * s + k - low for k, (low, _), m, s in zip(size, pads, out, strides, strict=True)]
-    x = x[:, : ends[0], : ends[1]]  # strides reach no other pixels, and a negative padding would crash oneDNN
+    x = x[:, : ends[0], : ends[1]]  # strides reach no other pixels
     around = [(low, end - n) for (low, _), end, n in zip(pads, ends, x.shape[1:3], strict=True)]
-    partial = _channels_as_images if x.shape[-1] < 8 or not _use_onednn(x, g) else _channels_as_columns
     chunk = min(CHUNK, x.shape[0])
-    shape = (*size, x.shape[-1], g.shape[-1])
     x, g = _pad_to_multiple(x, chunk), _pad_to_multiple(g, chunk)
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
         x_SxHxWxC, g_SxHxWxO = (jax.lax.dynamic_slice_in_dim(a, i * chunk, chunk) for a in (x, g))
-        return total + partial(x_SxHxWxC, g_SxHxWxO, around, strides).reshape(total.shape)
+        return total + _window(
+            x_SxHxWxC.transpose(3, 1, 2, 0), g_SxHxWxO.transpose(1, 2, 0, 3), around, rhs_dilation=strides
+        )
 
-    if partial is _channels_as_columns:
-        return jax.lax.fori_loop(0, x.shape[0] // chunk, add, jnp.zeros(shape, x.dtype))
-    kh, kw, c_in, c_out = shape
-    total = jax.lax.fori_loop(0, x.shape[0] // chunk, add, jnp.zeros((c_in, kh, kw, c_out), x.dtype))
-    return total.transpose(1, 2, 0, 3)
-
-
-def _channels_as_images(x: jax.Array, g: jax.Array, pads: Sequence[Pair], strides: Pair) -> jax.Array:
-    """Each channel is an image: [C, H, W, S] convolved with [H', W', S, O] is [C, kh, kw, O]."""
-    return _window(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), pads, rhs_dilation=strides)
+    zeros = jnp.zeros((x.shape[-1], *size, g.shape[-1]), x.dtype)
+    return jax.lax.fori_loop(0, x.shape[0] // chunk, add, zeros).transpose(1, 2, 0, 3)
 
 
-def _channels_as_columns(x: jax.Array, g: jax.Array, pads: Sequence[Pair], strides: Pair) -> jax.Array:
-    """Each channel is a column of one image: [1, H, W C, S] convolved with [S, H', W', O] is [1, kh, kw C, O].
+def _depthwise_forward(x: jax.Array, kernel: jax.Array, *, strides: Pair) -> jax.Array:
+    pads, out = _same(x.shape[1:3], kernel.shape[:2], strides)
+    return compiled.call("ev3_depthwise", x, kernel, (x.shape[0], *out, x.shape[3]), _numbers(strides, pads))
 
-    Columns C apart meet neighboring pixels of the gradient. The kw C columns of a row of the result form a product large enough
-    to run fast: 16 to 16 channels take 5.0 ms instead of 9.6, 64 to 64 take 3.2 instead of 4.3.
-    """
-    size, height, width, channels = x.shape
-    x = x.reshape(size, -1).T.reshape(1, height, width * channels, size)
-    (low, high), (down, right) = pads[1], strides
-    wide = [pads[0], (low * channels, high * channels)]
-    return onednn.convolution(x, g, wide, dilation=(down, right * channels), axes="IHWO")
+
+def _depthwise_gradient_x(g: jax.Array, kernel: jax.Array, *, strides: Pair, image: Pair) -> jax.Array:
+    pads, _ = _same(image, kernel.shape[:2], strides)
+    return compiled.call("ev3_depthwise_x", g, kernel, (g.shape[0], *image, g.shape[3]), _numbers(strides, pads))
+
+
+def _depthwise_gradient_kernel(x: jax.Array, g: jax.Array, *, strides: Pair, size: Pair) -> jax.Array:
+    pads, _ = _same(x.shape[1:3], size, strides)
+    return compiled.call("ev3_depthwise_kernel", x, g, (*size, 1, x.shape[3]), _numbers(strides, pads))
 
 
 def _pad_to_multiple(x: jax.Array, size: int) -> jax.Array:
@@ -299,7 +266,7 @@ def _batch(
     which is 13x faster than groups.
     """
     one, other = (arg if axis is None else jnp.moveaxis(arg, axis, 0) for arg, axis in zip(args, axes, strict=True))
-    if axes[1] is None and primitive is not _conv_kernel:
+    if axes[1] is None and primitive not in (_conv_kernel, _depthwise_kernel):
         out = primitive.bind(one.reshape(-1, *one.shape[2:]), other, **params)
         return out.reshape(*one.shape[:2], *out.shape[1:]), 0
     if axes[0] is None and primitive is _conv:
@@ -313,32 +280,36 @@ def _batch(
     return jax.lax.map(lambda pair: primitive.bind(*pair, **params), (one, other)), 0
 
 
-# y = conv(x, w), dx = conv_x(g, w) and dw = conv_kernel(x, g) are the derivatives of one form, <g, conv(x, w)>, which is linear
-# in each of its three arguments. So the transposes of each primitive are the other two.
-_conv = _bilinear("students_conv", _forward)
-_conv_x = _bilinear("students_conv_x", _gradient_x)
-_conv_kernel = _bilinear("students_conv_kernel", _gradient_kernel)
-ad.defbilinear(
-    _conv,
-    lambda g, x, w, strides: _conv_x.bind(g, w, strides=strides, image=x.aval.shape[1:3]),
-    lambda g, x, w, strides: _conv_kernel.bind(x, g, strides=strides, size=w.aval.shape[:2]),
-)
-ad.defbilinear(
-    _conv_x,
-    lambda x, g, w, strides, image: _conv.bind(x, w, strides=strides),
-    lambda x, g, w, strides, image: _conv_kernel.bind(x, g, strides=strides, size=w.aval.shape[:2]),
-)
-ad.defbilinear(
-    _conv_kernel,
-    lambda w, x, g, strides, size: _conv_x.bind(g, w, strides=strides, image=x.aval.shape[1:3]),
-    lambda w, x, g, strides, size: _conv.bind(x, w, strides=strides),
-)
+def _family(name: str, forward: Callable[..., jax.Array], *gradients: Callable[..., jax.Array]) -> Sequence[Primitive]:
+    """The primitives of a convolution y = conv(x, w) and its derivatives dx = conv_x(g, w) and dw = conv_kernel(x, g).
+
+    They are the derivatives of one form, <g, conv(x, w)>, which is linear in each of its three arguments. So the transposes of
+    each primitive are the other two.
+    """
+    conv = _bilinear(name, forward)
+    conv_x, conv_kernel = (_bilinear(name + end, f) for end, f in zip(("_x", "_kernel"), gradients, strict=True))
+    ad.defbilinear(
+        conv,
+        lambda g, x, w, strides: conv_x.bind(g, w, strides=strides, image=x.aval.shape[1:3]),
+        lambda g, x, w, strides: conv_kernel.bind(x, g, strides=strides, size=w.aval.shape[:2]),
+    )
+    ad.defbilinear(
+        conv_x,
+        lambda x, g, w, strides, image: conv.bind(x, w, strides=strides),
+        lambda x, g, w, strides, image: conv_kernel.bind(x, g, strides=strides, size=w.aval.shape[:2]),
+    )
+    ad.defbilinear(
+        conv_kernel,
+        lambda w, x, g, strides, size: conv_x.bind(g, w, strides=strides, image=x.aval.shape[1:3]),
+        lambda w, x, g, strides, size: conv.bind(x, w, strides=strides),
+    )
+    return conv, conv_x, conv_kernel
 
 
-def _mean(x: jax.Array) -> jax.Array:
-    """Mean over all axes except the last: first over axis 0, then over the rest, in wide rows that vectorize."""
-    rows = x.reshape(x.shape[0], -1).sum(0).reshape(-1, x.shape[-1])
-    return rows.sum(0) * (x.shape[-1] / x.size)
+_conv, _conv_x, _conv_kernel = _family("students_conv", _forward, _gradient_x, _gradient_kernel)
+_depthwise, _depthwise_x, _depthwise_kernel = _family(
+    "students_depthwise", _depthwise_forward, _depthwise_gradient_x, _depthwise_gradient_kernel
+)
 
 
 def _pair(value: int | Sequence[int]) -> Pair:

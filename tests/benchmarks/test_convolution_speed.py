@@ -24,3 +24,19 @@ def test_turns_rotate_the_order_and_keep_the_names():
     works = {name: ((lambda name=name: order.append(name)), 1) for name in "abc"}
     times = convolution_speed._turn(works, 1)
     assert order == ["b", "c", "a"] and list(times) == ["a", "b", "c"]
+
+
+def test_the_slowest_start_is_compared_with_the_target():
+    starts = [
+        {
+            "question": "start",
+            "seed": i,
+            "compile_s": {"first": 20.0, "second": s},
+            "peak": {"first": 2**31, "second": 2**30},
+        }
+        for i, s in enumerate((3.0, 6.0, 4.0))
+    ]
+    text = convolution_speed.table(starts)
+    assert "| first process: compiling | 3 | 20.0 s (20.0 to 20.0) | ≤ 60: held |" in text
+    assert "| second process: compiling | 3 | 4.0 s (3.0 to 6.0) | ≤ 5: missed |" in text
+    assert "| first process: peak memory | 3 | 2,048.0 MiB (2,048.0 to 2,048.0) | ≤ 4,096: held |" in text

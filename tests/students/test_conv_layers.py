@@ -1,4 +1,4 @@
-"""Convolution and BatchNorm equal XLA's and Flax's, with gradients and transformations, computed by XLA and by oneDNN."""
+"""Convolution and BatchNorm equal XLA's and Flax's, with gradients and transformations, by XLA and by compiled kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ev3_distill.students.layers import onednn
-from ev3_distill.students.layers.conv import BatchNorm, Conv, convolve
+from ev3_distill.students.layers import BatchNorm, Conv, compiled, convolve
 
 # x, kernel, strides, groups: batches below, at and beside the chunk size; even, odd and flat images; kernels of all sorts
 CASES = {
@@ -31,25 +30,28 @@ CASES = {
     "many channels, pixels that no stride reaches": ((3, 9, 9, 10), (3, 2, 10, 9), (4, 3), 1),
     "long sequence": ((17, 1, 200, 12), (1, 5, 12, 8), (1, 2), 1),
     "large image": ((2, 65, 70, 8), (3, 3, 8, 9), (2, 2), 1),
+    "image in bands": ((2, 150, 70, 20), (3, 5, 20, 17), (2, 1), 1),
+    "many tiles": ((40, 15, 16, 18), (3, 3, 18, 35), (1, 1), 1),
+    "depthwise, many channels": ((9, 9, 14, 37), (3, 5, 1, 37), (2, 2), 37),
 }
 
 
-@pytest.fixture(scope="module", params=["XLA", "oneDNN"], autouse=True)
+@pytest.fixture(scope="module", params=["XLA", "kernels"], autouse=True)
 def library(request):
-    """Runs the tests with XLA and with oneDNN, which the suite turns off."""
+    """Runs the tests with XLA and with the compiled kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EV3_DISTILL_ONEDNN", "0" if request.param == "XLA" else "1")
+        patch.setenv("EV3_DISTILL_KERNELS", "0" if request.param == "XLA" else "1")
         fresh()
         if request.param == "XLA":
-            assert not onednn.available()
-        elif not onednn.available():
-            pytest.skip(f"oneDNN's convolution does not work here: {onednn.reason()}")
+            assert not compiled.available()
+        elif not compiled.available():
+            pytest.skip(f"the kernels do not work here: {compiled.reason()}")
         yield
     fresh()
 
 
 def fresh():
-    onednn.reason.cache_clear()
+    compiled.reason.cache_clear()
     jax.clear_caches()
 
 
@@ -92,20 +94,13 @@ def test_values_and_derivatives_equal_those_of_xla(case):
     assert_close(everything(ours), everything(theirs))
 
 
-def test_oneDNN_is_called_if_available_and_for_float32_only():
-    text = (
-        jax.jit(jax.grad(lambda w: convolve(jnp.ones((2, 4, 4, 8)), w).sum())).lower(jnp.ones((3, 3, 8, 8))).as_text()
-    )
-    assert text.count("__onednn$convolution") == onednn.available()
-    assert (
-        "__onednn"
-        not in jax.jit(convolve).lower(jnp.ones((2, 4, 4, 8), "bfloat16"), jnp.ones((3, 3, 8, 8), "bfloat16")).as_text()
-    )
+def test_kernels_are_called_if_available_and_for_float32_only():
+    def text(dtype):
+        of = jax.jit(jax.grad(lambda w: convolve(jnp.ones((2, 4, 4, 8), dtype), w).sum()))
+        return of.lower(jnp.ones((3, 3, 8, 8), dtype)).as_text()
 
-
-def test_oneDNN_refuses_negative_paddings():
-    with pytest.raises(ValueError, match="paddings of at least 0"):
-        onednn.convolution(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2)), [(1, 1), (0, -1)])
+    assert text("float32").count("@ev3_convolution_kernel") == compiled.available()
+    assert "ev3_convolution" not in text("bfloat16")
 
 
 def test_a_shifting_kernel_by_hand():

@@ -1,6 +1,6 @@
 """Every student family trains and predicts with the compiler options and convolutions of a real run.
 
-The suite compiles with quick XLA flags and a compilation cache, which also turns oneDNN off. The subprocess here has neither.
+The suite compiles with quick XLA flags and a compilation cache. The subprocess here has neither.
 It trains each family with an arm of a default run, compiled as the trainer compiles, and saves the result. This process then
 compares the predictions with those under the quick options.
 """
@@ -29,7 +29,12 @@ FAMILIES = {  # name and input shape; wide enough for the library convolutions t
     "vit": ("vit:width=16,depth=1,heads=2", (12, 12, 3)),
     "transformer": ("transformer:width=16,depth=1,heads=2", (12, 3)),
 }
-CONVOLUTIONAL = ("convnet1d", "conv4", "resnet", "mobilenet")  # families with convolutions that oneDNN computes
+CONVOLUTIONAL = (
+    "convnet1d",
+    "conv4",
+    "resnet",
+    "mobilenet",
+)  # families with convolutions that compiled kernels compute
 STEPS, EXAMPLES = 20, 32
 
 REAL_RUN = """
@@ -44,11 +49,11 @@ import numpy as np
 from ev3_distill import students
 from ev3_distill.arms import arms_named
 from ev3_distill.runtime.compile import compiler_options, jit
-from ev3_distill.students.layers import onednn
+from ev3_distill.students.layers import compiled
 from ev3_distill.types import Batch, Stretch
 
 families, classes, steps = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-facts = {"options": compiler_options(), "onednn": onednn.available(), "families": {}}
+facts = {"options": compiler_options(), "kernels": compiled.available(), "families": {}}
 for family, (name, shape) in families.items():
     inputs = jnp.asarray(np.load(f"{family}.npy"))
     network = students.from_name(name, shape, classes)
@@ -73,8 +78,8 @@ for family, (name, shape) in families.items():
     students.save(Path(family), network, after)
     loss_after, logits = measure(after)
     np.save(f"{family}.logits.npy", logits)
-    calls = train.lower(state).as_text().count("__onednn$convolution")
-    facts["families"][family] = {"before": float(measure(before)[0]), "after": float(loss_after), "onednn_calls": calls}
+    calls = train.lower(state).as_text().count("@ev3_convolution")
+    facts["families"][family] = {"before": float(measure(before)[0]), "after": float(loss_after), "calls": calls}
 print(json.dumps(facts))
 """
 
@@ -87,7 +92,7 @@ def real_run(tmp_path_factory):
         for family, (_, shape) in FAMILIES.items():
             inputs = np.random.default_rng(0).normal(size=(EXAMPLES, *shape)).astype(np.float32)
             np.save(folder / f"{family}.npy", inputs)
-        quick = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "EV3_DISTILL_ONEDNN")
+        quick = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "EV3_DISTILL_KERNELS")
         environment = {name: value for name, value in os.environ.items() if name not in quick}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         command = [sys.executable, "-c", REAL_RUN, json.dumps(FAMILIES), str(CLASSES), str(STEPS)]
@@ -112,7 +117,7 @@ def test_options_are_those_of_a_real_run(facts):
         pytest.skip("the options are for XLA:CPU of jaxlib 0.10")
     assert facts["options"]
     for family, of_family in facts["families"].items():
-        assert (of_family["onednn_calls"] > 0) == (facts["onednn"] and family in CONVOLUTIONAL)
+        assert (of_family["calls"] > 0) == (facts["kernels"] and family in CONVOLUTIONAL)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
