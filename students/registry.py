@@ -1,7 +1,10 @@
 """The zoo of student families, and how a network is built from its spec."""
 
+import copy
+import dataclasses
 import functools
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -45,7 +48,7 @@ FAMILIES = {
 
 
 def build(spec: Mapping[str, Any], *, factory: Callable[..., Any] | None = None) -> Network:
-    """Builds a network from its spec.
+    """Builds a network from its spec. Equal specs share one network, and so what was compiled for it.
 
     Args:
       spec: of the network, as in spec.json.
@@ -54,6 +57,18 @@ def build(spec: Mapping[str, Any], *, factory: Callable[..., Any] | None = None)
     Raises:
       InputError: unknown family or option, a missing factory, or a module with the wrong outputs.
     """
+    if "factory" in spec or factory is not None:
+        return _build(spec, factory)
+    network = _shared(json.dumps(spec))
+    return dataclasses.replace(network, spec=copy.deepcopy(network.spec))
+
+
+@functools.lru_cache(32)
+def _shared(spec: str) -> Network:
+    return _build(json.loads(spec), None)
+
+
+def _build(spec: Mapping[str, Any], factory: Callable[..., Any] | None) -> Network:
     options = spec_options(spec)
     if "factory" not in spec:
         make = functools.partial(_family(spec).network, **options)

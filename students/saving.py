@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from ev3_distill.errors import InputError, summary
 from ev3_distill.runtime.checkpoint import first_process_options
@@ -69,6 +68,8 @@ def _save_variables(directory: Path, variables: Variables) -> None:
     """Writes variables; in a multi-process run, process 0 does."""
     if not is_first_process():
         return
+    import orbax.checkpoint as ocp
+
     with ocp.StandardCheckpointer(multiprocessing_options=first_process_options()) as checkpointer:
         checkpointer.save(directory.absolute(), _leaves_by_path(jax.device_get(variables)))
 
@@ -93,6 +94,8 @@ def _load_variables(directory: Path, network: Network) -> Variables:
 
 def _read(directory: Path, network: Network, blank: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Reads leaves by path, in the order of `blank`."""
+    import orbax.checkpoint as ocp
+
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs each error that it raises
     try:
         with ocp.StandardCheckpointer(multiprocessing_options=first_process_options()) as checkpointer:

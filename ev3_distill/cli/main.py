@@ -33,7 +33,7 @@ from ev3_distill.runtime import console, phases
 
 # Thresholds of the garbage collector. Modules and traced programs are many long-lived objects; scanning them at the default
 # thresholds takes 7% of a short run.
-GC_THRESHOLDS = (20_000, 20, 50)
+GC_THRESHOLDS = (100_000, 20, 50)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Pages of reports, written beside the work that follows: drawing takes Python alone, and training leaves Python idle."""
+"""Pages of reports, written beside the next training or at the end: drawing takes Python alone, as compiling does."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from ev3_distill.monitor import report
+from ev3_distill.runtime.preload import at_next_training
 
 _WRITER: ContextVar["_Writer | None"] = ContextVar("pages that are being written", default=None)
 
@@ -16,14 +17,22 @@ class _Writer:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pages")
+        self._waiting: list[Path] = []
         self._pages: list[Future[Path]] = []
 
     def write(self, run_dir: Path) -> None:
-        """Begins to write the page of a finished run."""
-        self._pages.append(self._thread.submit(report.write_html, run_dir))
+        """Writes the page of a finished run when the next training begins, or at the end."""
+        if not self._waiting:
+            at_next_training(self._start)
+        self._waiting.append(run_dir)
+
+    def _start(self) -> None:
+        while self._waiting:
+            self._pages.append(self._thread.submit(report.write_html, self._waiting.pop(0)))
 
     def finish(self) -> None:
         """Waits for all pages. Raises what went wrong with the first one that could not be written."""
+        self._start()
         self._thread.shutdown()
         for page in self._pages:
             page.result()

@@ -1,19 +1,25 @@
-"""Checkpoints: a thin layer over orbax. Atomic, the last few are kept, and each is verified by a digest when it is read."""
+"""Checkpoints: a thin layer over orbax. Atomic, the last few are kept, and each is verified by a digest when it is read.
 
+Orbax is imported at its first use, since a new run needs it only when it saves (see `preload.py`).
+"""
+
+import functools
 import json
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from ev3_distill.errors import InputError, summary
 from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.runtime.distributed import is_first_process, read_on_first
 from ev3_distill.types import PyTree
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 MAX_TO_KEEP = 3
 SMALL_BYTES = 2**20  # leaves up to this size share one array, because orbax's cost is per array, not per byte
@@ -22,8 +28,10 @@ _PACK = "small"  # name of the array that small leaves share
 Restored = tuple[int, PyTree, list[str]]  # iteration, state, warnings
 
 
-def first_process_options() -> ocp.options.MultiprocessingOptions:
+def first_process_options() -> "ocp.options.MultiprocessingOptions":
     """Options with which orbax works in process 0 alone and waits for no other."""
+    import orbax.checkpoint as ocp
+
     if jax.process_count() == 1:
         return ocp.options.MultiprocessingOptions()
     return ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
@@ -33,9 +41,16 @@ class Checkpoints:
     """The checkpoints of a run, named by iteration. If several processes share the run, process 0 stores them."""
 
     def __init__(self, directory: Path):
+        self._directory = directory
+        if is_first_process():
+            directory.mkdir(parents=True, exist_ok=True)
+
+    @functools.cached_property
+    def _manager(self) -> "ocp.CheckpointManager":
+        """Of process 0."""
+        import orbax.checkpoint as ocp
+
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs each phase, and each error that it raises
-        if not is_first_process():
-            return
         options = ocp.CheckpointManagerOptions(
             max_to_keep=MAX_TO_KEEP,
             enable_async_checkpointing=False,
@@ -43,13 +58,14 @@ class Checkpoints:
             create=False,
             multiprocessing_options=first_process_options(),
         )
-        directory.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        return ocp.CheckpointManager(self._directory.absolute(), options=options)
 
     def save(self, iteration: int, state: PyTree) -> None:
         """Write a checkpoint, completely or not at all. Raises OSError or ValueError if the disk is full."""
         if not is_first_process() or iteration in self._manager.all_steps():
             return
+        import orbax.checkpoint as ocp
+
         state = jax.device_get(state)
         self._manager.save(
             iteration,
@@ -76,6 +92,8 @@ class Checkpoints:
 
     def _newest(self, template: PyTree) -> Restored | None:
         """`restore` for the process that stores the checkpoints."""
+        if not any(self._directory.iterdir()):
+            return None
         warnings: list[str] = []
         for iteration in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -95,6 +113,8 @@ class Checkpoints:
 
     def _read(self, iteration: int, template: PyTree) -> PyTree:
         """One checkpoint's state, on the host."""
+        import orbax.checkpoint as ocp
+
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), template)
         packed = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in _packed_shapes(shapes).items()}
         restored: Any = self._manager.restore(
@@ -107,7 +127,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Release orbax's resources."""
-        if is_first_process():
+        if "_manager" in vars(self):
             self._manager.close()
 
 

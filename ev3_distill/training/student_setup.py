@@ -44,8 +44,8 @@ def prepare_student(
     num_classes = setup.network.spec["num_classes"]
     setup = dataclasses.replace(setup, network=students.with_precision(setup.network, config.deploy))
     setup = warn_of_duplicates(setup)
-    if is_convolutional(setup.network.spec) and compiled.TRIED in (by := computed_by()):
-        warn(f"convolutions are computed by {by}: a training step takes about 1.3 times as long")
+    if is_convolutional(setup.network.spec) and any(why in (by := computed_by()) for why in compiled.AVOIDABLE):
+        warn(f"convolutions are computed by {by}: a training step takes about twice as long")
     _warn_of_few_groups(setup, config.confidence)
     costs = read_costs(config.costs, num_classes) if config.costs else None
     sizes = sizes_of(jax.eval_shape(lambda: setup.network.init(jax.random.key(0))))

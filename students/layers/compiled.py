@@ -55,6 +55,7 @@ FAILED = 3  # exit code of the child process if the kernels do not compile or co
 CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)  # what wrong code may end in
 NO_COMPILER = "no C++ compiler: install g++, or `pip install ziglang`"
 TRIED = "a test of the kernels"  # how the reasons begin that a test has found
+AVOIDABLE = (TRIED, NO_COMPILER)  # reasons that a run warns of
 FOLDER = "kernels"  # in the cache directory
 
 

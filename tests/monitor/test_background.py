@@ -7,6 +7,7 @@ import pytest
 from report_examples import make_report, make_rows
 
 from ev3_distill.monitor import background, report
+from ev3_distill.runtime.preload import preload
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def test_page_is_that_of_the_report(finished_run):
     assert (finished_run / "report.html").read_bytes() == page
 
 
-def test_work_goes_on_while_a_page_is_written(monkeypatch, tmp_path):
+def test_pages_are_written_during_the_next_training(monkeypatch, tmp_path):
     begun, may_end, written = threading.Event(), threading.Event(), []
 
     def write(run_dir):
@@ -39,6 +40,8 @@ def test_work_goes_on_while_a_page_is_written(monkeypatch, tmp_path):
     monkeypatch.setattr(background.report, "write_html", write)
     with background.pages():
         background.write_page(tmp_path)
+        assert not begun.wait(0.1)
+        preload()
         assert begun.wait(10) and not written
         may_end.set()
     assert written == [tmp_path]

@@ -60,6 +60,10 @@ inline void transform_input(const float* x, Shape in, int64_t top, int64_t left,
         if (i < 0 || i >= in.H || j < 0 || j >= in.W) from[k] = zeros;
       }
     float* out = to + t * BLOCK;
+    for (int64_t c = 0; c < 2 * in.C; c += 16) {
+      __builtin_prefetch(corner + 4 * in.W * in.C + in.C + c);
+      __builtin_prefetch(corner + 5 * in.W * in.C + in.C + c);
+    }
     for (int64_t c = 0; c < blocks * BLOCK; c += LANES) {
       Vector d[16];
       if (in.C - c >= LANES) {
@@ -84,6 +88,11 @@ inline void transform_output(const float* products, const Tiles& tiles, int64_t 
   for (int64_t t = 0; t < n; ++t) {
     const int64_t tile = first + t, b = tile / (tiles.rows * tiles.columns);
     const int64_t i = 2 * (tile / tiles.columns % tiles.rows), j = 2 * (tile % tiles.columns);
+    float* next = y + ((b * height + i + 2) * width + j) * channels;
+    for (int64_t o = 0; o < 2 * channels; o += 16) {
+      __builtin_prefetch(next + o, 1);
+      __builtin_prefetch(next + width * channels + o, 1);
+    }
     for (int64_t o = 0; o < channels; o += LANES) {
       const float* from = products + t * O + o;
       Vector s[4][2];
@@ -108,6 +117,11 @@ inline void transform_gradient(const float* g, Shape out, const Tiles& tiles, in
   for (int64_t t = 0; t < n; ++t) {
     const int64_t tile = first + t, b = tile / (tiles.rows * tiles.columns);
     const int64_t i = 2 * (tile / tiles.columns % tiles.rows), j = 2 * (tile % tiles.columns);
+    const float* next = g + ((b * out.H + i + 2) * out.W + j) * out.C;
+    for (int64_t o = 0; o < 2 * out.C; o += 16) {
+      __builtin_prefetch(next + o);
+      __builtin_prefetch(next + out.W * out.C + o);
+    }
     for (int64_t o = 0; o < O; o += LANES) {
       Vector v[2][2];
       for (int64_t p = 0; p < 2; ++p)
