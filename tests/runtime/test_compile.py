@@ -33,14 +33,19 @@ def test_convolutions_are_not_passed_to_the_single_core_library():
 
 
 @CPU
-def test_xla_flags_of_the_user_take_precedence(monkeypatch):
-    assert compile.compiler_options()
+@pytest.mark.parametrize("name", compile.OPTIONS)
+def test_xla_flags_of_the_user_take_precedence(monkeypatch, name):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert compile.compiler_options() == compile.OPTIONS
     compile.compiler_options.cache_clear()
-    monkeypatch.setenv("XLA_FLAGS", f"--{compile.FUSION}=LIBRARY_FUSION_TYPE_DOT")
-    assert compile.compiler_options() == {}
+    monkeypatch.setenv("XLA_FLAGS", f"--{name}=0")
+    assert compile.compiler_options() == {key: value for key, value in compile.OPTIONS.items() if key != name}
 
 
-def test_unknown_option_is_left_out(monkeypatch):
-    monkeypatch.setattr(compile, "FUSION", "xla_cpu_no_such_option")
-    assert compile.compiler_options() == {}
+@CPU
+def test_unknown_option_is_left_out_and_the_others_stay(monkeypatch):
+    known = {"xla_llvm_disable_expensive_passes": True}
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(compile, "OPTIONS", {"xla_cpu_no_such_option": "x", **known})
+    assert compile.compiler_options() == known
     assert float(compile.jit(lambda x: x + 1)(1.0)) == 2.0
