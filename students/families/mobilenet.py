@@ -1,6 +1,6 @@
 """MobileNetV2-style network: inverted residuals with depthwise convolutions, for few multiplications.
 
-Few multiplications do not mean few seconds: a CPU waits for memory, and a training step takes about 12 times as long as a
+Few multiplications do not mean few seconds: a CPU waits for memory, and a training step takes about 7 times as long as a
 ResNet-8's.
 
 The paper's network halves images of 224x224 five times. Here smaller images are halved fewer times, down to about 4x4, and the
