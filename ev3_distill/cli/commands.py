@@ -18,7 +18,7 @@ from ev3_distill.data.sources import Dataset
 from ev3_distill.errors import InputError, warn
 from ev3_distill.monitor import background
 from ev3_distill.monitor.sentences import alarm_of
-from ev3_distill.runtime import distributed, phases
+from ev3_distill.runtime import distributed, phases, user_code
 from ev3_distill.search import first_network, run_search
 from ev3_distill.students import feature_shapes
 from ev3_distill.teachers import Teacher, load_logits, load_recorded, load_teacher, save_logits
@@ -105,6 +105,8 @@ def compress(
     """
     directory = Path(out)
     config = _configure(Compress, config, options, directory, resume=resume)
+    if resume and (finished := _finished(directory, config)):
+        return finished
     with _session(directory, devices=devices, spread=spread, tensorboard=tensorboard, resume=resume) as (
         own,
         placement,
@@ -125,6 +127,8 @@ def teach(
     """Trains a teacher on labels alone: what the command `ev3-distill teach` runs. Takes what `compress` takes."""
     directory = Path(out)
     config = _configure(Teach, config, options, directory, resume=resume)
+    if resume and (finished := _finished(directory, config)):
+        return finished
     with _session(directory, devices=devices, spread=spread, tensorboard=tensorboard, resume=resume) as (
         own,
         placement,
@@ -149,6 +153,14 @@ def _configure(
     return config
 
 
+def _finished(directory: Path, config: RunConfig) -> RunResult | None:
+    """The result of a run that needs no more training, which also needs neither its data nor its teacher."""
+    if jax.process_count() > 1 or not (directory / "report.json").exists():
+        return None
+    with _opened(directory, config, {}, resume=True) as report:
+        return RunResult(directory, report) if report else None
+
+
 @contextlib.contextmanager
 def _session(
     directory: Path, *, devices: int | None, spread: str, tensorboard: Path | None, resume: bool
@@ -164,6 +176,7 @@ def _session(
         phases.count_compiling()
         if resume:
             clock.add_earlier(trained_seconds(directory))
+            stack.enter_context(user_code.announced(str(directory / "config.toml")))
         stack.enter_context(distributed.watch_peers())
         own = stack.enter_context(distributed.process_directory(directory))
         if tensorboard is not None and distributed.is_first_process():

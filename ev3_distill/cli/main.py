@@ -217,6 +217,7 @@ def _export(command: ExportCommand) -> None:
         license=command.teacher_licence,
         student=command.student,
         latency=command.latency,
+        trust_run=command.trust_run,
     )
     for line in export_run(command.run, command.out, export_config):
         print(line)

@@ -92,6 +92,8 @@ class EvaluateCommand:
     """Run that an exported file comes from: compares its predictions with those of the student, example by example."""
     threads: int = 0
     """Threads for an exported file. 0: as many as there are processors."""
+    trust_run: bool = False
+    """Import code that only the run names, such as its python: teacher. Never for a run that you do not trust."""
     compile_cache: bool = True
     """Store compiled programs, as --compile-cache of compress."""
 
@@ -144,6 +146,8 @@ class ExportCommand:
     """MODULE:FACTORY of a student of your own, as --student of evaluate."""
     latency: bool = False
     """Measure the latency of the file, and of the teacher if it can run, on this machine, for the model card."""
+    trust_run: bool = False
+    """Import code that only the run names, as --trust-run of evaluate."""
     compile_cache: bool = True
     """Store compiled programs, as --compile-cache of compress."""
 

@@ -35,6 +35,7 @@ def evaluate(options: EvaluateCommand) -> bool:
         costs=options.costs,
         reopen=options.reopen,
         keep_overlap=options.keep_overlap,
+        trust_run=options.trust_run,
     )
     if path := find_model_file(options.run):
         result = evaluate_file(path, settings, run=options.of, threads=options.threads)

@@ -1,5 +1,6 @@
 """Evaluation: scores the student of a finished run, or an exported file, on new data or on the run's sealed split."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from ev3_distill.export.formats.metadata import ModelMetadata
 from ev3_distill.export.formats.runtime import ExportedModel, open_exported
 from ev3_distill.export.overlap import find_new_rows, find_seen_rows, proof_without_overlap
 from ev3_distill.guards import Guard, evaluate_guards
+from ev3_distill.runtime import user_code
 from ev3_distill.runtime.digest import tree_digest
 from ev3_distill.runtime.files import sha256_of
 from ev3_distill.tasks.base import Task
@@ -60,6 +62,7 @@ class EvaluationConfig:
       costs: CSV file, for a guard on cost.
       reopen: whether claims that the run's certificate lacks may open the sealed split again.
       keep_overlap: whether to score examples of `data` that the student has seen, too; nothing is certified then.
+      trust_run: whether code that only the run names may be imported, such as its python: teacher.
     """
 
     data: str = ""
@@ -69,6 +72,7 @@ class EvaluationConfig:
     costs: str = ""
     reopen: bool = False
     keep_overlap: bool = False
+    trust_run: bool = False
 
     def __post_init__(self) -> None:
         if self.confidence is not None and not 0 < self.confidence < 1:
@@ -106,6 +110,16 @@ def evaluate_run(directory: Path, settings: EvaluationConfig) -> tuple[Certifica
     Returns:
       The certificate, and the outcome of each guard, see `guards.evaluate_guards`.
     """
+    with _trust(settings):
+        return _evaluate_run(directory, settings)
+
+
+def _trust(settings: EvaluationConfig) -> contextlib.AbstractContextManager[None]:
+    texts = (settings.student, settings.data, *settings.guards)
+    return user_code.only_typed(texts, trusted=settings.trust_run)
+
+
+def _evaluate_run(directory: Path, settings: EvaluationConfig) -> tuple[Certificate, list[dict[str, Any]]]:
     run_report = _read_report(directory)
     network, variables = students.load(directory, factory=students.import_factory(settings.student))
     run_config, classes = config_of(directory, run_report), run_report["data"]["classes"]
@@ -141,6 +155,11 @@ def evaluate_file(
       run: the run of the file, whose student it is compared with, example by example.
       threads: number of threads the file may use; 0: all cores.
     """
+    with _trust(settings):
+        return _evaluate_file(path, settings, run, threads)
+
+
+def _evaluate_file(path: Path, settings: EvaluationConfig, run: Path | None, threads: int) -> FileEvaluation:
     if not settings.data and run is None:
         raise InputError(
             "evaluating a file needs examples; got none: name data with --data, or the run of the file with --of RUN"

@@ -31,6 +31,7 @@ from ev3_distill.export.formats.metadata import SIDECAR, ModelMetadata
 from ev3_distill.export.formats.runtime import open_exported
 from ev3_distill.export.model_file import package_versions, student_facts, write_model
 from ev3_distill.monitor.sentences import certificate_sentence
+from ev3_distill.runtime import user_code
 from ev3_distill.runtime.files import atomic_directory, sha256_of
 from ev3_distill.runtime.timing import quantiles
 from ev3_distill.search.archive import FILE, Archive, pick
@@ -98,7 +99,7 @@ def export_run(run: Path, out: Path, config: ExportConfig | None = None) -> list
     task = task_of_report(run_report)
     student = _find_student(run, run_report, config.pick)
     try:
-        with atomic_directory(out) as temporary:
+        with atomic_directory(out) as temporary, user_code.only_typed((config.student,), trusted=config.trust_run):
             about, evidence, lines = _export(temporary, run, run_report, student, config)
             write_json(temporary / EVIDENCE, evidence)
             if (run / seen_rows.NAME).exists():
@@ -186,7 +187,9 @@ def _export(
     if config.int8:
         about, evidence, lines = _quantize(exported, evidence)
     if config.latency:
-        evidence = {**evidence, "latency": _latency(exported, run)}
+        latency = _latency(exported, run)
+        evidence = {**evidence, "latency": latency}
+        lines += [f"latency of the teacher: {latency['teacher']}"] if isinstance(latency["teacher"], str) else []
     shape = list(config.input_shape(about.input_shape))
     lines.append(f"File: {path.name}, {path.stat().st_size:,} bytes, {about.dtype} {shape} to {about.output}.")
     if offset := offset_in(about.data):

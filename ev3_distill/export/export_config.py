@@ -19,6 +19,7 @@ class ExportConfig:
     license: str = "unknown"  # of the teacher
     student: str = ""  # MODULE:FACTORY, for a student of the user's own
     latency: bool = False  # whether to measure the latency of the file and of the teacher
+    trust_run: bool = False  # whether code that only the run names may be imported, such as its python: teacher
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:

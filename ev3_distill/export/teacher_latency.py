@@ -42,6 +42,8 @@ def measure_teacher(
     """
     import numpy as np
 
+    from ev3_distill.runtime import user_code
+
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         np.save(folder / "examples.npy", examples)
@@ -50,6 +52,7 @@ def measure_teacher(
             "class_names": list(dataset.class_names),
             "offset": None if dataset.offset is None else dataset.offset.tolist(),
             "batch_sizes": list(batch_sizes),
+            "typed": user_code.typed(),
         }
         (folder / "facts.json").write_text(json.dumps(facts))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -68,11 +71,13 @@ def _measure(run: Path, folder: Path) -> dict[int, list[float]] | str:
     import numpy as np
 
     from ev3_distill.errors import InputError
+    from ev3_distill.runtime import user_code
     from ev3_distill.runtime.timing import PASSES, times_ms
 
     facts, examples = json.loads((folder / "facts.json").read_text()), np.load(folder / "examples.npy")
     try:
-        teacher = _load_teacher(run, facts, examples.shape[1:])
+        with user_code.only_typed(facts["typed"] or (), trusted=facts["typed"] is None):
+            teacher = _load_teacher(run, facts, examples.shape[1:])
         if isinstance(teacher, str):
             return teacher
         times = {}

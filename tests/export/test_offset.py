@@ -104,7 +104,7 @@ def test_a_student_of_times_is_as_good_as_one_of_data_that_were_shifted_by_hand(
     session = onnxruntime.InferenceSession(folder / "out/model.onnx", providers=["CPUExecutionProvider"])
     logits = session.run(None, {"inputs": (inputs - offset).astype(np.float32)})[0]
     assert 100 * (logits.argmax(1) == labels).mean() == pytest.approx(accuracy[0], abs=0.1)
-    latency = cli("export", folder / "run", "--format", "onnx", "--latency", "--out", folder / "timed")
+    latency = cli("export", folder / "run", "--format", "onnx", "--latency", "--trust-run", "--out", folder / "timed")
     assert latency.code == 0, latency.err
     assert isinstance(json.loads((folder / "timed/evidence.json").read_text())["latency"]["teacher"], dict)
     again = cli("compress", "--resume", folder / "run")
