@@ -24,6 +24,7 @@ from ev3_distill.core.explore import on_one_device
 from ev3_distill.core.step import Step
 from ev3_distill.errors import InputError
 from ev3_distill.runtime.compile import jit
+from ev3_distill.students.layers.compiled import without_kernels
 from ev3_distill.types import Network, PyTree, Variables
 
 ARMS, BATCH = "arms", "batch"  # names of mesh axes
@@ -59,10 +60,13 @@ class Devices:
             def sharded(
                 variables: Variables, inputs: jax.Array, *, train: bool, key: jax.Array | None = None
             ) -> tuple[Any, Variables]:
-                if BATCH not in jax.sharding.get_abstract_mesh().manual_axes:  # otherwise each device has its own work
-                    variables = self.whole(variables)  # and with them their gradients
-                    inputs = jax.lax.with_sharding_constraint(inputs, parts)
-                result: tuple[Any, Variables] = forward(variables, inputs, train=train, key=key)
+                if BATCH in jax.sharding.get_abstract_mesh().manual_axes:  # each device has its own work
+                    result: tuple[Any, Variables] = forward(variables, inputs, train=train, key=key)
+                    return result
+                variables = self.whole(variables)  # and with them their gradients
+                inputs = jax.lax.with_sharding_constraint(inputs, parts)
+                with without_kernels():
+                    result = forward(variables, inputs, train=train, key=key)
                 return result
 
             return sharded

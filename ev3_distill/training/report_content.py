@@ -89,7 +89,7 @@ def report_content(
         "guards": certification.guards,
         "usefulness": usefulness_content(directory, config, setup, certification),
         "devices": str(setup.devices),
-        **({"convolutions": computed_by()} if is_convolutional(setup.network.spec) else {}),
+        **({"convolutions": _convolutions(setup)} if is_convolutional(setup.network.spec) else {}),
         "final": None,
         "seed": config.seed,
         "budget": config.budget,
@@ -109,6 +109,11 @@ def report_content(
         "command": f"ev3-distill {'teach' if teacher is None else 'compress'} --config config.toml",
         **final.facts,
     }
+
+
+def _convolutions(setup: TrainingSetup) -> str:
+    """What computes the student's convolutions."""
+    return computed_by() if setup.devices.step_mesh is None else "XLA (several devices share a batch)"
 
 
 def final_phase_content(setup: TrainingSetup, final: FinalStudent, before: str) -> dict[str, Any]:

@@ -59,6 +59,7 @@ AVOIDABLE = (TRIED, NO_COMPILER)  # reasons that a run warns of
 FOLDER = "kernels"  # in the cache directory
 
 
+_WITHOUT = contextvars.ContextVar("_WITHOUT", default=False)
 _STANDARD = contextvars.ContextVar("_STANDARD", default=False)
 
 
@@ -70,6 +71,16 @@ def standard_convolutions() -> Iterator[None]:
         yield
     finally:
         _STANDARD.reset(token)
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Context in which traced layers use no kernels: XLA cannot split their calls over devices that share a batch."""
+    token = _WITHOUT.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT.reset(token)
 
 
 def standard() -> bool:
@@ -108,7 +119,9 @@ def reason() -> str:
 
 def can_take(*arrays: jax.Array) -> bool:
     """Whether the kernels compute with these arrays."""
-    return not standard() and all(a.dtype == jnp.float32 and a.size for a in arrays) and available()
+    return (
+        not standard() and not _WITHOUT.get() and all(a.dtype == jnp.float32 and a.size for a in arrays) and available()
+    )
 
 
 def call(

@@ -82,7 +82,7 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1), groups: in
         x, strides = strided_slice(x, strides), (1, 1)
         if not compiled.can_take(x, kernel):
             return x @ kernel[0, 0]  # the kernel's gradient is 3x faster than with the primitive
-    out: jax.Array = _conv.bind(x, kernel, strides=strides)
+    out: jax.Array = _conv.bind(x, kernel, strides=strides, by_kernels=compiled.can_take(x, kernel))
     return out
 
 
@@ -105,7 +105,7 @@ def _each_channel(x: jax.Array, kernel: jax.Array, strides: Pair) -> jax.Array:
     """
     x = jnp.repeat(x, kernel.shape[3] // x.shape[3], -1)
     if compiled.can_take(x, kernel):
-        out: jax.Array = _depthwise.bind(x, kernel, strides=strides)
+        out: jax.Array = _depthwise.bind(x, kernel, strides=strides, by_kernels=True)
         return out
     pads, (height, width) = _same(x.shape[1:3], kernel.shape[:2], strides)
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
@@ -145,11 +145,11 @@ def _numbers(strides: Pair, pads: Sequence[Pair]) -> list[int]:
     return [*strides, *(low for low, _ in pads)]
 
 
-def _forward(x: jax.Array, kernel: jax.Array, *, strides: Pair) -> jax.Array:
+def _forward(x: jax.Array, kernel: jax.Array, *, strides: Pair, by_kernels: bool) -> jax.Array:
     if kernel.shape[:2] == (1, 1) and strides == (1, 1):
         return x @ kernel[0, 0]
     pads, out = _same(x.shape[1:3], kernel.shape[:2], strides)
-    if compiled.can_take(x, kernel):
+    if by_kernels:
         return compiled.call("ev3_convolution", x, kernel, (x.shape[0], *out, kernel.shape[3]), _numbers(strides, pads))
     return _step_1(x, kernel, pads) if strides == (1, 1) else _xla_convolution(x, kernel, strides)
 
@@ -170,7 +170,7 @@ def _step_1(x: jax.Array, kernel: jax.Array, pads: Sequence[Pair]) -> jax.Array:
     return out.reshape(*out.shape[:2], width, c_out)
 
 
-def _gradient_x(g: jax.Array, kernel: jax.Array, *, strides: Pair, image: Pair) -> jax.Array:
+def _gradient_x(g: jax.Array, kernel: jax.Array, *, strides: Pair, image: Pair, by_kernels: bool) -> jax.Array:
     """dX: the gradient convolved with the flipped kernel; by XLA, strides s have all s x s phases in one convolution.
 
     Along one axis y[m] = sum_i x[s m + i - low] w[i], so dx[s a + r - low] = sum_t g[a - t] w[s t + r], for r < s.
@@ -178,7 +178,7 @@ def _gradient_x(g: jax.Array, kernel: jax.Array, *, strides: Pair, image: Pair) 
     if kernel.shape[:2] == (1, 1) and strides == (1, 1):
         return g @ kernel[0, 0].T
     pads, out = _same(image, kernel.shape[:2], strides)
-    if compiled.can_take(g, kernel):
+    if by_kernels:
         return compiled.call(
             "ev3_convolution_x", g, kernel, (g.shape[0], *image, kernel.shape[2]), _numbers(strides, pads)
         )
@@ -197,7 +197,7 @@ def _gradient_x(g: jax.Array, kernel: jax.Array, *, strides: Pair, image: Pair) 
     return dx[:, top : top + height, left : left + width]
 
 
-def _gradient_kernel(x: jax.Array, g: jax.Array, *, strides: Pair, size: Pair) -> jax.Array:
+def _gradient_kernel(x: jax.Array, g: jax.Array, *, strides: Pair, size: Pair, by_kernels: bool) -> jax.Array:
     """dW; by XLA, the input, with examples as channels, convolved with the gradient as a kernel, dilated by the strides.
 
     All examples at once would exceed the caches, so they are taken in chunks of CHUNK. The chunks form a loop, because XLA
@@ -205,7 +205,7 @@ def _gradient_kernel(x: jax.Array, g: jax.Array, *, strides: Pair, size: Pair) -
     takes 6% longer). Each channel is an image: [C, H, W, S] convolved with [H', W', S, O] is [C, kh, kw, O].
     """
     pads, out = _same(x.shape[1:3], size, strides)
-    if compiled.can_take(x, g):
+    if by_kernels:
         return compiled.call("ev3_convolution_kernel", x, g, (*size, x.shape[3], g.shape[3]), _numbers(strides, pads))
     ends = [(m - 1) * s + k - low for k, (low, _), m, s in zip(size, pads, out, strides, strict=True)]
     x = x[:, : ends[0], : ends[1]]  # strides reach no other pixels
@@ -223,17 +223,19 @@ def _gradient_kernel(x: jax.Array, g: jax.Array, *, strides: Pair, size: Pair) -
     return jax.lax.fori_loop(0, x.shape[0] // chunk, add, zeros).transpose(1, 2, 0, 3)
 
 
-def _depthwise_forward(x: jax.Array, kernel: jax.Array, *, strides: Pair) -> jax.Array:
+def _depthwise_forward(x: jax.Array, kernel: jax.Array, *, strides: Pair, by_kernels: bool) -> jax.Array:
     pads, out = _same(x.shape[1:3], kernel.shape[:2], strides)
     return compiled.call("ev3_depthwise", x, kernel, (x.shape[0], *out, x.shape[3]), _numbers(strides, pads))
 
 
-def _depthwise_gradient_x(g: jax.Array, kernel: jax.Array, *, strides: Pair, image: Pair) -> jax.Array:
+def _depthwise_gradient_x(
+    g: jax.Array, kernel: jax.Array, *, strides: Pair, image: Pair, by_kernels: bool
+) -> jax.Array:
     pads, _ = _same(image, kernel.shape[:2], strides)
     return compiled.call("ev3_depthwise_x", g, kernel, (g.shape[0], *image, g.shape[3]), _numbers(strides, pads))
 
 
-def _depthwise_gradient_kernel(x: jax.Array, g: jax.Array, *, strides: Pair, size: Pair) -> jax.Array:
+def _depthwise_gradient_kernel(x: jax.Array, g: jax.Array, *, strides: Pair, size: Pair, by_kernels: bool) -> jax.Array:
     pads, _ = _same(x.shape[1:3], size, strides)
     return compiled.call("ev3_depthwise_kernel", x, g, (*size, 1, x.shape[3]), _numbers(strides, pads))
 
@@ -284,24 +286,24 @@ def _family(name: str, forward: Callable[..., jax.Array], *gradients: Callable[.
     """The primitives of a convolution y = conv(x, w) and its derivatives dx = conv_x(g, w) and dw = conv_kernel(x, g).
 
     They are the derivatives of one form, <g, conv(x, w)>, which is linear in each of its three arguments. So the transposes of
-    each primitive are the other two.
+    each primitive are the other two. All take `strides` and `by_kernels`: whether kernels compute them, or XLA.
     """
     conv = _bilinear(name, forward)
     conv_x, conv_kernel = (_bilinear(name + end, f) for end, f in zip(("_x", "_kernel"), gradients, strict=True))
     ad.defbilinear(
         conv,
-        lambda g, x, w, strides: conv_x.bind(g, w, strides=strides, image=x.aval.shape[1:3]),
-        lambda g, x, w, strides: conv_kernel.bind(x, g, strides=strides, size=w.aval.shape[:2]),
+        lambda g, x, w, **how: conv_x.bind(g, w, image=x.aval.shape[1:3], **how),
+        lambda g, x, w, **how: conv_kernel.bind(x, g, size=w.aval.shape[:2], **how),
     )
     ad.defbilinear(
         conv_x,
-        lambda x, g, w, strides, image: conv.bind(x, w, strides=strides),
-        lambda x, g, w, strides, image: conv_kernel.bind(x, g, strides=strides, size=w.aval.shape[:2]),
+        lambda x, g, w, image, **how: conv.bind(x, w, **how),
+        lambda x, g, w, image, **how: conv_kernel.bind(x, g, size=w.aval.shape[:2], **how),
     )
     ad.defbilinear(
         conv_kernel,
-        lambda w, x, g, strides, size: conv_x.bind(g, w, strides=strides, image=x.aval.shape[1:3]),
-        lambda w, x, g, strides, size: conv.bind(x, w, strides=strides),
+        lambda w, x, g, size, **how: conv_x.bind(g, w, image=x.aval.shape[1:3], **how),
+        lambda w, x, g, size, **how: conv.bind(x, w, **how),
     )
     return conv, conv_x, conv_kernel
 
